@@ -1,0 +1,80 @@
+"""Launch parameters: small tables, pure functions of shape and dtype. Nothing is tuned at run time.
+
+The entries are reasoned (see ``benchmarks/NOTES.md``) until a device's results under ``benchmarks/results/`` back them.
+"""
+
+from typing import NamedTuple
+
+TARGET_PROGRAMS = 528
+"""Four programs for each multiprocessor of the largest supported GPU (132)."""
+
+
+class MixLaunch(NamedTuple):
+    """``mix_kernel``: tile sizes and warps."""
+
+    block_b: int
+    block_k: int
+    block_m: int
+    k_padded: int
+    num_warps: int
+
+
+class ExpertGradsLaunch(NamedTuple):
+    """``expert_grads_kernel``: tile sizes, parts of the batch, warps."""
+
+    splits: int
+    block_b: int
+    block_k: int
+    block_m: int
+    num_warps: int
+
+
+class RouterGradsLaunch(NamedTuple):
+    """``router_grads_kernel``: partial sums and Gram rows a step, warps."""
+
+    block_p: int
+    block_i: int
+    k_padded: int
+    num_warps: int
+
+
+def _power_of_2_in(n: int, low: int, high: int) -> int:
+    """The power of two at or above n, held between low and high."""
+    return max(low, min(high, 1 << max(n - 1, 0).bit_length()))
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def mix_launch(batch: int, experts: int, width: int, itemsize: int, *, gram: bool) -> MixLaunch:
+    """Tile sizes of the forward kernel.
+
+    block_b stays below 64 for every batch: the same matrix instruction, so a sample's bits don't depend on its neighbours.
+    float32 products (the Gram form's always are) run on FMA units and hold operands in registers: smaller tiles, or they spill.
+    """
+    block_k = _power_of_2_in(experts, 16, 64 if itemsize == 2 and not gram else 32)
+    block_m = _power_of_2_in(width, 16, 128 if itemsize == 2 else 64)
+    return MixLaunch(16 if batch <= 256 else 32, block_k, block_m, _round_up(experts, block_k), 4)
+
+
+def expert_grads_launch(batch: int, experts: int, rows: int, width: int, itemsize: int) -> ExpertGradsLaunch:
+    """Tile sizes of the experts' gradient and of its share of the scores' gradient.
+
+    Small batches take narrow tiles, so that one launch without splits fills the GPU; large ones take wide tiles
+    (fewer partial sums to write) and split the batch.
+    """
+    small = batch <= 512
+    block_k = _power_of_2_in(experts, 16, 64 if itemsize == 2 else 16)
+    block_m = _power_of_2_in(width, 16, 32 if small else (64 if itemsize > 2 else 256 if block_k == 16 else 128))
+    tiles = rows * -(-width // block_m) * -(-experts // block_k)
+    splits = 1 if small else max(1, min(-(-TARGET_PROGRAMS // tiles), batch // 128))
+    return ExpertGradsLaunch(splits, 16 if small or itemsize > 2 else 32, block_k, block_m, 4)
+
+
+def router_grads_launch(experts: int, m_tiles: int) -> RouterGradsLaunch:
+    """Tile sizes of the softmax backward: the whole row of experts in one tile."""
+    k_padded = _power_of_2_in(experts, 16, 1024)
+    block_p = _power_of_2_in(m_tiles, 1, max(1, min(64, 4096 // k_padded)))
+    block_i = min(k_padded, max(2, 4096 // k_padded))
+    return RouterGradsLaunch(block_p, block_i, k_padded, 1 if k_padded <= 64 else 8)

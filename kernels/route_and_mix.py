@@ -1,0 +1,298 @@
+"""Device code of ``route_and_mix``: router softmax, gate and expert mixing (MoPE, arXiv 2403.10568, equations 3 and 4).
+
+    x      = logits / temperature + noise                        (B, K)
+    scores = gate(softmax(x))                                    (B, K)
+    mixed  = sum_k scores[:, k] * experts[k] / norm              (B, L, M)
+    norm   = sqrt(scores' gram[l] scores + eps), or 1            (B, L)
+
+Backward, with g the gradient of ``mixed``, du[b, l, k] = <g[b, l], experts[k, l]> and r = 1 / norm:
+
+    d experts[k, l] = sum_b scores[b, k] r[b, l] g[b, l]
+    d norm_sq[b, l] = -1/2 r^3 <scores[b], du[b, l]>
+    d scores        = d scores(given) + sum_l r du + d norm_sq (gram + gram') scores
+    d gram[l]       = sum_b d norm_sq[b, l] scores[b] scores[b]'
+
+``expert_grads_kernel`` reads g once for both of its products; ``router_grads_kernel`` adds its partial sums in a fixed order.
+No kernel uses atomics. Types: operands of products are rounded to ``COMPUTE`` and summed in ``ACC`` (float32, or float64 where the
+inputs are). ``DOT`` is ``COMPUTE``, but float32 for bfloat16 in Triton's interpreter, whose ``tl.dot`` takes its bits for integers;
+a product of two bfloat16 numbers is exact in float32.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _dot(a, b, acc, COMPUTE: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr):
+    """acc + a @ b with operands rounded to COMPUTE, summed in ACC, never in TF32."""
+    return tl.dot(a.to(COMPUTE).to(DOT), b.to(COMPUTE).to(DOT), acc, input_precision="ieee", out_dtype=ACC)
+
+
+@triton.jit
+def _load_logits(logits, rows, cols, in_batch, K, stride_lb, stride_lk, ACC: tl.constexpr):
+    """logits [rows, cols]; columns past K are -inf, rows outside the batch are finite."""
+    mask = in_batch[:, None] & (cols < K)[None, :]
+    x = tl.load(logits + rows[:, None] * stride_lb + cols[None, :] * stride_lk, mask=mask, other=0.0).to(ACC)
+    return tl.where((cols < K)[None, :], x, float("-inf"))
+
+
+@triton.jit
+def _router_input(
+    logits, noise, rows, cols, in_batch, top, K, inv_temperature, stride_lb, stride_lk, stride_nb, stride_nk,
+    HAS_NOISE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """x [rows, cols] less the row's largest logit / temperature: what decides the softmax then has small, exact numbers."""
+    x = (_load_logits(logits, rows, cols, in_batch, K, stride_lb, stride_lk, ACC) - top[:, None]) * inv_temperature
+    if HAS_NOISE:
+        mask = in_batch[:, None] & (cols < K)[None, :]
+        x += tl.load(noise + rows[:, None] * stride_nb + cols[None, :] * stride_nk, mask=mask, other=0.0).to(ACC)
+    return x
+
+
+@triton.jit
+def _dropped(x, cols, kth_value, kth_index):
+    """True behind the k-th largest entry (ties: the lower index is larger); never for NaN, so NaN reaches the output."""
+    return (x < kth_value[:, None]) | ((x == kth_value[:, None]) & (cols[None, :] > kth_index[:, None]))
+
+
+@triton.jit
+def _row_statistics(
+    logits, noise, rows, in_batch, K, inv_temperature, stride_lb, stride_lk, stride_nb, stride_nk,
+    HAS_NOISE: tl.constexpr, TOP_K: tl.constexpr, RENORMALIZE: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, K_PADDED: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Largest logit, largest x, softmax denominator, and (value, index) of the last kept entry of each row, all [BLOCK_B]."""
+    top = tl.full([BLOCK_B], float("-inf"), ACC)
+    for k0 in range(0, K_PADDED, BLOCK_K):
+        x = _load_logits(logits, rows, k0 + tl.arange(0, BLOCK_K), in_batch, K, stride_lb, stride_lk, ACC)
+        top = tl.maximum(top, tl.max(x, 1))
+    row_max = tl.full([BLOCK_B], float("-inf"), ACC)
+    for k0 in range(0, K_PADDED, BLOCK_K):
+        cols = k0 + tl.arange(0, BLOCK_K)
+        x = _router_input(
+            logits, noise, rows, cols, in_batch, top, K, inv_temperature, stride_lb, stride_lk, stride_nb, stride_nk, HAS_NOISE, ACC
+        )
+        row_max = tl.maximum(row_max, tl.max(x, 1))
+
+    kth_value = tl.full([BLOCK_B], float("inf"), ACC)
+    kth_index = tl.full([BLOCK_B], -1, tl.int32)
+    if TOP_K > 0:
+        for _ in range(TOP_K):  # walk down the row, in the order (value falling, index rising)
+            next_value = tl.full([BLOCK_B], float("-inf"), ACC)
+            next_index = tl.full([BLOCK_B], K_PADDED, tl.int32)
+            for k0 in range(0, K_PADDED, BLOCK_K):
+                cols = k0 + tl.arange(0, BLOCK_K)
+                x = _router_input(
+                    logits, noise, rows, cols, in_batch, top, K, inv_temperature,
+                    stride_lb, stride_lk, stride_nb, stride_nk, HAS_NOISE, ACC,
+                )  # fmt: skip
+                behind = _dropped(x, cols, kth_value, kth_index) & (cols < K)[None, :]
+                value = tl.max(tl.where(behind, x, float("-inf")), 1)
+                index = tl.min(tl.where(behind & (x == value[:, None]), cols[None, :], K_PADDED), 1)
+                better = (value > next_value) | ((value == next_value) & (index < next_index))
+                next_value = tl.where(better, value, next_value)
+                next_index = tl.where(better, index, next_index)
+            kth_value = next_value
+            kth_index = next_index
+
+    row_sum = tl.zeros([BLOCK_B], ACC)
+    for k0 in range(0, K_PADDED, BLOCK_K):
+        cols = k0 + tl.arange(0, BLOCK_K)
+        x = _router_input(
+            logits, noise, rows, cols, in_batch, top, K, inv_temperature, stride_lb, stride_lk, stride_nb, stride_nk, HAS_NOISE, ACC
+        )
+        p = tl.exp(x - row_max[:, None])
+        if RENORMALIZE:
+            p = tl.where(_dropped(x, cols, kth_value, kth_index), 0.0, p)
+        row_sum += tl.sum(p, 1)
+    return top, row_max, row_sum, kth_value, kth_index
+
+
+@triton.jit
+def _scores(x, cols, row_max, row_sum, kth_value, kth_index, TOP_K: tl.constexpr):
+    """Routing scores after the gate, for one tile of x."""
+    s = tl.exp(x - row_max[:, None]) / row_sum[:, None]
+    if TOP_K > 0:
+        s = tl.where(_dropped(x, cols, kth_value, kth_index), 0.0, s)
+    return s
+
+
+@triton.jit(do_not_specialize=["B"])
+def mix_kernel(
+    logits, noise, experts, gram, mixed, scores, rstd,
+    B, K, L, M, inv_temperature, eps,
+    stride_lb, stride_lk, stride_nb, stride_nk, stride_ek, stride_el, stride_em, stride_gl, stride_gi, stride_gj,
+    HAS_NOISE: tl.constexpr, HAS_GRAM: tl.constexpr, TOP_K: tl.constexpr, RENORMALIZE: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, K_PADDED: tl.constexpr,
+    COMPUTE: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_B samples of one prompt row l, BLOCK_M of its columns.
+
+    Every program redoes the softmax of its samples: K numbers each, cheaper than a second launch.
+    """
+    pid = tl.program_id(0)
+    m_tiles = tl.cdiv(M, BLOCK_M)
+    tile = pid % (L * m_tiles)
+    row = (tile // m_tiles).to(tl.int64)
+    rows = (pid // (L * m_tiles)).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    columns = (tile % m_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_batch = rows < B
+
+    top, row_max, row_sum, kth_value, kth_index = _row_statistics(
+        logits, noise, rows, in_batch, K, inv_temperature, stride_lb, stride_lk, stride_nb, stride_nk,
+        HAS_NOISE, TOP_K, RENORMALIZE, BLOCK_B, BLOCK_K, K_PADDED, ACC,
+    )  # fmt: skip
+
+    acc = tl.zeros([BLOCK_B, BLOCK_M], ACC)
+    norm_sq = tl.zeros([BLOCK_B], ACC)
+    for k0 in range(0, K_PADDED, BLOCK_K):
+        cols = k0 + tl.arange(0, BLOCK_K)
+        x = _router_input(
+            logits, noise, rows, cols, in_batch, top, K, inv_temperature, stride_lb, stride_lk, stride_nb, stride_nk, HAS_NOISE, ACC
+        )
+        s = _scores(x, cols, row_max, row_sum, kth_value, kth_index, TOP_K)
+        if tile == 0:
+            tl.store(scores + rows[:, None] * K + cols[None, :], s, mask=in_batch[:, None] & (cols < K)[None, :])
+        e = tl.load(
+            experts + cols.to(tl.int64)[:, None] * stride_ek + row * stride_el + columns[None, :] * stride_em,
+            mask=(cols < K)[:, None] & (columns < M)[None, :],
+            other=0.0,
+        )  # [BLOCK_K, BLOCK_M]
+        acc = _dot(s, e, acc, COMPUTE, DOT, ACC)
+        if HAS_GRAM:
+            for j0 in range(0, K, BLOCK_K):
+                others = j0 + tl.arange(0, BLOCK_K)
+                x_other = _router_input(
+                    logits, noise, rows, others, in_batch, top, K, inv_temperature,
+                    stride_lb, stride_lk, stride_nb, stride_nk, HAS_NOISE, ACC,
+                )  # fmt: skip
+                s_other = _scores(x_other, others, row_max, row_sum, kth_value, kth_index, TOP_K)
+                g = tl.load(
+                    gram + row * stride_gl + cols.to(tl.int64)[:, None] * stride_gi + others[None, :] * stride_gj,
+                    mask=(cols < K)[:, None] & (others < K)[None, :],
+                    other=0.0,
+                ).to(ACC)  # [BLOCK_K, BLOCK_K]
+                norm_sq += tl.sum(tl.dot(s, g, input_precision="ieee", out_dtype=ACC) * s_other, 1)
+
+    if HAS_GRAM:
+        inv_norm = 1.0 / tl.sqrt(norm_sq + eps)
+        acc *= inv_norm[:, None]
+        if tile % m_tiles == 0:
+            tl.store(rstd + rows * L + row, inv_norm, mask=in_batch)
+    out = mixed + (rows[:, None] * L + row) * M + columns[None, :]
+    tl.store(out, acc.to(mixed.dtype.element_ty), mask=in_batch[:, None] & (columns < M)[None, :])
+
+
+@triton.jit(do_not_specialize=["B"])
+def expert_grads_kernel(
+    grad_mixed, scores, rstd, experts, grad_experts, partials,
+    B, K, L, M,
+    stride_gb, stride_gl, stride_gm, stride_ek, stride_el, stride_em,
+    HAS_GRAM: tl.constexpr, NEED_EXPERTS: tl.constexpr, NEED_PARTIALS: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
+    COMPUTE: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """One program: one tile of one prompt row's experts against one of SPLITS parts of the batch.
+
+    Writes its part of d experts to grad_experts (SPLITS, K, L, M) and du over its columns to partials (L, m_tiles, B, K).
+    """
+    pid = tl.program_id(0)
+    m_tiles = tl.cdiv(M, BLOCK_M)
+    k_tiles = tl.cdiv(K, BLOCK_K)
+    tile = pid % (L * m_tiles)
+    row = (tile // m_tiles).to(tl.int64)
+    split = (pid // (L * m_tiles * k_tiles)).to(tl.int64)
+    cols = (pid // (L * m_tiles)) % k_tiles * BLOCK_K + tl.arange(0, BLOCK_K)
+    columns = (tile % m_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    expert_mask = (cols < K)[:, None] & (columns < M)[None, :]
+
+    if NEED_PARTIALS:
+        e = tl.load(
+            experts + cols.to(tl.int64)[:, None] * stride_ek + row * stride_el + columns[None, :] * stride_em,
+            mask=expert_mask,
+            other=0.0,
+        )
+    grad = tl.zeros([BLOCK_K, BLOCK_M], ACC)
+    per_split = tl.cdiv(tl.cdiv(B, SPLITS), BLOCK_B) * BLOCK_B
+    first = split * per_split
+    for b0 in range(first, tl.minimum(first + per_split, B), BLOCK_B):
+        rows = b0 + tl.arange(0, BLOCK_B)
+        in_batch = rows < B
+        g = tl.load(
+            grad_mixed + rows[:, None] * stride_gb + row * stride_gl + columns[None, :] * stride_gm,
+            mask=in_batch[:, None] & (columns < M)[None, :],
+            other=0.0,
+        )  # [BLOCK_B, BLOCK_M]
+        if NEED_PARTIALS:
+            du = _dot(g, tl.trans(e), tl.zeros([BLOCK_B, BLOCK_K], ACC), COMPUTE, DOT, ACC)
+            out = partials + (tile.to(tl.int64) * B + rows[:, None]) * K + cols[None, :]
+            tl.store(out, du, mask=in_batch[:, None] & (cols < K)[None, :])
+        if NEED_EXPERTS:
+            s = tl.load(scores + rows[:, None] * K + cols[None, :], mask=in_batch[:, None] & (cols < K)[None, :], other=0.0)
+            if HAS_GRAM:
+                s *= tl.load(rstd + rows * L + row, mask=in_batch, other=0.0)[:, None]
+            grad = _dot(tl.trans(s), g, grad, COMPUTE, DOT, ACC)
+    if NEED_EXPERTS:
+        out = grad_experts + ((split * K + cols[:, None]) * L + row) * M + columns[None, :]
+        tl.store(out, grad.to(grad_experts.dtype.element_ty), mask=expert_mask)
+
+
+@triton.jit(do_not_specialize=["B"])
+def router_grads_kernel(
+    partials, grad_scores, logits, noise, scores, rstd, gram, grad_logits, grad_norm_sq,
+    B, K, L, M_TILES, inv_temperature,
+    stride_sb, stride_sk, stride_lb, stride_lk, stride_nb, stride_nk, stride_gl, stride_gi, stride_gj,
+    HAS_PARTIALS: tl.constexpr, HAS_GRAD_SCORES: tl.constexpr, HAS_NOISE: tl.constexpr, HAS_GRAM: tl.constexpr,
+    NEED_LOGITS: tl.constexpr, RECOMPUTE_SOFTMAX: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_I: tl.constexpr, K_PADDED: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """One program: one sample. Adds the partial sums, then goes back through the norm, the gate and the softmax.
+
+    RECOMPUTE_SOFTMAX: a gate that doesn't renormalise also moves dropped logits, whose probability is not in ``scores``.
+    """
+    b = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, K_PADDED)
+    in_row = cols < K
+    s = tl.load(scores + b * K + cols, mask=in_row, other=0.0)
+    ds = tl.zeros([K_PADDED], ACC)
+    if HAS_GRAD_SCORES:
+        ds += tl.load(grad_scores + b * stride_sb + cols * stride_sk, mask=in_row, other=0.0).to(ACC)
+    if HAS_PARTIALS:
+        if HAS_GRAM:
+            gram_row = gram
+        for row in range(L):
+            du = tl.zeros([K_PADDED], ACC)
+            for p0 in range(0, M_TILES, BLOCK_P):
+                p = p0 + tl.arange(0, BLOCK_P)
+                source = partials + ((row * M_TILES + p).to(tl.int64)[:, None] * B + b) * K + cols[None, :]
+                du += tl.sum(tl.load(source, mask=(p < M_TILES)[:, None] & in_row[None, :], other=0.0), 0)
+            if HAS_GRAM:
+                r = tl.load(rstd + b * L + row)
+                d_norm_sq = -0.5 * r * r * r * tl.sum(s * du, 0)
+                tl.store(grad_norm_sq + b * L + row, d_norm_sq)
+                ds += r * du
+                for i0 in range(0, K, BLOCK_I):
+                    i = i0 + tl.arange(0, BLOCK_I)
+                    mask = (i < K)[:, None] & in_row[None, :]
+                    g = tl.load(gram_row + i[:, None] * stride_gi + cols[None, :] * stride_gj, mask=mask, other=0.0).to(ACC)
+                    g += tl.load(gram_row + cols[None, :] * stride_gi + i[:, None] * stride_gj, mask=mask, other=0.0).to(ACC)
+                    s_i = tl.load(scores + b * K + i, mask=i < K, other=0.0)
+                    ds += d_norm_sq * tl.sum(g * s_i[:, None], 0)
+                gram_row += stride_gl
+            else:
+                ds += du
+
+    if NEED_LOGITS:
+        total = tl.sum(s * ds, 0)
+        if RECOMPUTE_SOFTMAX:
+            x = tl.load(logits + b * stride_lb + cols * stride_lk, mask=in_row, other=float("-inf")).to(ACC)
+            x = (x - tl.max(x, 0)) * inv_temperature
+            if HAS_NOISE:
+                x += tl.load(noise + b * stride_nb + cols * stride_nk, mask=in_row, other=0.0).to(ACC)
+            p = tl.exp(x - tl.max(x, 0))
+            p = p / tl.sum(p, 0)
+            dx = p * (tl.where(s == 0.0, 0.0, ds) - total)
+        else:
+            dx = s * (ds - total)
+        grad = (dx * inv_temperature).to(grad_logits.dtype.element_ty)
+        tl.store(grad_logits + b * K + cols, grad, mask=in_row)

@@ -1,0 +1,20 @@
+"""Routed prompts that fuse frozen pretrained encoders, on Triton kernels in drop-in torch modules."""
+
+from . import functional
+from .encoders import register_encoder, supported_encoders
+from .models import FusionOutput, MoPEFusion
+from .modules import MoPEConfig, MoPELayer, MoPEOutput, PromptBank, PromptMapper
+
+__version__ = "0.1.0"
+__all__ = [
+    "FusionOutput",
+    "MoPEConfig",
+    "MoPEFusion",
+    "MoPELayer",
+    "MoPEOutput",
+    "PromptBank",
+    "PromptMapper",
+    "functional",
+    "register_encoder",
+    "supported_encoders",
+]

@@ -1,0 +1,132 @@
+"""Argument checks of the public functions: one clear error that says what was got, what was expected and what to do."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MAX_EXPERTS = 1024
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"({', '.join(str(size) for size in tensor.shape)})"
+
+
+def _check_float(name: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must have a floating-point dtype, got {tensor.dtype}: call .float() on it")
+
+
+def _check_same_device(first: str, a: Tensor, second: str, b: Tensor) -> None:
+    if a.device != b.device:
+        raise ValueError(f"{first} is on {a.device} and {second} on {b.device}: move them to one device")
+
+
+def check_route_and_mix(
+    logits: Tensor,
+    experts: Tensor,
+    temperature: float,
+    noise: Tensor | None,
+    top_k: int | None,
+    renormalize: bool,
+    gram: Tensor | None,
+    eps: float,
+) -> None:
+    """See :func:`mope_fast.functional.route_and_mix`."""
+    _check_float("logits", logits)
+    _check_float("experts", experts)
+    if logits.dim() != 2:
+        raise ValueError(f"logits must be (B, K), got {_shape(logits)}")
+    if experts.dim() != 3:
+        raise ValueError(f"experts must be (K, L, M), got {_shape(experts)}")
+    num_experts = logits.shape[1]
+    if experts.shape[0] != num_experts:
+        raise ValueError(f"logits {_shape(logits)} and experts {_shape(experts)} must have the same K, in dimensions 1 and 0")
+    if not 1 <= num_experts <= MAX_EXPERTS:
+        raise ValueError(f"the number of experts K must be 1 to {MAX_EXPERTS}, got {num_experts}")
+    if experts.shape[1] == 0 or experts.shape[2] == 0:
+        raise ValueError(f"experts must have prompt length L >= 1 and width M >= 1, got {_shape(experts)}")
+    _check_same_device("logits", logits, "experts", experts)
+    if isinstance(temperature, Tensor):
+        raise TypeError("temperature must be a Python float, got a tensor: reading it would wait for the device")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be > 0, got {temperature}")
+    if noise is not None:
+        _check_float("noise", noise)
+        if noise.shape != logits.shape:
+            raise ValueError(f"noise must have the shape of logits {_shape(logits)}, got {_shape(noise)}")
+        if noise.requires_grad:
+            raise ValueError("noise is a constant and gets no gradient, but it requires grad: pass noise.detach()")
+        _check_same_device("logits", logits, "noise", noise)
+    if top_k is not None and not 1 <= top_k <= num_experts:
+        raise ValueError(f"top_k must be 1 to the number of experts {num_experts}, or None for all; got {top_k}")
+    if renormalize and top_k is None:
+        raise ValueError("renormalize=True needs top_k, got top_k=None: without a gate the scores add up to 1 already")
+    if gram is not None:
+        _check_float("gram", gram)
+        expected = (experts.shape[1], num_experts, num_experts)
+        if gram.shape != expected:
+            raise ValueError(f"gram must be (L, K, K) = {expected}, got {_shape(gram)}")
+        if not eps > 0:
+            raise ValueError(f"eps must be > 0, got {eps}")
+        _check_same_device("logits", logits, "gram", gram)
+
+
+def check_importance_loss(scores: Tensor, threshold: float) -> None:
+    """See :func:`mope_fast.functional.importance_loss`."""
+    _check_float("scores", scores)
+    if scores.dim() not in (2, 3):
+        raise ValueError(f"scores must be (B, K) or (N, B, K), got {_shape(scores)}")
+    if scores.shape[-1] == 0 or (scores.dim() == 3 and scores.shape[0] == 0):
+        raise ValueError(f"scores must have at least one layer and one expert, got {_shape(scores)}")
+    if not threshold >= 0:
+        raise ValueError(f"threshold must be >= 0, got {threshold}")
+
+
+def check_prompt_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefixes: Sequence[tuple[Tensor, Tensor]],
+    key_padding_mask: Tensor | None,
+    bias: Tensor | None,
+) -> None:
+    """See :func:`mope_fast.functional.prompt_attention`."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        _check_float(name, tensor)
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must be (B, H, S, Dh), got {_shape(tensor)}")
+        _check_same_device("q", q, name, tensor)
+    batch, heads, queries, head_dim = q.shape
+    tokens = k.shape[2]
+    if k.shape[1] != heads or v.shape[1] != heads:
+        raise ValueError(f"grouped-query attention is not supported: q has {heads} heads, k {k.shape[1]}; repeat the keys")
+    if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != head_dim:
+        raise ValueError(f"k and v must be ({batch}, {heads}, Sk, {head_dim}) as q {_shape(q)}; got k {_shape(k)}, v {_shape(v)}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    if len(prefixes) > 2:
+        raise ValueError(f"prefixes must hold at most two (key, value) pairs, got {len(prefixes)}: concatenate some of them")
+    for i, pair in enumerate(prefixes):
+        for tensor in pair:
+            _check_float(f"prefix {i}", tensor)
+            _check_same_device("q", q, f"prefix {i}", tensor)
+        pk, pv = pair
+        fits = pk.dim() == 4 and pk.shape[0] in (1, batch) and pk.shape[1] == heads and pk.shape[3] == head_dim
+        if not fits or pk.shape != pv.shape:
+            expected = f"({batch} or 1, {heads}, P, {head_dim})"
+            raise ValueError(f"prefix {i} must be two tensors {expected}, got {_shape(pk)} and {_shape(pv)}")
+    if key_padding_mask is not None:
+        mask = key_padding_mask
+        if mask.dtype != torch.bool or mask.shape != (batch, tokens):
+            raise ValueError(
+                f"key_padding_mask must be bool ({batch}, {tokens}), True = a real token; got {mask.dtype} {_shape(mask)}"
+            )
+        _check_same_device("q", q, "key_padding_mask", mask)
+    if bias is not None:
+        fits = bias.dim() == 4 and bias.shape[0] in (1, batch) and bias.shape[1] in (1, heads)
+        if not fits or bias.shape[2:] != (queries, tokens):
+            raise ValueError(f"bias must be ({batch} or 1, {heads} or 1, {queries}, {tokens}), got {_shape(bias)}")
+        _check_same_device("q", q, "bias", bias)

@@ -1,0 +1,96 @@
+"""A frozen encoder that takes prompts as keys and values of its layers."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..modules.output import Prefix
+from .families import family_of
+
+PromptProvider = Callable[[int, Tensor], Sequence[Prefix]]
+"""(layer index, its input (B, S, D)) -> up to two key/value prefixes for its attention."""
+
+_SLOT = "_mope_fast_slot"
+
+
+class _Slot:
+    """Carries one layer's prefixes from its hook to its attention, within one forward."""
+
+    def __init__(self):
+        self.prefixes: Sequence[Prefix] = ()
+
+
+def prefixes_of(attention: nn.Module) -> Sequence[Prefix]:
+    """The prefixes this attention shall see in the running forward; none outside of one."""
+    slot = getattr(attention, _SLOT, None)
+    return () if slot is None else slot.prefixes
+
+
+class PromptedEncoder(nn.Module):
+    """Holds a supported encoder frozen and in eval mode, and hands prompts to its layers.
+
+    The encoder stays the user's own object: called on its own it does what it always did; :meth:`detach` undoes everything.
+
+    Args:
+        encoder: see :func:`mope_fast.supported_encoders`.
+    """
+
+    def __init__(self, encoder: nn.Module):
+        super().__init__()
+        self.family = family_of(encoder)
+        if any(hasattr(layer.attention, _SLOT) for layer in self.family.layers(encoder)):
+            raise ValueError(f"this {type(encoder).__name__} already takes prompts from another model: unwrap() that one first")
+        self.encoder = encoder.requires_grad_(False).eval()
+        layers = self.family.layers(encoder)
+        self.widths = [layer.width for layer in layers]
+        self.feature_width = self.family.feature_width(encoder)
+        self.layers = layers
+        self._provider: PromptProvider | None = None
+        self._restore = self.family.attach(encoder)
+        self._hooks = []
+        for index, layer in enumerate(layers):
+            slot = _Slot()
+            setattr(layer.attention, _SLOT, slot)
+            self._hooks.append(layer.module.register_forward_pre_hook(self._hook(index, slot), with_kwargs=True))
+
+    def _hook(self, index: int, slot: _Slot) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def provide(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden_states = args[0] if args else kwargs["hidden_states"]
+            slot.prefixes = () if self._provider is None else self._provider(index, hidden_states)
+
+        return provide
+
+    def forward(self, inputs: Tensor | dict[str, Any], prompts: PromptProvider | None = None) -> Tensor:
+        """The encoder's global feature (B, D), over tokens only.
+
+        Args:
+            inputs: the encoder's main input, or a dict of its keyword arguments.
+            prompts: called once for each layer with its input; None for the plain encoder.
+        """
+        if isinstance(inputs, Tensor):
+            inputs = {self.family.input_name: inputs}
+        self._provider = prompts
+        try:
+            output = self.encoder(**inputs)
+        finally:
+            self._provider = None
+            for layer in self.layers:
+                getattr(layer.attention, _SLOT).prefixes = ()
+        return self.family.feature(output, inputs)
+
+    def train(self, mode: bool = True) -> "PromptedEncoder":
+        """Stays in eval mode: a frozen encoder has no dropout, whatever the fused model does."""
+        return super().train(False)
+
+    def detach(self) -> nn.Module:
+        """Undo the wrapping and return the encoder; its parameters stay frozen."""
+        for hook in self._hooks:
+            hook.remove()
+        for layer in self.layers:
+            delattr(layer.attention, _SLOT)
+        self._restore()
+        return self.encoder
+
+    def extra_repr(self) -> str:
+        return f"family={self.family.name!r}, layers={len(self.widths)}"

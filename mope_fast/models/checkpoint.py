@@ -1,0 +1,110 @@
+"""Trained parts on disk: one JSON description that names one safetensors file, replaced together or not at all."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .fusion import MoPEFusion
+
+DESCRIPTION = "mope_fast.json"
+FORMAT = 1
+
+
+def describe(model: "MoPEFusion") -> dict[str, Any]:
+    """What has to match at load time."""
+    weight = getattr(model.head, "weight", None)
+    return {
+        "format": FORMAT,
+        "main": _describe_encoder(model.main),
+        "complementary": _describe_encoder(model.complementary),
+        "config": model.config.to_dict(),
+        "head": None if model.head is None else type(model.head).__name__,
+        "num_classes": None if weight is None else weight.shape[0],
+        "problem_type": model.problem_type,
+    }
+
+
+def _describe_encoder(encoder: Any) -> dict[str, Any] | None:
+    family = getattr(encoder, "family", None)
+    return None if family is None else {"family": family.name, "widths": encoder.widths}
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save(path: str | os.PathLike[str], state: dict[str, Tensor], description: dict[str, Any]) -> None:
+    """Write the weights under a name made of their content, then the description that names them, then drop older weights."""
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    data = serialize({key: value.detach().cpu().contiguous() for key, value in state.items()}, {"format": "pt"})
+    weights = f"mope_fast-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
+    _write_atomically(folder / weights, data)
+    _write_atomically(folder / DESCRIPTION, json.dumps({**description, "weights": weights}, indent=2).encode())
+    for old in folder.glob("mope_fast-*.safetensors"):
+        if old.name != weights:
+            old.unlink(missing_ok=True)
+
+
+def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The JSON of a saved model.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it isn't one of ours, or of a newer format.
+    """
+    file = Path(path) / DESCRIPTION
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist: expected a folder written by MoPEFusion.save_pretrained")
+    try:
+        description = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error}): expected a file written by MoPEFusion.save_pretrained") from None
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        got = description.get("format") if isinstance(description, dict) else type(description).__name__
+        raise ValueError(f"{file} has format {got!r}, expected {FORMAT}: save it again with this version, or update mope_fast")
+    return description
+
+
+def load(path: str | os.PathLike[str], model: "MoPEFusion", description: dict[str, Any]) -> None:
+    """Read the weights into a model made from the description.
+
+    Raises:
+        FileNotFoundError, ValueError: the weights are missing, damaged or don't fit; the message lists every difference.
+    """
+    problems = [
+        f"{name}: saved with {description[name]}, got {found}"
+        for name, found in describe(model).items()
+        if name in ("main", "complementary", "head") and description[name] != found
+    ]
+    weights = Path(path) / description["weights"]
+    if not weights.is_file():
+        raise FileNotFoundError(f"{weights} does not exist, but {DESCRIPTION} names it: copy the whole folder")
+    try:
+        with safe_open(weights, framework="pt") as file:
+            saved = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{weights} is damaged ({error}): restore it, or save the model again") from None
+    expected = model.trained_state_dict()
+    problems += [f"missing: {key}" for key in expected if key not in saved]
+    problems += [f"unexpected: {key}" for key in saved if key not in expected]
+    problems += [
+        f"{key}: saved {tuple(saved[key].shape)}, expected {tuple(value.shape)}"
+        for key, value in expected.items()
+        if key in saved and saved[key].shape != value.shape
+    ]
+    if problems:
+        raise ValueError(f"{Path(path)} doesn't fit this model:\n  " + "\n  ".join(problems))
+    model.load_state_dict(saved, strict=False)

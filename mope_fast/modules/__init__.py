@@ -1,0 +1,8 @@
+"""Drop-in modules: routed prompts and their settings."""
+
+from .config import MoPEConfig
+from .mapper import PromptMapper
+from .output import MoPEOutput
+from .prompts import MoPELayer, PromptBank, PromptContext
+
+__all__ = ["MoPEConfig", "MoPELayer", "MoPEOutput", "PromptBank", "PromptContext", "PromptMapper"]

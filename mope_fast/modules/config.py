@@ -1,0 +1,98 @@
+"""The settings of MoPE, each with its meaning and where its default comes from."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+_PAPER = "MoPE v1 (arXiv 2403.10568), section 4.1"
+_CODE = "the authors' released code"
+_OURS = "ours"
+
+
+def _setting(default: Any, meaning: str, source: str) -> Any:
+    return field(default=default, metadata={"meaning": meaning, "source": source})
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoPEConfig:
+    """Settings of :class:`PromptBank` and :class:`MoPEFusion`; ``MoPEConfig.describe()`` prints them with meaning and source."""
+
+    num_experts: int = _setting(16, "K, prompt experts a layer routes over", _PAPER)
+    prompt_length: int = _setting(6, "L, rows of the static and of the dynamic prompt", _PAPER)
+    cross_routing_dim: int = _setting(8, "d_c, router dimensions taken from the complementary feature", _PAPER)
+    inter_routing_dim: int = _setting(2, "d_i, router dimensions taken from the layer's own class token", _PAPER)
+    temperature: float = _setting(0.1, "tau, the router softmax is over logits / tau", _PAPER)
+    noise_std: float = _setting(1 / 256, "standard deviation of the noise on logits / tau, in training only", _CODE)
+    top_k: int | None = _setting(None, "keep the k largest scores, None keeps all (the paper's sparse gate is 1 and worse)", _PAPER)
+    renormalize: bool = _setting(False, "divide kept scores by their sum; only with top_k", _OURS)
+    learn_keys: bool = _setting(
+        False, "train the routing keys; they are frozen from an orthogonal start (ablation: learned is worse)", _PAPER
+    )
+    dropout: float = _setting(0.1, "on static prompts (one mask a step) and on the mapped prompt", _CODE)
+    dynamic_dropout: float = _setting(
+        0.0, "on dynamic prompts, as the paper's text has it; rules out K/V-space mixing in training", _CODE
+    )
+    use_static: bool = _setting(True, "static prompts, P_s (ablation of table 2)", _PAPER)
+    use_dynamic: bool = _setting(True, "routed prompts, P_d (ablation of table 2)", _PAPER)
+    use_mapped: bool = _setting(True, "the complementary feature as one prompt, P_m (ablation of table 2)", _PAPER)
+    mapper_norm: str = _setting(
+        "batch", "norm in the mapper's bottleneck: 'batch', 'layer' or 'none'", _PAPER + ", appendix A: batch norm"
+    )
+    prompt_init: float | None = _setting(
+        None,
+        "static prompts and experts start uniform in +-prompt_init; None: sqrt(6 / (3 * 16 * 16 + D)), VPT's rule at 16 px patches",
+        _CODE,
+    )
+    mixing: str = _setting("auto", "'prompt', 'kv', or 'auto': K/V space where it is exact and K < B", _OURS)
+    importance_weight: float = _setting(0.01, "weight of the importance loss", _PAPER)
+    importance_threshold: float = _setting(
+        0.1, "a layer whose squared coefficient of variation is at most this has no importance loss", _PAPER
+    )
+    complementary_prompt_length: int = _setting(4, "l', rows of vanilla prompts in a supported complementary encoder", _PAPER)
+    cross_dim: int | None = _setting(None, "width of the complementary feature where it can't be inferred", _OURS)
+
+    def __post_init__(self):
+        for name, least in (
+            ("num_experts", 1), ("prompt_length", 1), ("cross_routing_dim", 1), ("inter_routing_dim", 1),
+            ("noise_std", 0), ("importance_weight", 0), ("importance_threshold", 0), ("complementary_prompt_length", 0),
+        ):  # fmt: skip
+            if not getattr(self, name) >= least:
+                raise ValueError(f"MoPEConfig.{name} must be >= {least}, got {getattr(self, name)}")
+        if self.num_experts > 1024:
+            raise ValueError(f"MoPEConfig.num_experts must be at most 1024, got {self.num_experts}")
+        if not self.temperature > 0:
+            raise ValueError(f"MoPEConfig.temperature must be > 0, got {self.temperature}")
+        for name in ("dropout", "dynamic_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"MoPEConfig.{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.top_k is not None and not 1 <= self.top_k <= self.num_experts:
+            raise ValueError(f"MoPEConfig.top_k must be 1 to num_experts ({self.num_experts}) or None, got {self.top_k}")
+        if self.renormalize and self.top_k is None:
+            raise ValueError("MoPEConfig.renormalize=True needs top_k: without a gate the scores add up to 1 already")
+        if not (self.use_static or self.use_dynamic or self.use_mapped):
+            raise ValueError("MoPEConfig has no prompt left: set use_static, use_dynamic or use_mapped")
+        for name, choices in (("mapper_norm", ("batch", "layer", "none")), ("mixing", ("auto", "prompt", "kv"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"MoPEConfig.{name} must be one of {choices}, got {getattr(self, name)!r}")
+        if self.mixing == "kv" and self.dynamic_dropout > 0:
+            raise ValueError("MoPEConfig.mixing='kv' is not exact with dynamic_dropout > 0: use 'auto' or 'prompt'")
+        if self.prompt_init is not None and not self.prompt_init > 0:
+            raise ValueError(f"MoPEConfig.prompt_init must be > 0 or None, got {self.prompt_init}")
+
+    @property
+    def needs_cross(self) -> bool:
+        """Whether any prompt depends on the complementary feature."""
+        return self.use_dynamic or self.use_mapped
+
+    def init_bound(self, width: int) -> float:
+        """Bound of the uniform start of prompts of this width."""
+        return (6 / (3 * 16 * 16 + width)) ** 0.5 if self.prompt_init is None else self.prompt_init
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def describe(cls) -> str:
+        """One line a setting: name, default, meaning, source."""
+        fields = cls.__dataclass_fields__.values()
+        return "\n".join(f"{f.name} = {f.default!r}: {f.metadata['meaning']} [{f.metadata['source']}]" for f in fields)

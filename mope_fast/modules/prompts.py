@@ -1,0 +1,224 @@
+"""Routed prompts: one layer's (``MoPELayer``), or all layers' with stacked parameters (``PromptBank``)."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import MoPEConfig
+from .mapper import PromptMapper
+from .output import MoPEOutput, Routing, expert_gram
+from .router import global_feature, linear_fp32, orthogonal_keys, routing_noise
+
+
+def _check_input(name: str, x: Tensor, width: int, batch: int | None = None, ranks: tuple[int, ...] = (2,)) -> None:
+    expected = " or ".join(f"({', '.join(('B', 'S')[: rank - 1])}, {width})" for rank in ranks)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor {expected}, got {type(x).__name__}")
+    if x.dim() not in ranks or x.shape[-1] != width:
+        raise ValueError(f"{name} must be {expected}, got {tuple(x.shape)}")
+    if x.dim() == 3 and x.shape[1] == 0:
+        raise ValueError(f"{name} must hold at least one token, got {tuple(x.shape)}")
+    if batch is not None and x.shape[0] != batch:
+        raise ValueError(f"{name} has batch {x.shape[0]}, expected {batch} as in the layer's input")
+
+
+class MoPELayer(nn.Module):
+    """Prompts of one frozen transformer layer, to be put before its tokens (MoPE, arXiv 2403.10568, equations 2 to 4).
+
+    Args:
+        dim: D, the layer's width.
+        cross_dim: width of the complementary feature psi_y.
+        num_experts, prompt_length, cross_routing_dim, inter_routing_dim, temperature, noise_std, top_k, learn_keys, dropout,
+            dynamic_dropout, use_static, use_dynamic: see :class:`MoPEConfig`.
+        **settings: any other setting of :class:`MoPEConfig`.
+
+    State: ``static_prompt`` (L, D), ``experts`` (K, L, D), ``keys`` (K, d_i + d_c), ``inter_proj``, ``cross_proj``.
+
+    Example:
+        >>> layer = MoPELayer(dim=768, cross_dim=512)
+        >>> out = layer(tokens, cross)                          # tokens (B, S, 768), cross (B, 512)
+        >>> tokens = frozen_layer(torch.cat([out.prompts, tokens], dim=1))[:, out.prompts.shape[1] :]
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        cross_dim: int,
+        num_experts: int = 16,
+        prompt_length: int = 6,
+        *,
+        cross_routing_dim: int = 8,
+        inter_routing_dim: int = 2,
+        temperature: float = 0.1,
+        noise_std: float = 1 / 256,
+        top_k: int | None = None,
+        learn_keys: bool = False,
+        dropout: float = 0.1,
+        dynamic_dropout: float = 0.0,
+        use_static: bool = True,
+        use_dynamic: bool = True,
+        **settings,
+    ):
+        super().__init__()
+        config = self.config = MoPEConfig(
+            num_experts=num_experts, prompt_length=prompt_length, cross_routing_dim=cross_routing_dim,
+            inter_routing_dim=inter_routing_dim, temperature=temperature, noise_std=noise_std, top_k=top_k, learn_keys=learn_keys,
+            dropout=dropout, dynamic_dropout=dynamic_dropout, use_static=use_static, use_dynamic=use_dynamic, **settings,
+        )  # fmt: skip
+        self.dim, self.cross_dim = dim, cross_dim
+        bound = config.init_bound(dim)
+        if use_static:
+            self.static_prompt = nn.Parameter(torch.empty(prompt_length, dim).uniform_(-bound, bound))
+        if use_dynamic:
+            self.experts = nn.Parameter(torch.empty(num_experts, prompt_length, dim).uniform_(-bound, bound))
+            self.inter_proj = nn.Linear(dim, inter_routing_dim)
+            self.cross_proj = nn.Linear(cross_dim, cross_routing_dim)
+            keys = orthogonal_keys(num_experts, inter_routing_dim + cross_routing_dim)
+            self.keys = nn.Parameter(keys) if learn_keys else nn.Buffer(keys)
+
+    def forward(self, x: Tensor, cross: Tensor | None = None, mapped: Tensor | None = None) -> MoPEOutput:
+        """Route and give the prompts.
+
+        Args:
+            x: the layer's input (B, S, D) with the class token first, or a global feature (B, D).
+            cross: (B, cross_dim), the complementary feature; may be None without dynamic prompts.
+            mapped: (B, D), the mapped prompt, or None for none.
+        """
+        _check_input("x", x, self.dim, ranks=(2, 3))
+        config, batch = self.config, x.shape[0]
+        if mapped is not None:
+            _check_input("mapped", mapped, self.dim, batch)
+            mapped = F.dropout(mapped, config.dropout, self.training)
+        routing = None
+        if config.use_dynamic:
+            _check_input("cross", cross, self.cross_dim, batch)
+            inter = linear_fp32(global_feature(x), self.inter_proj.weight, self.inter_proj.bias)
+            query = torch.cat([inter, linear_fp32(cross, self.cross_proj.weight, self.cross_proj.bias)], dim=-1)
+            logits = linear_fp32(query, self.keys)
+            noise = routing_noise(logits, config.noise_std) if self.training else None
+            routing = Routing(logits, noise, self.experts, lambda: expert_gram(self.experts), self.training)
+        elif not config.use_static and mapped is None:
+            raise ValueError("this MoPELayer has neither static nor dynamic prompts and got mapped=None: no prompt is left")
+        static = F.dropout(self.static_prompt, config.dropout, self.training) if config.use_static else None
+        return MoPEOutput(batch, x.dtype, config, static, mapped, routing)
+
+    def extra_repr(self) -> str:
+        c = self.config
+        return f"dim={self.dim}, cross_dim={self.cross_dim}, num_experts={c.num_experts}, prompt_length={c.prompt_length}"
+
+
+@dataclass
+class PromptContext:
+    """What :meth:`PromptBank.prepare` computes once per forward; ``gram`` fills on first use."""
+
+    batch: int | None
+    cross_logits: Tensor | None  # (N, B, K)
+    noise: Tensor | None  # (N, B, K)
+    static: dict[int, Tensor]  # width W -> (n, L, W), after dropout
+    mapped: dict[int, Tensor]  # width W -> (B, W), after dropout
+    gram: dict[int, Tensor] = field(default_factory=dict)  # width W -> (n, L, K, K)
+
+
+class _Stack(nn.Module):
+    """Parameters of all n layers of one width."""
+
+    def __init__(self, layers: int, width: int, config: MoPEConfig):
+        super().__init__()
+        bound = config.init_bound(width)
+        if config.use_static:
+            self.static_prompt = nn.Parameter(torch.empty(layers, config.prompt_length, width).uniform_(-bound, bound))
+        if config.use_dynamic:
+            experts = torch.empty(layers, config.num_experts, config.prompt_length, width).uniform_(-bound, bound)
+            self.experts = nn.Parameter(experts)
+            # the start of nn.Linear: uniform in +-1 / sqrt(inputs)
+            self.inter_weight = nn.Parameter(
+                torch.empty(layers, config.inter_routing_dim, width).uniform_(-(width**-0.5), width**-0.5)
+            )
+            self.inter_bias = nn.Parameter(torch.empty(layers, config.inter_routing_dim).uniform_(-(width**-0.5), width**-0.5))
+
+
+class PromptBank(nn.Module):
+    """Prompts of all layers of a frozen encoder, with parameters stacked by layer width.
+
+    ``prepare`` does all that doesn't depend on a layer's input in one matrix product each: the complementary half of every
+    layer's routing logits, and the mapped prompts. The bank is one unit for sharding.
+
+    Args:
+        dims: width of each layer, in order; N = len(dims).
+        cross_dim: width of the complementary feature; None where no prompt depends on it.
+        config: see :class:`MoPEConfig`.
+
+    Example:
+        >>> bank = PromptBank([768] * 12, cross_dim=512, config=MoPEConfig())
+        >>> context = bank.prepare(cross)                       # once per forward, cross (B, 512)
+        >>> out = bank.layer(i, tokens, context)                # at layer i, tokens (B, S, 768)
+        >>> prefixes = out.key_value(layer.norm1, layer.k_proj, layer.v_proj, num_heads=12)
+    """
+
+    def __init__(self, dims: Iterable[int], cross_dim: int | None, config: MoPEConfig | None = None):
+        super().__init__()
+        self.dims = tuple(dims)
+        self.cross_dim = cross_dim
+        config = self.config = MoPEConfig() if config is None else config
+        if not self.dims or min(self.dims) < 1:
+            raise ValueError(f"dims must list the width of at least one layer, all >= 1; got {self.dims}")
+        if config.needs_cross and cross_dim is None:
+            raise ValueError("cross_dim is None, but dynamic and mapped prompts need the complementary feature: give its width")
+        self._positions = [self.dims[:i].count(width) for i, width in enumerate(self.dims)]
+        self.stacks = nn.ModuleDict({str(width): _Stack(self.dims.count(width), width, config) for width in sorted(set(self.dims))})
+        if config.use_dynamic:
+            layers, routing_dim = len(self.dims), config.inter_routing_dim + config.cross_routing_dim
+            self.cross_proj = nn.Linear(cross_dim, layers * config.cross_routing_dim)
+            keys = torch.stack([orthogonal_keys(config.num_experts, routing_dim) for _ in self.dims])
+            self.keys = nn.Parameter(keys) if config.learn_keys else nn.Buffer(keys)
+        if config.use_mapped:
+            self.mapper = PromptMapper(cross_dim, self.dims, config.mapper_norm)
+
+    def prepare(self, cross: Tensor | None = None) -> PromptContext:
+        """Everything that doesn't depend on a layer's input, once per forward; cross is (B, cross_dim)."""
+        config = self.config
+        static = {}
+        if config.use_static:
+            static = {int(w): F.dropout(stack.static_prompt, config.dropout, self.training) for w, stack in self.stacks.items()}
+        if not config.needs_cross:
+            return PromptContext(None, None, None, static, {})
+        _check_input("cross", cross, self.cross_dim)
+        cross_logits, noise, mapped = None, None, {}
+        if config.use_dynamic:
+            query = linear_fp32(cross, self.cross_proj.weight, self.cross_proj.bias)
+            query = query.unflatten(-1, (len(self.dims), config.cross_routing_dim)).transpose(0, 1)
+            with torch.autocast(cross.device.type, enabled=False):
+                cross_logits = query @ self.keys[..., config.inter_routing_dim :].to(query.dtype).mT
+            noise = routing_noise(cross_logits, config.noise_std) if self.training else None
+        if config.use_mapped:
+            mapped = {w: F.dropout(rows, config.dropout, self.training) for w, rows in self.mapper(cross).items()}
+        return PromptContext(cross.shape[0], cross_logits, noise, static, mapped)
+
+    def layer(self, index: int, x: Tensor, context: PromptContext) -> MoPEOutput:
+        """Layer ``index``'s prompts for its input x: (B, S, D) with the class token first, or a global feature (B, D)."""
+        width, position = self.dims[index], self._positions[index]
+        _check_input("x", x, width, context.batch, ranks=(2, 3))
+        config, stack = self.config, self.stacks[str(width)]
+        routing = None
+        if config.use_dynamic:
+            inter = linear_fp32(global_feature(x), stack.inter_weight[position], stack.inter_bias[position])
+            inter_keys = self.keys[index, :, : config.inter_routing_dim].to(inter.dtype)
+            with torch.autocast(x.device.type, enabled=False):
+                logits = torch.addmm(context.cross_logits[index], inter, inter_keys.T)
+            noise = None if context.noise is None else context.noise[index]
+            routing = Routing(logits, noise, stack.experts[position], lambda: self._gram(width, context)[position], self.training)
+        static = context.static[width][position] if config.use_static else None
+        mapped = context.mapped[width] if config.use_mapped else None
+        return MoPEOutput(x.shape[0], x.dtype, config, static, mapped, routing)
+
+    def _gram(self, width: int, context: PromptContext) -> Tensor:
+        if width not in context.gram:
+            context.gram[width] = expert_gram(self.stacks[str(width)].experts)
+        return context.gram[width]
+
+    def extra_repr(self) -> str:
+        c = self.config
+        return f"layers={len(self.dims)}, cross_dim={self.cross_dim}, num_experts={c.num_experts}, prompt_length={c.prompt_length}"

@@ -1,0 +1,37 @@
+"""What every op shares: the library namespace and the guard that keeps raw ops out of autograd."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+library = torch.library.Library("mope_fast", "DEF")
+
+
+def define(schema: str, *, cpu: Callable[..., Any], cuda: Callable[..., Any], fake: Callable[..., Any], use: str) -> Any:
+    """Register one op and return its overload.
+
+    Args:
+        schema: in torch's schema language, without the namespace.
+        cpu, cuda: implementations.
+        fake: shapes, strides and dtypes of the result.
+        use: the differentiable function to call instead, for the error message.
+    """
+    name = library.define(schema)
+    library.impl(name, cpu, "CPU")
+    library.impl(name, cuda, "CUDA")
+    torch.library.register_fake(f"mope_fast::{name}", fake, lib=library)
+    overload = getattr(torch.ops.mope_fast, name).default
+
+    def refuse_gradients(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in (*args, *kwargs.values())):
+            raise RuntimeError(
+                f"torch.ops.mope_fast.{name} got an input that requires grad, and a raw op has no gradient: "
+                f"call {use}, or detach its inputs"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*args, **kwargs)
+
+    library.impl(name, refuse_gradients, "Autograd")
+    return overload

@@ -1,0 +1,259 @@
+"""``mope_fast::route_and_mix`` and its backward: CPU maths, Triton launches and the autograd function on top."""
+
+import functools
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..reference.route_and_mix import accumulator_dtype, gated_softmax, reciprocal_norm, routing_logits
+from ..reference.route_and_mix import route_and_mix as reference_route_and_mix
+from ._registration import define
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Triton's own interpreter runs the kernels on CPU tensors; it must be chosen before triton is imported."""
+
+
+@functools.cache
+def _triton_dtype(dtype: torch.dtype) -> Any:
+    import triton.language as tl
+
+    return getattr(tl, str(dtype).removeprefix("torch."))
+
+
+def _strides(tensor: Tensor | None, rank: int) -> tuple[int, ...]:
+    return (0,) * rank if tensor is None else tensor.stride()
+
+
+def _empty_rstd(logits: Tensor, experts: Tensor, gram: Tensor | None) -> Tensor:
+    shape = (0,) if gram is None else (logits.shape[0], experts.shape[1])
+    return logits.new_empty(shape, dtype=accumulator_dtype(logits, experts))
+
+
+def _empty_outputs(logits: Tensor, experts: Tensor, gram: Tensor | None, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    batch, num_experts = logits.shape
+    mixed = experts.new_empty((batch, *experts.shape[1:]), dtype=out_dtype)
+    scores = logits.new_empty((batch, num_experts), dtype=accumulator_dtype(logits, experts))
+    return mixed, scores, _empty_rstd(logits, experts, gram)
+
+
+def _fake_forward(logits, experts, noise, gram, temperature, top_k, renormalize, eps, out_dtype):
+    return _empty_outputs(logits, experts, gram, out_dtype)
+
+
+def _fake_backward(
+    grad_mixed, grad_scores, logits, experts, noise, gram, scores, rstd, temperature, top_k, renormalize, eps, needs
+):
+    return _empty_grads(logits, experts, gram, needs)
+
+
+def _empty_grads(logits: Tensor, experts: Tensor, gram: Tensor | None, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """Contiguous gradients; a tensor of no elements stands for one that nobody asked for."""
+    return (
+        logits.new_empty(logits.shape if needs[0] else (0,)),
+        experts.new_empty(experts.shape if needs[1] else (0,)),
+        experts.new_empty((0,)) if gram is None or not needs[2] else gram.new_empty(gram.shape),
+    )
+
+
+def _reference_forward(logits, experts, noise, gram, temperature, top_k, renormalize, eps, out_dtype):
+    mixed, scores = reference_route_and_mix(
+        logits,
+        experts,
+        temperature=temperature,
+        noise=noise,
+        top_k=top_k,
+        renormalize=renormalize,
+        gram=gram,
+        eps=eps,
+        dtype=out_dtype,
+    )
+    rstd = _empty_rstd(logits, experts, None) if gram is None else reciprocal_norm(scores, gram, eps)
+    return mixed.contiguous(), scores.contiguous(), rstd.contiguous()
+
+
+def _reference_backward(
+    grad_mixed, grad_scores, logits, experts, noise, gram, scores, rstd, temperature, top_k, renormalize, eps, needs
+):
+    """The formulas in the docstring of ``kernels/route_and_mix.py``, line by line."""
+    grad_logits, grad_experts, grad_gram = _empty_grads(logits, experts, gram, needs)
+    ds = torch.zeros_like(scores) if grad_scores is None else grad_scores.to(scores.dtype)
+    if grad_mixed is not None:
+        g = grad_mixed.to(scores.dtype)
+        du = torch.einsum("blm,klm->blk", g, experts.to(scores.dtype))
+        if gram is not None:
+            d_norm_sq = -0.5 * rstd.pow(3) * torch.einsum("bk,blk->bl", scores, du)
+            symmetric = (gram + gram.mT).to(scores.dtype)
+            ds = ds + torch.einsum("bl,lij,bj->bi", d_norm_sq, symmetric, scores)
+            du = du * rstd[..., None]
+            g = g * rstd[..., None]
+            if needs[2]:
+                grad_gram.copy_(torch.einsum("bl,bi,bj->lij", d_norm_sq, scores, scores))
+        ds = ds + du.sum(1)
+        if needs[1]:
+            grad_experts.copy_(torch.einsum("bk,blm->klm", scores, g))
+    else:
+        grad_experts.zero_()
+        grad_gram.zero_()
+    if needs[0]:
+        total = (scores * ds).sum(-1, keepdim=True)
+        if top_k is None or renormalize:
+            dx = scores * (ds - total)
+        else:
+            p = gated_softmax(routing_logits(logits, noise, temperature, scores.dtype), None, False)
+            dx = p * (torch.where(scores == 0, 0.0, ds) - total)
+        grad_logits.copy_(dx / temperature)
+    return grad_logits, grad_experts, grad_gram
+
+
+def _product_dtypes(mixed_dtype: torch.dtype, acc: torch.dtype) -> dict[str, Any]:
+    """Types of the matrix products: operands in the result's 16-bit type, else the accumulator's."""
+    compute = mixed_dtype if mixed_dtype.itemsize == 2 else acc
+    dot = torch.float32 if INTERPRETED and compute == torch.bfloat16 else compute
+    return {"COMPUTE": _triton_dtype(compute), "DOT": _triton_dtype(dot), "ACC": _triton_dtype(acc)}
+
+
+def _triton_forward(logits, experts, noise, gram, temperature, top_k, renormalize, eps, out_dtype):
+    from ..kernels import route_and_mix as kernels
+    from ..kernels.launch import mix_launch
+
+    mixed, scores, rstd = _empty_outputs(logits, experts, gram, out_dtype)
+    (batch, num_experts), (_, rows, width) = logits.shape, experts.shape
+    if batch == 0:
+        return mixed, scores, rstd
+    launch = mix_launch(batch, num_experts, width, experts.element_size(), gram=gram is not None)
+    tiles = rows * -(-width // launch.block_m)
+    kernels.mix_kernel[(-(-batch // launch.block_b) * tiles,)](
+        logits, noise, experts, gram, mixed, scores, rstd,
+        batch, num_experts, rows, width, 1.0 / temperature, eps,
+        *_strides(logits, 2), *_strides(noise, 2), *_strides(experts, 3), *_strides(gram, 3),
+        HAS_NOISE=noise is not None, HAS_GRAM=gram is not None, TOP_K=top_k or 0, RENORMALIZE=renormalize,
+        BLOCK_B=launch.block_b, BLOCK_K=launch.block_k, BLOCK_M=launch.block_m, K_PADDED=launch.k_padded,
+        **_product_dtypes(out_dtype, scores.dtype),
+        num_warps=launch.num_warps,
+    )  # fmt: skip
+    return mixed, scores, rstd
+
+
+def _triton_backward(
+    grad_mixed, grad_scores, logits, experts, noise, gram, scores, rstd, temperature, top_k, renormalize, eps, needs
+):
+    from ..kernels import route_and_mix as kernels
+    from ..kernels.launch import expert_grads_launch, router_grads_launch
+
+    grad_logits, grad_experts, grad_gram = _empty_grads(logits, experts, gram, needs)
+    (batch, num_experts), (_, rows, width) = logits.shape, experts.shape
+    if batch == 0 or grad_mixed is None:
+        grad_experts.zero_()
+        grad_gram.zero_()
+    if batch == 0:
+        return grad_logits, grad_experts, grad_gram
+
+    needs_gram = gram is not None and needs[2]
+    needs_partials = grad_mixed is not None and (needs[0] or needs_gram)
+    m_tiles, partials = 0, None
+    if grad_mixed is not None and (needs_partials or needs[1]):
+        launch = expert_grads_launch(batch, num_experts, rows, width, experts.element_size())
+        m_tiles = -(-width // launch.block_m)
+        if needs_partials:
+            partials = scores.new_empty((rows, m_tiles, batch, num_experts))
+        split_grads = grad_experts
+        if needs[1] and launch.splits > 1:
+            split_grads = scores.new_empty((launch.splits, *experts.shape))
+        grid = (rows * m_tiles * -(-num_experts // launch.block_k) * launch.splits,)
+        kernels.expert_grads_kernel[grid](
+            grad_mixed, scores, rstd, experts, split_grads, partials,
+            batch, num_experts, rows, width,
+            *_strides(grad_mixed, 3), *_strides(experts, 3),
+            HAS_GRAM=gram is not None, NEED_EXPERTS=needs[1], NEED_PARTIALS=needs_partials,
+            SPLITS=launch.splits, BLOCK_B=launch.block_b, BLOCK_K=launch.block_k, BLOCK_M=launch.block_m,
+            **_product_dtypes(grad_mixed.dtype, scores.dtype),
+            num_warps=launch.num_warps,
+        )  # fmt: skip
+        if split_grads is not grad_experts:
+            grad_experts.copy_(split_grads.sum(0))
+
+    if needs[0] or needs_partials:
+        grad_norm_sq = scores.new_empty((batch, rows)) if gram is not None and needs_partials else None
+        launch = router_grads_launch(num_experts, m_tiles)
+        kernels.router_grads_kernel[(batch,)](
+            partials, grad_scores, logits, noise, scores, rstd, gram, grad_logits, grad_norm_sq,
+            batch, num_experts, rows, m_tiles, 1.0 / temperature,
+            *_strides(grad_scores, 2), *_strides(logits, 2), *_strides(noise, 2), *_strides(gram, 3),
+            HAS_PARTIALS=needs_partials, HAS_GRAD_SCORES=grad_scores is not None,
+            HAS_NOISE=noise is not None, HAS_GRAM=gram is not None, NEED_LOGITS=needs[0],
+            RECOMPUTE_SOFTMAX=top_k is not None and not renormalize,
+            BLOCK_P=launch.block_p, BLOCK_I=launch.block_i, K_PADDED=launch.k_padded, ACC=_triton_dtype(scores.dtype),
+            num_warps=launch.num_warps,
+        )  # fmt: skip
+        if needs_gram and grad_norm_sq is not None:
+            weighted = grad_norm_sq.T[..., None] * scores  # (L, B, K)
+            grad_gram.copy_(torch.matmul(weighted.mT, scores))
+    return grad_logits, grad_experts, grad_gram
+
+
+route_and_mix_forward = define(
+    "route_and_mix(Tensor logits, Tensor experts, Tensor? noise, Tensor? gram, float temperature, SymInt? top_k, bool renormalize, "
+    "float eps, ScalarType out_dtype) -> (Tensor mixed, Tensor scores, Tensor rstd)",
+    cpu=_triton_forward if INTERPRETED else _reference_forward,
+    cuda=_triton_forward,
+    fake=_fake_forward,
+    use="mope_fast.functional.route_and_mix",
+)
+route_and_mix_backward = define(
+    "route_and_mix_backward(Tensor? grad_mixed, Tensor? grad_scores, Tensor logits, Tensor experts, Tensor? noise, Tensor? gram, "
+    "Tensor scores, Tensor rstd, float temperature, SymInt? top_k, bool renormalize, float eps, bool[] needs) "
+    "-> (Tensor grad_logits, Tensor grad_experts, Tensor grad_gram)",
+    cpu=_triton_backward if INTERPRETED else _reference_backward,
+    cuda=_triton_backward,
+    fake=_fake_backward,
+    use="mope_fast.functional.route_and_mix",
+)
+
+
+class _RouteAndMix(torch.autograd.Function):
+    """Gradients for logits, experts and gram, each only if asked for. Noise and hyper-parameters take none."""
+
+    @staticmethod
+    def forward(logits, experts, noise, gram, temperature, top_k, renormalize, eps, out_dtype):
+        return route_and_mix_forward(logits, experts, noise, gram, temperature, top_k, renormalize, eps, out_dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        logits, experts, noise, gram, ctx.temperature, ctx.top_k, ctx.renormalize, ctx.eps, _ = inputs
+        _, scores, rstd = output
+        ctx.save_for_backward(logits, experts, noise, gram, scores, rstd)
+        ctx.mark_non_differentiable(rstd)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_mixed, grad_scores, _):
+        if grad_mixed is None and grad_scores is None:
+            return (None,) * 9
+        logits, experts, noise, gram, scores, rstd = ctx.saved_tensors
+        needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
+        grad_logits, grad_experts, grad_gram = route_and_mix_backward(
+            grad_mixed, grad_scores, logits, experts, noise, gram, scores, rstd,
+            ctx.temperature, ctx.top_k, ctx.renormalize, ctx.eps, needs,
+        )  # fmt: skip
+        grads = [grad if need else None for grad, need in zip((grad_logits, grad_experts, grad_gram), needs, strict=True)]
+        return grads[0], grads[1], None, grads[2], None, None, None, None, None
+
+
+def route_and_mix(
+    logits: Tensor,
+    experts: Tensor,
+    noise: Tensor | None,
+    gram: Tensor | None,
+    temperature: float,
+    top_k: int | None,
+    renormalize: bool,
+    eps: float,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Differentiable ``mope_fast::route_and_mix``, without checks: see :func:`mope_fast.functional.route_and_mix`."""
+    mixed, scores, _ = _RouteAndMix.apply(logits, experts, noise, gram, temperature, top_k, renormalize, eps, out_dtype)
+    return mixed, scores

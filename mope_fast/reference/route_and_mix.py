@@ -1,0 +1,57 @@
+"""Router softmax, gate and expert mixing in plain PyTorch: what ``functional.route_and_mix`` means."""
+
+import torch
+from torch import Tensor
+
+
+def accumulator_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any input is, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def routing_logits(logits: Tensor, noise: Tensor | None, temperature: float, dtype: torch.dtype) -> Tensor:
+    """``logits / temperature + noise``, the argument of the softmax, in ``dtype``."""
+    x = logits.to(dtype) / temperature
+    return x if noise is None else x + noise.to(dtype)
+
+
+def kept_experts(x: Tensor, top_k: int) -> Tensor:
+    """(B, K) bool: the ``top_k`` largest entries of each row; among equals the lower index goes first."""
+    order = x.argsort(dim=-1, descending=True, stable=True)
+    return torch.zeros_like(x, dtype=torch.bool).scatter(-1, order[:, :top_k], True)
+
+
+def gated_softmax(x: Tensor, top_k: int | None, renormalize: bool) -> Tensor:
+    """Softmax of each row with all but the ``top_k`` largest set to zero, ``renormalize``d to add up to one if asked."""
+    scores = torch.softmax(x, dim=-1)
+    if top_k is None:
+        return scores
+    scores = torch.where(kept_experts(x, top_k), scores, 0.0)
+    return scores / scores.sum(-1, keepdim=True) if renormalize else scores
+
+
+def reciprocal_norm(scores: Tensor, gram: Tensor, eps: float) -> Tensor:
+    """(B, L): ``1 / sqrt(r' gram_l r + eps)``."""
+    return torch.rsqrt(torch.einsum("bi,lij,bj->bl", scores, gram.to(scores.dtype), scores) + eps)
+
+
+def route_and_mix(
+    logits: Tensor,
+    experts: Tensor,
+    *,
+    temperature: float = 0.1,
+    noise: Tensor | None = None,
+    top_k: int | None = None,
+    renormalize: bool = False,
+    gram: Tensor | None = None,
+    eps: float = 1e-5,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`mope_fast.functional.route_and_mix`; ``dtype`` is that of ``mixed`` (default: the table's)."""
+    dtype = experts.dtype if dtype is None else dtype
+    x = routing_logits(logits, noise, temperature, accumulator_dtype(logits, experts))
+    scores = gated_softmax(x, top_k, renormalize)
+    mixed = torch.einsum("bk,klm->blm", scores.to(dtype), experts.to(dtype))
+    if gram is not None:
+        mixed = (mixed * reciprocal_norm(scores, gram, eps)[..., None]).to(dtype)
+    return mixed, scores

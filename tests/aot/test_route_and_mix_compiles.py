@@ -1,0 +1,98 @@
+"""Every launch-table entry of route_and_mix compiles for sm_80, sm_86 and sm_90, fits, and moves its data in wide words."""
+
+import re
+
+import pytest
+import torch
+from compiler import SHARED_MEMORY, Recorder, compile_launch
+
+pytestmark = pytest.mark.aot
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+# (batch, experts, rows, width, dtype, settings): the branches of kernels/launch.py, and each constexpr of the kernels
+CASES = [
+    (64, 16, 6, 768, BF16, {}),
+    (64, 16, 6, 768, FP32, {}),
+    (64, 16, 6, 1536, BF16, {"gram": True}),
+    (300, 16, 6, 768, FP16, {"noise": True}),
+    (8192, 16, 6, 768, BF16, {}),
+    (8192, 16, 6, 768, FP32, {"noise": True}),
+    (8192, 256, 6, 1536, BF16, {"gram": True}),
+    (8192, 256, 6, 768, FP32, {}),
+    (64, 1024, 6, 768, BF16, {"gram": True, "top_k": 4}),
+    (64, 1024, 6, 768, FP32, {"gram": True, "top_k": 4, "renormalize": True}),
+    (1, 1, 1, 1, FP32, {}),
+    (17, 7, 3, 34, BF16, {"gram": True, "noise": True, "top_k": 2}),
+    (64, 16, 6, 768, FP32, {"out_dtype": BF16}),
+]
+COMMON = [CASES[0], CASES[1], CASES[2], CASES[4]]
+
+
+@pytest.fixture
+def record(monkeypatch):
+    """A function that gives the launches of a forward and a backward."""
+    from mope_fast.kernels import route_and_mix as kernels
+
+    from mope_fast.ops import route_and_mix as ops
+
+    launches = []
+    for name in ("mix_kernel", "expert_grads_kernel", "router_grads_kernel"):
+        monkeypatch.setattr(kernels, name, Recorder(getattr(kernels, name), launches))
+
+    def run(batch, experts, rows, width, dtype, settings, view=lambda tensor: tensor):
+        options = {"gram": False, "noise": False, "top_k": None, "renormalize": False, "out_dtype": dtype, **settings}
+        logits = view(torch.empty(batch, experts))
+        table = view(torch.empty(experts, rows, width, dtype=dtype))
+        noise = view(torch.empty(batch, experts)) if options["noise"] else None
+        gram = view(torch.empty(rows, experts, experts)) if options["gram"] else None
+        common = (0.1, options["top_k"], options["renormalize"], 1e-5)
+        mixed, scores, rstd = ops._triton_forward(logits, table, noise, gram, *common, options["out_dtype"])
+        needs = [True, True, gram is not None]
+        ops._triton_backward(view(mixed), view(scores), logits, table, noise, gram, scores, rstd, *common, needs)
+        assert len(launches) == 3
+        return list(launches)
+
+    return run
+
+
+def misaligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The same shape and strides, one element off every boundary of 16 bytes."""
+    return torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape)
+
+
+def transposed(tensor: torch.Tensor) -> torch.Tensor:
+    """The same shape, the first dimension innermost."""
+    order = list(range(tensor.dim()))
+    return torch.empty([tensor.shape[i] for i in order[::-1]], dtype=tensor.dtype).permute(order[::-1])
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_compiles_and_fits(case, capability, record):
+    for launch in record(*case):
+        compiled = compile_launch(launch, capability)
+        assert compiled.shared <= SHARED_MEMORY[capability], compiled.name
+        assert ".tf32" not in compiled.ptx, f"{compiled.name} rounds float32 products to TF32"
+
+
+@pytest.mark.parametrize("view", [misaligned, transposed])
+def test_compiles_for_other_layouts(view, record):
+    for launch in record(*CASES[2], view=view):
+        assert compile_launch(launch, 90).shared <= SHARED_MEMORY[90]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_spills_nothing_on_sm_90(case, record):
+    for launch in record(*case):
+        compiled = compile_launch(launch, 90)
+        assert compiled.spills == 0, f"{compiled.name}: {compiled.spills} bytes of local memory"
+
+
+@pytest.mark.parametrize("case", COMMON, ids=str)
+def test_tables_and_results_move_in_words_of_16_bytes_on_sm_90(case, record):
+    mix, expert_grads, _ = (compile_launch(launch, 90).ptx for launch in record(*case))
+    for name, ptx in (("mix_kernel", mix), ("expert_grads_kernel", expert_grads)):
+        loads = re.findall(r"ld\.global[.\w:]*", ptx)
+        assert any(load.endswith(".v4.b32") for load in loads), f"{name}: {set(loads)}"
+        assert not any(load.endswith((".b16", ".b8")) for load in loads), f"{name}: {set(loads)}"
+        assert re.search(r"st\.global[.\w:]*\.v4\.b32", ptx), f"{name}: narrow stores"
