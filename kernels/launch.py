@@ -69,7 +69,8 @@ def expert_grads_launch(batch: int, experts: int, rows: int, width: int, itemsiz
     block_m = _power_of_2_in(width, 16, 32 if small else (64 if itemsize > 2 else 256 if block_k == 16 else 128))
     tiles = rows * -(-width // block_m) * -(-experts // block_k)
     splits = 1 if small else max(1, min(-(-TARGET_PROGRAMS // tiles), batch // 128))
-    return ExpertGradsLaunch(splits, 16 if small or itemsize > 2 else 32, block_k, block_m, 4)
+    # two warps where a tile has 512 elements: 16 bytes for each thread
+    return ExpertGradsLaunch(splits, 16 if small or itemsize > 2 else 32, block_k, block_m, 2 if small and itemsize == 2 else 4)
 
 
 def router_grads_launch(experts: int, m_tiles: int) -> RouterGradsLaunch:
