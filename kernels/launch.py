@@ -61,14 +61,14 @@ def mix_launch(batch: int, experts: int, width: int, itemsize: int, *, gram: boo
 def expert_grads_launch(batch: int, experts: int, rows: int, width: int, itemsize: int) -> ExpertGradsLaunch:
     """Tile sizes of the experts' gradient and of its share of the scores' gradient.
 
-    Small batches take narrow tiles, so that one launch without splits fills the GPU; large ones take wide tiles
-    (fewer partial sums to write) and split the batch.
+    Small batches take narrow tiles, so that one launch fills the GPU; large ones take wide tiles: fewer partial sums to write.
+    The batch is split where tiles alone don't fill it.
     """
     small = batch <= 512
     block_k = _power_of_2_in(experts, 16, 64 if itemsize == 2 else 16)
     block_m = _power_of_2_in(width, 16, 32 if small else (64 if itemsize > 2 else 256 if block_k == 16 else 128))
     tiles = rows * -(-width // block_m) * -(-experts // block_k)
-    splits = 1 if small else max(1, min(-(-TARGET_PROGRAMS // tiles), batch // 128))
+    splits = max(1, min(-(-TARGET_PROGRAMS // tiles), batch // 128))
     # two warps where a tile has 512 elements: 16 bytes for each thread
     return ExpertGradsLaunch(splits, 16 if small or itemsize > 2 else 32, block_k, block_m, 2 if small and itemsize == 2 else 4)
 

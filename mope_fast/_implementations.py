@@ -1,5 +1,6 @@
 """Which implementation each function would use, and why the others would not. Nothing here queries a device at import."""
 
+import functools
 import importlib.util
 import os
 from collections.abc import Callable
@@ -16,6 +17,7 @@ Reason = Callable[[torch.device, torch.dtype], str | None]
 
 
 @torch.compiler.assume_constant_result
+@functools.cache
 def _compute_capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 

@@ -12,6 +12,7 @@ import torch.distributed
 from torch import Tensor
 
 from . import reference
+from ._autocast import autocast_dtype, without_autocast
 from ._checks import check_importance_loss, check_prompt_attention, check_route_and_mix
 from ._implementations import choose
 from .ops.prompt_attention import sdpa
@@ -19,14 +20,6 @@ from .ops.route_and_mix import route_and_mix as _route_and_mix_op
 from .reference.importance import importance_loss_of_sums
 
 __all__ = ["importance_loss", "prompt_attention", "route_and_mix"]
-
-
-def _output_dtype(table: Tensor) -> torch.dtype:
-    """The autocast dtype where autocast is on and the table isn't float64, else the table's."""
-    device = table.device.type
-    if table.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return table.dtype
 
 
 def route_and_mix(
@@ -67,10 +60,10 @@ def route_and_mix(
         RuntimeError: ``impl`` can't run here.
     """
     check_route_and_mix(logits, experts, temperature, noise, top_k, renormalize, gram, eps)
-    dtype = _output_dtype(experts)
+    dtype = autocast_dtype(experts)
     if choose("route_and_mix", impl, logits.device, torch.promote_types(logits.dtype, experts.dtype)) == "triton":
         return _route_and_mix_op(logits, experts, noise, gram, temperature, top_k, renormalize, eps, dtype)
-    with torch.autocast(logits.device.type, enabled=False):
+    with without_autocast(logits.device.type):
         return reference.route_and_mix(
             logits,
             experts,

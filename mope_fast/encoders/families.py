@@ -40,7 +40,7 @@ class EncoderFamily:
         layers: encoder -> its layers' facts, in order.
         feature: (encoder's output, its keyword arguments) -> the global feature (B, D), over tokens only.
         feature_width: encoder -> D of the feature.
-        attach: make the encoder's attention call ours; returns the function that undoes it.
+        attach: make the encoder's attention call ours (see :func:`prefixes_of`); returns what undoes it, called with the encoder.
         problem: encoder -> why this one can't take prompts, or None.
     """
 
@@ -50,7 +50,7 @@ class EncoderFamily:
     layers: Callable[[nn.Module], Sequence[PromptedLayer]]
     feature: Callable[[Any, dict[str, Any]], Tensor]
     feature_width: Callable[[nn.Module], int]
-    attach: Callable[[nn.Module], Callable[[], None]]
+    attach: Callable[[nn.Module], Callable[[nn.Module], None]]
     problem: Callable[[nn.Module], str | None] = lambda encoder: None
 
 

@@ -1,5 +1,6 @@
 """A frozen encoder that takes prompts as keys and values of its layers."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,24 +43,23 @@ class PromptedEncoder(nn.Module):
         if any(hasattr(layer.attention, _SLOT) for layer in self.family.layers(encoder)):
             raise ValueError(f"this {type(encoder).__name__} already takes prompts from another model: unwrap() that one first")
         self.encoder = encoder.requires_grad_(False).eval()
-        layers = self.family.layers(encoder)
-        self.widths = [layer.width for layer in layers]
+        self.layers = self.family.layers(encoder)
+        self.widths = [layer.width for layer in self.layers]
         self.feature_width = self.family.feature_width(encoder)
-        self.layers = layers
         self._provider: PromptProvider | None = None
         self._restore = self.family.attach(encoder)
+        self._attached = True
         self._hooks = []
-        for index, layer in enumerate(layers):
-            slot = _Slot()
-            setattr(layer.attention, _SLOT, slot)
-            self._hooks.append(layer.module.register_forward_pre_hook(self._hook(index, slot), with_kwargs=True))
+        for index, layer in enumerate(self.layers):
+            setattr(layer.attention, _SLOT, _Slot())
+            # a bound method, not a closure: a deep copy of the model gets hooks of its own
+            hook = functools.partial(self._provide, index)
+            self._hooks.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
 
-    def _hook(self, index: int, slot: _Slot) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def provide(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden_states = args[0] if args else kwargs["hidden_states"]
-            slot.prefixes = () if self._provider is None else self._provider(index, hidden_states)
-
-        return provide
+    def _provide(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        prefixes = () if self._provider is None else self._provider(index, hidden_states)
+        getattr(self.layers[index].attention, _SLOT).prefixes = prefixes
 
     def forward(self, inputs: Tensor | dict[str, Any], prompts: PromptProvider | None = None) -> Tensor:
         """The encoder's global feature (B, D), over tokens only.
@@ -68,6 +68,8 @@ class PromptedEncoder(nn.Module):
             inputs: the encoder's main input, or a dict of its keyword arguments.
             prompts: called once for each layer with its input; None for the plain encoder.
         """
+        if not self._attached:
+            raise RuntimeError("this model was unwrapped and has given its encoder back: make a new one on it")
         if isinstance(inputs, Tensor):
             inputs = {self.family.input_name: inputs}
         self._provider = prompts
@@ -84,12 +86,14 @@ class PromptedEncoder(nn.Module):
         return super().train(False)
 
     def detach(self) -> nn.Module:
-        """Undo the wrapping and return the encoder; its parameters stay frozen."""
-        for hook in self._hooks:
-            hook.remove()
-        for layer in self.layers:
-            delattr(layer.attention, _SLOT)
-        self._restore()
+        """Undo the wrapping and return the encoder, its parameters still frozen; this module can't be used afterwards."""
+        if self._attached:
+            for hook in self._hooks:
+                hook.remove()
+            for layer in self.layers:
+                delattr(layer.attention, _SLOT)
+            self._restore(self.encoder)
+            self._attached = False
         return self.encoder
 
     def extra_repr(self) -> str:

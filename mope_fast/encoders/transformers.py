@@ -4,6 +4,7 @@
 untouched: without one transformers passes no mask at all, and the stock ones build a 4-D mask and wait for the device.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,14 +41,18 @@ def _padding_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: An
     return attention_mask
 
 
-def _attach(encoder: nn.Module) -> Callable[[], None]:
+def _set_attention(implementation: str, encoder: nn.Module) -> None:
+    encoder.set_attn_implementation(implementation)
+
+
+def _attach(encoder: nn.Module) -> Callable[[nn.Module], None]:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _padding_mask)
     previous = encoder.config._attn_implementation
     encoder.set_attn_implementation(NAME)
-    return lambda: encoder.set_attn_implementation(previous)
+    return functools.partial(_set_attention, previous)
 
 
 def _hidden_size(encoder: nn.Module) -> int:

@@ -1,20 +1,24 @@
 """Trained parts on disk: one JSON description that names one safetensors file, replaced together or not at all."""
 
+import dataclasses
 import hashlib
 import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor
+
+from ..modules import MoPEConfig
 
 if TYPE_CHECKING:
     from .fusion import MoPEFusion
 
 DESCRIPTION = "mope_fast.json"
 FORMAT = 1
+KEYS = ("main", "complementary", "config", "head", "num_classes", "problem_type", "weights")
 
 
 def describe(model: "MoPEFusion") -> dict[str, Any]:
@@ -45,15 +49,19 @@ def _write_atomically(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
+def _weights_name(data: bytes) -> str:
+    return f"mope_fast-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
+
+
 def save(path: str | os.PathLike[str], state: dict[str, Tensor], description: dict[str, Any]) -> None:
     """Write the weights under a name made of their content, then the description that names them, then drop older weights."""
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     data = serialize({key: value.detach().cpu().contiguous() for key, value in state.items()}, {"format": "pt"})
-    weights = f"mope_fast-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
+    weights = _weights_name(data)
     _write_atomically(folder / weights, data)
     _write_atomically(folder / DESCRIPTION, json.dumps({**description, "weights": weights}, indent=2).encode())
-    for old in folder.glob("mope_fast-*.safetensors"):
+    for old in (*folder.glob("mope_fast-*.safetensors"), *folder.glob(".mope_fast*.tmp")):
         if old.name != weights:
             old.unlink(missing_ok=True)
 
@@ -63,7 +71,7 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it isn't one of ours, or of a newer format.
+        ValueError: it isn't one of ours, is damaged, or is of a newer version.
     """
     file = Path(path) / DESCRIPTION
     if not file.is_file():
@@ -75,6 +83,11 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         got = description.get("format") if isinstance(description, dict) else type(description).__name__
         raise ValueError(f"{file} has format {got!r}, expected {FORMAT}: save it again with this version, or update mope_fast")
+    if missing := [key for key in KEYS if key not in description]:
+        raise ValueError(f"{file} lacks {missing}: restore it, or save the model again")
+    known = {field.name for field in dataclasses.fields(MoPEConfig)}
+    if unknown := [key for key in description["config"] if key not in known]:
+        raise ValueError(f"{file} has settings that this version doesn't know: {unknown}; update mope_fast")
     return description
 
 
@@ -92,11 +105,10 @@ def load(path: str | os.PathLike[str], model: "MoPEFusion", description: dict[st
     weights = Path(path) / description["weights"]
     if not weights.is_file():
         raise FileNotFoundError(f"{weights} does not exist, but {DESCRIPTION} names it: copy the whole folder")
-    try:
-        with safe_open(weights, framework="pt") as file:
-            saved = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{weights} is damaged ({error}): restore it, or save the model again") from None
+    data = weights.read_bytes()
+    if _weights_name(data) != weights.name:
+        raise ValueError(f"{weights} is damaged (its content doesn't match its name): restore it, or save the model again")
+    saved = deserialize(data)
     expected = model.trained_state_dict()
     problems += [f"missing: {key}" for key in expected if key not in saved]
     problems += [f"unexpected: {key}" for key in saved if key not in expected]

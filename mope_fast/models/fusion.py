@@ -78,15 +78,18 @@ class MoPEFusion(nn.Module):
         self.config = dataclasses.replace(config, cross_dim=cross_dim)
         self.problem_type = problem_type
         self.main = PromptedEncoder(main)
+        try:
+            self.complementary = PromptedEncoder(complementary) if encodes else complementary
+        except ValueError:
+            self.main.detach()
+            raise
         self.bank = PromptBank(self.main.widths, cross_dim, self.config)
         self.complementary_bank = None
-        self.complementary = complementary
         if encodes:
-            self.complementary = PromptedEncoder(complementary)
             if config.complementary_prompt_length:
                 self.complementary_bank = PromptBank(self.complementary.widths, None, _vanilla(config))
         elif isinstance(complementary, nn.Module):
-            self.complementary = complementary.requires_grad_(False).eval()
+            complementary.requires_grad_(False).eval()
         self.head = head if num_classes is None else nn.Linear(self.main.feature_width, num_classes)
 
     def forward(

@@ -57,6 +57,8 @@ class MoPEConfig:
         ):  # fmt: skip
             if not getattr(self, name) >= least:
                 raise ValueError(f"MoPEConfig.{name} must be >= {least}, got {getattr(self, name)}")
+        if self.cross_dim is not None and self.cross_dim < 1:
+            raise ValueError(f"MoPEConfig.cross_dim must be >= 1 or None, got {self.cross_dim}")
         if self.num_experts > 1024:
             raise ValueError(f"MoPEConfig.num_experts must be at most 1024, got {self.num_experts}")
         if not self.temperature > 0:

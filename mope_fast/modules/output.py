@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
+from .._autocast import without_autocast
 from .config import MoPEConfig
 
 Projection = Callable[[Tensor], Tensor]
@@ -25,7 +26,7 @@ def expert_gram(experts: Tensor) -> Tensor:
     Returns:
         (..., L, K, K) in float32 (float64 for float64), whatever autocast says.
     """
-    with torch.autocast(experts.device.type, enabled=False):
+    with without_autocast(experts.device.type):
         rows = experts.to(torch.promote_types(experts.dtype, torch.float32)).transpose(-2, -3)
         rows = rows - rows.mean(-1, keepdim=True)
         return rows @ rows.mT / experts.shape[-1]
@@ -124,44 +125,37 @@ class MoPEOutput:
             Up to two (key, value) pairs (1 or B, H, P, Dh): static, and [dynamic | mapped].
         """
         in_kv_space = self.routing is not None and self._mixes_in_kv_space(norm, key_norm)
-        length = self.config.prompt_length
-        static = [] if self.static_rows is None else [self.static_rows]
-        mapped = [] if self.mapped_rows is None else [self.mapped_rows]
+        sources = {"static": self.static_rows, "mapped": self.mapped_rows}
         if in_kv_space:
             experts = self.routing.experts
-            sources = [*static, *mapped, experts.flatten(0, 1), experts.new_zeros(1, experts.shape[-1])]
-        else:
-            dynamic = [] if self.routing is None else [self.dynamic.flatten(0, 1)]
-            sources = [*static, *mapped, *dynamic]
-        sizes = [len(rows) for rows in sources]
-        rows = torch.cat([rows.to(self.dtype) for rows in sources])
+            sources |= {"experts": experts.flatten(0, 1), "zero": experts.new_zeros(1, experts.shape[-1])}
+        elif self.routing is not None:
+            sources["dynamic"] = self.dynamic.flatten(0, 1)
+        sources = {name: rows for name, rows in sources.items() if rows is not None}
+        sizes = {name: len(rows) for name, rows in sources.items()}
+        rows = torch.cat([rows.to(self.dtype) for rows in sources.values()])
         if norm is not None:
             rows = norm(rows)
-        if in_kv_space:
-            # the linear part of an affine map is its value less its value at zero, the norm's value at zero is its bias
-            shift = rows[-1:] if norm is not None else None
-            if norm is not None:
-                start = len(rows) - 1 - sizes[-2]
-                rows = torch.cat([rows[:start], rows[start:-1] - shift, torch.zeros_like(shift), shift])
-        key_rows, value_rows = k_proj(rows), v_proj(rows)
+            if in_kv_space:
+                # the linear part of an affine map is its value less its value at zero; the norm's value at zero is its bias
+                *others, normed_experts, bias = rows.split(list(sizes.values()))
+                rows = torch.cat([*others, normed_experts - bias, torch.zeros_like(bias), bias])
+                sizes["bias"] = 1
+        keys, values = (dict(zip(sizes, proj(rows).split(list(sizes.values())), strict=True)) for proj in (k_proj, v_proj))
 
-        prefixes: list[Prefix] = []
-        if static:
-            prefixes.append((_heads(key_rows[:length][None], num_heads), _heads(value_rows[:length][None], num_heads)))
-            key_rows, value_rows = key_rows[length:], value_rows[length:]
-        per_sample: list[list[Tensor]] = [[], []]
-        if mapped:
-            per_sample = [[key_rows[: self.batch][:, None]], [value_rows[: self.batch][:, None]]]
-            key_rows, value_rows = key_rows[self.batch :], value_rows[self.batch :]
         if in_kv_space:
-            keys, values = self._mix_in_kv_space(key_rows, value_rows, norm)
-            per_sample = [[keys, *per_sample[0]], [values, *per_sample[1]]]
+            keys["dynamic"], values["dynamic"] = self._mix_in_kv_space(keys, values, norm)
         elif self.routing is not None:
-            shape = (self.batch, length)
-            per_sample = [[key_rows.unflatten(0, shape), *per_sample[0]], [value_rows.unflatten(0, shape), *per_sample[1]]]
-        if per_sample[0]:
-            keys, values = (torch.cat(parts, dim=1) for parts in per_sample)
-            prefixes.append((_heads(keys, num_heads), _heads(values, num_heads)))
+            shape = (self.batch, self.config.prompt_length)
+            keys["dynamic"], values["dynamic"] = keys["dynamic"].unflatten(0, shape), values["dynamic"].unflatten(0, shape)
+        if "mapped" in sources:
+            keys["mapped"], values["mapped"] = keys["mapped"][:, None], values["mapped"][:, None]
+        prefixes: list[Prefix] = []
+        if "static" in sources:
+            prefixes.append((_heads(keys["static"][None], num_heads), _heads(values["static"][None], num_heads)))
+        if per_sample := [name for name in ("dynamic", "mapped") if name in keys]:
+            parts = ([rows[name] for name in per_sample] for rows in (keys, values))
+            prefixes.append(tuple(_heads(torch.cat(rows, dim=1), num_heads) for rows in parts))
         if key_norm is not None:
             prefixes = [(key_norm(keys), values) for keys, values in prefixes]
         return prefixes
@@ -179,21 +173,21 @@ class MoPEOutput:
             raise ValueError(f"MoPEConfig.mixing='kv' is not exact here: {problem}; use mixing='auto' or 'prompt'")
         return problem is None and (config.mixing == "kv" or (config.mixing == "auto" and config.num_experts < self.batch))
 
-    def _mix_in_kv_space(self, key_rows: Tensor, value_rows: Tensor, norm: nn.Module | None) -> tuple[Tensor, Tensor]:
-        """Rows [experts | value at zero | value at the norm's bias] -> the mixed prompts' keys and values (B, L, H * Dh)."""
-        num_experts, length = self.config.num_experts, self.config.prompt_length
-        rows = torch.cat([key_rows, value_rows], dim=-1)
-        experts, ends = rows[: num_experts * length], rows[num_experts * length :]
-        table = (experts - ends[:1]).unflatten(0, (num_experts, length))
-        gram, eps = None, 1e-5
-        if norm is not None:
-            gram, eps = self.routing.gram(), norm.eps
+    def _mix_in_kv_space(self, keys: dict[str, Tensor], values: dict[str, Tensor], norm: nn.Module | None) -> tuple[Tensor, Tensor]:
+        """Keys and values of all experts, of zero and of the norm's bias -> those of the mixed prompts, (B, L, H * Dh) each."""
+        both = {name: torch.cat([keys[name], values[name]], dim=-1) for name in ("experts", "zero", "bias") if name in keys}
+        table = (both["experts"] - both["zero"]).unflatten(0, (self.config.num_experts, self.config.prompt_length))
+        if norm is None:
+            mixed, self._scores = self._mix(table)
+            shift = both["zero"]
+        else:
             # the norm has divided each expert by its own deviation: undo that, the mixture has another
-            deviation = (gram.diagonal(dim1=-2, dim2=-1) + eps).sqrt().T  # (K, L)
-            table = table * deviation[..., None].to(table.dtype)
-        mixed, self._scores = self._mix(table, gram, eps)
-        mixed = mixed + ends[-1].to(mixed.dtype)
-        return mixed.split([key_rows.shape[-1], value_rows.shape[-1]], dim=-1)
+            gram = self.routing.gram()
+            deviation = (gram.diagonal(dim1=-2, dim2=-1) + norm.eps).sqrt().T  # (K, L)
+            mixed, self._scores = self._mix(table * deviation[..., None].to(table.dtype), gram, norm.eps)
+            shift = both["bias"]
+        mixed = mixed + shift.to(mixed.dtype)
+        return mixed.split([keys["experts"].shape[-1], values["experts"].shape[-1]], dim=-1)
 
 
 def _heads(rows: Tensor, num_heads: int) -> Tensor:

@@ -1,12 +1,15 @@
 """Routed prompts: one layer's (``MoPELayer``), or all layers' with stacked parameters (``PromptBank``)."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._autocast import without_autocast
 from .config import MoPEConfig
 from .mapper import PromptMapper
 from .output import MoPEOutput, Routing, expert_gram
@@ -22,7 +25,7 @@ def _check_input(name: str, x: Tensor, width: int, batch: int | None = None, ran
     if x.dim() == 3 and x.shape[1] == 0:
         raise ValueError(f"{name} must hold at least one token, got {tuple(x.shape)}")
     if batch is not None and x.shape[0] != batch:
-        raise ValueError(f"{name} has batch {x.shape[0]}, expected {batch} as in the layer's input")
+        raise ValueError(f"{name} has batch {x.shape[0]}, expected {batch}: tokens and complementary features of the same samples")
 
 
 class MoPELayer(nn.Module):
@@ -110,16 +113,29 @@ class MoPELayer(nn.Module):
         return f"dim={self.dim}, cross_dim={self.cross_dim}, num_experts={c.num_experts}, prompt_length={c.prompt_length}"
 
 
+class _LayerRouter(NamedTuple):
+    """One layer's share of the stacked router, its complementary half computed."""
+
+    cross_logits: Tensor  # (B, K)
+    noise: Tensor | None  # (B, K)
+    inter_weight: Tensor  # (d_i, D)
+    inter_bias: Tensor  # (d_i,)
+    inter_keys: Tensor  # (d_i, K)
+    experts: Tensor  # (K, L, D)
+    gram: Callable[[], Tensor]  # () -> (L, K, K)
+
+
 @dataclass
 class PromptContext:
-    """What :meth:`PromptBank.prepare` computes once per forward; ``gram`` fills on first use."""
+    """What :meth:`PromptBank.prepare` computes once per forward.
+
+    One entry for each layer: stacked parameters are taken apart once, so that their gradients are put together once.
+    """
 
     batch: int | None
-    cross_logits: Tensor | None  # (N, B, K)
-    noise: Tensor | None  # (N, B, K)
-    static: dict[int, Tensor]  # width W -> (n, L, W), after dropout
-    mapped: dict[int, Tensor]  # width W -> (B, W), after dropout
-    gram: dict[int, Tensor] = field(default_factory=dict)  # width W -> (n, L, K, K)
+    static: list[Tensor | None]  # (L, D), after dropout
+    mapped: list[Tensor | None]  # (B, D), after dropout
+    routers: list[_LayerRouter | None]
 
 
 class _Stack(nn.Module):
@@ -138,6 +154,18 @@ class _Stack(nn.Module):
                 torch.empty(layers, config.inter_routing_dim, width).uniform_(-(width**-0.5), width**-0.5)
             )
             self.inter_bias = nn.Parameter(torch.empty(layers, config.inter_routing_dim).uniform_(-(width**-0.5), width**-0.5))
+
+
+def _grams(stack: _Stack) -> list[Callable[[], Tensor]]:
+    """For each layer a function that gives its Gram matrices; the first call computes all layers'."""
+    computed: list[Tensor] = []
+
+    def gram(position: int) -> Tensor:
+        if not computed:
+            computed.extend(expert_gram(stack.experts).unbind())
+        return computed[position]
+
+    return [partial(gram, position) for position in range(len(stack.experts))]
 
 
 class PromptBank(nn.Module):
@@ -167,7 +195,6 @@ class PromptBank(nn.Module):
             raise ValueError(f"dims must list the width of at least one layer, all >= 1; got {self.dims}")
         if config.needs_cross and cross_dim is None:
             raise ValueError("cross_dim is None, but dynamic and mapped prompts need the complementary feature: give its width")
-        self._positions = [self.dims[:i].count(width) for i, width in enumerate(self.dims)]
         self.stacks = nn.ModuleDict({str(width): _Stack(self.dims.count(width), width, config) for width in sorted(set(self.dims))})
         if config.use_dynamic:
             layers, routing_dim = len(self.dims), config.inter_routing_dim + config.cross_routing_dim
@@ -180,44 +207,53 @@ class PromptBank(nn.Module):
     def prepare(self, cross: Tensor | None = None) -> PromptContext:
         """Everything that doesn't depend on a layer's input, once per forward; cross is (B, cross_dim)."""
         config = self.config
-        static = {}
+        static = mapped = routers = [None] * len(self.dims)
         if config.use_static:
-            static = {int(w): F.dropout(stack.static_prompt, config.dropout, self.training) for w, stack in self.stacks.items()}
+            static = self._per_layer(lambda stack: F.dropout(stack.static_prompt, config.dropout, self.training).unbind())
         if not config.needs_cross:
-            return PromptContext(None, None, None, static, {})
+            return PromptContext(None, static, mapped, routers)
         _check_input("cross", cross, self.cross_dim)
-        cross_logits, noise, mapped = None, None, {}
         if config.use_dynamic:
-            query = linear_fp32(cross, self.cross_proj.weight, self.cross_proj.bias)
-            query = query.unflatten(-1, (len(self.dims), config.cross_routing_dim)).transpose(0, 1)
-            with torch.autocast(cross.device.type, enabled=False):
-                cross_logits = query @ self.keys[..., config.inter_routing_dim :].to(query.dtype).mT
-            noise = routing_noise(cross_logits, config.noise_std) if self.training else None
+            routers = self._routers(cross)
         if config.use_mapped:
-            mapped = {w: F.dropout(rows, config.dropout, self.training) for w, rows in self.mapper(cross).items()}
-        return PromptContext(cross.shape[0], cross_logits, noise, static, mapped)
+            rows = {width: F.dropout(row, config.dropout, self.training) for width, row in self.mapper(cross).items()}
+            mapped = [rows[width] for width in self.dims]
+        return PromptContext(cross.shape[0], static, mapped, routers)
 
     def layer(self, index: int, x: Tensor, context: PromptContext) -> MoPEOutput:
         """Layer ``index``'s prompts for its input x: (B, S, D) with the class token first, or a global feature (B, D)."""
-        width, position = self.dims[index], self._positions[index]
-        _check_input("x", x, width, context.batch, ranks=(2, 3))
-        config, stack = self.config, self.stacks[str(width)]
-        routing = None
-        if config.use_dynamic:
-            inter = linear_fp32(global_feature(x), stack.inter_weight[position], stack.inter_bias[position])
-            inter_keys = self.keys[index, :, : config.inter_routing_dim].to(inter.dtype)
-            with torch.autocast(x.device.type, enabled=False):
-                logits = torch.addmm(context.cross_logits[index], inter, inter_keys.T)
-            noise = None if context.noise is None else context.noise[index]
-            routing = Routing(logits, noise, stack.experts[position], lambda: self._gram(width, context)[position], self.training)
-        static = context.static[width][position] if config.use_static else None
-        mapped = context.mapped[width] if config.use_mapped else None
-        return MoPEOutput(x.shape[0], x.dtype, config, static, mapped, routing)
+        _check_input("x", x, self.dims[index], context.batch, ranks=(2, 3))
+        routing, router = None, context.routers[index]
+        if router is not None:
+            inter = linear_fp32(global_feature(x), router.inter_weight, router.inter_bias)
+            with without_autocast(x.device.type):
+                logits = torch.addmm(router.cross_logits, inter, router.inter_keys)
+            routing = Routing(logits, router.noise, router.experts, router.gram, self.training)
+        return MoPEOutput(x.shape[0], x.dtype, self.config, context.static[index], context.mapped[index], routing)
 
-    def _gram(self, width: int, context: PromptContext) -> Tensor:
-        if width not in context.gram:
-            context.gram[width] = expert_gram(self.stacks[str(width)].experts)
-        return context.gram[width]
+    def _per_layer(self, take: Callable[[_Stack], Sequence]) -> list:
+        """What ``take`` gives for the layers of each width, in the order of layers."""
+        parts = {int(width): iter(take(stack)) for width, stack in self.stacks.items()}
+        return [next(parts[width]) for width in self.dims]
+
+    def _routers(self, cross: Tensor) -> list[_LayerRouter]:
+        config, layers = self.config, len(self.dims)
+        query = linear_fp32(cross, self.cross_proj.weight, self.cross_proj.bias)
+        query = query.unflatten(-1, (layers, config.cross_routing_dim)).transpose(0, 1)
+        inter_keys, cross_keys = self.keys.to(query.dtype).split([config.inter_routing_dim, config.cross_routing_dim], dim=-1)
+        with without_autocast(cross.device.type):
+            cross_logits = query @ cross_keys.mT
+        noise = routing_noise(cross_logits, config.noise_std) if self.training else None
+        columns = (
+            cross_logits.unbind(),
+            [None] * layers if noise is None else noise.unbind(),
+            self._per_layer(lambda stack: stack.inter_weight.unbind()),
+            self._per_layer(lambda stack: stack.inter_bias.unbind()),
+            inter_keys.mT.unbind(),
+            self._per_layer(lambda stack: stack.experts.unbind()),
+            self._per_layer(_grams),
+        )
+        return [_LayerRouter(*parts) for parts in zip(*columns, strict=True)]
 
     def extra_repr(self) -> str:
         c = self.config

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._autocast import without_autocast
+
 
 def global_feature(x: Tensor) -> Tensor:
     """The router's view of a layer's input: the class token of (B, S, D), or (B, D) as it is."""
@@ -13,7 +15,7 @@ def global_feature(x: Tensor) -> Tensor:
 def linear_fp32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """A linear map in float32 (float64 if the weight is), whatever autocast says: logits / tau has no bits to spare."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 

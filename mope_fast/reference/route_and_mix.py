@@ -32,7 +32,7 @@ def gated_softmax(x: Tensor, top_k: int | None, renormalize: bool) -> Tensor:
 
 def reciprocal_norm(scores: Tensor, gram: Tensor, eps: float) -> Tensor:
     """(B, L): ``1 / sqrt(r' gram_l r + eps)``."""
-    return torch.rsqrt(torch.einsum("bi,lij,bj->bl", scores, gram.to(scores.dtype), scores) + eps)
+    return torch.rsqrt(((scores @ gram.to(scores.dtype)) * scores).sum(-1).T + eps)
 
 
 def route_and_mix(
@@ -51,7 +51,7 @@ def route_and_mix(
     dtype = experts.dtype if dtype is None else dtype
     x = routing_logits(logits, noise, temperature, accumulator_dtype(logits, experts))
     scores = gated_softmax(x, top_k, renormalize)
-    mixed = torch.einsum("bk,klm->blm", scores.to(dtype), experts.to(dtype))
+    mixed = (scores.to(dtype) @ experts.to(dtype).flatten(1)).unflatten(1, experts.shape[1:])
     if gram is not None:
         mixed = (mixed * reciprocal_norm(scores, gram, eps)[..., None]).to(dtype)
     return mixed, scores

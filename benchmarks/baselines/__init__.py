@@ -1,0 +1,1 @@
+"""What mope_fast is compared with, one file per op."""

@@ -1,0 +1,59 @@
+import datetime
+import time
+
+import pytest
+import torch
+
+from benchmarks import environment, measure
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("mope_fast benchmarks")
+    group.addoption("--smoke", action="store_true", help="tiny sizes, no compiled baselines, few rounds: does it run at all?")
+    group.addoption("--shard", default="1/1", metavar="I/N", help="every N-th problem size, from the I-th (counted from 1)")
+    group.addoption("--cpu-time", action="store_true", help="one thread, CPU time instead of wall time: for a busy machine, no GPU")
+
+
+def pytest_configure(config):
+    if config.getoption("cpu_time"):
+        if torch.cuda.is_available():
+            raise pytest.UsageError(
+                "--cpu-time leaves out what a GPU does: hide the GPU (CUDA_VISIBLE_DEVICES=) or drop the option"
+            )
+        measure.count_cpu_time()
+
+
+def pytest_benchmark_generate_machine_info(config):
+    return environment.describe(environment.default_device())
+
+
+def pytest_benchmark_generate_commit_info(config):
+    return {"id": environment.commit()}
+
+
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    """Keeps the statistics and drops the single timings, which are most of the file."""
+    for entry in output_json["benchmarks"]:
+        entry["stats"].pop("data", None)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return environment.default_device()
+
+
+@pytest.fixture(scope="session")
+def smoke(request) -> bool:
+    return request.config.getoption("smoke")
+
+
+@pytest.fixture(scope="session")
+def session_facts(device, smoke) -> dict:
+    """What all results of a session share; the copy bandwidth is measured here, once."""
+    return {
+        **environment.describe(device),
+        "clock": "CPU time" if measure.clock is time.process_time else "wall time",
+        "commit": environment.commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "copy_bandwidth_gbps": measure.copy_bandwidth(device, smoke) / 1e9,
+    }

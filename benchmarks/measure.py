@@ -1,0 +1,116 @@
+"""Timer, input rotation, CUDA graphs, memory, copy bandwidth and the check that comes before any timing."""
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Outputs = tuple[Tensor, ...]
+MAX_INPUT_SETS = 256
+clock = time.perf_counter
+
+
+def count_cpu_time() -> None:
+    """Time in CPU seconds of this process, on one thread: what other programs on a shared machine do then hardly counts."""
+    global clock
+    torch.set_num_threads(1)
+    clock = time.process_time
+
+
+def synchronised_time() -> float:
+    """Seconds, after the device has finished everything it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return clock()
+
+
+def seconds_per_call(target: Callable[[], Any], calls: int, warm_up: int = 3) -> float:
+    for _ in range(warm_up):
+        target()
+    start = synchronised_time()
+    for _ in range(calls):
+        target()
+    return (synchronised_time() - start) / calls
+
+
+def schedule(target: Callable[[], Any], round_seconds: float = 0.01, total_seconds: float = 2.0) -> tuple[int, int]:
+    """Rounds (10 to 50) and calls in each, so that a round is long enough to hide the timer's own wait for the device."""
+    seconds = seconds_per_call(target, 3)
+    iterations = max(1, min(1000, int(round_seconds / seconds)))
+    return max(10, min(50, int(total_seconds / (iterations * seconds)))), iterations
+
+
+def input_sets(footprint: int, device: torch.device) -> tuple[int, str]:
+    """How many input sets to rotate over, and the state of the cache that follows: cold if they are twice the L2."""
+    if device.type != "cuda":
+        return 1, "warm"
+    wanted = -(-2 * torch.cuda.get_device_properties(device).L2_cache_size // footprint)
+    return (wanted, "cold") if wanted <= MAX_INPUT_SETS else (MAX_INPUT_SETS, "partly warm")
+
+
+def rotating(step: Callable[[Any], Outputs], sets: Sequence[Any]) -> Callable[[], Outputs]:
+    """A function of no arguments that takes the next input set at every call."""
+    inputs = itertools.cycle(sets)
+    return lambda: step(next(inputs))
+
+
+def capture(step: Callable[[Any], Outputs], sets: Sequence[Any]) -> tuple[torch.cuda.CUDAGraph, list[Outputs]]:
+    """A CUDA graph that runs ``step`` once on every input set, and its outputs; all stay alive, so none shares memory."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(sets[0])
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = [step(inputs) for inputs in sets]
+    return graph, outputs
+
+
+def replay_poisoned(graph: torch.cuda.CUDAGraph, outputs: Sequence[Outputs]) -> None:
+    """Replay once into outputs filled with NaN, so that what nobody writes is seen."""
+    with torch.no_grad():
+        for tensor in itertools.chain.from_iterable(outputs):
+            tensor.fill_(float("nan"))
+    graph.replay()
+
+
+def peak_memory(target: Callable[[], Any], device: torch.device) -> int | None:
+    """Bytes that a call takes beyond its inputs; None where torch doesn't count them."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    target()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def copy_bandwidth(device: torch.device, smoke: bool) -> float:
+    """Bytes a second, read plus written, of a copy far larger than any cache."""
+    size = 2**22 if smoke else 2**30 if device.type == "cuda" else 2**28
+    source = torch.randn(size // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / statistics.median(seconds_per_call(lambda: target.copy_(source), 5) for _ in range(3 if smoke else 9))
+
+
+def _errors(got: Tensor, truth: Tensor) -> dict[str, float]:
+    difference = got.double() - truth
+    return {"RMS": difference.square().mean().sqrt().item(), "max": difference.abs().max().item()}
+
+
+def assert_as_exact_as_eager(got: Outputs, eager: Outputs, truth: Outputs, names: Sequence[str]) -> None:
+    """RMS and max error against the float64 ``truth``: at most twice those of ``eager`` in the same dtype, plus eps max|truth|."""
+    for name, mine, peer, exact in zip(names, got, eager, truth, strict=True):
+        assert mine.dtype == peer.dtype, f"{name} is {mine.dtype}, the eager form gives {peer.dtype}"
+        slack = torch.finfo(mine.dtype).eps * exact.abs().max().item()
+        bounds = _errors(peer, exact)
+        for kind, error in _errors(mine, exact).items():
+            bound = 2 * bounds[kind] + slack
+            assert error <= bound, f"{kind} error of {name} is {error:.3g}, the bound is {bound:.3g}"

@@ -1,0 +1,19 @@
+"""Autocast: where it is on, what it asks for, and how to leave it."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """Autocast off; costs nothing where it already is."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """The autocast dtype where autocast is on and the tensor isn't float64, else the tensor's own."""
+    device_type = tensor.device.type
+    if tensor.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return tensor.dtype

@@ -1,0 +1,253 @@
+import hashlib
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_fusion import CLASSES, SETTINGS, WIDTHS, make_bert, make_dinov2, make_images, make_text
+from torch import nn
+
+from mope_fast import MoPEConfig, MoPEFusion
+from mope_fast.models import checkpoint
+
+
+def bert(**settings):
+    torch.manual_seed(1)
+    return make_bert(**settings).float()
+
+
+def dinov2(**settings):
+    torch.manual_seed(2)
+    return make_dinov2(**settings).float()
+
+
+def make_model(seed=0, *, head=None, num_classes=CLASSES, **settings):
+    main, complementary = bert(), dinov2()
+    torch.manual_seed(seed)
+    num_classes = num_classes if head is None else None
+    return MoPEFusion(main, complementary, num_classes, MoPEConfig(**{**SETTINGS, **settings}), head=head).eval()
+
+
+def logits(model):
+    torch.manual_seed(3)
+    return model(make_text(6), make_images(6).float()).logits
+
+
+def make_head():
+    return nn.Sequential(nn.Linear(WIDTHS["bert"], 7), nn.Linear(7, 2))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def weights_file(folder):
+    (file,) = folder.glob("*.safetensors")
+    return file
+
+
+def rewrite_description(folder, change):
+    file = folder / checkpoint.DESCRIPTION
+    description = json.loads(file.read_text())
+    change(description)
+    file.write_text(json.dumps(description))
+
+
+def rewrite_weights(folder, change):
+    """Another set of tensors, under the name that its content gives it."""
+    old = weights_file(folder)
+    state = load_file(old)
+    old.unlink()
+    change(state)
+    save_file(state, folder / "new")
+    name = f"mope_fast-{hashlib.sha256((folder / 'new').read_bytes()).hexdigest()[:16]}.safetensors"
+    (folder / "new").rename(folder / name)
+    rewrite_description(folder, lambda description: description.update(weights=name))
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"learn_keys": True, "mapper_norm": "layer"}, {"complementary_prompt_length": 0, "top_k": 1}]
+)
+def test_a_reloaded_model_gives_bitwise_the_same_logits(tmp_path, settings):
+    model = make_model(**settings).train()
+    # statistics of the batch norm are part of what is saved
+    model(make_text(6), make_images(6).float())
+    model.eval().save_pretrained(tmp_path)
+    loaded = MoPEFusion.from_pretrained(tmp_path, bert(), dinov2())
+    assert not loaded.training
+    assert loaded.config == model.config
+    assert torch.equal(logits(loaded), logits(model))
+    assert not torch.equal(logits(make_model(seed=5, **settings)), logits(model))
+
+
+@pytest.mark.parametrize("problem_type", ["multi_label_classification", "regression"])
+def test_problem_type_is_saved(tmp_path, problem_type):
+    MoPEFusion(bert(), dinov2(), 2, MoPEConfig(**SETTINGS), problem_type=problem_type).save_pretrained(tmp_path)
+    assert MoPEFusion.from_pretrained(tmp_path, bert(), dinov2()).problem_type == problem_type
+
+
+def test_only_trained_parts_are_saved(saved):
+    model = make_model()
+    state = load_file(weights_file(saved))
+    assert state.keys() == model.trained_state_dict().keys()
+    assert not any(key.startswith(("main.", "complementary.")) for key in state)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} <= state.keys()
+    assert weights_file(saved).stat().st_size < 1.1 * sum(t.nbytes for t in state.values()) + 4096
+
+
+def test_own_head_is_saved_and_wanted_back(tmp_path):
+    torch.manual_seed(4)
+    model = make_model(head=make_head())
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="head: saved with Sequential, got None"):
+        MoPEFusion.from_pretrained(tmp_path, bert(), dinov2())
+    with pytest.raises(ValueError, match="head: saved with Sequential, got Linear"):
+        MoPEFusion.from_pretrained(tmp_path, bert(), dinov2(), head=nn.Linear(WIDTHS["bert"], 2))
+    assert torch.equal(logits(MoPEFusion.from_pretrained(tmp_path, bert(), dinov2(), head=make_head())), logits(model))
+
+
+def test_a_model_without_head_is_saved_as_one(tmp_path):
+    make_model(num_classes=None).save_pretrained(tmp_path)
+    assert MoPEFusion.from_pretrained(tmp_path, bert(), dinov2()).head is None
+
+
+@pytest.mark.parametrize(
+    ("encoders", "message"),
+    [
+        (lambda: (dinov2(), dinov2()), r"main: saved with .*'bert'.*got .*'dinov2'"),
+        (lambda: (dinov2(), bert()), "cross_dim is 48, but BertModel gives features of width 32"),
+        (lambda: (bert(hidden_size=40), dinov2()), r"main: saved with .*\[32, 32\].*got .*\[40, 40\]"),
+        (lambda: (bert(num_hidden_layers=3), dinov2()), r"main: saved with .*\[32, 32\].*got .*\[32, 32, 32\]"),
+        (lambda: (bert(), dinov2(num_hidden_layers=1)), r"complementary: saved with .*got .*\[48\]"),
+        (lambda: (bert(), dinov2(hidden_size=24)), r"cross_dim is 48, but Dinov2Model gives features of width 24"),
+        (lambda: (bert(), None), r"complementary: saved with .*'dinov2'.*got None"),
+    ],
+)
+def test_other_encoders_are_refused_with_the_difference_and_given_back(saved, encoders, message):
+    main, complementary = encoders()
+    with pytest.raises(ValueError, match=message):
+        MoPEFusion.from_pretrained(saved, main, complementary)
+    MoPEFusion(main, complementary, 2, MoPEConfig(cross_dim=None if complementary else 48))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("head.bias"), "missing: head.bias"),
+        (lambda state: state.update(extra=torch.zeros(1)), "unexpected: extra"),
+        (lambda state: state.update({"head.bias": torch.zeros(9)}), r"head.bias: saved \(9,\), expected \(5,\)"),
+    ],
+)
+def test_other_tensors_are_refused_by_name(saved, change, message):
+    rewrite_weights(saved, change)
+    with pytest.raises(ValueError, match=message):
+        MoPEFusion.from_pretrained(saved, bert(), dinov2())
+
+
+def test_every_difference_is_listed_at_once(saved):
+    rewrite_weights(saved, lambda state: (state.pop("head.bias"), state.update(extra=torch.zeros(1))))
+    with pytest.raises(ValueError, match=r"missing: head\.bias") as error:
+        MoPEFusion.from_pretrained(saved, bert(), dinov2(num_hidden_layers=1))
+    assert all(part in str(error.value) for part in ("unexpected: extra", "complementary: saved with"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d["config"].update(num_experts=7), r"bank.keys: saved \(2, 4, 5\), expected \(2, 7, 5\)"),
+        (lambda d: d["config"].update(temperature=-1.0), "temperature must be > 0, got -1.0"),
+        (lambda d: d["config"].update(future_setting=1), "future_setting"),
+        (lambda d: d.update(num_classes=9), r"head.weight: saved \(5, 32\), expected \(9, 32\)"),
+        (lambda d: d.update(format=2), "has format 2, expected 1"),
+        (lambda d: d.pop("format"), "has format None, expected 1"),
+        (lambda d: d.pop("config"), "config"),
+        (lambda d: d.pop("weights"), "weights"),
+        (lambda d: d.pop("main"), "main"),
+    ],
+)
+def test_a_description_that_does_not_fit_is_refused(saved, change, message):
+    rewrite_description(saved, change)
+    main, complementary = bert(), dinov2()
+    with pytest.raises(ValueError, match=message):
+        MoPEFusion.from_pretrained(saved, main, complementary)
+    MoPEFusion(main, complementary, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("not json", "is not JSON"),
+        ("", "is not JSON"),
+        ("[1]", "has format 'list', expected 1"),
+        ('{"model_type": "bert"}', "has format None"),
+    ],
+)
+def test_another_programs_json_is_refused(saved, text, message):
+    (saved / checkpoint.DESCRIPTION).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        MoPEFusion.from_pretrained(saved, bert(), dinov2())
+
+
+def test_missing_files_are_named(saved, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.*mope_fast.json does not exist"):
+        MoPEFusion.from_pretrained(tmp_path / "nowhere", bert(), dinov2())
+    weights_file(saved).unlink()
+    with pytest.raises(FileNotFoundError, match=r"safetensors does not exist, but mope_fast.json names it"):
+        MoPEFusion.from_pretrained(saved, bert(), dinov2())
+
+
+def flip_last_byte(data):
+    return data[:-1] + bytes([data[-1] ^ 255])
+
+
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:100], lambda data: data[:-4], flip_last_byte])
+def test_damaged_weights_are_refused(saved, damage):
+    file = weights_file(saved)
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match=r"is damaged.*save the model again"):
+        MoPEFusion.from_pretrained(saved, bert(), dinov2())
+
+
+@pytest.mark.parametrize("calls_before", [0, 1])
+def test_a_kill_while_saving_leaves_the_old_save(saved, monkeypatch, calls_before):
+    replace, calls = os.replace, []
+
+    def killed(*args):
+        calls.append(args)
+        if len(calls) > calls_before:
+            raise KeyboardInterrupt
+        replace(*args)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        make_model(seed=5).save_pretrained(saved)
+    monkeypatch.undo()
+    assert len(calls) == calls_before + 1
+    assert torch.equal(logits(MoPEFusion.from_pretrained(saved, bert(), dinov2())), logits(make_model()))
+
+
+def test_a_kill_before_old_weights_are_dropped_leaves_the_new_save(saved, monkeypatch):
+    monkeypatch.setattr("pathlib.Path.unlink", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        make_model(seed=5).save_pretrained(saved)
+    assert torch.equal(logits(MoPEFusion.from_pretrained(saved, bert(), dinov2())), logits(make_model(seed=5)))
+
+
+def test_saving_again_leaves_one_weights_file(saved):
+    make_model(seed=5).save_pretrained(saved)
+    assert sorted(file.suffix for file in saved.iterdir()) == [".json", ".safetensors"]
+    assert torch.equal(logits(MoPEFusion.from_pretrained(saved, bert(), dinov2())), logits(make_model(seed=5)))
+
+
+def test_saving_the_same_model_again_changes_nothing(saved):
+    before = {file.name: file.read_bytes() for file in saved.iterdir()}
+    make_model().save_pretrained(saved)
+    assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
+
+
+def test_folders_are_made_on_the_way(tmp_path):
+    make_model().save_pretrained(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b" / checkpoint.DESCRIPTION).is_file()

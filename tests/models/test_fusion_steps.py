@@ -1,0 +1,68 @@
+import pytest
+import torch
+from tiny_fusion import CLASSES, DETERMINISTIC, close, make_bert, make_dinov2, make_fusion, make_images, make_text, trained
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Recorder(TorchDispatchMode):
+    """Names of all ops that run below it, in forward and backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def batch(size, tokens):
+    torch.manual_seed(size)
+    return make_text(size, tokens), make_images(size), torch.randint(CLASSES, (size,))
+
+
+@pytest.mark.parametrize(("main", "complementary"), [("bert", "dinov2"), ("dinov2", "bert")])
+@pytest.mark.parametrize("settings", [{}, {"top_k": 2, "mixing": "prompt", "dynamic_dropout": 0.1}])
+def test_a_training_step_never_waits_for_the_host(main, complementary, settings):
+    model = make_fusion(main, complementary, **settings).train()
+    text, images, labels = batch(6, 9)
+    inputs = (text, images) if main == "bert" else (images, text)
+    with Recorder() as recorder:
+        model(*inputs, labels).loss.backward()
+    waits = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "_assert_async"} & set(recorder.names)
+    assert not waits
+    assert len(recorder.names) > 200
+
+
+def test_the_recorder_sees_a_wait():
+    with Recorder() as recorder:
+        bool(torch.ones(()) > 0)
+    assert "_local_scalar_dense" in recorder.names
+
+
+def test_compiled_step_equals_eager_for_every_batch_size_without_recompiling():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = make_fusion(make_bert(num_hidden_layers=1), make_dinov2(num_hidden_layers=1), **DETERMINISTIC).train()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    parameters = trained(model)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for size, tokens in ((6, 9), (9, 12), (13, 7)):
+            inputs = batch(size, tokens)
+            results = []
+            for step in (model, compiled):
+                output = step(*inputs)
+                grads = torch.autograd.grad(output.loss, list(parameters.values()))
+                results.append((output.logits, output.loss, output.scores, *grads))
+            for name, expected, got in zip(["logits", "loss", "scores", *parameters], *results, strict=True):
+                torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_inference_compiles_too():
+    torch._dynamo.reset()
+    torch.manual_seed(1)
+    model = make_fusion(make_dinov2(num_hidden_layers=1), None, cross_dim=20)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    images, features = make_images(6), torch.randn(6, 20, dtype=torch.float64)
+    with torch.inference_mode():
+        close(compiled(images, features).logits, model(images, features).logits)

@@ -1,0 +1,67 @@
+import dataclasses
+import json
+
+import pytest
+
+from mope_fast import MoPEConfig
+
+
+@pytest.mark.parametrize(
+    ("settings", "field", "value"),
+    [
+        ({"num_experts": 0}, "num_experts", "0"),
+        ({"num_experts": 1025}, "num_experts", "1025"),
+        ({"prompt_length": 0}, "prompt_length", "0"),
+        ({"cross_routing_dim": 0}, "cross_routing_dim", "0"),
+        ({"inter_routing_dim": -1}, "inter_routing_dim", "-1"),
+        ({"temperature": 0.0}, "temperature", "0.0"),
+        ({"temperature": float("nan")}, "temperature", "nan"),
+        ({"noise_std": -0.5}, "noise_std", "-0.5"),
+        ({"noise_std": float("nan")}, "noise_std", "nan"),
+        ({"top_k": 0}, "top_k", "0"),
+        ({"num_experts": 4, "top_k": 5}, "top_k", "5"),
+        ({"renormalize": True}, "renormalize", "True"),
+        ({"dropout": 1.0}, "dropout", "1.0"),
+        ({"dropout": -0.1}, "dropout", "-0.1"),
+        ({"dynamic_dropout": 1.5}, "dynamic_dropout", "1.5"),
+        ({"mapper_norm": "group"}, "mapper_norm", "'group'"),
+        ({"mixing": "fast"}, "mixing", "'fast'"),
+        ({"mixing": "kv", "dynamic_dropout": 0.1}, "mixing", "'kv'"),
+        ({"prompt_init": 0.0}, "prompt_init", "0.0"),
+        ({"importance_weight": -1.0}, "importance_weight", "-1.0"),
+        ({"importance_threshold": -0.1}, "importance_threshold", "-0.1"),
+        ({"complementary_prompt_length": -4}, "complementary_prompt_length", "-4"),
+        ({"cross_dim": 0}, "cross_dim", "0"),
+    ],
+)
+def test_bad_setting_is_refused_with_its_name_and_value(settings, field, value):
+    with pytest.raises(ValueError, match="MoPEConfig") as error:
+        MoPEConfig(**settings)
+    message = str(error.value)
+    assert field in message
+    assert value in message
+
+
+def test_a_config_without_prompts_is_refused():
+    with pytest.raises(ValueError, match="no prompt left: set use_static, use_dynamic or use_mapped"):
+        MoPEConfig(use_static=False, use_dynamic=False, use_mapped=False)
+
+
+def test_every_setting_has_a_meaning_and_a_source():
+    lines = MoPEConfig.describe().splitlines()
+    fields = dataclasses.fields(MoPEConfig)
+    assert len(lines) == len(fields)
+    for field, line in zip(fields, lines, strict=True):
+        assert line.startswith(f"{field.name} = {field.default!r}: ")
+        assert len(field.metadata["meaning"]) > 10
+        assert field.metadata["source"]
+
+
+def test_config_survives_json():
+    config = MoPEConfig(num_experts=8, top_k=2, cross_dim=512, mixing="kv")
+    assert MoPEConfig(**json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_config_can_not_be_changed_behind_its_checks():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        MoPEConfig().temperature = 0.0

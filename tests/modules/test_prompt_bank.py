@@ -1,0 +1,173 @@
+import copy
+import itertools
+
+import pytest
+import torch
+from prompt_setups import CROSS, DIM, HEADS, LENGTH, SETTINGS, close, make_bank, make_inputs
+from torch import nn
+
+from mope_fast import MoPELayer
+
+
+def layers_of(bank):
+    """One MoPELayer for each of the bank's layers, with copied parameters."""
+    d_c = bank.config.cross_routing_dim
+    seen = dict.fromkeys(bank.dims, 0)
+    settings = {key: value for key, value in bank.config.to_dict().items() if key != "cross_dim"}
+    layers = []
+    for i, width in enumerate(bank.dims):
+        stack, position = bank.stacks[str(width)], seen[width]
+        seen[width] += 1
+        layer = MoPELayer(width, CROSS, **settings).double().eval()
+        state = {
+            "static_prompt": stack.static_prompt[position],
+            "experts": stack.experts[position],
+            "keys": bank.keys[i],
+            "inter_proj.weight": stack.inter_weight[position],
+            "inter_proj.bias": stack.inter_bias[position],
+            "cross_proj.weight": bank.cross_proj.weight[i * d_c : (i + 1) * d_c],
+            "cross_proj.bias": bank.cross_proj.bias[i * d_c : (i + 1) * d_c],
+        }
+        layer.load_state_dict(state)
+        layers.append(layer)
+    return layers
+
+
+def stacked_grads(bank, layers):
+    """The layers' gradients in the bank's stacking."""
+    grads = {
+        "cross_proj.weight": torch.cat([layer.cross_proj.weight.grad for layer in layers]),
+        "cross_proj.bias": torch.cat([layer.cross_proj.bias.grad for layer in layers]),
+    }
+    if bank.config.learn_keys:
+        grads["keys"] = torch.stack([layer.keys.grad for layer in layers])
+    names = {
+        "static_prompt": "static_prompt",
+        "experts": "experts",
+        "inter_weight": "inter_proj.weight",
+        "inter_bias": "inter_proj.bias",
+    }
+    for width in set(bank.dims):
+        group = [layer for layer in layers if layer.dim == width]
+        for ours, theirs in names.items():
+            grads[f"stacks.{width}.{ours}"] = torch.stack([layer.get_parameter(theirs).grad for layer in group])
+    return grads
+
+
+@pytest.mark.parametrize("dims", [(DIM, DIM, DIM), (48, DIM, 48, DIM)])
+@pytest.mark.parametrize("settings", [{"mixing": "prompt"}, {"mixing": "kv"}, {"mixing": "kv", "top_k": 2, "learn_keys": True}])
+def test_bank_equals_separate_layers(dims, settings):
+    torch.manual_seed(0)
+    bank = make_bank(dims, **settings)
+    layers, mapper = layers_of(bank), copy.deepcopy(bank.mapper)
+    cross = make_inputs(5)[1]
+    cross_again = cross.detach().clone().requires_grad_()
+    tokens = [torch.randn(5, 7, width, dtype=torch.float64) for width in dims]
+    frozen = [(nn.LayerNorm(w).double(), nn.Linear(w, w).double(), nn.Linear(w, w).double()) for w in dims]
+
+    context, mapped = bank.prepare(cross), mapper(cross_again)
+    losses = [0.0, 0.0]
+    for i, (x, parts, layer) in enumerate(zip(tokens, frozen, layers, strict=True)):
+        outputs = bank.layer(i, x, context), layer(x, cross_again, mapped[dims[i]])
+        results = [(o.prompts, o.scores, *sum(o.key_value(*parts, HEADS), ())) for o in outputs]
+        for side in (0, 1):
+            generator = torch.Generator().manual_seed(i)
+            losses[side] += sum((t * torch.randn(t.shape, generator=generator, dtype=t.dtype)).sum() for t in results[side])
+        for ours, theirs in zip(*results, strict=True):
+            close(ours, theirs)
+
+    for loss in losses:
+        loss.backward()
+    expected = {**stacked_grads(bank, layers), **{f"mapper.{name}": p.grad for name, p in mapper.named_parameters()}}
+    got = {name: p.grad for name, p in bank.named_parameters()}
+    assert got.keys() == expected.keys()
+    for name in got:
+        close(got[name], expected[name])
+    close(cross.grad, cross_again.grad)
+
+
+def test_complementary_half_is_computed_once_for_all_layers():
+    torch.manual_seed(1)
+    bank = make_bank((DIM, DIM, DIM))
+    calls = []
+    bank.mapper.register_forward_hook(lambda *args: calls.append("mapper"))
+    x, cross, _ = make_inputs(3)
+    context = bank.prepare(cross)
+    for i in range(3):
+        _ = bank.layer(i, x, context).prompts
+    assert calls == ["mapper"]
+    assert [router.cross_logits.shape for router in context.routers] == [(3, SETTINGS["num_experts"])] * 3
+
+
+@pytest.mark.parametrize(
+    ("use_static", "use_dynamic", "use_mapped"), [flags for flags in itertools.product([True, False], repeat=3) if any(flags)]
+)
+def test_ablated_bank_gives_exactly_the_remaining_prompts(use_static, use_dynamic, use_mapped):
+    flags = {"static": use_static, "dynamic": use_dynamic, "mapped": use_mapped}
+    torch.manual_seed(2)
+    full, ablated = make_bank(), make_bank(use_static=use_static, use_dynamic=use_dynamic, use_mapped=use_mapped)
+    ablated.load_state_dict({key: value for key, value in full.state_dict().items() if key in ablated.state_dict()})
+    linear = nn.Linear(DIM, DIM).double()
+    x, cross, _ = make_inputs(6)
+    everything = full.layer(1, x, full.prepare(cross))
+    out = ablated.layer(1, x, ablated.prepare(cross if use_dynamic or use_mapped else None))
+    expected = torch.cat([getattr(everything, name) for name, used in flags.items() if used], dim=1)
+    close(out.prompts, expected, 0)
+    prefixes = out.key_value(None, linear, linear, HEADS)
+    # batch 1 of static prompts broadcasts against the others
+    keys = torch.cat([k.expand(6, -1, -1, -1) for k, _ in prefixes], dim=2)
+    close(keys, linear(expected).unflatten(-1, (HEADS, -1)).transpose(1, 2))
+    assert len(prefixes) == use_static + (use_dynamic or use_mapped)
+
+
+def test_static_prompts_are_projected_for_batch_one():
+    torch.manual_seed(3)
+    bank, linear = make_bank(), nn.Linear(DIM, DIM).double()
+    x, cross, _ = make_inputs(6)
+    (static_keys, _), (keys, _) = bank.layer(0, x, bank.prepare(cross)).key_value(None, linear, linear, HEADS)
+    assert static_keys.shape == (1, HEADS, LENGTH, DIM // HEADS)
+    assert keys.shape == (6, HEADS, LENGTH + 1, DIM // HEADS)
+
+
+def test_bank_state_dict_is_stacked_by_width():
+    shapes = {key: tuple(v.shape) for key, v in make_bank((48, DIM, 48), mapper_norm="none").state_dict().items()}
+    expected = {"cross_proj.weight": (9, CROSS), "cross_proj.bias": (9,), "keys": (3, 4, 5)}
+    expected |= {"mapper.down.weight": (10, CROSS), "mapper.down.bias": (10,)}
+    for width, layers in ((DIM, 1), (48, 2)):
+        expected |= {
+            f"stacks.{width}.static_prompt": (layers, LENGTH, width),
+            f"stacks.{width}.experts": (layers, 4, LENGTH, width),
+            f"stacks.{width}.inter_weight": (layers, 2, width),
+            f"stacks.{width}.inter_bias": (layers, 2),
+            f"mapper.up.{width}.weight": (width, 10),
+            f"mapper.up.{width}.bias": (width,),
+        }
+    assert shapes == expected
+
+
+def test_bank_starts_like_separate_layers():
+    torch.manual_seed(4)
+    bank, layer = make_bank((DIM,)), MoPELayer(DIM, CROSS, **SETTINGS)
+    stack = bank.stacks[str(DIM)]
+    pairs = [
+        (stack.static_prompt, layer.static_prompt),
+        (stack.experts, layer.experts),
+        (stack.inter_weight, layer.inter_proj.weight),
+    ]
+    for ours, theirs in pairs:
+        # both are uniform: their largest entries lie close to one bound
+        close(ours.abs().max().float(), theirs.abs().max(), 0.15)
+
+
+def test_layer_refuses_another_batch_than_the_contexts():
+    bank = make_bank()
+    context = bank.prepare(make_inputs(3)[1])
+    with pytest.raises(ValueError, match="x has batch 2, expected 3"):
+        bank.layer(0, make_inputs(2)[0], context)
+
+
+def test_prepare_names_a_wrong_complementary_feature():
+    with pytest.raises(ValueError, match=r"cross must be \(B, 20\), got \(2, 21\)"):
+        make_bank().prepare(torch.zeros(2, 21, dtype=torch.float64))
+    with pytest.raises(TypeError, match="got NoneType"):
+        make_bank().prepare()
