@@ -34,7 +34,7 @@ install() {
 
 run_tests() {
     [[ ! -e $output/tests.passed ]] || { echo "tests: passed before"; return; }
-    if timeout 530 python3 -m pytest tests/kernels tests/ops -q 2>&1 | tee "$output/tests.log"; then
+    if timeout 530 python3 -m pytest tests/kernels tests/ops tests/properties tests/modules tests/models -q 2>&1 | tee "$output/tests.log"; then
         touch "$output/tests.passed"
     else
         failed=1

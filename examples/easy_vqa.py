@@ -45,7 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--method", choices=METHODS, default="mope", help="; ".join(f"{k}: {v}" for k, v in METHODS.items()))
     parser.add_argument("--experts", type=int, default=16, help="K, experts a layer")
     parser.add_argument("--prompt-length", type=int, default=6, help="L, rows of a prompt")
-    parser.add_argument("--epochs", type=int, default=None, help="default: 3, or 30 for methods on frozen features")
+    parser.add_argument("--epochs", type=int, default=None, help="default: 2, or 30 for methods on frozen features")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3, help="of prompts, router and mapper")
     parser.add_argument("--head-lr", type=float, default=5e-3)
@@ -212,7 +212,7 @@ def parameter_groups(model: nn.Module, args: argparse.Namespace) -> list[dict]:
 
 def train(model: nn.Module, data: Questions, args: argparse.Namespace) -> float:
     """AdamW with warm-up over a tenth of the steps and linear decay; returns the seconds it took."""
-    epochs = args.epochs or (30 if args.method in FROZEN else 3)
+    epochs = args.epochs or (30 if args.method in FROZEN else 2)
     generator = torch.Generator().manual_seed(args.seed)
     optimizer = torch.optim.AdamW([g for g in parameter_groups(model, args) if g["params"]], weight_decay=args.weight_decay)
     steps = epochs * -(-len(data) // args.batch_size)

@@ -1,4 +1,4 @@
-"""``python -m mope_fast.info``: versions, devices, and which implementation each function would use here, and why not the others."""
+"""``python -m mope_fast.info``: versions, devices, which implementation each function would use here, and why not the others."""
 
 import importlib.metadata
 import platform
@@ -24,7 +24,8 @@ def _devices() -> dict[str, torch.device]:
     devices = {f"CPU, {torch.get_num_threads()} threads": torch.device("cpu")}
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        name = f"{properties.name}, compute capability {properties.major}.{properties.minor}, {properties.total_memory / 2**30:.0f} GiB"
+        capability, memory = f"{properties.major}.{properties.minor}", properties.total_memory / 2**30
+        name = f"{properties.name}, compute capability {capability}, {memory:.0f} GiB"
         devices[name] = torch.device("cuda", index)
     return devices
 

@@ -1,5 +1,6 @@
 """What every op shares: the library namespace and the guard that keeps raw ops out of autograd."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,17 @@ import torch
 from torch import Tensor
 
 library = torch.library.Library("mope_fast", "DEF")
+
+
+def _on_their_device(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device, which need not be the tensors' own."""
+
+    @functools.wraps(launch)
+    def call(*args: Any) -> Any:
+        with torch.cuda.device(next(a.device for a in args if isinstance(a, Tensor))):
+            return launch(*args)
+
+    return call
 
 
 def define(schema: str, *, cpu: Callable[..., Any], cuda: Callable[..., Any], fake: Callable[..., Any], use: str) -> Any:
@@ -20,7 +32,7 @@ def define(schema: str, *, cpu: Callable[..., Any], cuda: Callable[..., Any], fa
     """
     name = library.define(schema)
     library.impl(name, cpu, "CPU")
-    library.impl(name, cuda, "CUDA")
+    library.impl(name, _on_their_device(cuda), "CUDA")
     torch.library.register_fake(f"mope_fast::{name}", fake, lib=library)
     overload = getattr(torch.ops.mope_fast, name).default
 

@@ -66,3 +66,27 @@ def test_inference_compiles_too():
     images, features = make_images(6), torch.randn(6, 20, dtype=torch.float64)
     with torch.inference_mode():
         close(compiled(images, features).logits, model(images, features).logits)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_whole_training_step_on_the_gpu_never_waits(autocast):
+    model = make_fusion().float().train().cuda()
+    optimizer = torch.optim.AdamW(model.parameter_groups(1e-3), fused=True)
+    text, images, labels = batch(6, 9)
+    text = {name: value.cuda() for name, value in text.items()}
+    images, labels = images.float().cuda(), labels.cuda()
+
+    def step():
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            loss = model(text, images, labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    step()  # the first call compiles kernels and allocates
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
