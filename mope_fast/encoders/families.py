@@ -29,6 +29,14 @@ class PromptedLayer:
     num_heads: int
 
 
+def _no_problem(encoder: nn.Module) -> None:
+    return None
+
+
+def _nothing() -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class EncoderFamily:
     """How one family of frozen encoders takes prompts.
@@ -42,6 +50,7 @@ class EncoderFamily:
         feature_width: encoder -> D of the feature.
         attach: make the encoder's attention call ours (see :func:`prefixes_of`); returns what undoes it, called with the encoder.
         problem: encoder -> why this one can't take prompts, or None.
+        setup: makes the encoder's library ready, in this process; called before a model is wrapped and when one is unpickled.
     """
 
     name: str
@@ -51,10 +60,20 @@ class EncoderFamily:
     feature: Callable[[Any, dict[str, Any]], Tensor]
     feature_width: Callable[[nn.Module], int]
     attach: Callable[[nn.Module], Callable[[nn.Module], None]]
-    problem: Callable[[nn.Module], str | None] = lambda encoder: None
+    problem: Callable[[nn.Module], str | None] = _no_problem
+    setup: Callable[[], None] = _nothing
+
+    def __reduce__(self):
+        """Pickled by name: the process that loads it registers the family first."""
+        return _registered, (self.name,)
 
 
 _FAMILIES: dict[str, EncoderFamily] = {}
+
+
+def _registered(name: str) -> EncoderFamily:
+    _FAMILIES[name].setup()
+    return _FAMILIES[name]
 
 
 def register_encoder(family: EncoderFamily) -> None:

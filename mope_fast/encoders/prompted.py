@@ -20,12 +20,16 @@ class _Slot:
 
     def __init__(self):
         self.prefixes: Sequence[Prefix] = ()
+        self.read = False
 
 
 def prefixes_of(attention: nn.Module) -> Sequence[Prefix]:
     """The prefixes this attention shall see in the running forward; none outside of one."""
     slot = getattr(attention, _SLOT, None)
-    return () if slot is None else slot.prefixes
+    if slot is None:
+        return ()
+    slot.read = True
+    return slot.prefixes
 
 
 class PromptedEncoder(nn.Module):
@@ -42,11 +46,13 @@ class PromptedEncoder(nn.Module):
         self.family = family_of(encoder)
         if any(hasattr(layer.attention, _SLOT) for layer in self.family.layers(encoder)):
             raise ValueError(f"this {type(encoder).__name__} already takes prompts from another model: unwrap() that one first")
+        self._before = (encoder.training, [p.requires_grad for p in encoder.parameters()])
         self.encoder = encoder.requires_grad_(False).eval()
         self.layers = self.family.layers(encoder)
         self.widths = [layer.width for layer in self.layers]
         self.feature_width = self.family.feature_width(encoder)
         self._provider: PromptProvider | None = None
+        self.family.setup()
         self._restore = self.family.attach(encoder)
         self._attached = True
         self._hooks = []
@@ -70,15 +76,27 @@ class PromptedEncoder(nn.Module):
         """
         if not self._attached:
             raise RuntimeError("this model was unwrapped and has given its encoder back: make a new one on it")
+        if self._provider is not None:
+            raise RuntimeError("this model is in another forward (of another thread?): run one at a time, or deep-copy the model")
         if isinstance(inputs, Tensor):
             inputs = {self.family.input_name: inputs}
+        slots = [getattr(layer.attention, _SLOT) for layer in self.layers]
+        for slot in slots:
+            slot.read = False
         self._provider = prompts
         try:
             output = self.encoder(**inputs)
         finally:
             self._provider = None
-            for layer in self.layers:
-                getattr(layer.attention, _SLOT).prefixes = ()
+            for slot in slots:
+                slot.prefixes = ()
+        if prompts is not None and not all(slot.read for slot in slots):
+            raise RuntimeError(
+                f"prompts did not reach layer {[slot.read for slot in slots].index(False)} of {type(self.encoder).__name__}: its "
+                "attention was changed after wrapping (set_attn_implementation?), or this is a replica (use DDP)"
+            )
+        if isinstance(output, tuple):
+            raise ValueError(f"{type(self.encoder).__name__} gave a tuple: leave return_dict at its default")
         return self.family.feature(output, inputs)
 
     def train(self, mode: bool = True) -> "PromptedEncoder":
@@ -86,13 +104,17 @@ class PromptedEncoder(nn.Module):
         return super().train(False)
 
     def detach(self) -> nn.Module:
-        """Undo the wrapping and return the encoder, its parameters still frozen; this module can't be used afterwards."""
+        """Undo the wrapping and return the encoder as it was; this module can't be used afterwards."""
         if self._attached:
             for hook in self._hooks:
                 hook.remove()
             for layer in self.layers:
                 delattr(layer.attention, _SLOT)
             self._restore(self.encoder)
+            training, requires_grad = self._before
+            self.encoder.train(training)
+            for parameter, flag in zip(self.encoder.parameters(), requires_grad, strict=True):
+                parameter.requires_grad_(flag)
             self._attached = False
         return self.encoder
 

@@ -45,11 +45,14 @@ def _set_attention(implementation: str, encoder: nn.Module) -> None:
     encoder.set_attn_implementation(implementation)
 
 
-def _attach(encoder: nn.Module) -> Callable[[nn.Module], None]:
+def _register_interfaces() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _padding_mask)
+
+
+def _attach(encoder: nn.Module) -> Callable[[nn.Module], None]:
     previous = encoder.config._attn_implementation
     encoder.set_attn_implementation(NAME)
     return functools.partial(_set_attention, previous)
@@ -96,6 +99,7 @@ register_encoder(
         feature=_cls_token,
         feature_width=_hidden_size,
         attach=_attach,
+        setup=_register_interfaces,
         problem=_bert_problem,
     )
 )
@@ -108,5 +112,6 @@ register_encoder(
         feature=_cls_token,
         feature_width=_hidden_size,
         attach=_attach,
+        setup=_register_interfaces,
     )
 )

@@ -56,8 +56,10 @@ def _weights_name(data: bytes) -> str:
 def save(path: str | os.PathLike[str], state: dict[str, Tensor], description: dict[str, Any]) -> None:
     """Write the weights under a name made of their content, then the description that names them, then drop older weights."""
     folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file: give save_pretrained a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    data = serialize({key: value.detach().cpu().contiguous() for key, value in state.items()}, {"format": "pt"})
+    data = serialize({key: value.detach().cpu().contiguous().clone() for key, value in state.items()}, {"format": "pt"})
     weights = _weights_name(data)
     _write_atomically(folder / weights, data)
     _write_atomically(folder / DESCRIPTION, json.dumps({**description, "weights": weights}, indent=2).encode())
@@ -85,6 +87,11 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{file} has format {got!r}, expected {FORMAT}: save it again with this version, or update mope_fast")
     if missing := [key for key in KEYS if key not in description]:
         raise ValueError(f"{file} lacks {missing}: restore it, or save the model again")
+    types = {"config": dict, "weights": str, "problem_type": str, "num_classes": (int, type(None))}
+    if wrong := [key for key, kind in types.items() if not isinstance(description[key], kind)]:
+        raise ValueError(f"{file} is damaged: {wrong} have the wrong type; restore it, or save the model again")
+    if Path(description["weights"]).name != description["weights"]:
+        raise ValueError(f"{file} names weights outside its folder ({description['weights']}): don't trust it")
     known = {field.name for field in dataclasses.fields(MoPEConfig)}
     if unknown := [key for key in description["config"] if key not in known]:
         raise ValueError(f"{file} has settings that this version doesn't know: {unknown}; update mope_fast")

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,10 +19,17 @@ from .output import FusionOutput
 
 Inputs = Tensor | dict[str, Any]
 
+
+def _regression_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    if labels.shape not in (logits.shape, logits.squeeze(-1).shape):
+        raise ValueError(f"regression labels must have the shape of logits {tuple(logits.shape)}, got {tuple(labels.shape)}")
+    return F.mse_loss(logits, labels.to(logits.dtype).view_as(logits))
+
+
 TASK_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "single_label_classification": F.cross_entropy,
     "multi_label_classification": lambda logits, labels: F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype)),
-    "regression": lambda logits, labels: F.mse_loss(logits, labels.to(logits.dtype).view_as(logits)),
+    "regression": _regression_loss,
 }
 
 
@@ -31,8 +39,9 @@ class MoPEFusion(nn.Module):
     Args:
         main: a supported encoder; held frozen and in eval mode.
         complementary: where psi_y comes from: a supported encoder (its global feature, with vanilla prompts of
-            ``config.complementary_prompt_length`` in its layers), any callable that gives (B, cross_dim) features (a module is
-            held frozen and in eval mode), or None: then the features themselves are passed to ``forward``.
+            ``config.complementary_prompt_length`` in its layers), any callable that gives (B, cross_dim) features (a module is held
+            frozen, in eval mode and without gradient; a plain function may train parameters of its own), or None: then the
+            features themselves are passed to ``forward``.
         num_classes: outputs of the linear head; None for no head (``logits`` is None, use ``features``).
         config: see :class:`MoPEConfig`; ``config.cross_dim`` is needed unless ``complementary`` is a supported encoder.
         head: a head of your own, (B, D) -> (B, num_classes), in place of the linear one.
@@ -60,8 +69,8 @@ class MoPEFusion(nn.Module):
             raise ValueError(f"problem_type must be one of {list(TASK_LOSSES)}, got {problem_type!r}")
         if head is not None and num_classes is not None:
             raise ValueError("give num_classes for a linear head or head for one of your own, not both")
-        if num_classes is not None and num_classes < 1:
-            raise ValueError(f"num_classes must be >= 1, got {num_classes}")
+        if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 1):
+            raise ValueError(f"num_classes must be an integer >= 1, got {num_classes!r}")
         if complementary is not None and not callable(complementary):
             raise TypeError(f"complementary must be a supported encoder, a callable or None, got {type(complementary).__name__}")
         config = MoPEConfig() if config is None else config
@@ -78,19 +87,20 @@ class MoPEFusion(nn.Module):
         self.config = dataclasses.replace(config, cross_dim=cross_dim)
         self.problem_type = problem_type
         self.main = PromptedEncoder(main)
-        try:
-            self.complementary = PromptedEncoder(complementary) if encodes else complementary
-        except ValueError:
-            self.main.detach()
-            raise
-        self.bank = PromptBank(self.main.widths, cross_dim, self.config)
+        self.complementary = complementary
         self.complementary_bank = None
-        if encodes:
-            if config.complementary_prompt_length:
-                self.complementary_bank = PromptBank(self.complementary.widths, None, _vanilla(config))
-        elif isinstance(complementary, nn.Module):
-            complementary.requires_grad_(False).eval()
-        self.head = head if num_classes is None else nn.Linear(self.main.feature_width, num_classes)
+        try:
+            if encodes:
+                self.complementary = PromptedEncoder(complementary)
+                if config.complementary_prompt_length:
+                    self.complementary_bank = PromptBank(self.complementary.widths, None, _vanilla(config))
+            elif isinstance(complementary, nn.Module):
+                complementary.requires_grad_(False).eval()
+            self.bank = PromptBank(self.main.widths, cross_dim, self.config)
+            self.head = head if num_classes is None else nn.Linear(self.main.feature_width, num_classes)
+        except BaseException:
+            self.unwrap()
+            raise
 
     def forward(
         self, main_inputs: Inputs, complementary_inputs: Inputs | None = None, labels: Tensor | None = None
@@ -134,10 +144,11 @@ class MoPEFusion(nn.Module):
         if self.complementary_bank is not None:
             context = self.complementary_bank.prepare()
             return self.complementary(inputs, _provider(self.complementary_bank, context, self.complementary.layers))
-        with torch.no_grad():
-            if isinstance(self.complementary, PromptedEncoder):
-                return self.complementary(inputs)
-            return self.complementary(**inputs) if isinstance(inputs, dict) else self.complementary(inputs)
+        frozen = isinstance(self.complementary, nn.Module)
+        with torch.no_grad() if frozen else nullcontext():
+            if isinstance(inputs, dict) and not isinstance(self.complementary, PromptedEncoder):
+                return self.complementary(**inputs)
+            return self.complementary(inputs)
 
     def train(self, mode: bool = True) -> "MoPEFusion":
         """Train or evaluate prompts, mapper and head; encoders stay in eval mode."""
@@ -169,7 +180,7 @@ class MoPEFusion(nn.Module):
         return {key: value for key, value in self.state_dict().items() if not key.startswith(("main.", "complementary."))}
 
     def unwrap(self) -> tuple[nn.Module, nn.Module | Callable[..., Tensor] | None]:
-        """Give both encoders back as they were (still frozen); this model can't be used afterwards."""
+        """Give both encoders back as they were; this model can't be used afterwards."""
         complementary = self.complementary
         return self.main.detach(), complementary.detach() if isinstance(complementary, PromptedEncoder) else complementary
 

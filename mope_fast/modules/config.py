@@ -1,11 +1,16 @@
 """The settings of MoPE, each with its meaning and where its default comes from."""
 
-from dataclasses import asdict, dataclass, field
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 _PAPER = "MoPE v1 (arXiv 2403.10568), section 4.1"
 _CODE = "the authors' released code"
 _OURS = "ours"
+
+
+_KINDS = {"int": int, "float": (int, float), "bool": bool, "str": str}
 
 
 def _setting(default: Any, meaning: str, source: str) -> Any:
@@ -27,9 +32,13 @@ class MoPEConfig:
     learn_keys: bool = _setting(
         False, "train the routing keys; they are frozen from an orthogonal start (ablation: learned is worse)", _PAPER
     )
-    dropout: float = _setting(0.1, "on static prompts (one mask a step) and on the mapped prompt", _CODE)
+    dropout: float = _setting(
+        0.1,
+        "on static prompts (one mask a step) and the mapped prompt",
+        _CODE + ", which spares static ones behind the first",
+    )
     dynamic_dropout: float = _setting(
-        0.0, "on dynamic prompts, as the paper's text has it; rules out K/V-space mixing in training", _CODE
+        0.0, "on dynamic prompts; the paper's text has it, the code does not; rules out K/V-space mixing in training", _CODE
     )
     use_static: bool = _setting(True, "static prompts, P_s (ablation of table 2)", _PAPER)
     use_dynamic: bool = _setting(True, "routed prompts, P_d (ablation of table 2)", _PAPER)
@@ -51,17 +60,25 @@ class MoPEConfig:
     cross_dim: int | None = _setting(None, "width of the complementary feature where it can't be inferred", _OURS)
 
     def __post_init__(self):
+        for setting in fields(self):
+            value, kind = (
+                getattr(self, setting.name),
+                _KINDS[setting.type.removesuffix(" | None")],
+            )
+            optional = setting.type.endswith("None")
+            if not (value is None and optional) and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)):
+                raise TypeError(f"MoPEConfig.{setting.name} must be {setting.type}, got {value!r}")
         for name, least in (
             ("num_experts", 1), ("prompt_length", 1), ("cross_routing_dim", 1), ("inter_routing_dim", 1),
             ("noise_std", 0), ("importance_weight", 0), ("importance_threshold", 0), ("complementary_prompt_length", 0),
         ):  # fmt: skip
-            if not getattr(self, name) >= least:
+            if not least <= getattr(self, name) < float("inf"):
                 raise ValueError(f"MoPEConfig.{name} must be >= {least}, got {getattr(self, name)}")
         if self.cross_dim is not None and self.cross_dim < 1:
             raise ValueError(f"MoPEConfig.cross_dim must be >= 1 or None, got {self.cross_dim}")
         if self.num_experts > 1024:
             raise ValueError(f"MoPEConfig.num_experts must be at most 1024, got {self.num_experts}")
-        if not self.temperature > 0:
+        if not 0 < self.temperature < float("inf"):
             raise ValueError(f"MoPEConfig.temperature must be > 0, got {self.temperature}")
         for name in ("dropout", "dynamic_dropout"):
             if not 0 <= getattr(self, name) < 1:

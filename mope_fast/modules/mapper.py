@@ -30,5 +30,7 @@ class PromptMapper(nn.Module):
 
     def forward(self, cross: Tensor) -> dict[int, Tensor]:
         """(B, cross_dim) -> for each width W the mapped prompt (B, W)."""
+        if self.training and cross.shape[0] == 1 and isinstance(self.norm, nn.BatchNorm1d):
+            raise ValueError("batch norm can't train on a batch of 1: use larger batches (drop_last=True) or mapper_norm='layer'")
         hidden = F.gelu(self.norm(self.down(cross.to(self.down.weight.dtype))))
         return {int(width): up(hidden) for width, up in self.up.items()}

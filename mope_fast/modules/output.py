@@ -163,7 +163,7 @@ class MoPEOutput:
     def _mixes_in_kv_space(self, norm: nn.Module | None, key_norm: Projection | None) -> bool:
         config, routing = self.config, self.routing
         problem = None
-        if norm is not None and not isinstance(norm, nn.LayerNorm):
+        if norm is not None and getattr(type(norm), "forward", None) is not nn.LayerNorm.forward:
             problem = f"the layer's norm is {type(norm).__name__}, not nn.LayerNorm"
         elif key_norm is not None:
             problem = "the layer norms its keys behind the projection"

@@ -20,6 +20,8 @@ def _check_input(name: str, x: Tensor, width: int, batch: int | None = None, ran
     expected = " or ".join(f"({', '.join(('B', 'S')[: rank - 1])}, {width})" for rank in ranks)
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor {expected}, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must have a floating-point dtype, got {x.dtype}: call .float() on it")
     if x.dim() not in ranks or x.shape[-1] != width:
         raise ValueError(f"{name} must be {expected}, got {tuple(x.shape)}")
     if x.dim() == 3 and x.shape[1] == 0:
@@ -71,6 +73,8 @@ class MoPELayer(nn.Module):
             inter_routing_dim=inter_routing_dim, temperature=temperature, noise_std=noise_std, top_k=top_k, learn_keys=learn_keys,
             dropout=dropout, dynamic_dropout=dynamic_dropout, use_static=use_static, use_dynamic=use_dynamic, **settings,
         )  # fmt: skip
+        if not isinstance(dim, int) or dim < 1 or (use_dynamic and (not isinstance(cross_dim, int) or cross_dim < 1)):
+            raise ValueError(f"dim and cross_dim must be integers >= 1, got dim={dim!r} and cross_dim={cross_dim!r}")
         self.dim, self.cross_dim = dim, cross_dim
         bound = config.init_bound(dim)
         if use_static:
@@ -172,7 +176,7 @@ class PromptBank(nn.Module):
     """Prompts of all layers of a frozen encoder, with parameters stacked by layer width.
 
     ``prepare`` does all that doesn't depend on a layer's input in one matrix product each: the complementary half of every
-    layer's routing logits, and the mapped prompts. The bank is one unit for sharding.
+    layer's routing logits, and the mapped prompts.
 
     Args:
         dims: width of each layer, in order; N = len(dims).
@@ -191,10 +195,12 @@ class PromptBank(nn.Module):
         self.dims = tuple(dims)
         self.cross_dim = cross_dim
         config = self.config = MoPEConfig() if config is None else config
-        if not self.dims or min(self.dims) < 1:
-            raise ValueError(f"dims must list the width of at least one layer, all >= 1; got {self.dims}")
-        if config.needs_cross and cross_dim is None:
-            raise ValueError("cross_dim is None, but dynamic and mapped prompts need the complementary feature: give its width")
+        if not self.dims or not all(isinstance(width, int) and width >= 1 for width in self.dims):
+            raise ValueError(f"dims must list the width of at least one layer, integers >= 1; got {self.dims}")
+        if config.needs_cross and (not isinstance(cross_dim, int) or cross_dim < 1):
+            raise ValueError(
+                f"cross_dim is {cross_dim!r}, but dynamic and mapped prompts need the width of the complementary feature"
+            )
         self.stacks = nn.ModuleDict({str(width): _Stack(self.dims.count(width), width, config) for width in sorted(set(self.dims))})
         if config.use_dynamic:
             layers, routing_dim = len(self.dims), config.inter_routing_dim + config.cross_routing_dim

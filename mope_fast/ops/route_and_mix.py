@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .._autocast import without_autocast
 from ..reference.route_and_mix import accumulator_dtype, gated_softmax, reciprocal_norm, routing_logits
 from ..reference.route_and_mix import route_and_mix as reference_route_and_mix
 from ._registration import define
@@ -235,11 +236,12 @@ class _RouteAndMix(torch.autograd.Function):
             return (None,) * 9
         logits, experts, noise, gram, scores, rstd = ctx.saved_tensors
         needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
-        grad_logits, grad_experts, grad_gram = route_and_mix_backward(
-            grad_mixed, grad_scores, logits, experts, noise, gram, scores, rstd,
-            ctx.temperature, ctx.top_k, ctx.renormalize, ctx.eps, needs,
-        )  # fmt: skip
-        grads = [grad if need else None for grad, need in zip((grad_logits, grad_experts, grad_gram), needs, strict=True)]
+        with without_autocast(scores.device.type):
+            computed = route_and_mix_backward(
+                grad_mixed, grad_scores, logits, experts, noise, gram, scores, rstd,
+                ctx.temperature, ctx.top_k, ctx.renormalize, ctx.eps, needs,
+            )  # fmt: skip
+        grads = [grad if need else None for grad, need in zip(computed, needs, strict=True)]
         return grads[0], grads[1], None, grads[2], None, None, None, None, None
 
 

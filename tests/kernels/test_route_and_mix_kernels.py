@@ -303,21 +303,24 @@ def test_programs_may_run_in_any_order_and_twice(monkeypatch):
         assert torch.equal(a, b)
 
 
-def test_addresses_past_2_31_elements(device):
-    """Strides of 2^30 elements: the storage is virtual memory that is hardly touched."""
-    inputs = make_inputs(3, 2, 3, 4, torch.float16, device)
-    spread = {}
-    for name in ("logits", "experts"):
-        shape = inputs[name].shape
-        strides = {"logits": (2**30, 1), "experts": (1, 2**30, 8)}[name]
-        storage = torch.empty(2 * 2**30 + 64, dtype=torch.float16, device=device)
-        view = storage.as_strided(shape, strides)
-        view.copy_(inputs[name].detach())
-        spread[name] = view.requires_grad_()
-    upstream = [torch.randn(3, 3, 4, device=device), torch.randn(3, 2, device=device)]
+@pytest.mark.parametrize(
+    ("name", "axis"),
+    [("logits", 0), ("logits", 1), ("experts", 0), ("experts", 1), ("experts", 2), ("upstream", 0), ("upstream", 2)],
+)
+def test_addresses_past_2_31_elements(name, axis, device):
+    """A stride of 2^30 elements along one axis of 3: the storage is virtual memory that is hardly touched."""
+    inputs = make_inputs(3, 3, 3, 3, torch.float16, device)
+    upstream = [torch.randn(3, 3, 3, device=device).half(), torch.randn(3, 3, device=device)]
     expected = run(inputs, upstream, "triton")
-    got = run({**inputs, **spread}, upstream, "triton")
-    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    compact = upstream[0] if name == "upstream" else inputs[name].detach()
+    strides = [2**30 if i == axis else 4 * 3**i for i in range(compact.dim())]
+    spread = torch.empty(2 * 2**30 + 256, dtype=torch.float16, device=device).as_strided(compact.shape, strides)
+    spread.copy_(compact)
+    if name == "upstream":
+        upstream[0] = spread
+    else:
+        inputs[name] = spread.requires_grad_()
+    assert all(torch.equal(a, b) for a, b in zip(run(inputs, upstream, "triton"), expected, strict=True))
 
 
 def test_auto_takes_the_kernels(device, monkeypatch):

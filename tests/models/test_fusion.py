@@ -87,7 +87,7 @@ def test_complementary_may_be_a_callable():
     model, text, x = feature_fusion(lambda x: x @ weight), make_text(3), torch.randn(3, 6, dtype=torch.float64)
     output = model(text, x, torch.zeros(3, dtype=torch.long))
     output.loss.backward()
-    assert weight.grad is None
+    assert weight.grad is not None, "a plain function may train what it closes over"
     by_hand = feature_fusion()
     by_hand.load_state_dict(model.state_dict())
     close(by_hand(text, x @ weight).logits, output.logits)
@@ -253,7 +253,7 @@ def test_autocast_keeps_scores_and_loss_in_float32():
         ),
         (lambda: make_fusion("bert", 3), TypeError, "complementary must be .*, got int"),
         (lambda: make_fusion(head=nn.Linear(32, 2)), ValueError, "num_classes .* or head .*, not both"),
-        (lambda: make_fusion(num_classes=0), ValueError, "num_classes must be >= 1, got 0"),
+        (lambda: make_fusion(num_classes=0), ValueError, "num_classes must be an integer >= 1, got 0"),
         (lambda: make_fusion(problem_type="ranking"), ValueError, "problem_type must be one of .*regression.*got 'ranking'"),
     ],
 )
@@ -287,3 +287,25 @@ def test_wrong_inputs_are_named(settings, inputs, message):
 def test_features_of_a_wrong_width_are_named():
     with pytest.raises(ValueError, match=r"cross must be \(B, 20\), got \(3, 21\)"):
         feature_fusion()(make_text(3), torch.zeros(3, 21, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("width", "shape"), [(1, (6,)), (1, (6, 1)), (3, (6, 3))])
+def test_regression_labels_of_the_logits_shape_are_taken(width, shape):
+    model = make_fusion(num_classes=width, problem_type="regression")
+    labels = torch.randn(shape, dtype=torch.float64)
+    output = model(make_text(6), make_images(6), labels)
+    close(output.task_loss, (output.logits - labels.view(6, width)).square().mean())
+
+
+@pytest.mark.parametrize("shape", [(3, 6), (6,), (18,)])
+def test_regression_labels_of_another_shape_are_refused(shape):
+    model = make_fusion(num_classes=3, problem_type="regression")
+    with pytest.raises(ValueError, match=r"must have the shape of logits \(6, 3\), got"):
+        model(make_text(6), make_images(6), torch.zeros(shape))
+
+
+def test_batch_norm_on_one_sample_says_what_to_do():
+    model = make_fusion().train()
+    with pytest.raises(ValueError, match=r"drop_last=True.*mapper_norm='layer'"):
+        model(make_text(1), make_images(1))
+    make_fusion(mapper_norm="layer").train()(make_text(1), make_images(1))

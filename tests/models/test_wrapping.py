@@ -1,4 +1,7 @@
 import copy
+import subprocess
+import sys
+import threading
 
 import pytest
 import torch
@@ -138,3 +141,55 @@ def test_encoders_of_two_models_do_not_meet():
 def test_the_users_encoder_object_is_used_not_copied():
     encoder = make_bert()
     assert make_fusion(encoder, "dinov2").main.encoder is encoder
+
+
+def test_unwrap_gives_training_mode_and_gradients_back():
+    bert = make_bert().train()
+    bert.pooler.requires_grad_(False)
+    flags = [p.requires_grad for p in bert.parameters()]
+    make_fusion(bert).unwrap()
+    assert bert.training
+    assert [p.requires_grad for p in bert.parameters()] == flags
+
+
+def test_an_attention_that_ignores_prompts_is_noticed():
+    model = make_fusion()
+    model.main.encoder.set_attn_implementation("sdpa")
+    with pytest.raises(RuntimeError, match="prompts did not reach layer 0 of BertModel"):
+        model(make_text(3), make_images(3))
+
+
+def test_a_second_forward_at_the_same_time_is_refused():
+    model, inputs = make_fusion(), (make_text(3), make_images(3))
+    expected, errors = model(*inputs).logits, []
+
+    def meanwhile(module, args):
+        def run():
+            try:
+                model.main(inputs[0], lambda index, hidden: ())
+            except RuntimeError as error:
+                errors.append(str(error))
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+
+    hook = model.main.encoder.encoder.layer[1].register_forward_pre_hook(meanwhile)
+    assert torch.equal(model(*inputs).logits, expected)
+    hook.remove()
+    assert len(errors) == 1
+    assert "another forward" in errors[0]
+
+
+@pytest.mark.parametrize(("main", "complementary"), [("bert", "dinov2"), ("dinov2", "bert")])
+def test_a_pickled_model_works_in_another_process(main, complementary, tmp_path):
+    model = make_fusion(main, complementary)
+    inputs = INPUTS[main](3), INPUTS[complementary](3)
+    torch.save({"model": model, "inputs": inputs, "logits": model(*inputs).logits}, tmp_path / "model.pt")
+    script = """
+import sys, torch
+saved = torch.load(sys.argv[1], weights_only=False)
+assert torch.equal(saved["model"](*saved["inputs"]).logits, saved["logits"])
+"""
+    process = subprocess.run([sys.executable, "-c", script, tmp_path / "model.pt"], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr

@@ -65,3 +65,12 @@ def test_config_survives_json():
 def test_config_can_not_be_changed_behind_its_checks():
     with pytest.raises(dataclasses.FrozenInstanceError):
         MoPEConfig().temperature = 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_experts", 2.5), ("top_k", True), ("temperature", "a"), ("use_static", "no"), ("cross_dim", 3.0), ("mixing", None)],
+)
+def test_a_wrong_type_is_refused(name, value):
+    with pytest.raises(TypeError, match=rf"MoPEConfig\.{name} must be .*, got {value!r}"):
+        MoPEConfig(**{name: value})

@@ -268,7 +268,7 @@ def test_missing_complementary_feature_is_named():
 def test_bank_refuses_what_it_can_not_build():
     with pytest.raises(ValueError, match=r"at least one layer.* got \(\)"):
         PromptBank([], CROSS)
-    with pytest.raises(ValueError, match=r"all >= 1; got \(32, 0\)"):
+    with pytest.raises(ValueError, match=r"integers >= 1; got \(32, 0\)"):
         PromptBank([32, 0], CROSS)
     with pytest.raises(ValueError, match="cross_dim is None"):
         PromptBank([32], None)
@@ -282,3 +282,11 @@ def test_unknown_setting_is_refused():
 def test_repr_says_the_sizes():
     assert "dim=32, cross_dim=20, num_experts=4, prompt_length=3" in repr(make_layer())
     assert f"layers=2, cross_dim=20, num_experts={SETTINGS['num_experts']}" in repr(make_bank())
+
+
+@pytest.mark.parametrize("name", ["x", "cross", "mapped"])
+def test_integers_are_refused(name):
+    inputs = {"x": torch.zeros(2, 8), "cross": torch.zeros(2, 5), "mapped": torch.zeros(2, 8)}
+    inputs[name] = inputs[name].long()
+    with pytest.raises(TypeError, match=rf"{name} must have a floating-point dtype, got torch\.int64"):
+        MoPELayer(8, 5)(**inputs)

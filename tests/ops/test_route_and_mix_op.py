@@ -179,13 +179,20 @@ BAD_INPUTS = {
     "integer logits": ((X.long(), E), {}, TypeError, r"logits must have a floating-point dtype, got torch\.int64"),
     "not a tensor": (([[1.0]], E), {}, TypeError, r"logits must be a torch\.Tensor, got list"),
     "devices": ((X, E.to("meta")), {}, ValueError, "logits is on cpu and experts on meta: move them to one device"),
-    "temperature 0": ((X, E), {"temperature": 0.0}, ValueError, r"temperature must be > 0, got 0\.0"),
-    "temperature NaN": ((X, E), {"temperature": float("nan")}, ValueError, "temperature must be > 0, got nan"),
+    "temperature 0": ((X, E), {"temperature": 0.0}, ValueError, r"temperature must be > 0 and finite, got 0\.0"),
+    "temperature NaN": ((X, E), {"temperature": float("nan")}, ValueError, "temperature must be > 0 and finite, got nan"),
     "temperature tensor": (
         (X, E),
         {"temperature": torch.tensor(0.1)},
         TypeError,
         "temperature must be a Python float, got a tensor",
+    ),
+    "temperature text": ((X, E), {"temperature": "a"}, TypeError, "temperature must be a Python float, got 'a'"),
+    "top_k fraction": (
+        (X, E),
+        {"top_k": 1.5},
+        ValueError,
+        r"top_k must be 1 to the number of experts 5, or None for all; got 1\.5",
     ),
     "noise shape": (
         (X, E),
@@ -223,3 +230,11 @@ def test_the_environment_sets_the_default(monkeypatch):
         functional.route_and_mix(X, E)
     q = torch.zeros(1, 1, 1, 16)
     assert functional.prompt_attention(q, q, q).shape == q.shape, "a function without that implementation keeps its own choice"
+
+
+def test_a_mistyped_environment_is_refused(monkeypatch):
+    from mope_fast import _implementations
+
+    monkeypatch.setattr(_implementations, "DEFAULT_IMPL", "trition")
+    with pytest.raises(RuntimeError, match=r"MOPE_FAST_IMPL='trition', expected one of \['auto', 'reference', 'sdpa', 'triton'\]"):
+        functional.route_and_mix(X, E)
