@@ -127,7 +127,9 @@ def run(benchmark, mode: str, case: Case, timing: str, provider: str, device: to
         bytes=case.bytes(mode), flops=case.flops(mode), peak_memory=measure.peak_memory(lambda: step(sets[0]), device),
     )  # fmt: skip
     if provider in providers.OURS:
-        benchmark.extra_info["implementation"] = _implementations.choose("route_and_mix", "auto", device, case.dtype)
+        benchmark.extra_info["implementation"] = _implementations.choose(
+            "route_and_mix", "auto", _implementations.Problem(device, case.dtype)
+        )
     rounds, iterations = (3, 1) if smoke else measure.schedule(target)
     benchmark.pedantic(target, rounds=rounds, iterations=iterations, warmup_rounds=1)
     if benchmark.stats is not None:

@@ -29,6 +29,15 @@ class ExpertGradsLaunch(NamedTuple):
     num_warps: int
 
 
+class AttentionLaunch(NamedTuple):
+    """One kernel of ``prompt_attention``: tile sizes over queries and keys, warps, loads in flight."""
+
+    block_q: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
 class RouterGradsLaunch(NamedTuple):
     """``router_grads_kernel``: partial sums and Gram rows a step, warps."""
 
@@ -79,3 +88,48 @@ def router_grads_launch(experts: int, m_tiles: int) -> RouterGradsLaunch:
     block_p = _power_of_2_in(m_tiles, 1, max(1, min(64, 4096 // k_padded)))
     block_i = min(k_padded, max(2, 4096 // k_padded))
     return RouterGradsLaunch(block_p, block_i, k_padded, 1 if k_padded <= 64 else 8)
+
+
+# by padded head dim: 16-bit, then 32-bit. float32 products run on FMA units and hold their operands in registers: small tiles
+_ATTENTION = {
+    64: (AttentionLaunch(128, 64, 4, 3), AttentionLaunch(32, 32, 8, 1)),
+    128: (AttentionLaunch(128, 64, 8, 2), AttentionLaunch(16, 16, 4, 1)),
+    256: (AttentionLaunch(64, 32, 8, 2), AttentionLaunch(16, 16, 4, 1)),
+}
+_ATTENTION_GRADS = {
+    64: (AttentionLaunch(64, 64, 4, 2), AttentionLaunch(16, 32, 4, 1)),
+    128: (AttentionLaunch(64, 64, 8, 2), AttentionLaunch(16, 16, 8, 1)),
+    256: (AttentionLaunch(32, 32, 4, 1), AttentionLaunch(16, 16, 8, 1)),
+}
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The power of two at or above it that matrix products take."""
+    return _power_of_2_in(head_dim, 16, 256)
+
+
+def _held(launch: AttentionLaunch, queries: int, keys: int) -> AttentionLaunch:
+    """Tiles not larger than the sequences."""
+    return launch._replace(
+        block_q=min(launch.block_q, _power_of_2_in(queries, 16, 128)), block_k=min(launch.block_k, _power_of_2_in(keys, 16, 128))
+    )
+
+
+def attention_launch(queries: int, keys: int, head_dim: int, itemsize: int) -> AttentionLaunch:
+    """Tiles of the forward kernel; the batch has no say, so a sample's bits don't depend on its neighbours."""
+    return _held(_ATTENTION[max(64, padded_head_dim(head_dim))][itemsize > 2], queries, keys)
+
+
+def attention_grads_launch(queries: int, keys: int, head_dim: int, itemsize: int) -> AttentionLaunch:
+    """Tiles of the backward kernels."""
+    return _held(_ATTENTION_GRADS[max(64, padded_head_dim(head_dim))][itemsize > 2], queries, keys)
+
+
+def prefix_block(length: int) -> int:
+    """Keys of a prefix in one tile; 0 where there is no prefix."""
+    return _power_of_2_in(length, 16, 32) if length else 0
+
+
+def prefix_splits(queries: int) -> int:
+    """Parts of the queries that a prefix's gradient is summed over side by side."""
+    return max(1, min(16, queries // 256))

@@ -13,19 +13,13 @@ Backward, with g the gradient of ``mixed``, du[b, l, k] = <g[b, l], experts[k, l
     d gram[l]       = sum_b d norm_sq[b, l] scores[b] scores[b]'
 
 ``expert_grads_kernel`` reads g once for both of its products; ``router_grads_kernel`` adds its partial sums in a fixed order.
-No kernel uses atomics. Types: operands of products are rounded to ``COMPUTE`` and summed in ``ACC`` (float32, or float64 where the
-inputs are). ``DOT`` is ``COMPUTE``, but float32 for bfloat16 in Triton's interpreter, whose ``tl.dot`` takes its bits for integers;
-a product of two bfloat16 numbers is exact in float32.
+No kernel uses atomics. ``COMPUTE``, ``DOT`` and ``ACC``: see ``products.py``.
 """
 
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _dot(a, b, acc, COMPUTE: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr):
-    """acc + a @ b with operands rounded to COMPUTE, summed in ACC, never in TF32."""
-    return tl.dot(a.to(COMPUTE).to(DOT), b.to(COMPUTE).to(DOT), acc, input_precision="ieee", out_dtype=ACC)
+from .products import dot
 
 
 @triton.jit
@@ -158,7 +152,7 @@ def mix_kernel(
             mask=(cols < K)[:, None] & (columns < M)[None, :],
             other=0.0,
         )  # [BLOCK_K, BLOCK_M]
-        acc = _dot(s, e, acc, COMPUTE, DOT, ACC)
+        acc = dot(s, e, acc, COMPUTE, DOT, ACC)
         if HAS_GRAM:
             for j0 in range(0, K, BLOCK_K):
                 others = j0 + tl.arange(0, BLOCK_K)
@@ -224,14 +218,14 @@ def expert_grads_kernel(
             other=0.0,
         )  # [BLOCK_B, BLOCK_M]
         if NEED_PARTIALS:
-            du = _dot(g, tl.trans(e), tl.zeros([BLOCK_B, BLOCK_K], ACC), COMPUTE, DOT, ACC)
+            du = dot(g, tl.trans(e), tl.zeros([BLOCK_B, BLOCK_K], ACC), COMPUTE, DOT, ACC)
             out = partials + (tile.to(tl.int64) * B + rows[:, None]) * K + cols[None, :]
             tl.store(out, du, mask=in_batch[:, None] & (cols < K)[None, :])
         if NEED_EXPERTS:
             s = tl.load(scores + rows[:, None] * K + cols[None, :], mask=in_batch[:, None] & (cols < K)[None, :], other=0.0)
             if HAS_GRAM:
                 s *= tl.load(rstd + rows * L + row, mask=in_batch, other=0.0)[:, None]
-            grad = _dot(tl.trans(s), g, grad, COMPUTE, DOT, ACC)
+            grad = dot(tl.trans(s), g, grad, COMPUTE, DOT, ACC)
     if NEED_EXPERTS:
         out = grad_experts + ((split * K + cols[:, None]) * L + row) * M + columns[None, :]
         tl.store(out, grad.to(grad_experts.dtype.element_ty), mask=expert_mask)

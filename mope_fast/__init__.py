@@ -4,6 +4,7 @@ from . import functional
 from .encoders import register_encoder, supported_encoders
 from .models import FusionOutput, MoPEFusion
 from .modules import MoPEConfig, MoPELayer, MoPEOutput, PromptBank, PromptMapper
+from .receptive_field import ReceptiveField
 
 __version__ = "0.1.0"
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "MoPEOutput",
     "PromptBank",
     "PromptMapper",
+    "ReceptiveField",
     "functional",
     "register_encoder",
     "supported_encoders",

@@ -5,7 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .receptive_field import ReceptiveField
+
 MAX_EXPERTS = 1024
+MAX_HEAD_DIM = 256
 
 
 def _shape(tensor: Tensor) -> str:
@@ -98,19 +101,8 @@ def check_prompt_attention(
     bias: Tensor | None,
 ) -> None:
     """See :func:`mope_fast.functional.prompt_attention`."""
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        _check_float(name, tensor)
-        if tensor.dim() != 4:
-            raise ValueError(f"{name} must be (B, H, S, Dh), got {_shape(tensor)}")
-        _check_same_device("q", q, name, tensor)
-    batch, heads, queries, head_dim = q.shape
-    tokens = k.shape[2]
-    if k.shape[1] != heads or v.shape[1] != heads:
-        raise ValueError(f"grouped-query attention is not supported: q has {heads} heads, k {k.shape[1]}; repeat the keys")
-    if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != head_dim:
-        raise ValueError(f"k and v must be ({batch}, {heads}, Sk, {head_dim}) as q {_shape(q)}; got k {_shape(k)}, v {_shape(v)}")
-    if not q.dtype == k.dtype == v.dtype:
-        raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    _check_attention(q, k, v, key_padding_mask, bias)
+    batch, heads, _, head_dim = q.shape
     if not isinstance(prefixes, (list, tuple)) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in prefixes):
         raise TypeError("prefixes must be a sequence of (key, value) pairs, () for none")
     if len(prefixes) > 2:
@@ -124,6 +116,40 @@ def check_prompt_attention(
         if not fits or pk.shape != pv.shape:
             expected = f"({batch} or 1, {heads}, P, {head_dim})"
             raise ValueError(f"prefix {i} must be two tensors {expected}, got {_shape(pk)} and {_shape(pv)}")
+        if pk.dtype != pv.dtype:
+            raise TypeError(f"key and value of prefix {i} must have one dtype, got {pk.dtype} and {pv.dtype}")
+
+
+def check_receptive_field_attention(
+    q: Tensor, k: Tensor, v: Tensor, field: object, key_padding_mask: Tensor | None, bias: Tensor | None
+) -> None:
+    """See :func:`mope_fast.functional.receptive_field_attention`."""
+    _check_attention(q, k, v, key_padding_mask, bias)
+    if not isinstance(field, ReceptiveField):
+        raise TypeError(f"field must be a mope_fast.ReceptiveField, got {type(field).__name__}")
+    if not q.shape[2] == k.shape[2] == field.size:
+        lengths = " + ".join(map(str, field.lengths))
+        raise ValueError(
+            f"the field has {lengths} = {field.size} positions, but q has {q.shape[2]} and k {k.shape[2]}: make them equal"
+        )
+
+
+def _check_attention(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, bias: Tensor | None) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        _check_float(name, tensor)
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must be (B, H, S, Dh), got {_shape(tensor)}")
+        _check_same_device("q", q, name, tensor)
+    batch, heads, queries, head_dim = q.shape
+    tokens = k.shape[2]
+    if k.shape[1] != heads or v.shape[1] != heads:
+        raise ValueError(f"grouped-query attention is not supported: q has {heads} heads, k {k.shape[1]}; repeat the keys")
+    if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != head_dim:
+        raise ValueError(f"k and v must be ({batch}, {heads}, Sk, {head_dim}) as q {_shape(q)}; got k {_shape(k)}, v {_shape(v)}")
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"the head dimension Dh must be 1 to {MAX_HEAD_DIM}, got {head_dim}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
     if key_padding_mask is not None:
         mask = key_padding_mask
         if mask.dtype != torch.bool or mask.shape != (batch, tokens):
@@ -132,6 +158,7 @@ def check_prompt_attention(
             )
         _check_same_device("q", q, "key_padding_mask", mask)
     if bias is not None:
+        _check_float("bias", bias)
         fits = bias.dim() == 4 and bias.shape[0] in (1, batch) and bias.shape[1] in (1, heads)
         if not fits or bias.shape[2:] != (queries, tokens):
             raise ValueError(f"bias must be ({batch} or 1, {heads} or 1, {queries}, {tokens}), got {_shape(bias)}")

@@ -4,16 +4,28 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
-from .ops.route_and_mix import INTERPRETED
+from .ops import xformers_attention
+from .ops._triton import INTERPRETED
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 DEFAULT_IMPL = os.environ.get("MOPE_FAST_IMPL", "auto")
 """Read once, at import: the implementation that ``impl="auto"`` stands for, where a function has it."""
 
-Reason = Callable[[torch.device, torch.dtype], str | None]
+
+class Problem(NamedTuple):
+    """What the choice may depend on; never on the batch, so that a sample's bits don't depend on its neighbours."""
+
+    device: torch.device
+    dtype: torch.dtype
+    keys: int = 0
+    """Of attention: prefix and token keys."""
+
+
+Reason = Callable[[Problem], str | None]
 
 
 _cached_capability = functools.cache(torch.cuda.get_device_capability)
@@ -24,38 +36,73 @@ def _compute_capability(device: torch.device) -> tuple[int, int]:
     return _cached_capability(device)
 
 
-def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+def _why_not_triton(problem: Problem) -> str | None:
+    device = problem.device
     if not HAS_TRITON:
         return "triton is not installed (Linux: pip install triton)"
     if INTERPRETED:
         return None if device.type == "cpu" else f"TRITON_INTERPRET=1 takes CPU tensors, these are on {device.type}"
     if device.type != "cuda":
         return f"the tensors are on {device.type}; move them to a GPU, or set TRITON_INTERPRET=1 before starting Python"
-    if dtype == torch.float64:
+    if problem.dtype == torch.float64:
         return "float64 runs on the reference (or in Triton's interpreter)"
     if torch.version.hip is None and _compute_capability(device) < (8, 0):
         return "the GPU is older than compute capability 8.0"
     return None
 
 
-def _always(device: torch.device, dtype: torch.dtype) -> str | None:
+@torch.compiler.assume_constant_result
+def _why_not_loaded_xformers() -> str | None:
+    return xformers_attention.why_not_loaded()
+
+
+def _why_not_xformers(problem: Problem) -> str | None:
+    if problem.device.type != "cuda":
+        return f"xformers has operators for CUDA only; the tensors are on {problem.device.type}"
+    if problem.dtype == torch.float64:
+        return "xformers takes float16, bfloat16 and float32"
+    return _why_not_loaded_xformers()
+
+
+def _always(problem: Problem) -> str | None:
     return None
 
 
+TRITON_KEYS = 512
+"""Up to here Triton's attention is expected to be the fastest: a prediction until a GPU measures it (``benchmarks/NOTES.md``)."""
+
+
+def _attention_order(problem: Problem) -> tuple[str, ...]:
+    """Best first. On a CPU, and for the many keys that torch's kernels are tuned for, SDPA; it needs no other package."""
+    if problem.device.type == "cuda" and problem.keys <= TRITON_KEYS:
+        return "triton", "sdpa", "xformers", "reference"
+    return "sdpa", "triton", "xformers", "reference"
+
+
+_ATTENTION: dict[str, Reason] = {"triton": _why_not_triton, "xformers": _why_not_xformers, "sdpa": _always, "reference": _always}
 IMPLEMENTATIONS: dict[str, dict[str, Reason]] = {
     "route_and_mix": {"triton": _why_not_triton, "reference": _always},
-    "prompt_attention": {"sdpa": _always, "reference": _always},
+    "prompt_attention": _ATTENTION,
+    "receptive_field_attention": _ATTENTION,
     "importance_loss": {"reference": _always},
 }
-"""For each function its implementations, the best first, with the reason why one can't run (None: it can)."""
+"""For each function its implementations, with the reason why one can't run (None: it can)."""
+
+_ORDER: dict[str, Callable[[Problem], tuple[str, ...]]] = {
+    "route_and_mix": lambda problem: ("triton", "reference"),
+    "prompt_attention": _attention_order,
+    "receptive_field_attention": _attention_order,
+    "importance_loss": lambda problem: ("reference",),
+}
+"""What ``auto`` tries, the best first: the one place for such rules."""
 
 
-def why_not(function: str, device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+def why_not(function: str, problem: Problem) -> dict[str, str | None]:
     """For each implementation of ``function`` the reason why it can't run on such tensors, or None."""
-    return {name: reason(device, dtype) for name, reason in IMPLEMENTATIONS[function].items()}
+    return {name: reason(problem) for name, reason in IMPLEMENTATIONS[function].items()}
 
 
-def choose(function: str, impl: str, device: torch.device, dtype: torch.dtype) -> str:
+def choose(function: str, impl: str, problem: Problem) -> str:
     """The implementation to run.
 
     Raises:
@@ -69,15 +116,15 @@ def choose(function: str, impl: str, device: torch.device, dtype: torch.dtype) -
             raise RuntimeError(f"the environment has MOPE_FAST_IMPL={DEFAULT_IMPL!r}, expected one of {['auto', *known]}")
         impl = DEFAULT_IMPL if DEFAULT_IMPL in candidates else impl
     if impl == "auto":
-        for name, reason in candidates.items():
-            if reason(device, dtype) is None:
+        for name in _ORDER[function](problem):
+            if candidates[name](problem) is None:
                 return name
     if impl not in candidates:
         raise ValueError(f"{function} got impl={impl!r}, expected one of {['auto', *candidates]}")
-    if (problem := candidates[impl](device, dtype)) is not None:
-        able = [name for name, reason in candidates.items() if reason(device, dtype) is None]
+    if (reason := candidates[impl](problem)) is not None:
+        able = [name for name in _ORDER[function](problem) if candidates[name](problem) is None]
         raise RuntimeError(
-            f"{function} got impl={impl!r}, which can't run on {str(dtype).removeprefix('torch.')} tensors on {device}: {problem}. "
-            f"Here it can run as {able}; impl='auto' chooses {able[0]!r}"
+            f"{function} got impl={impl!r}, which can't run on {str(problem.dtype).removeprefix('torch.')} tensors on "
+            f"{problem.device}: {reason}. Here it can run as {able}; impl='auto' chooses {able[0]!r}"
         )
     return impl

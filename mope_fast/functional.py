@@ -13,13 +13,15 @@ from torch import Tensor
 
 from . import reference
 from ._autocast import autocast_dtype, without_autocast
-from ._checks import check_importance_loss, check_prompt_attention, check_route_and_mix
-from ._implementations import choose
-from .ops.prompt_attention import sdpa
+from ._checks import check_importance_loss, check_prompt_attention, check_receptive_field_attention, check_route_and_mix
+from ._implementations import Problem, choose
+from .ops import sdpa_attention, xformers_attention
+from .ops.prompt_attention import prompt_attention as _prompt_attention_op
 from .ops.route_and_mix import route_and_mix as _route_and_mix_op
+from .receptive_field import ReceptiveField
 from .reference.importance import importance_loss_of_sums
 
-__all__ = ["importance_loss", "prompt_attention", "route_and_mix"]
+__all__ = ["ReceptiveField", "importance_loss", "prompt_attention", "receptive_field_attention", "route_and_mix"]
 
 
 def route_and_mix(
@@ -61,7 +63,8 @@ def route_and_mix(
     """
     check_route_and_mix(logits, experts, temperature, noise, top_k, renormalize, gram, eps)
     dtype = autocast_dtype(experts)
-    if choose("route_and_mix", impl, logits.device, torch.promote_types(logits.dtype, experts.dtype)) == "triton":
+    problem = Problem(logits.device, torch.promote_types(logits.dtype, experts.dtype))
+    if choose("route_and_mix", impl, problem) == "triton":
         return _route_and_mix_op(logits, experts, noise, gram, temperature, top_k, renormalize, eps, dtype)
     with without_autocast(logits.device.type):
         return reference.route_and_mix(
@@ -117,31 +120,86 @@ def prompt_attention(
     scale: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Self-attention whose queries also see up to two key/value prefixes: prompts that are keys and values only.
+    """Attention whose queries also see up to two key/value prefixes: prompts that are keys and values only.
 
     Every query sees every prefix key; padding, causality and bias are about token keys. There is no attention dropout: frozen
-    encoders are in eval mode.
+    encoders are in eval mode. Softmax and sums are taken in float32 (float64 for float64).
 
     Args:
-        q: (B, H, Sq, Dh).
-        k, v: (B, H, Sk, Dh).
-        prefixes: up to two pairs of keys and values, each (B or 1, H, P, Dh), in the dtype of q.
+        q: (B, H, Sq, Dh), Dh at most 256. Any strides, as everything here.
+        k, v: (B, H, Sk, Dh), in the dtype of q.
+        prefixes: up to two pairs of keys and values, each (B or 1, H, P, Dh), of any float dtype. Batch 1 is shared by all samples.
         is_causal: query i sees the token keys up to ``i + Sk - Sq``.
-        key_padding_mask: (B, Sk) bool, True = a real token.
-        bias: (B or 1, H or 1, Sq, Sk), added to the scaled products with token keys.
+        key_padding_mask: (B, Sk) bool, True = a real token, in any positions.
+        bias: (B or 1, H or 1, Sq, Sk), any float dtype, added to the scaled products with token keys; gets a gradient on request.
         scale: default ``Dh ** -0.5``.
-        impl: "auto", "sdpa" or "reference".
+        impl: "auto", "triton", "xformers", "sdpa" or "reference".
 
     Returns:
-        (B, H, Sq, Dh) in the autocast dtype if autocast is on, else in q's. A query that sees no key gives zeros.
+        (B, H, Sq, Dh) in the autocast dtype if autocast is on, else in q's. A query without a key gives zeros and zero gradients.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type, rank, size or value.
+        RuntimeError: ``impl`` can't run here.
     """
     check_prompt_attention(q, k, v, prefixes, key_padding_mask, bias)
-    settings = {"is_causal": is_causal, "key_padding_mask": key_padding_mask, "bias": bias, "scale": scale}
-    if choose("prompt_attention", impl, q.device, q.dtype) == "sdpa":
-        return sdpa(q, k, v, prefixes, **settings)
-    with without_autocast(q.device.type):
-        out = reference.prompt_attention(q, k, v, prefixes, **settings)
-    return out.to(autocast_dtype(q))
+    masking = {"key_padding_mask": key_padding_mask, "bias": bias, "scale": scale}
+    keys = k.shape[2] + sum(pk.shape[2] for pk, _ in prefixes)
+    impl = choose("prompt_attention", impl, Problem(q.device, q.dtype, keys))
+    if impl == "reference":
+        with without_autocast(q.device.type):
+            out = reference.prompt_attention(q, k, v, prefixes, is_causal=is_causal, **masking)
+        return out.to(autocast_dtype(q))
+    q, k, v = _in_autocast_dtype(q, k, v)
+    if impl == "triton":
+        return _prompt_attention_op(q, k, v, prefixes, field=None, is_causal=is_causal, **masking)
+    backend = sdpa_attention if impl == "sdpa" else xformers_attention
+    return backend.prompt_attention(q, k, v, prefixes, is_causal=is_causal, **masking)
+
+
+def receptive_field_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    field: ReceptiveField,
+    *,
+    key_padding_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Self-attention in which each group of positions sees only some groups (MoPE-BAF, arXiv 2403.11311).
+
+    With ``impl="triton"`` no mask tensor is made; where every group sees consecutive positions, the work outside is skipped.
+
+    Args:
+        q, k, v: (B, H, S, Dh) in one dtype, Dh at most 256, S the sum of the field's lengths; any strides.
+        field: which group sees which.
+        key_padding_mask: (B, S) bool, True = a real token, in any positions; on top of the field.
+        bias: (B or 1, H or 1, S, S), any float dtype, added to the scaled products; gets a gradient on request.
+        scale: default ``Dh ** -0.5``.
+        impl: "auto", "triton", "xformers", "sdpa" or "reference".
+
+    Returns:
+        (B, H, S, Dh) in the autocast dtype if autocast is on, else in q's. A query without a key gives zeros and zero gradients.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, rank, size or value.
+        RuntimeError: ``impl`` can't run here.
+    """
+    check_receptive_field_attention(q, k, v, field, key_padding_mask, bias)
+    masking = {"key_padding_mask": key_padding_mask, "bias": bias, "scale": scale}
+    impl = choose("receptive_field_attention", impl, Problem(q.device, q.dtype, k.shape[2]))
+    if impl == "reference":
+        with without_autocast(q.device.type):
+            out = reference.receptive_field_attention(q, k, v, field, **masking)
+        return out.to(autocast_dtype(q))
+    q, k, v = _in_autocast_dtype(q, k, v)
+    if impl == "triton":
+        return _prompt_attention_op(q, k, v, (), field=field.lowered(q.device), is_causal=False, **masking)
+    backend = sdpa_attention if impl == "sdpa" else xformers_attention
+    return backend.receptive_field_attention(q, k, v, field, **masking)
+
+
+def _in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(t.to(autocast_dtype(t)) for t in tensors)

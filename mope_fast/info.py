@@ -6,7 +6,7 @@ import platform
 import torch
 
 from . import __version__
-from ._implementations import DEFAULT_IMPL, IMPLEMENTATIONS, choose, why_not
+from ._implementations import DEFAULT_IMPL, IMPLEMENTATIONS, Problem, choose, why_not
 
 PACKAGES = ("torch", "triton", "transformers", "timm", "xformers", "safetensors")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -41,13 +41,13 @@ def report() -> str:
             # an impossible MOPE_FAST_IMPL is something to report here, not to fail on
             for dtype in DTYPES:
                 try:
-                    chosen = choose(function, "auto", device, dtype)
+                    chosen = choose(function, "auto", Problem(device, dtype))
                 except RuntimeError as error:
                     chosen = f"none ({error})"
                 lines.append(f"  {function} ({str(dtype).removeprefix('torch.')}): {chosen}")
             lines += [
                 f"    not {implementation}: {reason}"
-                for implementation, reason in why_not(function, device, DTYPES[0]).items()
+                for implementation, reason in why_not(function, Problem(device, DTYPES[0])).items()
                 if reason
             ]
     return "\n".join(lines)

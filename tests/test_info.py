@@ -21,11 +21,14 @@ def run(**environment) -> str:
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({"TRITON_INTERPRET": "0"}, ["route_and_mix (float32): reference", "not triton: the tensors are on cpu"]),
+        (
+            {"TRITON_INTERPRET": "0"},
+            ["route_and_mix (float32): reference", "prompt_attention (float32): sdpa", "not triton: the tensors are on cpu"],
+        ),
         ({"TRITON_INTERPRET": "1"}, ["route_and_mix (float32): triton"]),
         (
             {"TRITON_INTERPRET": "0", "MOPE_FAST_IMPL": "triton"},
-            ["route_and_mix (float32): none (", "prompt_attention (float32): sdpa"],
+            ["route_and_mix (float32): none (", "importance_loss (float32): reference"],
         ),
     ],
 )

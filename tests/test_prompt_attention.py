@@ -184,7 +184,10 @@ def test_auto_runs_and_an_unknown_implementation_is_refused():
     torch.manual_seed(9)
     q, k, v, prefixes = make_inputs((1,))
     torch.testing.assert_close(functional.prompt_attention(q, k, v, prefixes), dense(q, k, v, prefixes), **TOLERANCE)
-    with pytest.raises(ValueError, match=r"prompt_attention got impl='flash', expected one of \['auto', 'sdpa', 'reference'\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"prompt_attention got impl='flash', expected one of \['auto', 'triton', 'xformers', 'sdpa', 'reference'\]",
+    ):
         functional.prompt_attention(q, k, v, impl="flash")
 
 

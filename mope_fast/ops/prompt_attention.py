@@ -1,44 +1,322 @@
-"""``prompt_attention`` on torch's own attention kernels."""
+"""``mope_fast::prompt_attention`` and its backward: CPU maths, Triton launches and the autograd function on top.
 
+One op for prefixes, causality, padding, bias and receptive fields. ``field`` is ``ReceptiveField.lowered``.
+"""
+
+import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .._autocast import without_autocast
+from ..reference.attention import all_values, causal_mask, masked_weights, softmax_or_zero
+from ._registration import define
+from ._triton import INTERPRETED, product_dtypes
+
+LOG2_E = math.log2(math.e)
 
 
-def sdpa(
+class _Masking(NamedTuple):
+    """What decides which keys a query sees, and how much."""
+
+    field: Tensor | None
+    padding: Tensor | None
+    bias: Tensor | None
+    is_causal: bool
+
+
+def _empty_tokens(like: Tensor) -> Tensor:
+    """(B, H, S, Dh) laid out as (B, S, H, Dh), the order in which encoders go on."""
+    batch, heads, tokens, head_dim = like.shape
+    return like.new_empty((batch, tokens, heads, head_dim)).transpose(1, 2)
+
+
+def _statistics_dtype(q: Tensor) -> torch.dtype:
+    return torch.promote_types(q.dtype, torch.float32)
+
+
+def _fake_forward(q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, scale, is_causal):
+    return _empty_tokens(q), q.new_empty(q.shape[:3], dtype=_statistics_dtype(q))
+
+
+def _empty_grads(
+    q: Tensor, k: Tensor, prefix_keys: Sequence[Tensor | None], bias: Tensor | None, needs: list[bool]
+) -> list[Tensor]:
+    """Of q, k, v, both prefixes (2, B or 1, H, P, Dh) with keys before values, and bias; without elements if not asked for."""
+
+    def empty(tensor: Tensor | None, needed: bool) -> Tensor:
+        return q.new_empty((0,)) if tensor is None or not needed else _empty_tokens(tensor)
+
+    tokens = needs[1] or needs[2]
+    return [
+        empty(q, needs[0]),
+        empty(k, tokens),
+        empty(k, tokens),
+        *(
+            q.new_empty((0,)) if pk is None or not need else pk.new_empty((2, *pk.shape))
+            for pk, need in zip(prefix_keys, needs[3:5], strict=True)
+        ),
+        q.new_empty((0,)) if bias is None or not needs[5] else bias.new_empty(bias.shape),
+    ]
+
+
+def _fake_backward(grad_out, q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, out, lse, scale, is_causal, needs):
+    return tuple(_empty_grads(q, k, (pk0, pk1), bias, needs))
+
+
+def _visible(q: Tensor, k: Tensor, masking: _Masking) -> Tensor | None:
+    """bool (Sq, Sk) or None for all."""
+    if masking.is_causal:
+        return causal_mask(q.shape[2], k.shape[2], q.device)
+    if masking.field is None:
+        return None
+    index = torch.arange(k.shape[2], device=q.device)
+    visible = (index >= masking.field[0][:, None]) & (index < masking.field[1][:, None])
+    if masking.field.shape[0] == 6:
+        visible &= (masking.field[5][:, None] >> masking.field[4]) & 1 != 0
+    return visible
+
+
+def _reference_weights(q: Tensor, k: Tensor, prefix_keys: Sequence[Tensor], masking: _Masking, scale: float) -> Tensor:
+    return masked_weights(
+        q, k, prefix_keys, scale=scale, visible=_visible(q, k, masking), key_padding_mask=masking.padding, bias=masking.bias
+    )
+
+
+def _reference_forward(q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, scale, is_causal):
+    out, lse = _fake_forward(q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, scale, is_causal)
+    weights = _reference_weights(
+        q, k, [pk for pk in (pk0, pk1) if pk is not None], _Masking(field, padding, bias, is_causal), scale
+    )
+    out.copy_(softmax_or_zero(weights) @ all_values(v, [pv for pv in (pv0, pv1) if pv is not None], weights.dtype))
+    sums = weights.logsumexp(-1) * LOG2_E
+    lse.copy_(torch.where(sums == float("-inf"), float("inf"), sums))
+    return out, lse
+
+
+def _reference_backward(grad_out, q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, out, lse, scale, is_causal, needs):
+    """The formulas in the docstring of ``kernels/prompt_attention.py``, line by line."""
+    grad_q, grad_k, grad_v, grads0, grads1, grad_bias = grads = _empty_grads(q, k, (pk0, pk1), bias, needs)
+    prefix_keys, prefix_values = ([t for t in pair if t is not None] for pair in ((pk0, pk1), (pv0, pv1)))
+    weights = _reference_weights(q, k, prefix_keys, _Masking(field, padding, bias, is_causal), scale)
+    dtype = weights.dtype
+    p = softmax_or_zero(weights)
+    keys, values = all_values(k, prefix_keys, dtype), all_values(v, prefix_values, dtype)
+    g = grad_out.to(dtype)
+    ds = p * (g @ values.mT - (g * out).sum(-1, keepdim=True))
+    if needs[0]:
+        grad_q.copy_(scale * ds @ keys)
+    to_keys, to_values = scale * ds.mT @ q.to(dtype), p.mT @ g
+    start = 0
+    for pk, grad, need in ((pk0, grads0, needs[3]), (pk1, grads1, needs[4])):
+        if pk is not None:
+            end = start + pk.shape[2]
+            if need:
+                both = torch.stack([to_keys[:, :, start:end], to_values[:, :, start:end]])
+                grad.copy_(both.sum(1, keepdim=True) if pk.shape[0] == 1 else both)
+            start = end
+    if needs[1] or needs[2]:
+        grad_k.copy_(to_keys[:, :, start:])
+        grad_v.copy_(to_values[:, :, start:])
+    if bias is not None and needs[5]:
+        grad_bias.copy_(ds[..., start:].sum_to_size(bias.shape))
+    return tuple(grads)
+
+
+class _Launch(NamedTuple):
+    """What the kernels share: tensors, strides and constants, by the names of their parameters."""
+
+    tensors: dict[str, Tensor | None]
+    strides: dict[str, tuple[int, ...]]
+    sizes: dict[str, int]
+    constants: dict[str, Any]
+
+
+def _strides(tensor: Tensor | None, rank: int = 4) -> tuple[int, ...]:
+    return (0,) * rank if tensor is None else tensor.stride()
+
+
+def _launch_arguments(q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, is_causal) -> _Launch:
+    from ..kernels import launch
+    from ..kernels import prompt_attention as kernels
+
+    batch, heads, queries, head_dim = q.shape
+    lengths = [0 if pk is None else pk.shape[2] for pk in (pk0, pk1)]
+    prefixes = {"pk0": pk0, "pv0": pv0, "pk1": pk1, "pv1": pv1}
+    # a stride of zero is how a tensor of batch 1 is shared
+    prefixes = {name: t if t is None else t.expand(batch, -1, -1, -1) for name, t in prefixes.items()}
+    bias = None if bias is None else bias.expand(batch, heads, -1, -1)
+    tensors = {"q": q, "k": k, "v": v, **prefixes, "bias": bias}
+    if is_causal:
+        visibility = kernels.CAUSAL
+    elif field is None:
+        visibility = kernels.FULL
+    else:
+        visibility = kernels.INTERVALS if field.shape[0] == 4 else kernels.GROUPS
+    return _Launch(
+        {**tensors, "field": field, "padding": padding},
+        {**{f"{name}_strides": _strides(t) for name, t in tensors.items()}, "padding_strides": _strides(padding, 2)},
+        {"H": heads, "Sq": queries, "Sk": k.shape[2], "P0": lengths[0], "P1": lengths[1]},
+        {
+            "VISIBILITY": visibility.value, "HAS_PADDING": padding is not None, "HAS_BIAS": bias is not None,
+            "HEAD_DIM": head_dim, "BLOCK_D": launch.padded_head_dim(head_dim),
+            "BLOCK_P0": launch.prefix_block(lengths[0]), "BLOCK_P1": launch.prefix_block(lengths[1]),
+            **product_dtypes(q.dtype, _statistics_dtype(q)),
+        },
+    )  # fmt: skip
+
+
+def _tiles(launch: Any) -> dict[str, int]:
+    return {
+        "BLOCK_Q": launch.block_q,
+        "BLOCK_K": launch.block_k,
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+    }
+
+
+def _triton_forward(q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, scale, is_causal):
+    from ..kernels import launch
+    from ..kernels import prompt_attention as kernels
+
+    out, lse = _fake_forward(q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, scale, is_causal)
+    if out.numel() == 0:
+        return out, lse
+    shared = _launch_arguments(q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, is_causal)
+    tiles = launch.attention_launch(q.shape[2], k.shape[2], q.shape[3], q.element_size())
+    kernels.attention_kernel[(-(-q.shape[2] // tiles.block_q) * q.shape[0] * q.shape[1],)](
+        **shared.tensors, out=out, lse=lse, **shared.sizes, scale_log2=scale * LOG2_E,
+        **shared.strides, out_strides=out.stride(), **shared.constants, **_tiles(tiles),
+    )  # fmt: skip
+    return out, lse
+
+
+def _triton_backward(grad_out, q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, out, lse, scale, is_causal, needs):
+    from ..kernels import launch
+    from ..kernels import prompt_attention as kernels
+
+    grad_q, grad_k, grad_v, grads0, grads1, grad_bias = grads = _empty_grads(q, k, (pk0, pk1), bias, needs)
+    (batch, heads, queries, head_dim), keys = q.shape, k.shape[2]
+    if out.numel() == 0:
+        return tuple(grad.zero_() for grad in grads)
+    shared = _launch_arguments(q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, is_causal)
+    delta = lse.new_empty(lse.shape)
+    tiles = launch.attention_grads_launch(queries, keys, head_dim, q.element_size())
+    common = {"grad_out": grad_out, "lse": lse, "delta": delta, "scale_log2": scale * LOG2_E, "grad_out_strides": grad_out.stride()}
+
+    kernels.query_grads_kernel[(-(-queries // tiles.block_q) * batch * heads,)](
+        **shared.tensors, **common, out=out, grad_q=grad_q, **shared.sizes, scale=scale,
+        **shared.strides, out_strides=out.stride(), grad_q_strides=_strides(grad_q if needs[0] else None), NEED_Q=needs[0],
+        **shared.constants, **_tiles(tiles),
+    )  # fmt: skip
+
+    need_tokens = needs[1] or needs[2]
+    token_tiles = -(-keys // tiles.block_k) if need_tokens else 0
+    splits = launch.prefix_splits(queries)
+    partial, parts = [], []
+    for pk, grad, need in ((pk0, grads0, needs[3]), (pk1, grads1, needs[4])):
+        needed = pk is not None and need and pk.shape[2] > 0
+        parts.append(-(-pk.shape[2] // launch.prefix_block(pk.shape[2])) * splits if needed else 0)
+        if not needed:
+            partial.append(None)
+        elif pk.shape[0] == batch and splits == 1:
+            partial.append(grad.unsqueeze(2))
+        else:  # parts of a sum over samples or queries are written apart, in float32
+            partial.append(lse.new_empty((2, batch, splits, *pk.shape[1:])))
+    programs = token_tiles + sum(parts)
+    if programs:
+        kernels.key_grads_kernel[(programs * batch * heads,)](
+            **shared.tensors, **common, grad_k=grad_k, grad_v=grad_v, grads0=partial[0], grads1=partial[1],
+            **shared.sizes, token_tiles=token_tiles, parts0=parts[0], parts1=parts[1], scale=scale,
+            **shared.strides, grad_k_strides=_strides(grad_k if need_tokens else None),
+            grad_v_strides=_strides(grad_v if need_tokens else None),
+            grads0_strides=_strides(partial[0], 6), grads1_strides=_strides(partial[1], 6),
+            NEED_TOKENS=need_tokens, NEED_P0=parts[0] > 0, NEED_P1=parts[1] > 0, SPLITS=splits,
+            **shared.constants, **_tiles(tiles),
+        )  # fmt: skip
+    for grad, part in ((grads0, partial[0]), (grads1, partial[1])):
+        if part is not None and part.data_ptr() != grad.data_ptr():
+            grad.copy_(part.sum((1, 2) if grad.shape[1] < batch else 2).view(grad.shape))
+
+    if bias is not None and needs[5]:
+        bias_batch, bias_heads = bias.shape[:2]
+        without = {"pk0", "pv0", "pk1", "pv1", "P0", "P1", "BLOCK_P0", "BLOCK_P1", "HAS_BIAS"}
+        without |= {f"{name}_strides" for name in without}
+        used = {name: value for part in shared for name, value in part.items() if name not in without}
+        kernels.bias_grads_kernel[(bias_batch * bias_heads * -(-queries // tiles.block_q) * -(-keys // tiles.block_k),)](
+            **used, **common, grad_bias=grad_bias,
+            batches=batch // bias_batch, heads=heads // bias_heads, bias_heads=bias_heads, **_tiles(tiles),
+        )  # fmt: skip
+    return tuple(grads)
+
+
+_PREFIXES = "Tensor? prefix_k0, Tensor? prefix_v0, Tensor? prefix_k1, Tensor? prefix_v1"
+prompt_attention_forward = define(
+    f"prompt_attention(Tensor q, Tensor k, Tensor v, {_PREFIXES}, Tensor? field, Tensor? key_padding_mask, Tensor? bias, "
+    "float scale, bool is_causal) -> (Tensor out, Tensor lse)",
+    cpu=_triton_forward if INTERPRETED else _reference_forward,
+    cuda=_triton_forward,
+    fake=_fake_forward,
+    use="mope_fast.functional.prompt_attention",
+)
+prompt_attention_backward = define(
+    f"prompt_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, {_PREFIXES}, Tensor? field, "
+    "Tensor? key_padding_mask, Tensor? bias, Tensor out, Tensor lse, float scale, bool is_causal, bool[] needs) "
+    "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_prefix0, Tensor grad_prefix1, Tensor grad_bias)",
+    cpu=_triton_backward if INTERPRETED else _reference_backward,
+    cuda=_triton_backward,
+    fake=_fake_backward,
+    use="mope_fast.functional.prompt_attention",
+)
+
+
+class _PromptAttention(torch.autograd.Function):
+    """Gradients for q, k, v, prefixes and bias, each only if asked for."""
+
+    @staticmethod
+    def forward(q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, scale, is_causal):
+        return prompt_attention_forward(q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, scale, is_causal)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.scale, ctx.is_causal = inputs
+        ctx.save_for_backward(*tensors, *output)
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out, _):
+        if grad_out is None:
+            return (None,) * 12
+        q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, out, lse = ctx.saved_tensors
+        asked = ctx.needs_input_grad
+        needs = [*asked[:3], asked[3] or asked[4], asked[5] or asked[6], asked[9]]
+        with without_autocast(q.device.type):
+            grad_q, grad_k, grad_v, grads0, grads1, grad_bias = prompt_attention_backward(
+                grad_out, q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, out, lse, ctx.scale, ctx.is_causal, needs
+            )
+        both = [grads.unbind(0) if need else (None, None) for grads, need in ((grads0, needs[3]), (grads1, needs[4]))]
+        grads = (grad_q, grad_k, grad_v, *both[0], *both[1], None, None, grad_bias, None, None)
+        return tuple(grad if need else None for grad, need in zip(grads, asked, strict=True))
+
+
+def prompt_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     prefixes: Sequence[tuple[Tensor, Tensor]],
     *,
+    field: Tensor | None,
     is_causal: bool,
     key_padding_mask: Tensor | None,
     bias: Tensor | None,
     scale: float | None,
 ) -> Tensor:
-    """torch's scaled_dot_product_attention on concatenated keys; a mask tensor only where one is needed."""
-    batch, _, queries, _ = q.shape
-    tokens = k.shape[2]
-    prefix_length = sum(pk.shape[2] for pk, _ in prefixes)
-    if prefix_length:
-        k = torch.cat([*(pk.to(k.dtype).expand(batch, -1, -1, -1) for pk, _ in prefixes), k], dim=2)
-        v = torch.cat([*(pv.to(v.dtype).expand(batch, -1, -1, -1) for _, pv in prefixes), v], dim=2)
-
-    visible = None
-    if key_padding_mask is not None:
-        visible = key_padding_mask[:, None, None, :]
-    if is_causal:
-        causal = torch.ones(queries, tokens, dtype=torch.bool, device=q.device).tril(tokens - queries)
-        visible = causal if visible is None else visible & causal
-    if bias is not None:
-        mask = bias.to(q.dtype) if visible is None else bias.to(q.dtype).masked_fill(~visible, float("-inf"))
-        mask = F.pad(mask, (prefix_length, 0))
-    else:
-        mask = None if visible is None else F.pad(visible, (prefix_length, 0), value=True)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    if prefix_length or visible is None:
-        return out
-    # without a prefix a query may see no key; softmax leaves that undefined
-    return torch.where(visible.any(-1, keepdim=True), out, 0.0)
+    """Differentiable ``mope_fast::prompt_attention``, without checks: see the functions of :mod:`mope_fast.functional`."""
+    flat = [t for pair in prefixes for t in pair] + [None] * (4 - 2 * len(prefixes))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _PromptAttention.apply(q, k, v, *flat, field, key_padding_mask, bias, scale, is_causal)[0]

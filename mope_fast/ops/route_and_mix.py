@@ -1,9 +1,5 @@
 """``mope_fast::route_and_mix`` and its backward: CPU maths, Triton launches and the autograd function on top."""
 
-import functools
-import os
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -12,16 +8,7 @@ from .._autocast import without_autocast
 from ..reference.route_and_mix import accumulator_dtype, gated_softmax, reciprocal_norm, routing_logits
 from ..reference.route_and_mix import route_and_mix as reference_route_and_mix
 from ._registration import define
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Triton's own interpreter runs the kernels on CPU tensors; it must be chosen before triton is imported."""
-
-
-@functools.cache
-def _triton_dtype(dtype: torch.dtype) -> Any:
-    import triton.language as tl
-
-    return getattr(tl, str(dtype).removeprefix("torch."))
+from ._triton import INTERPRETED, product_dtypes, triton_dtype
 
 
 def _strides(tensor: Tensor | None, rank: int) -> tuple[int, ...]:
@@ -109,13 +96,6 @@ def _reference_backward(
     return grad_logits, grad_experts, grad_gram
 
 
-def _product_dtypes(mixed_dtype: torch.dtype, acc: torch.dtype) -> dict[str, Any]:
-    """Types of the matrix products: operands in the result's 16-bit type, else the accumulator's."""
-    compute = mixed_dtype if mixed_dtype.itemsize == 2 else acc
-    dot = torch.float32 if INTERPRETED and compute == torch.bfloat16 else compute
-    return {"COMPUTE": _triton_dtype(compute), "DOT": _triton_dtype(dot), "ACC": _triton_dtype(acc)}
-
-
 def _triton_forward(logits, experts, noise, gram, temperature, top_k, renormalize, eps, out_dtype):
     from ..kernels import route_and_mix as kernels
     from ..kernels.launch import mix_launch
@@ -132,7 +112,7 @@ def _triton_forward(logits, experts, noise, gram, temperature, top_k, renormaliz
         *_strides(logits, 2), *_strides(noise, 2), *_strides(experts, 3), *_strides(gram, 3),
         HAS_NOISE=noise is not None, HAS_GRAM=gram is not None, TOP_K=top_k or 0, RENORMALIZE=renormalize,
         BLOCK_B=launch.block_b, BLOCK_K=launch.block_k, BLOCK_M=launch.block_m, K_PADDED=launch.k_padded,
-        **_product_dtypes(out_dtype, scores.dtype),
+        **product_dtypes(out_dtype, scores.dtype),
         num_warps=launch.num_warps,
     )  # fmt: skip
     return mixed, scores, rstd
@@ -170,7 +150,7 @@ def _triton_backward(
             *_strides(grad_mixed, 3), *_strides(experts, 3),
             HAS_GRAM=gram is not None, NEED_EXPERTS=needs[1], NEED_PARTIALS=needs_partials,
             SPLITS=launch.splits, BLOCK_B=launch.block_b, BLOCK_K=launch.block_k, BLOCK_M=launch.block_m,
-            **_product_dtypes(grad_mixed.dtype, scores.dtype),
+            **product_dtypes(grad_mixed.dtype, scores.dtype),
             num_warps=launch.num_warps,
         )  # fmt: skip
         if split_grads is not grad_experts:
@@ -186,7 +166,7 @@ def _triton_backward(
             HAS_PARTIALS=needs_partials, HAS_GRAD_SCORES=grad_scores is not None,
             HAS_NOISE=noise is not None, HAS_GRAM=gram is not None, NEED_LOGITS=needs[0],
             RECOMPUTE_SOFTMAX=top_k is not None and not renormalize,
-            BLOCK_P=launch.block_p, BLOCK_I=launch.block_i, K_PADDED=launch.k_padded, ACC=_triton_dtype(scores.dtype),
+            BLOCK_P=launch.block_p, BLOCK_I=launch.block_i, K_PADDED=launch.k_padded, ACC=triton_dtype(scores.dtype),
             num_warps=launch.num_warps,
         )  # fmt: skip
         if needs_gram and grad_norm_sq is not None:

@@ -1,8 +1,16 @@
 """The equations in plain PyTorch: any device, any float dtype, nothing fused. These functions define what is right."""
 
-from .attention import prompt_attention
+from .attention import prompt_attention, receptive_field_attention
 from .importance import importance_loss
 from .mope import dynamic_prompt, prompted_sequence, routing_scores
 from .route_and_mix import route_and_mix
 
-__all__ = ["dynamic_prompt", "importance_loss", "prompt_attention", "prompted_sequence", "route_and_mix", "routing_scores"]
+__all__ = [
+    "dynamic_prompt",
+    "importance_loss",
+    "prompt_attention",
+    "prompted_sequence",
+    "receptive_field_attention",
+    "route_and_mix",
+    "routing_scores",
+]

@@ -52,25 +52,35 @@ class Compiled:
     spills: int
 
 
+def _specialise(value: Any, specialise: bool) -> tuple[str, bool]:
+    """The type of one argument, and whether 16 divides it."""
+    if value is None or (specialise and type(value) is int and value == 1):
+        return "constexpr", False
+    if isinstance(value, torch.Tensor):
+        return "*" + _POINTEES[value.dtype], value.data_ptr() % 16 == 0
+    if isinstance(value, float):
+        return "fp32", False
+    return "i32" if abs(value) < 2**31 else "i64", specialise and value % 16 == 0
+
+
 def compile_launch(launch: Launch, capability: int) -> Compiled:
     """Specialise as Triton's own launcher does (None and 1 are constants, 16 divides or doesn't), then compile."""
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
-        specialise = not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (specialise and type(value) is int and value == 1):
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[(index,)] = "constexpr", value
             continue
-        if isinstance(value, torch.Tensor):
-            signature[parameter.name] = "*" + _POINTEES[value.dtype]
-            divisible = value.data_ptr() % 16 == 0
-        elif isinstance(value, float):
-            signature[parameter.name], divisible = "fp32", False
-        else:
-            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
-            divisible = specialise and value % 16 == 0
-        if divisible:
-            attributes[(index,)] = [["tt.divisibility", 16]]
+        elements = {(index, i): element for i, element in enumerate(value)} if isinstance(value, tuple) else {(index,): value}
+        types = []
+        for path, element in elements.items():
+            kind, divisible = _specialise(element, not parameter.do_not_specialize)
+            types.append(kind)
+            if kind == "constexpr":
+                constants[path] = element
+            elif divisible:
+                attributes[path] = [["tt.divisibility", 16]]
+        signature[parameter.name] = tuple(types) if isinstance(value, tuple) else types[0]
     source = ASTSource(launch.kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
     return Compiled(launch.kernel.fn.__name__, compiled.metadata.shared, compiled.asm["ptx"], _spills(compiled.asm["cubin"]))

@@ -1,0 +1,112 @@
+"""``prompt_attention`` and ``receptive_field_attention`` on torch's own attention kernels."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..receptive_field import ReceptiveField
+from ..reference.attention import causal_mask
+
+
+def prompt_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefixes: Sequence[tuple[Tensor, Tensor]],
+    *,
+    is_causal: bool,
+    key_padding_mask: Tensor | None,
+    bias: Tensor | None,
+    scale: float | None,
+) -> Tensor:
+    """scaled_dot_product_attention on concatenated keys; a mask tensor only where one is needed."""
+    queries, tokens = q.shape[2], k.shape[2]
+    prefix_length = sum(pk.shape[2] for pk, _ in prefixes)
+    if is_causal and queries == tokens and not prefix_length and key_padding_mask is None and bias is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    k, v = concatenated(k, v, prefixes)
+    visible = causal_mask(queries, tokens, q.device) if is_causal else None
+    return _attention(q, k, v, visible, key_padding_mask, bias, prefix_length, scale)
+
+
+def receptive_field_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    field: ReceptiveField,
+    *,
+    key_padding_mask: Tensor | None,
+    bias: Tensor | None,
+    scale: float | None,
+) -> Tensor:
+    """scaled_dot_product_attention of each group on the slice of keys that it sees; with a mask tensor if that isn't a slice."""
+    if not field.is_interval:
+        return _attention(q, k, v, field.mask(q.device), key_padding_mask, bias, 0, scale)
+    return by_slices(
+        q, k, v, field, lambda q, k, v, padding, bias: _attention(q, k, v, None, padding, bias, 0, scale), key_padding_mask, bias
+    )
+
+
+def concatenated(k: Tensor, v: Tensor, prefixes: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Keys and values (B, H, P + Sk, Dh) in the tokens' dtype, prefixes first."""
+    if not prefixes:
+        return k, v
+    keys, values = zip(*prefixes, strict=True)
+    return tuple(
+        torch.cat([*(p.to(tokens.dtype).expand(tokens.shape[0], -1, -1, -1) for p in prefix), tokens], dim=2)
+        for prefix, tokens in ((keys, k), (values, v))
+    )
+
+
+def by_slices(q, k, v, field, attention, key_padding_mask=None, bias=None) -> Tensor:
+    """``attention(q, k, v, key_padding_mask, bias)`` of every block of an interval field, put together again."""
+    outs = []
+    for rows, keys in field.slices():
+        if keys is None:
+            outs.append(torch.zeros_like(q[:, :, rows]))
+            continue
+        padding = None if key_padding_mask is None else key_padding_mask[:, keys]
+        block_bias = None if bias is None else bias[:, :, rows, keys]
+        outs.append(attention(q[:, :, rows], k[:, :, keys], v[:, :, keys], padding, block_bias))
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2) if outs else torch.zeros_like(q)
+
+
+def visible_and_blind(
+    visible: Tensor | None, key_padding_mask: Tensor | None, bias: Tensor | None, prefix_length: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Which token keys a query sees (None: all), and which queries see nothing at all (None: there is none)."""
+    if key_padding_mask is not None:
+        padding = key_padding_mask[:, None, None, :]
+        visible = padding if visible is None else visible & padding
+    if prefix_length or (visible is None and bias is None):
+        return visible, None
+    seen = True if visible is None else visible
+    if bias is not None:
+        seen = seen & (bias != float("-inf"))
+    return visible, ~seen.any(-1, keepdim=True)
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor | None,
+    key_padding_mask: Tensor | None,
+    bias: Tensor | None,
+    prefix_length: int,
+    scale: float | None,
+) -> Tensor:
+    """Everything but the prefix length is about token keys, the last of k and v."""
+    visible, blind = visible_and_blind(visible, key_padding_mask, bias, prefix_length)
+    if bias is not None:
+        mask = bias.to(q.dtype) if visible is None else bias.to(q.dtype).masked_fill(~visible, float("-inf"))
+        mask = F.pad(mask, (prefix_length, 0))
+        # a softmax over nothing is undefined: let a blind query see everything, then take its output away
+        mask = mask if blind is None else mask.masked_fill(blind, 0.0)
+    else:
+        mask = None if visible is None else F.pad(visible, (prefix_length, 0), value=True)
+        mask = mask if blind is None else mask | blind
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return out if blind is None else out.masked_fill(blind, 0.0)

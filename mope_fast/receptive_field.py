@@ -1,0 +1,191 @@
+"""Which groups of a sequence see which: MoPE-BAF's restricted receptive fields (arXiv 2403.11311), lowered to a few integers."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MAX_GROUPS = 32
+
+
+class _Group(NamedTuple):
+    """One group, as the kernels need it. Ranges are [first, last); an empty one is (size, 0), neutral for min and max."""
+
+    length: int
+    keys: tuple[int, int]
+    queries: tuple[int, int]
+    index: int
+    sees: int
+    """Bit j is set if the group sees group j."""
+
+
+class Slice(NamedTuple):
+    """Consecutive query rows that all see the same consecutive keys; None: they see nothing."""
+
+    rows: slice
+    keys: slice | None
+
+
+class ReceptiveField:
+    """A partition of a sequence into named groups, and for each group the groups that it sees.
+
+    Fields in which every group sees consecutive positions (``is_interval``) cost no mask: a query sees keys [first, last). Others
+    are kept as one bit row a group. Which of the two it is, the field finds out by itself. Immutable and hashable.
+
+    Args:
+        lengths: group -> number of positions, in the order of the sequence; 0 is allowed. At most 32 groups.
+        visible: group -> the groups that its queries see; one entry for every group. A group that sees nothing gets zeros.
+
+    Raises:
+        TypeError, ValueError: a length isn't an integer >= 0, or ``visible`` misses a group or names an unknown one.
+
+    Example:
+        MoPE-BAF's single-modal layers, without a mask because of the order:
+
+        >>> ReceptiveField(
+        ...     lengths={"lp": 10, "text": 40, "image": 197, "vp": 10},
+        ...     visible={"lp": ["lp", "text"], "text": ["lp", "text", "image"],
+        ...              "image": ["text", "image", "vp"], "vp": ["image", "vp"]},
+        ... )
+        ReceptiveField of 257 positions, intervals
+        sees  |  length | lp text image vp | keys
+        lp    |      10 |  x    x     .  . | 0-49
+        text  |      40 |  x    x     x  . | 0-246
+        image |     197 |  .    x     x  x | 10-256
+        vp    |      10 |  .    .     x  x | 50-256
+    """
+
+    def __init__(self, lengths: Mapping[str, int], visible: Mapping[str, Sequence[str]]):
+        _check(lengths, visible)
+        self.groups = tuple(lengths)
+        self.lengths = tuple(lengths.values())
+        self.visible = tuple(tuple(name for name in lengths if name in visible[group]) for group in lengths)
+        self.size = sum(self.lengths)
+        self._starts = [sum(self.lengths[:i]) for i in range(len(self.lengths))]
+        self._sees = [[name in seen for name in self.groups] for seen in self.visible]
+        seen_by = [list(column) for column in zip(*self._sees, strict=True)]
+        self._rows = tuple(
+            _Group(
+                length, self._hull(self._sees[i]), self._hull(seen_by[i]), i, sum(1 << j for j, s in enumerate(self._sees[i]) if s)
+            )
+            for i, (length, sees) in enumerate(zip(self.lengths, self._sees, strict=True))
+        )
+        self.is_interval = all(self._is_interval(sees) for i, sees in enumerate(self._sees) if self.lengths[i])
+        self._on_device: dict[torch.device, Tensor] = {}
+
+    def _hull(self, members: Sequence[bool]) -> tuple[int, int]:
+        """From the first to behind the last position of the groups marked; empty groups don't count."""
+        present = [i for i, member in enumerate(members) if member and self.lengths[i]]
+        if not present:
+            return self.size, 0
+        return self._starts[present[0]], self._starts[present[-1]] + self.lengths[present[-1]]
+
+    def _is_interval(self, sees: Sequence[bool]) -> bool:
+        first, last = self._hull(sees)
+        return max(last - first, 0) == sum(length for length, seen in zip(self.lengths, sees, strict=True) if seen)
+
+    def lowered(self, device: torch.device) -> Tensor:
+        """int32 (4, S) on the device, a column for each position: its keys [first, last) and, as a key, its queries [first, last).
+
+        Where the field isn't made of intervals, these are hulls and two rows follow, (6, S): its group and the bits of the groups
+        that it sees. Made on the device, without a copy from the host, and kept there.
+        """
+        # what is traced or captured belongs to its graph and must not outlive it
+        if torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            return self._lower(device)
+        if device not in self._on_device:
+            with torch.inference_mode(False):
+                lowered = self._lower(device)
+            if type(lowered) is not Tensor:  # a fake tensor
+                return lowered
+            self._on_device[device] = lowered
+        return self._on_device[device]
+
+    def _lower(self, device: torch.device) -> Tensor:
+        columns = []
+        for group in self._rows:
+            values = [*group.keys, *group.queries]
+            if not self.is_interval:
+                values += [group.index, group.sees - (1 << 32 if group.sees >> 31 else 0)]
+            constants = [torch.full((1, group.length), value, dtype=torch.int32, device=device) for value in values]
+            columns.append(torch.cat(constants))
+        return torch.cat(columns, dim=1)
+
+    def mask(self, device: torch.device | str = "cpu") -> Tensor:
+        """bool (S, S), True where the query (row) sees the key (column)."""
+        rows = [
+            torch.cat(
+                [torch.full((1, length), seen, device=device) for length, seen in zip(self.lengths, sees, strict=True)], dim=1
+            )
+            for sees in self._sees
+        ]
+        return torch.cat([row.expand(length, -1) for length, row in zip(self.lengths, rows, strict=True)])
+
+    def slices(self) -> list[Slice]:
+        """The field as dense blocks, neighbours that see the same keys joined. Only for intervals."""
+        if not self.is_interval:
+            raise ValueError("this field is not made of intervals, so it has no slices; use mask()")
+        blocks: list[Slice] = []
+        for start, group in zip(self._starts, self._rows, strict=True):
+            if not group.length:
+                continue
+            keys = slice(*group.keys) if group.keys[0] < group.keys[1] else None
+            rows = slice(start, start + group.length)
+            if blocks and blocks[-1].keys == keys:
+                rows = slice(blocks.pop().rows.start, rows.stop)
+            blocks.append(Slice(rows, keys))
+        return blocks
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ReceptiveField) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def _identity(self) -> tuple:
+        return self.groups, self.lengths, self.visible
+
+    def __reduce__(self) -> tuple:
+        return ReceptiveField, (
+            dict(zip(self.groups, self.lengths, strict=True)),
+            dict(zip(self.groups, self.visible, strict=True)),
+        )
+
+    def __repr__(self) -> str:
+        width = max(map(len, (*self.groups, "sees")))
+        lines = [
+            f"ReceptiveField of {self.size} positions, {'intervals' if self.is_interval else 'bit rows'}",
+            f"{'sees':<{width}} |  length | {' '.join(self.groups)} | keys",
+        ]
+        for name, row, sees in zip(self.groups, self._rows, self._sees, strict=True):
+            marks = " ".join(f"{'x' if seen else '.':>{len(other)}}" for other, seen in zip(self.groups, sees, strict=True))
+            first, last = row.keys
+            keys = f"{first}-{last - 1}" if first < last else "none"
+            note = "" if self._is_interval(sees) else " with gaps"
+            lines.append(f"{name:<{width}} | {row.length:>7} | {marks} | {keys}{note}")
+        return "\n".join(lines)
+
+
+def _check(lengths: Mapping[str, int], visible: Mapping[str, Sequence[str]]) -> None:
+    for name, value in (("lengths", lengths), ("visible", visible)):
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{name} must be a dict with a group's name as key, got {type(value).__name__}")
+    if not 1 <= len(lengths) <= MAX_GROUPS:
+        raise ValueError(f"a receptive field has 1 to {MAX_GROUPS} groups, got {len(lengths)}")
+    for group, length in lengths.items():
+        if isinstance(length, bool) or not isinstance(length, int):
+            raise TypeError(f"the length of group {group!r} must be an int, got {length!r}")
+        if length < 0:
+            raise ValueError(f"the length of group {group!r} must be >= 0, got {length}")
+    missing, unknown = [g for g in lengths if g not in visible], [g for g in visible if g not in lengths]
+    if missing:
+        raise ValueError(f"visible says nothing about group {missing[0]!r}: give it the list of groups it sees, [] for none")
+    if unknown:
+        raise ValueError(f"visible has group {unknown[0]!r}, which lengths does not; the groups are {list(lengths)}")
+    for group, seen in visible.items():
+        if isinstance(seen, str) or not isinstance(seen, Sequence):
+            raise TypeError(f"visible[{group!r}] must be a list of groups, got {seen!r}")
+        for other in seen:
+            if other not in lengths:
+                raise ValueError(f"visible[{group!r}] has group {other!r}, which lengths does not; the groups are {list(lengths)}")
