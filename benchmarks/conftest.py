@@ -4,7 +4,9 @@ import time
 import pytest
 import torch
 
-from benchmarks import environment, measure
+from benchmarks import environment, measure, suite
+
+SKIPPED = pytest.StashKey[list[dict[str, str]]]()
 
 
 def pytest_addoption(parser):
@@ -15,6 +17,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    config.stash[SKIPPED] = []
     if config.getoption("cpu_time"):
         if torch.cuda.is_available():
             raise pytest.UsageError(
@@ -32,28 +35,22 @@ def pytest_benchmark_generate_commit_info(config):
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
-    """Keeps the statistics and drops the single timings, which are most of the file."""
+    """Adds what was skipped and why. Keeps the statistics and drops the single timings, which are most of the file."""
+    output_json["skipped"] = config.stash[SKIPPED]
     for entry in output_json["benchmarks"]:
         entry["stats"].pop("data", None)
 
 
 @pytest.fixture(scope="session")
-def device() -> torch.device:
-    return environment.default_device()
-
-
-@pytest.fixture(scope="session")
-def smoke(request) -> bool:
-    return request.config.getoption("smoke")
-
-
-@pytest.fixture(scope="session")
-def session_facts(device, smoke) -> dict:
-    """What all results of a session share; the copy bandwidth is measured here, once."""
-    return {
+def session(request) -> suite.Session:
+    """The copy bandwidth and, where no datasheet is known, the peak of arithmetic are measured here, once."""
+    device, smoke = environment.default_device(), request.config.getoption("smoke")
+    facts = {
         **environment.describe(device),
         "clock": "CPU time" if measure.clock is time.process_time else "wall time",
         "commit": environment.commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "copy_bandwidth_gbps": measure.copy_bandwidth(device, smoke) / 1e9,
+        **measure.peak_arithmetic(device, environment.device_name(device), smoke),
     }
+    return suite.Session(device, smoke, facts, request.config.stash[SKIPPED])

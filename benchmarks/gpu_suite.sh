@@ -1,16 +1,21 @@
 #!/usr/bin/env bash
 # Tests and benchmarks on a machine that has a GPU, torch, triton and pytest, and no network. Run it from anywhere.
 #
-#   benchmarks/gpu_suite.sh --group tests|route_and_mix|all [--shard I/N] [--shards N] [--output DIR] [--wheels DIR] [--commit ID] [--smoke]
+#   benchmarks/gpu_suite.sh --group GROUP [--shard I/N] [--shards N] [--output DIR] [--wheels DIR] [--commit ID] [--smoke]
 #
-# A group is cut into N shards (default 4) that are stopped after 9 minutes at most. --shard runs one of them and leaves the report to
-# you (python -m benchmarks.report); without it all run in turn. A shard whose result is in the output folder (default $OUT, else
-# ./outputs) is skipped, so a run that was cut short goes on where it stopped.
-# --wheels: a folder with wheels of Python packages the machine lacks (pytest-benchmark, say).
+# GROUP: tests, route_and_mix, prompt_attention, receptive_field_attention or all.
+# A group is cut into N shards (default: see below) that are stopped after 9 minutes at most. --shard runs one of them and leaves the
+# report to you (python -m benchmarks.report); without it all run in turn. A shard whose result is in the output folder (default $OUT,
+# else ./outputs) is skipped, so a run that was cut short goes on where it stopped.
+# --wheels: a folder with wheels of Python packages the machine lacks (pytest-benchmark; xformers with nvidia-cuda-runtime-cu12).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-group=all shard="" shards=4 output="${OUT:-outputs}" wheels="" smoke=() failed=0
+# so many that a shard should take a quarter of its 9 minutes: each N-th test, or two sizes of a benchmark.
+# Of attention each size compiles FlexAttention twice and Triton's kernels once, tens of seconds in all.
+declare -A default_shards=([tests]=6 [route_and_mix]=4 [prompt_attention]=6 [receptive_field_attention]=4)
+benchmarks=(route_and_mix prompt_attention receptive_field_attention)
+group=all shard="" shards="" output="${OUT:-outputs}" wheels="" smoke=() failed=0
 while (($#)); do
     case "$1" in
         --group) group=$2; shift 2 ;;
@@ -23,7 +28,10 @@ while (($#)); do
         *) echo "unknown argument: $1" >&2; sed -n 4p "$0" >&2; exit 2 ;;
     esac
 done
-case "$group" in tests | route_and_mix | all) ;; *) echo "--group is tests, route_and_mix or all, got $group" >&2; exit 2 ;; esac
+if [[ $group != all && -z ${default_shards[$group]:-} ]]; then
+    echo "--group is tests, ${benchmarks[*]} or all, got $group" >&2
+    exit 2
+fi
 mkdir -p "$output"
 export PYTHONUNBUFFERED=1
 
@@ -32,33 +40,37 @@ install() {
     python3 -m pip install --quiet --no-deps --no-build-isolation -e .
 }
 
-run_tests() {
-    [[ ! -e $output/tests.passed ]] || { echo "tests: passed before"; return; }
-    if timeout 530 python3 -m pytest tests/kernels tests/ops tests/properties tests/modules tests/models -q 2>&1 | tee "$output/tests.log"; then
-        touch "$output/tests.passed"
-    else
-        failed=1
-    fi
+test_shard() { # index, count
+    local passed="$output/tests-$1of$2.passed" chosen
+    [[ ! -e $passed ]] || { echo "tests shard $1/$2: passed before"; return; }
+    chosen=$(mktemp)
+    python3 -m pytest tests/kernels tests/ops tests/properties tests/modules tests/models tests/test_*attention*.py \
+        tests/test_receptive_field.py --collect-only -q | grep :: | awk -v i="$1" -v n="$2" 'NR % n == i % n' > "$chosen"
+    if timeout 500 python3 -m pytest "@$chosen" -q 2>&1 | tee -a "$output/tests.log"; then touch "$passed"; else failed=1; fi
+    rm "$chosen"
 }
 
-run_shard() { # op, index
-    local result="$output/$1-$2of$shards.json"
-    [[ ! -s $result ]] || { echo "$1 shard $2/$shards: done before"; return; }
-    timeout 530 python3 -m pytest "benchmarks/test_$1.py" --benchmark-only --shard "$2/$shards" "${smoke[@]}" \
+benchmark_shard() { # op, index, count
+    local result="$output/$1-$2of$3.json"
+    [[ ! -s $result ]] || { echo "$1 shard $2/$3: done before"; return; }
+    timeout 530 python3 -m pytest "benchmarks/test_$1.py" --benchmark-only --shard "$2/$3" "${smoke[@]}" \
         --benchmark-columns=median,iqr,rounds --benchmark-json="$result.part" -q 2>&1 | tee -a "$output/$1.log" || failed=1
-    # pytest writes the file at its end, without what failed; after a time-out there is none and the shard runs again next time
+    # pytest writes the file at its end, with a note of what failed; after a time-out there is none and the shard runs again next time
     if [[ -s $result.part ]]; then mv "$result.part" "$result"; fi
 }
 
-run_benchmarks() { # op
-    local index
-    for index in ${shard:-$(seq "$shards")}; do
-        run_shard "$1" "$index"
+run_group() { # name
+    local count=${shards:-${default_shards[$1]}} index
+    for index in ${shard:-$(seq "$count")}; do
+        if [[ $1 == tests ]]; then test_shard "$index" "$count"; else benchmark_shard "$1" "$index" "$count"; fi
     done
-    if [[ -z $shard ]]; then python3 -m benchmarks.report "$output/$1"-*of*.json --output "$output/$1"; fi
+    [[ -n $shard || $1 == tests ]] || python3 -m benchmarks.report "$output/$1"-*of*.json --output "$output"
 }
 
 install
-if [[ $group == tests || $group == all ]]; then run_tests; fi
-if [[ $group == route_and_mix || $group == all ]]; then run_benchmarks route_and_mix; fi
+if [[ $group == all ]]; then
+    for name in tests "${benchmarks[@]}"; do run_group "$name"; done
+else
+    run_group "$group"
+fi
 exit "$failed"

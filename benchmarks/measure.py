@@ -1,6 +1,7 @@
-"""Timer, input rotation, CUDA graphs, memory, copy bandwidth and the check that comes before any timing."""
+"""Timer, input rotation, CUDA graphs, memory, the device's peaks and the check that comes before any timing."""
 
 import itertools
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +12,8 @@ from torch import Tensor
 
 Outputs = tuple[Tensor, ...]
 MAX_INPUT_SETS = 256
+DENSE_BF16_TFLOPS = {r"NVIDIA H200": 989.0, r"NVIDIA H100 80GB HBM3": 989.0, r"NVIDIA A100.*": 312.0}
+"""From the datasheets, by device name; PCIe and NVL parts of the Hopper cards are slower and left out."""
 clock = time.perf_counter
 
 
@@ -100,17 +103,34 @@ def copy_bandwidth(device: torch.device, smoke: bool) -> float:
     return 2 * size / statistics.median(seconds_per_call(lambda: target.copy_(source), 5) for _ in range(3 if smoke else 9))
 
 
+def peak_arithmetic(device: torch.device, name: str, smoke: bool) -> dict[str, str | float]:
+    """TFLOP/s of dense products: the datasheet's, else those of a large square one."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    for pattern, tflops in DENSE_BF16_TFLOPS.items():
+        if re.fullmatch(pattern, name):
+            return {"peak_tflops": tflops, "peak_dtype": "bfloat16", "peak_source": "datasheet"}
+    size = 256 if smoke else 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    seconds = statistics.median(seconds_per_call(lambda: a @ b, 3, warm_up=1) for _ in range(3))
+    return {
+        "peak_tflops": 2 * size**3 / seconds / 1e12,
+        "peak_dtype": str(dtype).removeprefix("torch."),
+        "peak_source": f"product of {size} x {size} matrices",
+    }
+
+
 def _errors(got: Tensor, truth: Tensor) -> dict[str, float]:
     difference = got.double() - truth
     return {"RMS": difference.square().mean().sqrt().item(), "max": difference.abs().max().item()}
 
 
-def assert_as_exact_as_eager(got: Outputs, eager: Outputs, truth: Outputs, names: Sequence[str]) -> None:
-    """RMS and max error against the float64 ``truth``: at most twice those of ``eager`` in the same dtype, plus eps max|truth|."""
+def assert_as_exact_as_eager(got: Outputs, eager: Outputs, truth: Outputs, names: Sequence[str], times: float = 2) -> None:
+    """RMS and max error against the float64 ``truth``: at most ``times`` those of ``eager`` in its dtype, plus eps max|truth|."""
     for name, mine, peer, exact in zip(names, got, eager, truth, strict=True):
         assert mine.dtype == peer.dtype, f"{name} is {mine.dtype}, the eager form gives {peer.dtype}"
+        assert mine.shape == exact.shape, f"{name} is {tuple(mine.shape)}, expected {tuple(exact.shape)}"
         slack = torch.finfo(mine.dtype).eps * exact.abs().max().item()
         bounds = _errors(peer, exact)
         for kind, error in _errors(mine, exact).items():
-            bound = 2 * bounds[kind] + slack
+            bound = times * bounds[kind] + slack
             assert error <= bound, f"{kind} error of {name} is {error:.3g}, the bound is {bound:.3g}"

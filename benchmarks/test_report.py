@@ -1,20 +1,34 @@
+import dataclasses
 import json
 
 import pytest
+import torch
 
 from benchmarks import report
-from benchmarks.cases import CUDA, Case
+from benchmarks.cases import attention as attention_cases
+from benchmarks.cases.attention import AttentionCase
+from benchmarks.cases.route_and_mix import CUDA, Case
+from benchmarks.report import model, text
+from benchmarks.report.profiles import PROMPT_ATTENTION, RECEPTIVE_FIELD_ATTENTION, ROUTE_AND_MIX, over_eager, over_rivals
 
 PAPER, LARGE = CUDA[0], CUDA[5]
 
 
-def entry(provider: str, microseconds: float, *, case: Case = PAPER, mode: str = "forward+backward", **info) -> dict:
-    """A pytest-benchmark record of 10 calls an iteration on a made-up GPU that copies 4,000 GB/s."""
+GPU = torch.device("cuda")
+VIT = attention_cases.prompt_attention(GPU, smoke=False)[0]
+VLMO = attention_cases.receptive_field_attention(GPU, smoke=False)[0]
+
+
+def entry(
+    provider: str, microseconds: float, *, case: Case | AttentionCase = PAPER, mode: str = "forward+backward", **info
+) -> dict:
+    """A pytest-benchmark record of 10 calls an iteration on a made-up GPU that copies 4,000 GB/s and multiplies 1,000 TFLOP/s."""
     seconds = 10 * microseconds * 1e-6
     facts = {
         "device": "GPU 1", "device_type": "cuda", "cpu_threads": 2, "python": "3", "torch": "2", "triton": "3", "mope_fast": "0",
         "commit": "abc", "clock": "wall time", "date": "2026-01-01", "copy_bandwidth_gbps": 4000.0, "l2": "cold",
-        "implementation": "triton",
+        "peak_tflops": 1000.0, "peak_dtype": "bfloat16", "peak_source": "datasheet", "implementation": "triton",
+        "op": getattr(case, "op", "route_and_mix"),
         "mode": mode, "timing": "replay", "provider": provider, "calls_per_iteration": 10, "peak_memory": 2**21,
         "bytes": case.bytes(mode), "flops": case.flops(mode),
     }  # fmt: skip
@@ -22,8 +36,17 @@ def entry(provider: str, microseconds: float, *, case: Case = PAPER, mode: str =
     return {"extra_info": facts | case.describe() | info, "stats": stats}
 
 
-def rows(*entries: dict) -> list[report.Row]:
-    return report.merge(report.parse({"benchmarks": list(entries)}))
+def rows(*entries: dict) -> list[model.Row]:
+    return model.merge(model.parse({"benchmarks": list(entries)}))
+
+
+def groups(*entries: dict, profile: model.Profile = ROUTE_AND_MIX) -> list[model.Group]:
+    return model.group(rows(*entries), profile)
+
+
+def goal_lines(profile: model.Profile, wanted: str, *entries: dict, device_type: str = "cuda") -> list[str]:
+    table = text.goals_table(groups(*entries, profile=profile), profile, device_type)
+    return [line for line in table.splitlines() if wanted in line]
 
 
 def test_time_is_that_of_one_call():
@@ -40,49 +63,123 @@ def test_repeated_runs_give_the_median_of_medians():
 
 
 def test_speedup_is_over_the_best_eager_form():
-    (group,) = report.group(
-        rows(entry("literal", 90.0), entry("matmul", 50.0), entry("matmul-compiled", 30.0), entry("mope_fast", 20.0))
-    )
-    assert report.speedup(group) == pytest.approx(2.5)
-    assert report.speedup(group, ["matmul-compiled"]) == pytest.approx(1.5)
+    (group,) = groups(entry("literal", 90.0), entry("matmul", 50.0), entry("matmul-compiled", 30.0), entry("mope_fast", 20.0))
+    assert over_eager(group) == pytest.approx(2.5)
+    assert model.speed(group, ["matmul-compiled"]) == pytest.approx(1.5)
 
 
 @pytest.mark.parametrize(("ours", "answer"), [(19.9, "met"), (25.0, "missed by 20%")])
 def test_goal_at_the_paper_size(ours, answer):
-    groups = report.group(rows(entry("matmul", 50.0), entry("mope_fast", ours)))
-    line = report.goals_table(groups, "cuda").splitlines()[2]
+    line = goal_lines(ROUTE_AND_MIX, str(PAPER), entry("matmul", 50.0), entry("mope_fast", ours))[0]
     assert answer in line
-    assert str(PAPER) in line
 
 
 def test_goal_for_bandwidth_uses_the_copy_of_the_session():
     perfect = LARGE.bytes("forward") / 4e12 * 1e6
-    groups = report.group(rows(entry("mope_fast", perfect / 0.9, case=LARGE, mode="forward")))
-    (line,) = [each for each in report.goals_table(groups, "cuda").splitlines() if str(LARGE) in each]
+    (line,) = goal_lines(ROUTE_AND_MIX, str(LARGE), entry("mope_fast", perfect / 0.9, case=LARGE, mode="forward"))
     assert "0.90" in line
     assert line.endswith("met |")
 
 
 def test_goal_without_a_measurement_says_so():
-    groups = report.group(rows(entry("mope_fast", 20.0)))
-    assert report.goals_table(groups, "cuda").count("not measured") == 5
+    assert len(goal_lines(ROUTE_AND_MIX, "not measured", entry("mope_fast", 20.0))) == 5
 
 
 def test_losses_name_the_winner_and_the_gap():
-    groups = report.group(rows(entry("matmul", 10.0), entry("mope_fast", 15.0)))
-    (line,) = report.losses(groups)
+    (line,) = text.losses(groups(entry("matmul", 10.0), entry("mope_fast", 15.0)))
     assert "matmul eager takes 10.0 us, mope_fast 15.0 us (50% more)" in line
-    assert report.losses(report.group(rows(entry("matmul", 20.0), entry("mope_fast", 15.0)))) == []
+    assert text.losses(groups(entry("matmul", 20.0), entry("mope_fast", 15.0))) == []
 
 
-def test_report_and_pictures_are_written(tmp_path):
+def test_roofline_share_is_of_the_tighter_bound():
+    floor = VIT.bytes("forward") / 4e12 * 1e6
+    (row,) = rows(entry("auto", 2 * floor, case=VIT, mode="forward"))
+    assert row.roofline_share == pytest.approx(0.5)
+    (row,) = rows(entry("auto", 2 * floor, case=VIT, mode="forward", peak_tflops=VIT.flops("forward") / floor / 1e6 / 2))
+    assert row.roofline_share == pytest.approx(1.0)
+    (row,) = rows(entry("auto", 2 * floor, case=VIT, mode="forward", peak_dtype="float32"))
+    assert row.roofline_share is None
+
+
+def test_auto_is_not_compared_with_itself():
+    entries = [entry("sdpa", 30.0, case=VIT), entry("triton", 19.0, case=VIT), entry("auto", 20.0, case=VIT)]
+    (group,) = groups(*entries, profile=PROMPT_ATTENTION)
+    assert over_rivals(group) == pytest.approx(1.5)
+    assert text.losses([group]) == []
+    (chose_sdpa,) = groups(
+        *(e | {"extra_info": e["extra_info"] | {"implementation": "sdpa"}} for e in entries), profile=PROMPT_ATTENTION
+    )
+    assert over_rivals(chose_sdpa) == pytest.approx(0.95)
+    (loss,) = text.losses([chose_sdpa])
+    assert "mope_fast triton takes 19.0 us, mope_fast auto (sdpa) 20.0 us (5% more; the quartiles overlap)" in loss
+
+
+def test_a_goal_for_all_sizes_is_one_line_about_the_worst():
+    other = dataclasses.replace(VIT, batch=8)
+    entries = [entry("sdpa", 30.0, case=VIT), entry("auto", 20.0, case=VIT), entry("sdpa", 30.0, case=other)]
+    wanted = "| auto not slower than the best other | forward+backward, replay |"
+    for ours, answer in (
+        (29.0, "1.03 | met at all 2 |"),
+        (31.0, "0.97 | met at 1, level at 1 |"),
+        (60.0, "0.50 | met at 1, missed at 1; worst: missed by 50% |"),
+    ):
+        (line,) = goal_lines(PROMPT_ATTENTION, wanted, *entries, entry("auto", ours, case=other))
+        assert line == f"{wanted} {other} | >= 1 | {answer}"
+
+
+def test_goals_of_attention_sizes():
+    perfect = VIT.bytes("forward") / 4e12 * 1e6
+    (line,) = goal_lines(PROMPT_ATTENTION, "share of the roofline", entry("auto", perfect / 0.6, case=VIT, mode="forward"))
+    assert "0.60" in line
+    assert line.endswith("met |")
+    lines = goal_lines(
+        RECEPTIVE_FIELD_ATTENTION, "SDPA with a mask, VLMo", entry("sdpa-mask", 60.0, case=VLMO), entry("auto", 50.0, case=VLMO)
+    )
+    assert [line.split(" | ")[-1] for line in lines] == ["not measured |", "missed by 20% |"]
+
+
+def test_memory_beside_sdpa():
+    entries = [entry("sdpa", 30.0, case=VIT, timing="called"), entry("auto", 20.0, case=VIT, timing="called", peak_memory=2**20)]
+    lines = goal_lines(PROMPT_ATTENTION, "memory", *entries)
+    assert [line.split(" | ")[-2] for line in lines] == ["-", "2.00"]
+
+
+@pytest.mark.parametrize(
+    ("entries", "pictures", "line"),
+    [
+        (
+            [entry("literal", 90.0), entry("matmul", 50.0), entry("mope_fast", 20.0)],
+            ("times_forward_backward_replay.png", "speedup.png", "copy_share.png"),
+            "| mope_fast | 20.0 | 18.0 - 22.0 | 2.50x |",
+        ),
+        (
+            [entry("sdpa-mask", 50.0, case=VIT), entry("flex", 40.0, case=VIT), entry("auto", 20.0, case=VIT)],
+            ("times_forward_backward_replay.png", "speedup.png", "speedup_mask.png", "roofline_share.png"),
+            "| mope_fast auto (triton) | 20.0 | 18.0 - 22.0 | 2.50x |",
+        ),
+    ],
+)
+def test_report_and_pictures_are_written(tmp_path, entries, pictures, line):
     source = tmp_path / "run.json"
-    source.write_text(json.dumps({"benchmarks": [entry("literal", 90.0), entry("matmul", 50.0), entry("mope_fast", 20.0)]}))
-    text = report.write([source], tmp_path / "out").read_text()
-    assert "| mope_fast | 20.0 | 18.0 - 22.0 | 2.50x |" in text
-    for picture in ("times_forward_backward_replay.png", "speedup.png", "copy_share.png"):
-        assert f"({picture})" in text
-        assert (tmp_path / "out" / picture).stat().st_size > 0
+    source.write_text(json.dumps({"benchmarks": entries}))
+    (written,) = report.write([source], tmp_path / "out")
+    assert written == tmp_path / "out" / entries[0]["extra_info"]["op"] / "report.md"
+    assert line in written.read_text()
+    for picture in pictures:
+        assert f"({picture})" in written.read_text()
+        assert (written.parent / picture).stat().st_size > 0
+
+
+def test_every_op_gets_a_report_with_its_own_skips(tmp_path):
+    source = tmp_path / "run.json"
+    entries = [entry("mope_fast", 20.0), entry("auto", 20.0, case=VIT), entry("auto", 20.0, case=VLMO)]
+    skip = {
+        "op": "prompt_attention", "mode": "forward", "timing": "called", "case": str(VIT), "provider": "flex", "reason": "no GPU",
+    }  # fmt: skip
+    source.write_text(json.dumps({"benchmarks": entries, "skipped": [skip, skip | {"mode": "forward+backward"}]}))
+    mix, prompt, field = (path.read_text() for path in report.write([source], tmp_path / "out"))
+    assert f"## Not measured\n\n- FlexAttention: no GPU ({VIT})\n" in prompt
+    assert "Not measured" not in mix + field
 
 
 def test_two_devices_are_refused(tmp_path):

@@ -96,9 +96,15 @@ _ATTENTION = {
     128: (AttentionLaunch(128, 64, 8, 2), AttentionLaunch(16, 16, 4, 1)),
     256: (AttentionLaunch(64, 32, 8, 2), AttentionLaunch(16, 16, 4, 1)),
 }
-_ATTENTION_GRADS = {
+_QUERY_GRADS = {
     64: (AttentionLaunch(64, 64, 4, 2), AttentionLaunch(16, 32, 4, 1)),
     128: (AttentionLaunch(64, 64, 8, 2), AttentionLaunch(16, 16, 8, 1)),
+    256: (AttentionLaunch(32, 32, 4, 1), AttentionLaunch(16, 16, 8, 1)),
+}
+# two accumulators: fewer queries at a time leave registers for a third program on a multiprocessor
+_KEY_GRADS = {
+    64: (AttentionLaunch(32, 64, 4, 2), AttentionLaunch(16, 32, 4, 1)),
+    128: (AttentionLaunch(32, 64, 8, 2), AttentionLaunch(16, 16, 8, 1)),
     256: (AttentionLaunch(32, 32, 4, 1), AttentionLaunch(16, 16, 8, 1)),
 }
 
@@ -108,21 +114,30 @@ def padded_head_dim(head_dim: int) -> int:
     return _power_of_2_in(head_dim, 16, 256)
 
 
-def _held(launch: AttentionLaunch, queries: int, keys: int) -> AttentionLaunch:
-    """Tiles not larger than the sequences."""
-    return launch._replace(
-        block_q=min(launch.block_q, _power_of_2_in(queries, 16, 128)), block_k=min(launch.block_k, _power_of_2_in(keys, 16, 128))
-    )
+def _tiles(table: dict[int, tuple[AttentionLaunch, ...]], queries: int, keys: int, head_dim: int, itemsize: int) -> AttentionLaunch:
+    """The table's entry, its tiles not larger than the sequences. The batch has no say: a sample keeps its bits in any batch."""
+    launch = table[max(64, padded_head_dim(head_dim))][itemsize > 2]
+    block_q, block_k = (min(block, _power_of_2_in(n, 16, 128)) for block, n in ((launch.block_q, queries), (launch.block_k, keys)))
+    return launch._replace(block_q=block_q, block_k=block_k)
 
 
 def attention_launch(queries: int, keys: int, head_dim: int, itemsize: int) -> AttentionLaunch:
-    """Tiles of the forward kernel; the batch has no say, so a sample's bits don't depend on its neighbours."""
-    return _held(_ATTENTION[max(64, padded_head_dim(head_dim))][itemsize > 2], queries, keys)
+    """Tiles of the forward kernel."""
+    launch = _tiles(_ATTENTION, queries, keys, head_dim, itemsize)
+    # a few more than a multiple of 128 queries: tiles of 64 leave fewer rows empty
+    if launch.block_q == 128 and queries <= 512 and -(-queries // 64) % 2:
+        return launch._replace(block_q=64, num_warps=4)
+    return launch
 
 
-def attention_grads_launch(queries: int, keys: int, head_dim: int, itemsize: int) -> AttentionLaunch:
-    """Tiles of the backward kernels."""
-    return _held(_ATTENTION_GRADS[max(64, padded_head_dim(head_dim))][itemsize > 2], queries, keys)
+def query_grads_launch(queries: int, keys: int, head_dim: int, itemsize: int) -> AttentionLaunch:
+    """Tiles of the gradients of queries and of the bias."""
+    return _tiles(_QUERY_GRADS, queries, keys, head_dim, itemsize)
+
+
+def key_grads_launch(queries: int, keys: int, head_dim: int, itemsize: int) -> AttentionLaunch:
+    """Tiles of the gradients of keys and values, of tokens and prefixes."""
+    return _tiles(_KEY_GRADS, queries, keys, head_dim, itemsize)
 
 
 def prefix_block(length: int) -> int:

@@ -143,7 +143,7 @@ def _attend_to_prefix(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
     COMPUTE: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    for start in range(0, P, BLOCK_P):
+    for start in tl.range(0, P, BLOCK_P, num_stages=1):  # one step as a rule: nothing to pipeline
         keys = start + tl.arange(0, BLOCK_P)
         k_tile = _load_rows(k, keys, keys < P, k_strides, HEAD_DIM, BLOCK_D)
         v_tile = _load_rows(v, keys, keys < P, v_strides, HEAD_DIM, BLOCK_D)
@@ -219,7 +219,7 @@ def _prefix_to_query_gradient(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
     COMPUTE: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    for start in range(0, P, BLOCK_P):
+    for start in tl.range(0, P, BLOCK_P, num_stages=1):  # one step as a rule: nothing to pipeline
         keys = start + tl.arange(0, BLOCK_P)
         k_tile = _load_rows(k, keys, keys < P, k_strides, HEAD_DIM, BLOCK_D)
         v_tile = _load_rows(v, keys, keys < P, v_strides, HEAD_DIM, BLOCK_D)
@@ -409,7 +409,7 @@ def bias_grads_kernel(
     grad_out, q, k, v, field, padding, bias, lse, delta, grad_bias,
     H, Sq, Sk, batches, heads, bias_heads, scale_log2,
     grad_out_strides, q_strides, k_strides, v_strides, padding_strides, bias_strides,
-    VISIBILITY: tl.constexpr, HAS_PADDING: tl.constexpr,
+    VISIBILITY: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_BIAS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     COMPUTE: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -437,7 +437,7 @@ def bias_grads_kernel(
         s = _token_exponents(
             q_tile, tl.trans(k_tile), rows[:, None], keys[None, :], first[:, None], last[:, None], bits[:, None],
             field, padding_row, _head(bias, bias_strides, batch, head), Sq, Sk, scale_log2, padding_strides[1], bias_strides,
-            VISIBILITY, HAS_PADDING, True, COMPUTE, DOT, ACC,
+            VISIBILITY, HAS_PADDING, HAS_BIAS, COMPUTE, DOT, ACC,
         )  # fmt: skip
         g_dot_v = dot(g_tile, tl.trans(v_tile), None, COMPUTE, DOT, ACC)
         _, ds = _logit_gradients(s, row_lse[:, None], g_dot_v, row_delta[:, None])

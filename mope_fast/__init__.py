@@ -3,7 +3,7 @@
 from . import functional
 from .encoders import register_encoder, supported_encoders
 from .models import FusionOutput, MoPEFusion
-from .modules import MoPEConfig, MoPELayer, MoPEOutput, PromptBank, PromptMapper
+from .modules import MoPEConfig, MoPELayer, MoPEOutput, PromptAttention, PromptBank, PromptMapper
 from .receptive_field import ReceptiveField
 
 __version__ = "0.1.0"
@@ -13,6 +13,7 @@ __all__ = [
     "MoPEFusion",
     "MoPELayer",
     "MoPEOutput",
+    "PromptAttention",
     "PromptBank",
     "PromptMapper",
     "ReceptiveField",

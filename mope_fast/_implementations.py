@@ -23,6 +23,8 @@ class Problem(NamedTuple):
     dtype: torch.dtype
     keys: int = 0
     """Of attention: prefix and token keys."""
+    masked: bool = False
+    """Of attention: torch's kernels would need a mask tensor."""
 
 
 Reason = Callable[[Problem], str | None]
@@ -73,8 +75,8 @@ TRITON_KEYS = 512
 
 
 def _attention_order(problem: Problem) -> tuple[str, ...]:
-    """Best first. On a CPU, and for the many keys that torch's kernels are tuned for, SDPA; it needs no other package."""
-    if problem.device.type == "cuda" and problem.keys <= TRITON_KEYS:
+    """Best first. On a CPU SDPA; on a GPU that is for many keys without a mask tensor, which torch's kernels are made for."""
+    if problem.device.type == "cuda" and (problem.masked or problem.keys <= TRITON_KEYS):
         return "triton", "sdpa", "xformers", "reference"
     return "sdpa", "triton", "xformers", "reference"
 

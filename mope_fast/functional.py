@@ -145,7 +145,8 @@ def prompt_attention(
     check_prompt_attention(q, k, v, prefixes, key_padding_mask, bias)
     masking = {"key_padding_mask": key_padding_mask, "bias": bias, "scale": scale}
     keys = k.shape[2] + sum(pk.shape[2] for pk, _ in prefixes)
-    impl = choose("prompt_attention", impl, Problem(q.device, q.dtype, keys))
+    masked = key_padding_mask is not None or bias is not None or (is_causal and q.shape[2] != keys)
+    impl = choose("prompt_attention", impl, Problem(q.device, q.dtype, keys, masked))
     if impl == "reference":
         with without_autocast(q.device.type):
             out = reference.prompt_attention(q, k, v, prefixes, is_causal=is_causal, **masking)
@@ -189,7 +190,7 @@ def receptive_field_attention(
     """
     check_receptive_field_attention(q, k, v, field, key_padding_mask, bias)
     masking = {"key_padding_mask": key_padding_mask, "bias": bias, "scale": scale}
-    impl = choose("receptive_field_attention", impl, Problem(q.device, q.dtype, k.shape[2]))
+    impl = choose("receptive_field_attention", impl, Problem(q.device, q.dtype, k.shape[2], masked=True))
     if impl == "reference":
         with without_autocast(q.device.type):
             out = reference.receptive_field_attention(q, k, v, field, **masking)

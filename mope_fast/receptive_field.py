@@ -1,6 +1,6 @@
 """Which groups of a sequence see which: MoPE-BAF's restricted receptive fields (arXiv 2403.11311), lowered to a few integers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -72,7 +72,7 @@ class ReceptiveField:
             for i, (length, sees) in enumerate(zip(self.lengths, self._sees, strict=True))
         )
         self.is_interval = all(self._is_interval(sees) for i, sees in enumerate(self._sees) if self.lengths[i])
-        self._on_device: dict[torch.device, Tensor] = {}
+        self._kept: dict[tuple[str, torch.device], Tensor] = {}
 
     def _hull(self, members: Sequence[bool]) -> tuple[int, int]:
         """From the first to behind the last position of the groups marked; empty groups don't count."""
@@ -91,16 +91,24 @@ class ReceptiveField:
         Where the field isn't made of intervals, these are hulls and two rows follow, (6, S): its group and the bits of the groups
         that it sees. Made on the device, without a copy from the host, and kept there.
         """
-        # what is traced or captured belongs to its graph and must not outlive it
-        if torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-            return self._lower(device)
-        if device not in self._on_device:
-            with torch.inference_mode(False):
-                lowered = self._lower(device)
-            if type(lowered) is not Tensor:  # a fake tensor
-                return lowered
-            self._on_device[device] = lowered
-        return self._on_device[device]
+        return self._keep("lowered", self._lower, device)
+
+    def mask(self, device: torch.device | str = "cpu") -> Tensor:
+        """bool (S, S), True where the query (row) sees the key (column). Kept on the device: don't write to it."""
+        return self._keep("mask", self._make_mask, torch.device(device))
+
+    def _keep(self, name: str, make: Callable[[torch.device], Tensor], device: torch.device) -> Tensor:
+        # what is traced or faked belongs to its graph or mode
+        if torch.compiler.is_compiling() or type(torch.empty(0)) is not Tensor:
+            return make(device)
+        if (kept := self._kept.get((name, device))) is not None:
+            return kept
+        with torch.inference_mode(False):
+            tensor = make(device)
+        # a CUDA graph's memory is its own
+        if not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            self._kept[name, device] = tensor
+        return tensor
 
     def _lower(self, device: torch.device) -> Tensor:
         columns = []
@@ -112,8 +120,7 @@ class ReceptiveField:
             columns.append(torch.cat(constants))
         return torch.cat(columns, dim=1)
 
-    def mask(self, device: torch.device | str = "cpu") -> Tensor:
-        """bool (S, S), True where the query (row) sees the key (column)."""
+    def _make_mask(self, device: torch.device) -> Tensor:
         rows = [
             torch.cat(
                 [torch.full((1, length), seen, device=device) for length, seen in zip(self.lengths, sees, strict=True)], dim=1

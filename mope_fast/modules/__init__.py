@@ -1,8 +1,9 @@
 """Drop-in modules: routed prompts and their settings."""
 
+from .attention import PromptAttention
 from .config import MoPEConfig
 from .mapper import PromptMapper
 from .output import MoPEOutput
 from .prompts import MoPELayer, PromptBank, PromptContext
 
-__all__ = ["MoPEConfig", "MoPELayer", "MoPEOutput", "PromptBank", "PromptContext", "PromptMapper"]
+__all__ = ["MoPEConfig", "MoPELayer", "MoPEOutput", "PromptAttention", "PromptBank", "PromptContext", "PromptMapper"]

@@ -157,7 +157,7 @@ class MoPEOutput:
             parts = ([rows[name] for name in per_sample] for rows in (keys, values))
             prefixes.append(tuple(_heads(torch.cat(rows, dim=1), num_heads) for rows in parts))
         if key_norm is not None:
-            prefixes = [(key_norm(keys), values) for keys, values in prefixes]
+            prefixes = [(key_norm(keys).to(values.dtype), values) for keys, values in prefixes]
         return prefixes
 
     def _mixes_in_kv_space(self, norm: nn.Module | None, key_norm: Projection | None) -> bool:

@@ -3,9 +3,10 @@
 One op for prefixes, causality, padding, bias and receptive fields. ``field`` is ``ReceptiveField.lowered``.
 """
 
+import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,13 @@ from ..reference.attention import all_values, causal_mask, masked_weights, softm
 from ._registration import define
 from ._triton import INTERPRETED, product_dtypes
 
+if TYPE_CHECKING:
+    from ..kernels.launch import AttentionLaunch
+
 LOG2_E = math.log2(math.e)
+_PREFIX_ARGUMENTS = {
+    "pk0", "pv0", "pk1", "pv1", "pk0_strides", "pv0_strides", "pk1_strides", "pv1_strides", "P0", "P1", "BLOCK_P0", "BLOCK_P1",
+}  # fmt: skip
 
 
 class _Masking(NamedTuple):
@@ -30,8 +37,9 @@ class _Masking(NamedTuple):
 
 def _empty_tokens(like: Tensor) -> Tensor:
     """(B, H, S, Dh) laid out as (B, S, H, Dh), the order in which encoders go on."""
-    batch, heads, tokens, head_dim = like.shape
-    return like.new_empty((batch, tokens, heads, head_dim)).transpose(1, 2)
+    _, heads, tokens, head_dim = like.shape
+    # not a transposed view: autograd forbids in-place operations on a view that comes out of a custom function
+    return like.new_empty_strided(like.shape, (tokens * heads * head_dim, head_dim, heads * head_dim, 1))
 
 
 def _statistics_dtype(q: Tensor) -> torch.dtype:
@@ -126,56 +134,51 @@ def _reference_backward(grad_out, q, k, v, pk0, pv0, pk1, pv1, field, padding, b
     return tuple(grads)
 
 
-class _Launch(NamedTuple):
-    """What the kernels share: tensors, strides and constants, by the names of their parameters."""
-
-    tensors: dict[str, Tensor | None]
-    strides: dict[str, tuple[int, ...]]
-    sizes: dict[str, int]
-    constants: dict[str, Any]
-
-
 def _strides(tensor: Tensor | None, rank: int = 4) -> tuple[int, ...]:
     return (0,) * rank if tensor is None else tensor.stride()
 
 
-def _launch_arguments(q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, is_causal) -> _Launch:
+def _for_each_sample(tensor: Tensor | None, batch: int, heads: int) -> Tensor | None:
+    """A stride of zero where samples or heads share the tensor."""
+    return tensor if tensor is None or tensor.shape[:2] == (batch, heads) else tensor.expand(batch, heads, -1, -1)
+
+
+@functools.cache
+def _constants(
+    dtype: torch.dtype, head_dim: int, is_causal: bool, field_rows: int, has_padding: bool, has_bias: bool, lengths: tuple[int, int]
+) -> dict[str, Any]:
     from ..kernels import launch
     from ..kernels import prompt_attention as kernels
 
-    batch, heads, queries, head_dim = q.shape
-    lengths = [0 if pk is None else pk.shape[2] for pk in (pk0, pk1)]
-    prefixes = {"pk0": pk0, "pv0": pv0, "pk1": pk1, "pv1": pv1}
-    # a stride of zero is how a tensor of batch 1 is shared
-    prefixes = {name: t if t is None else t.expand(batch, -1, -1, -1) for name, t in prefixes.items()}
-    bias = None if bias is None else bias.expand(batch, heads, -1, -1)
-    tensors = {"q": q, "k": k, "v": v, **prefixes, "bias": bias}
-    if is_causal:
-        visibility = kernels.CAUSAL
-    elif field is None:
-        visibility = kernels.FULL
-    else:
-        visibility = kernels.INTERVALS if field.shape[0] == 4 else kernels.GROUPS
-    return _Launch(
-        {**tensors, "field": field, "padding": padding},
-        {**{f"{name}_strides": _strides(t) for name, t in tensors.items()}, "padding_strides": _strides(padding, 2)},
-        {"H": heads, "Sq": queries, "Sk": k.shape[2], "P0": lengths[0], "P1": lengths[1]},
-        {
-            "VISIBILITY": visibility.value, "HAS_PADDING": padding is not None, "HAS_BIAS": bias is not None,
-            "HEAD_DIM": head_dim, "BLOCK_D": launch.padded_head_dim(head_dim),
-            "BLOCK_P0": launch.prefix_block(lengths[0]), "BLOCK_P1": launch.prefix_block(lengths[1]),
-            **product_dtypes(q.dtype, _statistics_dtype(q)),
-        },
-    )  # fmt: skip
-
-
-def _tiles(launch: Any) -> dict[str, int]:
+    visibility = {0: kernels.CAUSAL if is_causal else kernels.FULL, 4: kernels.INTERVALS, 6: kernels.GROUPS}[field_rows]
     return {
-        "BLOCK_Q": launch.block_q,
-        "BLOCK_K": launch.block_k,
-        "num_warps": launch.num_warps,
-        "num_stages": launch.num_stages,
-    }
+        "VISIBILITY": visibility.value, "HAS_PADDING": has_padding, "HAS_BIAS": has_bias,
+        "HEAD_DIM": head_dim, "BLOCK_D": launch.padded_head_dim(head_dim),
+        "BLOCK_P0": launch.prefix_block(lengths[0]), "BLOCK_P1": launch.prefix_block(lengths[1]),
+        **product_dtypes(dtype, torch.promote_types(dtype, torch.float32)),
+    }  # fmt: skip
+
+
+def _common_arguments(q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, is_causal) -> dict[str, Any]:
+    """What the kernels share, by the names of their parameters."""
+    batch, heads, queries, head_dim = q.shape
+    lengths = tuple(0 if pk is None else pk.shape[2] for pk in (pk0, pk1))
+    pk0, pv0, pk1, pv1, bias = (_for_each_sample(t, batch, heads) for t in (pk0, pv0, pk1, pv1, bias))
+    field_rows = 0 if field is None else field.shape[0]
+    return {
+        "q": q, "k": k, "v": v, "pk0": pk0, "pv0": pv0, "pk1": pk1, "pv1": pv1,
+        "field": field, "padding": padding, "bias": bias,
+        "q_strides": q.stride(), "k_strides": k.stride(), "v_strides": v.stride(),
+        "pk0_strides": _strides(pk0), "pv0_strides": _strides(pv0), "pk1_strides": _strides(pk1), "pv1_strides": _strides(pv1),
+        "padding_strides": _strides(padding, 2), "bias_strides": _strides(bias),
+        "H": heads, "Sq": queries, "Sk": k.shape[2], "P0": lengths[0], "P1": lengths[1],
+        **_constants(q.dtype, head_dim, is_causal, field_rows, padding is not None, bias is not None, lengths),
+    }  # fmt: skip
+
+
+def _tiles(launch: "AttentionLaunch") -> dict[str, int]:
+    block_q, block_k, num_warps, num_stages = launch
+    return {"BLOCK_Q": block_q, "BLOCK_K": block_k, "num_warps": num_warps, "num_stages": num_stages}
 
 
 def _triton_forward(q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, scale, is_causal):
@@ -185,11 +188,10 @@ def _triton_forward(q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, scale, is
     out, lse = _fake_forward(q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, scale, is_causal)
     if out.numel() == 0:
         return out, lse
-    shared = _launch_arguments(q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, is_causal)
     tiles = launch.attention_launch(q.shape[2], k.shape[2], q.shape[3], q.element_size())
     kernels.attention_kernel[(-(-q.shape[2] // tiles.block_q) * q.shape[0] * q.shape[1],)](
-        **shared.tensors, out=out, lse=lse, **shared.sizes, scale_log2=scale * LOG2_E,
-        **shared.strides, out_strides=out.stride(), **shared.constants, **_tiles(tiles),
+        **_common_arguments(q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, is_causal),
+        out=out, lse=lse, scale_log2=scale * LOG2_E, out_strides=out.stride(), **_tiles(tiles),
     )  # fmt: skip
     return out, lse
 
@@ -202,55 +204,70 @@ def _triton_backward(grad_out, q, k, v, pk0, pv0, pk1, pv1, field, padding, bias
     (batch, heads, queries, head_dim), keys = q.shape, k.shape[2]
     if out.numel() == 0:
         return tuple(grad.zero_() for grad in grads)
-    shared = _launch_arguments(q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, is_causal)
     delta = lse.new_empty(lse.shape)
-    tiles = launch.attention_grads_launch(queries, keys, head_dim, q.element_size())
-    common = {"grad_out": grad_out, "lse": lse, "delta": delta, "scale_log2": scale * LOG2_E, "grad_out_strides": grad_out.stride()}
-
+    arguments = {
+        **_common_arguments(q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, is_causal),
+        "grad_out": grad_out, "grad_out_strides": grad_out.stride(), "lse": lse, "delta": delta, "scale_log2": scale * LOG2_E,
+    }  # fmt: skip
+    tiles = launch.query_grads_launch(queries, keys, head_dim, q.element_size())
     kernels.query_grads_kernel[(-(-queries // tiles.block_q) * batch * heads,)](
-        **shared.tensors, **common, out=out, grad_q=grad_q, **shared.sizes, scale=scale,
-        **shared.strides, out_strides=out.stride(), grad_q_strides=_strides(grad_q if needs[0] else None), NEED_Q=needs[0],
-        **shared.constants, **_tiles(tiles),
+        **arguments, out=out, grad_q=grad_q, scale=scale,
+        out_strides=out.stride(), grad_q_strides=_strides(grad_q if needs[0] else None), NEED_Q=needs[0], **_tiles(tiles),
     )  # fmt: skip
-
-    need_tokens = needs[1] or needs[2]
-    token_tiles = -(-keys // tiles.block_k) if need_tokens else 0
-    splits = launch.prefix_splits(queries)
-    partial, parts = [], []
-    for pk, grad, need in ((pk0, grads0, needs[3]), (pk1, grads1, needs[4])):
-        needed = pk is not None and need and pk.shape[2] > 0
-        parts.append(-(-pk.shape[2] // launch.prefix_block(pk.shape[2])) * splits if needed else 0)
-        if not needed:
-            partial.append(None)
-        elif pk.shape[0] == batch and splits == 1:
-            partial.append(grad.unsqueeze(2))
-        else:  # parts of a sum over samples or queries are written apart, in float32
-            partial.append(lse.new_empty((2, batch, splits, *pk.shape[1:])))
-    programs = token_tiles + sum(parts)
-    if programs:
-        kernels.key_grads_kernel[(programs * batch * heads,)](
-            **shared.tensors, **common, grad_k=grad_k, grad_v=grad_v, grads0=partial[0], grads1=partial[1],
-            **shared.sizes, token_tiles=token_tiles, parts0=parts[0], parts1=parts[1], scale=scale,
-            **shared.strides, grad_k_strides=_strides(grad_k if need_tokens else None),
-            grad_v_strides=_strides(grad_v if need_tokens else None),
-            grads0_strides=_strides(partial[0], 6), grads1_strides=_strides(partial[1], 6),
-            NEED_TOKENS=need_tokens, NEED_P0=parts[0] > 0, NEED_P1=parts[1] > 0, SPLITS=splits,
-            **shared.constants, **_tiles(tiles),
-        )  # fmt: skip
-    for grad, part in ((grads0, partial[0]), (grads1, partial[1])):
-        if part is not None and part.data_ptr() != grad.data_ptr():
-            grad.copy_(part.sum((1, 2) if grad.shape[1] < batch else 2).view(grad.shape))
-
+    _key_gradients(arguments, (pk0, pk1), grad_k, grad_v, (grads0, grads1), scale, needs[1] or needs[2], needs[3:5])
     if bias is not None and needs[5]:
         bias_batch, bias_heads = bias.shape[:2]
-        without = {"pk0", "pv0", "pk1", "pv1", "P0", "P1", "BLOCK_P0", "BLOCK_P1", "HAS_BIAS"}
-        without |= {f"{name}_strides" for name in without}
-        used = {name: value for part in shared for name, value in part.items() if name not in without}
-        kernels.bias_grads_kernel[(bias_batch * bias_heads * -(-queries // tiles.block_q) * -(-keys // tiles.block_k),)](
-            **used, **common, grad_bias=grad_bias,
+        programs = bias_batch * bias_heads * -(-queries // tiles.block_q) * -(-keys // tiles.block_k)
+        kernels.bias_grads_kernel[(programs,)](
+            **{name: value for name, value in arguments.items() if name not in _PREFIX_ARGUMENTS}, grad_bias=grad_bias,
             batches=batch // bias_batch, heads=heads // bias_heads, bias_heads=bias_heads, **_tiles(tiles),
         )  # fmt: skip
     return tuple(grads)
+
+
+def _key_gradients(
+    arguments: dict[str, Any],
+    prefix_keys: tuple[Tensor | None, Tensor | None],
+    grad_k: Tensor,
+    grad_v: Tensor,
+    grads: tuple[Tensor, Tensor],
+    scale: float,
+    need_tokens: bool,
+    need_prefixes: list[bool],
+) -> None:
+    """Gradients of token keys and values and of both prefixes, those asked for, in one launch."""
+    from ..kernels import launch
+    from ..kernels import prompt_attention as kernels
+
+    q, lse = arguments["q"], arguments["lse"]
+    (batch, heads, queries, head_dim), keys = q.shape, arguments["Sk"]
+    tiles = launch.key_grads_launch(queries, keys, head_dim, q.element_size())
+    token_tiles = -(-keys // tiles.block_k) if need_tokens else 0
+    splits = launch.prefix_splits(queries)
+    targets: list[Tensor | None] = []
+    parts, sums = [], []
+    for pk, grad, need in zip(prefix_keys, grads, need_prefixes, strict=True):
+        if pk is None or not need or pk.shape[2] == 0:
+            targets.append(None)
+            parts.append(0)
+            continue
+        if pk.shape[0] == batch and splits == 1:
+            targets.append(grad.unsqueeze(2))
+        else:  # parts of a sum over samples or queries are written apart, in float32
+            targets.append(lse.new_empty((2, batch, splits, *pk.shape[1:])))
+            sums.append((grad, targets[-1]))
+        parts.append(-(-pk.shape[2] // launch.prefix_block(pk.shape[2])) * splits)
+    programs = (token_tiles + sum(parts)) * batch * heads
+    if programs:
+        kernels.key_grads_kernel[(programs,)](
+            **arguments, grad_k=grad_k, grad_v=grad_v, grads0=targets[0], grads1=targets[1],
+            token_tiles=token_tiles, parts0=parts[0], parts1=parts[1], scale=scale,
+            grad_k_strides=_strides(grad_k if need_tokens else None), grad_v_strides=_strides(grad_v if need_tokens else None),
+            grads0_strides=_strides(targets[0], 6), grads1_strides=_strides(targets[1], 6),
+            NEED_TOKENS=need_tokens, NEED_P0=parts[0] > 0, NEED_P1=parts[1] > 0, SPLITS=splits, **_tiles(tiles),
+        )  # fmt: skip
+    for grad, part in sums:
+        grad.copy_(part.sum((1, 2) if grad.shape[1] < batch else 2).view(grad.shape))
 
 
 _PREFIXES = "Tensor? prefix_k0, Tensor? prefix_v0, Tensor? prefix_k1, Tensor? prefix_v1"

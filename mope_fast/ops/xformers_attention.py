@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..receptive_field import ReceptiveField
 from ..reference.attention import causal_mask
-from .sdpa_attention import by_slices, concatenated, visible_and_blind
+from .sdpa_attention import concatenated, visible_and_blind
 
 ALIGNMENT = 8
 _RUNTIME = "libcudart.so.12"
@@ -82,10 +83,13 @@ def receptive_field_attention(
     scale: float | None,
 ) -> Tensor:
     """One call for each block of an unpadded interval field, else one with a tensor bias."""
-    if field.is_interval and key_padding_mask is None and bias is None:
-        return by_slices(q, k, v, field, lambda q, k, v, *_: _attention(q, k, v, None, scale))
-    visible = field.mask(q.device)
-    return _with_tensor_bias(q, k, v, visible, key_padding_mask, bias, 0, scale)
+    if field.is_interval and key_padding_mask is None and bias is None and any(keys for _, keys in field.slices()):
+        blocks = [
+            _attention(q[:, :, rows], k[:, :, keys], v[:, :, keys], None, scale) if keys else torch.zeros_like(q[:, :, rows])
+            for rows, keys in field.slices()
+        ]
+        return torch.cat(blocks, dim=2) if blocks else torch.zeros_like(q)
+    return _with_tensor_bias(q, k, v, field.mask(q.device), key_padding_mask, bias, 0, scale)
 
 
 def _with_tensor_bias(
@@ -98,15 +102,19 @@ def _with_tensor_bias(
     prefix_length: int,
     scale: float | None,
 ) -> Tensor:
+    # what the dtype rounds to -inf hides a key
+    bias = None if bias is None else bias.to(q.dtype)
     visible, blind = visible_and_blind(visible, key_padding_mask, bias, prefix_length)
     if visible is None and bias is None:
         return _attention(q, k, v, None, scale)
     (batch, heads, queries, _), keys = q.shape, k.shape[2]
-    tensor = q.new_zeros(1, 1, queries, keys - prefix_length) if bias is None else bias.to(q.dtype)
+    tensor = q.new_zeros(1, 1, queries, keys - prefix_length) if bias is None else bias
     tensor = tensor if visible is None else tensor.masked_fill(~visible, float("-inf"))
     tensor = tensor if blind is None else tensor.masked_fill(blind, 0.0)
     # rows of the storage are a multiple of the alignment, the tensor is a view of their beginning
-    tensor = F.pad(tensor, (prefix_length, -keys % ALIGNMENT))[..., :keys].expand(batch, heads, -1, -1)
+    tensor = F.pad(tensor, (prefix_length, -keys % ALIGNMENT)).contiguous()[..., :keys].expand(batch, heads, -1, -1)
+    if torch.is_grad_enabled() and tensor.requires_grad and not any(t.requires_grad for t in (q, k, v)):
+        q = q.detach().requires_grad_()  # xformers asks only q, k and v whether there will be a backward
     out = _attention(q, k, v, tensor, scale)
     return out if blind is None else out.masked_fill(blind, 0.0)
 
@@ -115,6 +123,8 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Any, scale: float | None) 
     """(B, H, S, Dh) in and out; xformers has tokens before heads."""
     from xformers.ops import memory_efficient_attention
 
+    if k.shape[2] == 0:
+        return q @ k.mT @ v  # zeros that know where they come from
     head_dim = q.shape[-1]
     scale = head_dim**-0.5 if scale is None else scale
     q, k, v = (_aligned(t).transpose(1, 2) for t in (q, k, v))
@@ -123,7 +133,9 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Any, scale: float | None) 
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """Last dimension a multiple of 8 and contiguous."""
+    """Dense rows of a multiple of 8 elements that begin at one."""
     if tensor.shape[-1] % ALIGNMENT:
-        return F.pad(tensor, (0, -tensor.shape[-1] % ALIGNMENT))
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+        tensor = F.pad(tensor, (0, -tensor.shape[-1] % ALIGNMENT))
+    strides = [stride for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True) if size > 1]
+    aligned = tensor.stride(-1) == 1 and not any(start % ALIGNMENT for start in (tensor.storage_offset(), *strides))
+    return tensor if aligned else tensor.clone(memory_format=torch.contiguous_format)

@@ -1,9 +1,11 @@
 """Problem sizes of ``route_and_mix``, with the bytes and operations they can't do without."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+
+from benchmarks.cases import MODES
 
 
 @dataclass(frozen=True)
@@ -16,6 +18,7 @@ class Case:
     width: int
     dtype: torch.dtype
     gram: bool = False
+    modes: ClassVar = MODES
 
     def __str__(self) -> str:
         dtype = {torch.bfloat16: "bf16", torch.float32: "fp32"}[self.dtype]

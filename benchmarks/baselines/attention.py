@@ -1,0 +1,168 @@
+"""Forms of prompt and receptive-field attention. What can be made ahead of a call, masks above all, is made in ``build``."""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from benchmarks.cases.attention import AttentionCase
+from mope_fast import _implementations, functional
+
+Prefixes = Sequence[tuple[Tensor, Tensor]]
+Provider = Callable[[Tensor, Tensor, Tensor, Prefixes], Tensor]
+ALIGNMENT = 8
+"""Kernels that take a mask tensor want head dims in such multiples (of 16-bit elements), xformers also the rows of that tensor."""
+
+
+def concatenated(k: Tensor, v: Tensor, prefixes: Prefixes) -> tuple[Tensor, Tensor]:
+    """Keys and values (B, H, P + S, Dh), prefixes first."""
+    if not prefixes:
+        return k, v
+    keys, values = zip(*prefixes, strict=True)
+    keys, values = ([p.expand(k.shape[0], -1, -1, -1) for p in part] for part in (keys, values))
+    return torch.cat([*keys, k], dim=2), torch.cat([*values, v], dim=2)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """With zeros up to the next multiple in the last dimension: they change no product."""
+    return F.pad(tensor, (0, -tensor.shape[-1] % ALIGNMENT)) if tensor.shape[-1] % ALIGNMENT else tensor
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """On CUDA a mask and an odd head dim together would leave only plain products and softmax; without a mask torch pads itself."""
+    head_dim = q.shape[-1]
+    if mask is not None and q.is_cuda:
+        q, k, v = map(_aligned, (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=head_dim**-0.5)[..., :head_dim]
+
+
+def sdpa(case: AttentionCase, device: torch.device) -> Provider:
+    """On concatenated keys, each group of an interval field on its slice of them; a mask only where that is not enough."""
+    if case.field is not None and case.field.is_interval:
+        return _sdpa_on_slices(case, device)
+    mask = case.visible(device) if case.masked else None
+    if case.causal and case.ragged is None and device.type == "cuda":
+        mask = causal_lower_right(case.tokens, case.keys)  # a triangle that CUDA kernels know without a tensor
+    return lambda q, k, v, prefixes: _sdpa(q, *concatenated(k, v, prefixes), mask)
+
+
+def _sdpa_on_slices(case: AttentionCase, device: torch.device) -> Provider:
+    padding = case.padding(device)
+    blocks = [(rows, keys, None if padding is None else padding[:, None, None, keys]) for rows, keys in case.field.slices()]
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, _: Prefixes) -> Tensor:
+        return torch.cat([_sdpa(q[:, :, rows], k[:, :, keys], v[:, :, keys], mask) for rows, keys, mask in blocks], dim=2)
+
+    return attention
+
+
+def sdpa_mask(case: AttentionCase, device: torch.device) -> Provider:
+    """On concatenated keys with a boolean mask (B or 1, 1, S, P + S), needed or not."""
+    mask = case.visible(device)
+    return lambda q, k, v, prefixes: _sdpa(q, *concatenated(k, v, prefixes), mask)
+
+
+def _sees_token(case: AttentionCase, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """Does this query see this token? Plain functions over tensors only: they are traced."""
+    if case.field is None:
+        return (lambda query, token: token <= query) if case.causal else (lambda query, token: token >= 0)
+    if case.field.is_interval:
+        first, last = case.field.lowered(device)[:2]
+        return lambda query, token: (token >= first[query]) & (token < last[query])
+    seen = case.field.mask(device)
+    return lambda query, token: seen[query, token]
+
+
+def mask_mod(case: AttentionCase, device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """The question FlexAttention asks; its keys count from the first prefix."""
+    length, sees_token, padding = case.keys - case.tokens, _sees_token(case, device), case.padding(device)
+
+    def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        token = torch.clamp(key - length, min=0)
+        return (key < length) | sees_token(query, token)
+
+    def sees_real(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        token = torch.clamp(key - length, min=0)
+        return (key < length) | (sees_token(query, token) & padding[b, token])
+
+    return sees if padding is None else sees_real
+
+
+@functools.lru_cache(maxsize=1)
+def flex(case: AttentionCase, device: torch.device) -> Provider:
+    """Compiled together with the concatenation, for this case only; its modes and timings follow one another and share it."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    torch.compiler.reset()
+    batch = None if case.ragged is None else case.batch
+    mask = create_block_mask(mask_mod(case, device), batch, None, case.tokens, case.keys, device=device) if case.masked else None
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, prefixes: Prefixes) -> Tensor:
+        return flex_attention(q, *concatenated(k, v, prefixes), block_mask=mask)
+
+    return torch.compile(attention, fullgraph=True, dynamic=False)
+
+
+def xformers_bias(case: AttentionCase, device: torch.device) -> Provider:
+    """memory_efficient_attention on concatenated keys with a tensor bias of 0 and -inf, needed or not."""
+    from xformers.ops import memory_efficient_attention
+
+    visible = case.visible(device)
+    bias = torch.zeros(visible.shape, dtype=case.dtype, device=device).masked_fill(~visible, float("-inf"))
+    # a view of rows that are a multiple of the alignment long
+    bias = _aligned(bias)[..., : case.keys].expand(case.batch, case.heads, -1, -1)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, prefixes: Prefixes) -> Tensor:
+        q, k, v = (_aligned(t).transpose(1, 2) for t in (q, *concatenated(k, v, prefixes)))
+        out = memory_efficient_attention(q, k, v, attn_bias=bias, scale=case.head_dim**-0.5)
+        return out.transpose(1, 2)[..., : case.head_dim]
+
+    return attention
+
+
+def _mope_fast(impl: str) -> Callable[[AttentionCase, torch.device], Provider]:
+    """The public function, argument checks included."""
+
+    def build(case: AttentionCase, device: torch.device) -> Provider:
+        padding = case.padding(device)
+        if case.field is not None:
+            return lambda q, k, v, _: functional.receptive_field_attention(q, k, v, case.field, key_padding_mask=padding, impl=impl)
+        return lambda q, k, v, prefixes: functional.prompt_attention(
+            q, k, v, prefixes, is_causal=case.causal, key_padding_mask=padding, impl=impl
+        )
+
+    return build
+
+
+PROVIDERS: dict[str, Callable[[AttentionCase, torch.device], Provider]] = {
+    "sdpa": sdpa,
+    "sdpa-mask": sdpa_mask,
+    "flex": flex,
+    "xformers-bias": xformers_bias,
+    "xformers": _mope_fast("xformers"),
+    "triton": _mope_fast("triton"),
+    "auto": _mope_fast("auto"),
+}
+NEEDS = {"xformers-bias": "xformers", "xformers": "xformers", "triton": "triton"}
+"""The implementation of mope_fast that has to be able to run for a provider to."""
+
+
+def _problem(case: AttentionCase, device: torch.device) -> _implementations.Problem:
+    return _implementations.Problem(device, case.dtype, case.keys, case.masked)
+
+
+def why_not(name: str, case: AttentionCase, device: torch.device, smoke: bool) -> str | None:
+    """Why a provider isn't measured here; None if it is."""
+    if name == "flex":
+        if device.type != "cuda":
+            return "FlexAttention has no backward on a CPU"
+        return "a smoke run compiles nothing" if smoke else None
+    return _implementations.why_not(case.op, _problem(case, device))[NEEDS[name]] if name in NEEDS else None
+
+
+def implementation(name: str, case: AttentionCase, device: torch.device) -> str | None:
+    """What ``auto`` chooses."""
+    return _implementations.choose(case.op, "auto", _problem(case, device)) if name == "auto" else None

@@ -1,0 +1,193 @@
+"""Problem sizes of ``prompt_attention`` and ``receptive_field_attention``, and what each query of theirs sees."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.cases import MODES
+from mope_fast.functional import ReceptiveField
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """One layer of a model: ``tokens`` queries and keys a sample and, in ``prefixes``, the lengths of key/value prefixes."""
+
+    model: str
+    batch: int
+    tokens: int
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+    prefixes: tuple[int, ...] = ()
+    """The first has batch 1, as a prompt learned by a layer; the second has one for each sample, as a mixed prompt."""
+    causal: bool = False
+    ragged: tuple[int, int] | None = None
+    """Positions [first, last) that end in padding, after another number of tokens in each sample."""
+    field: ReceptiveField | None = None
+    first_layer: bool = False
+    """Gradients for the prefixes only: in a frozen encoder's first layer nothing learned is behind q, k and v."""
+
+    def __str__(self) -> str:
+        dtype = {torch.bfloat16: "bf16", torch.float32: "fp32"}[self.dtype]
+        size = f"{self.model} B={self.batch} S={self.tokens} H={self.heads} Dh={self.head_dim}"
+        prefixes = f" P={'+'.join(map(str, self.prefixes))}" if self.prefixes else ""
+        notes = {" causal": self.causal, " ragged": self.ragged, " first layer": self.first_layer}
+        return f"{size}{prefixes} {dtype}{''.join(note for note, present in notes.items() if present)}"
+
+    @property
+    def op(self) -> str:
+        return "prompt_attention" if self.field is None else "receptive_field_attention"
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        return MODES[1:] if self.first_layer else MODES
+
+    @property
+    def keys(self) -> int:
+        return sum(self.prefixes) + self.tokens
+
+    @property
+    def masked(self) -> bool:
+        return self.causal or self.ragged is not None or self.field is not None
+
+    def padding(self, device: torch.device | str) -> Tensor | None:
+        """bool (B, S), True = a real token: from a quarter of the ragged positions to all of them, in no order."""
+        if self.ragged is None:
+            return None
+        first, last = self.ragged
+        least = (last - first) // 4
+        lengths = least + torch.arange(self.batch, device=device) * 7919 % (last - first - least + 1)
+        position = torch.arange(self.tokens, device=device)
+        return (position < first + lengths[:, None]) | (position >= last)
+
+    def visible(self, device: torch.device | str) -> Tensor:
+        """bool (B or 1, 1, S, P + S), True where a query sees a key."""
+        if self.field is not None:
+            seen = self.field.mask(device)
+        else:
+            seen = torch.ones(self.tokens, self.tokens, dtype=torch.bool, device=device)
+        seen = (seen.tril() if self.causal else seen)[None, None]
+        padding = self.padding(device)
+        seen = seen if padding is None else seen & padding[:, None, None]
+        return F.pad(seen, (self.keys - self.tokens, 0), value=True)
+
+    def bytes(self, mode: str) -> int:
+        """q, k, v, prefixes, padding and the upstream gradient read once, out and the gradients asked for written once."""
+        tokens = self.batch * self.tokens * self.heads * self.head_dim * self.dtype.itemsize
+        shared, own = (*self.prefixes, 0, 0)[:2]
+        prefixes = 2 * (shared + self.batch * own) * self.heads * self.head_dim * self.dtype.itemsize
+        forward = 4 * tokens + prefixes + (self.batch * self.tokens if self.ragged else 0)
+        if mode == "forward":
+            return forward
+        return forward + tokens + prefixes + (0 if self.first_layer else 3 * tokens)
+
+    def flops(self, mode: str) -> int:
+        """Of the matrix products over visible pairs: two forward, five backward, as nobody keeps the probabilities.
+
+        Gradients for the prefixes alone take four products over the pairs with prefix keys.
+        """
+        product = 2 * self.heads * self.head_dim
+        pairs, prefix_pairs = visible_pairs(self), self.batch * self.tokens * sum(self.prefixes)
+        backward = 4 * prefix_pairs if self.first_layer else 5 * pairs
+        return product * (2 * pairs + (0 if mode == "forward" else backward))
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "case": str(self), "model": self.model, "B": self.batch, "S": self.tokens, "H": self.heads, "Dh": self.head_dim,
+            "P": "+".join(map(str, self.prefixes)), "dtype": str(self.dtype).removeprefix("torch."), "causal": self.causal,
+            "ragged": self.ragged is not None, "gradients": "prefixes" if self.first_layer else "all",
+        }  # fmt: skip
+
+
+@functools.cache
+def visible_pairs(case: AttentionCase) -> int:
+    """Pairs of a query and a key that it sees, over the batch and for one head."""
+    seen = case.visible("cpu")
+    return int(seen.sum()) * (case.batch // seen.shape[0])
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+LENGTHS = {"lp": 10, "text": 40, "image": 197, "vp": 10}
+MOPE_BAF = ReceptiveField(
+    LENGTHS,
+    {"lp": ["lp", "text"], "text": ["lp", "text", "image"], "image": ["text", "image", "vp"], "vp": ["image", "vp"]},
+)
+GAPS = ReceptiveField(
+    LENGTHS, {"lp": ["lp", "image"], "text": ["text", "vp"], "image": ["lp", "image"], "vp": ["lp", "image", "vp"]}
+)
+"""Every group sees positions on both sides of some that it doesn't: no intervals."""
+
+
+def prompt_attention(device: torch.device, smoke: bool) -> list[AttentionCase]:
+    """In order of interest: of N shards the first has the first case."""
+    dtype = _dtype(device)
+    if smoke:
+        return [
+            AttentionCase("tiny", 2, 20, 2, 16, dtype, (6, 7), ragged=(0, 20)),
+            AttentionCase("tiny", 2, 20, 2, 16, dtype, (6,), causal=True),
+            AttentionCase("tiny", 2, 20, 2, 16, dtype, (6, 7), first_layer=True),
+        ]
+
+    def case(model: str, batch: int, tokens: int, heads: int, head_dim: int = 64, prefixes=(6, 7), **rest) -> AttentionCase:
+        return AttentionCase(model, batch, tokens, heads, head_dim, dtype, prefixes, **rest)
+
+    if device.type == "cuda":
+        return [
+            case("ViT-B", 64, 197, 12),
+            case("BERT-B", 64, 128, 12, ragged=(0, 128)),
+            case("ViT-S/14", 64, 257, 6),
+            case("GPT-2", 64, 128, 12, causal=True),
+            case("long", 4, 2305, 12, prefixes=(32,)),
+            case("ViT-B", 64, 197, 12, first_layer=True),
+            case("ViT-B", 1, 197, 12),
+            case("ViT-B", 256, 197, 12),
+            case("ViT-B", 8, 197, 12),
+            case("ViT", 64, 197, 12, 80),
+            case("ViT", 64, 197, 12, 32),
+            case("ViT", 64, 197, 12, 128),
+        ]
+    return [
+        case("ViT-B", 8, 197, 12),
+        case("BERT-B", 8, 128, 12, ragged=(0, 128)),
+        case("GPT-2", 8, 128, 12, causal=True),
+        case("ViT-B", 8, 197, 12, first_layer=True),
+        case("ViT-B", 1, 197, 12),
+        case("ViT-S/14", 8, 257, 6),
+    ]
+
+
+def receptive_field_attention(device: torch.device, smoke: bool) -> list[AttentionCase]:
+    """In order of interest, as above."""
+    dtype = _dtype(device)
+    if smoke:
+        lengths = {"a": 3, "b": 9, "c": 5}
+        intervals = ReceptiveField(lengths, {"a": ["a", "b"], "b": ["a", "b", "c"], "c": ["c"]})
+        gaps = ReceptiveField(lengths, {"a": ["a", "c"], "b": ["b"], "c": ["a", "c"]})
+        return [
+            AttentionCase("tiny", 2, 17, 2, 16, dtype, field=intervals),
+            AttentionCase("tiny", 2, 17, 2, 16, dtype, field=intervals, ragged=(3, 12)),
+            AttentionCase("tiny gaps", 2, 17, 2, 16, dtype, field=gaps),
+        ]
+
+    def case(batch: int, heads: int = 16, head_dim: int = 34, model: str = "VLMo-B+", field=MOPE_BAF, **rest) -> AttentionCase:
+        return AttentionCase(model, batch, field.size, heads, head_dim, dtype, field=field, **rest)
+
+    text = (LENGTHS["lp"], LENGTHS["lp"] + LENGTHS["text"])
+    if device.type == "cuda":
+        return [
+            case(64),
+            case(64, 12, 64),
+            case(64, ragged=text),
+            case(64, 12, 64, "VLMo gaps", GAPS),
+            case(256),
+            case(8),
+            case(1),
+        ]
+    return [case(8), case(8, 12, 64), case(8, ragged=text), case(8, 12, 64, "VLMo gaps", GAPS), case(1)]

@@ -1,0 +1,232 @@
+"""Labels, colours, goals and pictures of every op."""
+
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.baselines import route_and_mix
+from benchmarks.baselines.attention import PROVIDERS as ATTENTION_PROVIDERS
+from benchmarks.cases import MODES
+from benchmarks.report.model import Goal, Group, Profile, Ratio, Row, optional, overlap, speed
+
+BOTH = MODES[1]
+
+
+def like(**wanted: Any) -> Callable[[dict[str, Any]], bool]:
+    return lambda info: all(info[name] == value for name, value in wanted.items())
+
+
+def everywhere(info: dict[str, Any]) -> bool:
+    return True
+
+
+def _gbps(row: Row) -> str:
+    return f"{row.gbps:.1f}"
+
+
+def _copy_share(row: Row) -> str:
+    return f"{row.copy_share:.1%}"
+
+
+def _peak_mib(row: Row) -> str:
+    memory = row.info["peak_memory"]
+    return optional(None if memory is None else memory / 2**20, "{:.1f}")
+
+
+def _tflops(row: Row) -> str:
+    return f"{row.tflops:.3g}"
+
+
+def _roofline_share(row: Row) -> str:
+    return optional(row.roofline_share, "{:.1%}")
+
+
+def over_eager(group: Group) -> float | None:
+    return speed(group, route_and_mix.EAGER)
+
+
+def _level_with_eager(group: Group) -> bool:
+    return overlap(group, route_and_mix.EAGER)
+
+
+def _over_compiled(group: Group) -> float | None:
+    return speed(group, route_and_mix.COMPILED)
+
+
+def _our_copy_share(group: Group) -> float | None:
+    return None if group.ours is None else group.ours.copy_share
+
+
+PAPER_SIZE = like(B=64, K=16, L=6, M=768, gram=False)
+LARGE_SIZE = like(B=8192, K=16, L=6, M=768, gram=False)
+ROUTE_AND_MIX = Profile(
+    op="route_and_mix",
+    labels={
+        "literal": "paper-literal eager",
+        "matmul": "matmul eager",
+        "literal-compiled": "paper-literal, torch.compile",
+        "matmul-compiled": "matmul, torch.compile",
+        "mope_fast": "mope_fast",
+    },
+    colours=dict(zip(route_and_mix.NAMES, ["#b0b7c3", "#6b7a90", "#e3c29b", "#c98a3c", "#1f6fb4"], strict=True)),
+    ours="mope_fast",
+    peers=tuple(route_and_mix.EAGER),
+    peers_text="best eager",
+    rivals=lambda group: [*route_and_mix.EAGER, *route_and_mix.COMPILED],
+    columns={"GB/s": _gbps, "of copy": _copy_share, "peak MiB": _peak_mib},
+    goals=[
+        Goal("the best eager form, paper's size", "cuda", BOTH, "replay", PAPER_SIZE, over_eager, 2.5),
+        Goal("the best eager form, paper's size", "cuda", BOTH, "called", PAPER_SIZE, over_eager, 1.2),
+        Goal("the best torch.compile, paper's size", "cuda", BOTH, "replay", PAPER_SIZE, _over_compiled, 1.5),
+        Goal("copy bandwidth, B=8192 K=16", "cuda", "forward", "replay", LARGE_SIZE, _our_copy_share, 0.85),
+        Goal("copy bandwidth, B=8192 K=16", "cuda", BOTH, "replay", LARGE_SIZE, _our_copy_share, 0.70),
+        *(
+            Goal("not slower than the best eager form", "cpu", mode, "called", everywhere, over_eager, 1.0, _level_with_eager)
+            for mode in MODES
+        ),
+    ],
+    notes="""\
+Every provider's outputs and gradients were checked against float64 before it was timed. GB/s counts each input read
+once and each output written once; a share of copy above 100 % means that caches served some of it.""",
+    ratios=[
+        Ratio("speedup.png", "Speed of mope_fast over the best eager form", "times the speed of the best eager form", over_eager),
+        Ratio(
+            "copy_share.png", "mope_fast: compulsory bytes a second, as a share of a large copy's", "share of copy bandwidth",
+            _our_copy_share,
+        ),
+    ],
+    axis_label=lambda case: case.replace(" L=", "\nL=").replace(" gram", "\ngram"),
+)  # fmt: skip
+
+
+def attention_rivals(group: Group) -> list[str]:
+    """All but ``auto`` and, by name, the implementation that it is at this size; its SDPA is not the one measured beside it."""
+    itself = None if group.ours is None or group.ours.info["implementation"] == "sdpa" else group.ours.info["implementation"]
+    return [name for name in ATTENTION_PROVIDERS if name not in ("auto", itself)]
+
+
+def over_rivals(group: Group) -> float | None:
+    return speed(group, attention_rivals(group))
+
+
+def _level_with_rivals(group: Group) -> bool:
+    return overlap(group, attention_rivals(group))
+
+
+NOT_TRITON = [name for name in ATTENTION_PROVIDERS if name not in ("triton", "auto")]
+
+
+def _triton_lead(group: Group) -> float | None:
+    return speed(group, NOT_TRITON, of="triton")
+
+
+def _triton_level(group: Group) -> bool:
+    return overlap(group, NOT_TRITON, of="triton")
+
+
+def over_mask(group: Group) -> float | None:
+    return speed(group, ["sdpa-mask"])
+
+
+def _level_with_mask(group: Group) -> bool:
+    return overlap(group, ["sdpa-mask"])
+
+
+def _our_roofline_share(group: Group) -> float | None:
+    return None if group.ours is None else group.ours.roofline_share
+
+
+def _memory_saved(group: Group) -> float | None:
+    sdpa = group.rows.get("sdpa")
+    return None if sdpa is None or group.ours is None else sdpa.info["peak_memory"] / group.ours.info["peak_memory"]
+
+
+def not_slower(mode: str, timing: str) -> Goal:
+    text = "auto not slower than the best other"
+    return Goal(text, "cuda", mode, timing, everywhere, over_rivals, 1.0, _level_with_rivals, summary=True)
+
+
+def triton_first(mode: str) -> Goal:
+    text = "triton the fastest, S <= 512"
+    return Goal(text, "cuda", mode, "replay", lambda info: info["S"] <= 512, _triton_lead, 1.0, _triton_level, summary=True)
+
+
+def not_more_memory(mode: str) -> Goal:
+    text = "memory of SDPA, mask only where needed, over ours"
+    return Goal(text, "cuda", mode, "called", everywhere, _memory_saved, 1.0, summary=True)
+
+
+def not_slower_on_cpu(mode: str) -> Goal:
+    text = "not slower than SDPA with a mask"
+    return Goal(text, "cpu", mode, "called", everywhere, over_mask, 1.0, _level_with_mask, summary=True)
+
+
+class _AttentionProfile(Profile):
+    def label(self, row: Row) -> str:
+        name = super().label(row)
+        return f"{name} ({row.info['implementation']})" if row.info["provider"] == self.ours else name
+
+
+def _attention(op: str, own_goals: list[Goal]) -> Profile:
+    return _AttentionProfile(
+        op=op,
+        labels={
+            "sdpa": "SDPA, mask only where needed",
+            "sdpa-mask": "SDPA with a boolean mask",
+            "flex": "FlexAttention",
+            "xformers-bias": "xformers with a tensor bias",
+            "xformers": "mope_fast xformers",
+            "triton": "mope_fast triton",
+            "auto": "mope_fast auto",
+        },
+        colours=dict(
+            zip(
+                ATTENTION_PROVIDERS,
+                ["#6b7a90", "#b0b7c3", "#c98a3c", "#a9c9a4", "#5f9a57", "#8fb8de", "#1f6fb4"],
+                strict=True,
+            )
+        ),
+        ours="auto",
+        peers=("sdpa-mask",),
+        peers_text="SDPA with mask",
+        rivals=attention_rivals,
+        columns={"GB/s": _gbps, "TFLOP/s": _tflops, "of roofline": _roofline_share, "peak MiB": _peak_mib},
+        goals=[
+            *(not_slower(mode, timing) for mode in MODES for timing in ("replay", "called")),
+            *(triton_first(mode) for mode in MODES),
+            *own_goals,
+            *(not_more_memory(mode) for mode in MODES),
+            *(not_slower_on_cpu(mode) for mode in MODES),
+        ],
+        notes="""\
+Every provider's outputs and gradients were checked against float64 before it was timed. GB/s counts each input read once and
+each output written once, TFLOP/s the products over pairs of a query and a key that it sees. Of roofline: the larger of the shares
+of the copy bandwidth and of the peak of arithmetic.""",
+        ratios=[
+            Ratio("speedup.png", "Speed of mope_fast auto over the best other", "times the best other's speed", over_rivals),
+            Ratio("speedup_mask.png", "Speed of mope_fast auto over SDPA with a mask", "times its speed", over_mask),
+            Ratio("roofline_share.png", "mope_fast auto: share of the roofline", "share of the roofline", _our_roofline_share),
+        ],
+        axis_label=lambda case: textwrap.fill(case, 14, break_on_hyphens=False),
+    )  # fmt: skip
+
+
+PROMPT_ATTENTION = _attention(
+    "prompt_attention",
+    [
+        Goal(
+            "share of the roofline, ViT-B B=64", "cuda", "forward", "replay", like(model="ViT-B", B=64, gradients="all"),
+            _our_roofline_share, 0.5,
+        )
+    ],
+)  # fmt: skip
+RECEPTIVE_FIELD_ATTENTION = _attention(
+    "receptive_field_attention",
+    [
+        Goal(
+            "SDPA with a mask, VLMo B=64", "cuda", mode, "replay", like(model="VLMo-B+", B=64, Dh=34, ragged=False), over_mask, 1.5
+        )
+        for mode in MODES
+    ],
+)  # fmt: skip
+PROFILES = {profile.op: profile for profile in (ROUTE_AND_MIX, PROMPT_ATTENTION, RECEPTIVE_FIELD_ATTENTION)}

@@ -1,0 +1,144 @@
+"""A report's tables and sentences."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from benchmarks.report.model import Goal, Group, Profile, Row, Skip, distinct, optional, overlap
+
+TIMING_TITLES = {"called": "as called from Python", "replay": "one call's share of a CUDA graph"}
+
+
+def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *lines))
+
+
+def _cells(group: Group, row: Row, repeated: bool) -> list[str]:
+    best = group.best(group.profile.peers)
+    return [
+        "" if repeated else group.case,
+        group.profile.label(row),
+        f"{row.median * 1e6:.1f}",
+        f"{row.quartiles[0] * 1e6:.1f} - {row.quartiles[1] * 1e6:.1f}",
+        optional(None if best is None else best.median / row.median, "{:.2f}x"),
+        *(cell(row) for cell in group.profile.columns.values()),
+    ]
+
+
+def results_table(groups: Iterable[Group], profile: Profile) -> str:
+    header = ["size", "provider", "median us", "quartiles us", f"speed / {profile.peers_text}", *profile.columns]
+    lines = []
+    for each in groups:
+        rows = [each.rows[name] for name in profile.labels if name in each.rows]
+        lines += [_cells(each, row, repeated=i > 0) for i, row in enumerate(rows)]
+    return table(header, lines)
+
+
+def losses(groups: Iterable[Group]) -> list[str]:
+    """A sentence for every size at which some rival is faster than ours."""
+    lines = []
+    for each in groups:
+        rivals = each.profile.rivals(each)
+        best = each.best(rivals)
+        if best is None or each.ours is None or best.median >= each.ours.median:
+            continue
+        note = "; the quartiles overlap" if overlap(each, rivals) else ""
+        lines.append(
+            f"{each.mode}, {each.timing}, {each.case}: {each.profile.label(best)} takes {best.median * 1e6:.1f} us, "
+            f"{each.profile.label(each.ours)} {each.ours.median * 1e6:.1f} us ({each.ours.median / best.median - 1:.0%} more{note})"
+        )
+    return lines
+
+
+def verdict(goal: Goal, group: Group) -> tuple[float | None, str]:
+    value = goal.measure(group)
+    if value is None:
+        return None, "not measured"
+    if value >= goal.at_least:
+        return value, "met"
+    if goal.level(group):
+        return value, "level (quartiles overlap)"
+    return value, f"missed by {1 - value / goal.at_least:.0%}"
+
+
+def _worst(goal: Goal, groups: Sequence[Group]) -> tuple[str, float | None, str]:
+    """Of all sizes: the one with the smallest value, that value, and how many have which verdict."""
+    judged = [(each.case, *verdict(goal, each)) for each in groups]
+    measured = [each for each in judged if each[1] is not None]
+    if not measured:
+        return "-", None, "not measured"
+    case, value, answer = min(measured, key=lambda each: each[1])
+    if len(measured) == len(judged) and all(each[2] == "met" for each in measured):
+        return case, value, f"met at all {len(measured)}"
+    counts = {kind: sum(each[2].startswith(kind) for each in judged) for kind in ("met", "level", "missed", "not measured")}
+    worst = f"; worst: {answer}" if answer.startswith("missed") else ""
+    return case, value, f"{', '.join(f'{kind} at {n}' for kind, n in counts.items() if n)}{worst}"
+
+
+def goals_table(groups: Sequence[Group], profile: Profile, device_type: str) -> str:
+    lines = []
+    for goal in profile.goals:
+        if goal.device_type != device_type:
+            continue
+        fitting = [g for g in groups if (g.mode, g.timing) == (goal.mode, goal.timing) and goal.fits(g.info)]
+        if not fitting:
+            answers = [("-", None, "not measured")]
+        elif goal.summary:
+            answers = [_worst(goal, fitting)]
+        else:
+            answers = [(each.case, *verdict(goal, each)) for each in fitting]
+        name, wanted = [goal.text, f"{goal.mode}, {goal.timing}"], f">= {goal.at_least:g}"
+        lines += [[*name, case, wanted, optional(value, "{:.2f}"), answer] for case, value, answer in answers]
+    size = "size (the worst, if several)" if any(goal.summary for goal in profile.goals) else "size"
+    return table(["goal", "mode", size, "wanted", "measured", "verdict"], lines)
+
+
+def _peaks(rows: Sequence[Row], profile: Profile) -> list[str]:
+    copies = [row.info["copy_bandwidth_gbps"] for row in rows]
+    lines = [f"Copy bandwidth measured beside it: {min(copies):.4g} to {max(copies):.4g} GB/s, read plus written."]
+    if "of roofline" in profile.columns and any(row.roofline_share is not None for row in rows):
+        peaks = [row.info["peak_tflops"] for row in rows]
+        lines.append(
+            f"Peak of arithmetic: {min(peaks):.4g} to {max(peaks):.4g} TFLOP/s in {distinct(rows, 'peak_dtype')}, "
+            f"from {distinct(rows, 'peak_source')}."
+        )
+    return lines
+
+
+def preamble(rows: Sequence[Row], profile: Profile) -> str:
+    versions = ", ".join(f"{name} {distinct(rows, name)}" for name in ("torch", "triton", "mope_fast", "python"))
+    ours = [row for row in rows if row.info["provider"] == profile.ours]
+    return "\n".join(
+        [
+            f"Device: {distinct(rows, 'device')}. {versions}.",
+            f"Measured {distinct(rows, 'date')} at commit {distinct(rows, 'commit')}; runs: {distinct(rows, 'runs')}. "
+            f"Times are {distinct(rows, 'clock')} with {distinct(rows, 'cpu_threads')} CPU thread(s).",
+            *_peaks(rows, profile),
+            f'`{profile.labels[profile.ours]}` is `impl="auto"`, which ran as: {distinct(ours, "implementation")}.',
+            f"State of the cache when a call begins: {distinct(rows, 'l2')}.",
+            "",
+            profile.notes,
+        ]
+    )
+
+
+def skips(skipped: Iterable[Skip], profile: Profile) -> list[str]:
+    """A sentence for every provider and reason."""
+    cases: dict[tuple[str, str], dict[str, None]] = {}
+    for skip in skipped:
+        cases.setdefault((skip.provider, skip.reason), {})[skip.case] = None
+    return [f"{profile.labels[name]}: {reason} ({'; '.join(where)})" for (name, reason), where in cases.items()]
+
+
+def markdown(groups: Sequence[Group], profile: Profile, skipped: Sequence[Skip], pictures: Sequence[str]) -> str:
+    rows = [row for each in groups for row in each.rows.values()]
+    parts = [f"# {profile.op} on {distinct(rows, 'device')}", preamble(rows, profile)]
+    for mode, timing in dict.fromkeys((g.mode, g.timing) for g in groups):
+        chosen = [g for g in groups if (g.mode, g.timing) == (mode, timing)]
+        parts += [f"## {mode}, {TIMING_TITLES[timing]}", results_table(chosen, profile)]
+    parts += ["## Goals", goals_table(groups, profile, rows[0].info["device_type"])]
+    parts += ["## Where mope_fast loses", "\n".join(f"- {line}" for line in losses(groups)) or "At no size measured."]
+    if lines := skips(skipped, profile):
+        parts += ["## Not measured", "\n".join(f"- {line}" for line in lines)]
+    parts += [f"![{Path(name).stem}]({name})" for name in pictures]
+    return "\n\n".join(parts) + "\n"

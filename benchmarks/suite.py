@@ -1,0 +1,149 @@
+"""What all groups of benchmarks share: which points are measured, the check before the timing, the timing, what is saved with it.
+
+Two timings: ``called`` is what Python code sees, launch overhead included; ``replay`` is one call's share of a CUDA graph of many.
+Both rotate over as many input sets as ``l2`` in the results says.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, Protocol
+
+import pytest
+import torch
+
+from benchmarks import measure
+from benchmarks.environment import default_device
+
+Step = Callable[[Any], measure.Outputs]
+
+
+class Case(Protocol):
+    """A problem size."""
+
+    modes: Sequence[str]
+
+    def bytes(self, mode: str) -> int: ...
+
+    def flops(self, mode: str) -> int: ...
+
+    def describe(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Op:
+    """One function under measurement; ``Case`` and the input sets are its own, opaque to this module."""
+
+    name: str
+    providers: Sequence[str]
+    cases: Callable[[torch.device, bool], Sequence[Case]]
+    """For a device, of a smoke run or not."""
+    why_not: Callable[[str, Any, torch.device, bool], str | None]
+    """Why a provider isn't measured at a case."""
+    random: Callable[[Any, torch.device, str], Any]
+    """One input set for a case and mode."""
+    step: Callable[[str, Any, torch.device, str], Step]
+    """A provider at a case and mode, as a function of an input set."""
+    check: Callable[[Any, str, measure.Outputs, Any], None]
+    """Fails if outputs at a case and mode are not what the input set gives."""
+    implementation: Callable[[str, Any, torch.device], str | None]
+    """What a provider of ours that chooses has chosen."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measurement."""
+
+    mode: str
+    case: Case
+    timing: str
+    provider: str
+
+    def __str__(self) -> str:
+        return f"{self.mode}-{str(self.case).replace(' ', '-')}-{self.timing}-{self.provider}"
+
+
+@dataclass(frozen=True)
+class Session:
+    """What all measurements of a run share. ``skipped``, with what failed, is saved with them."""
+
+    device: torch.device
+    smoke: bool
+    facts: dict[str, Any]
+    skipped: list[dict[str, str]] = field(default_factory=list)
+
+    def note(self, op: Op, point: Point, reason: str) -> None:
+        names = {"op": op.name, "mode": point.mode, "timing": point.timing, "case": str(point.case), "provider": point.provider}
+        self.skipped.append(names | {"reason": reason})
+
+    def skip(self, op: Op, point: Point, reason: str) -> NoReturn:
+        self.note(op, point, reason)
+        pytest.skip(f"{point.provider}: {reason}")
+
+
+def parametrize(metafunc, op: Op) -> None:
+    """All providers of one size, mode and timing run one after the other, so that a busy machine is busy for all of them."""
+    smoke, device = metafunc.config.getoption("smoke"), default_device()
+    index, count = map(int, metafunc.config.getoption("shard").split("/"))
+    points = [
+        Point(mode, case, timing, provider)
+        for case in op.cases(device, smoke)[index - 1 :: count]
+        for mode in case.modes
+        for timing in (["called", "replay"] if device.type == "cuda" else ["called"])
+        for provider in op.providers
+    ]
+    metafunc.parametrize("point", points, ids=str)
+
+
+def prepare(step: Step, timing: str, sets: list[Any], check: Callable[[measure.Outputs, Any], None]) -> Callable[[], object]:
+    """The function to time; it has run and its outputs on the first and last input set are right."""
+    if timing == "called":
+        for inputs in (sets[0], sets[-1]):
+            check(step(inputs), inputs)
+        return measure.rotating(step, sets)
+    graph, outputs = measure.capture(step, sets)
+    measure.replay_poisoned(graph, outputs)
+    for i in (0, -1):
+        check(outputs[i], sets[i])
+    return graph.replay
+
+
+def throughput(case: Case, mode: str, seconds: float, facts: dict[str, Any]) -> dict[str, float]:
+    gbps, tflops = case.bytes(mode) / seconds / 1e9, case.flops(mode) / seconds / 1e12
+    figures = {"median_us": seconds * 1e6, "gbps": gbps, "copy_share": gbps / facts["copy_bandwidth_gbps"], "tflops": tflops}
+    if case.describe()["dtype"] == facts["peak_dtype"]:
+        figures["roofline_share"] = max(figures["copy_share"], tflops / facts["peak_tflops"])
+    return figures
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+
+
+def run(benchmark, op: Op, point: Point, session: Session) -> None:
+    mode, case, device, facts = point.mode, point.case, session.device, session.facts
+    if (reason := op.why_not(point.provider, case, device, session.smoke)) is not None:
+        session.skip(op, point, reason)
+    torch.manual_seed(0)
+    count, l2 = measure.input_sets(case.bytes(mode), device)
+    sets = [op.random(case, device, mode) for _ in range(count)]
+    step = op.step(point.provider, case, device, mode)
+    try:
+        target = prepare(step, point.timing, sets, lambda got, inputs: op.check(case, mode, got, inputs))
+    except NotImplementedError as error:  # how a library says that none of its kernels takes the case
+        session.skip(op, point, _first_line(error))
+    except Exception as error:
+        session.note(op, point, f"failed, {_first_line(error)}")
+        raise
+    calls = count if point.timing == "replay" else 1
+    benchmark.group = f"{op.name} {mode} {point.timing} {case}"
+    benchmark.extra_info.update(facts | case.describe())
+    benchmark.extra_info.update(
+        op=op.name, mode=mode, timing=point.timing, provider=point.provider, l2=l2, input_sets=count, calls_per_iteration=calls,
+        bytes=case.bytes(mode), flops=case.flops(mode), peak_memory=measure.peak_memory(lambda: step(sets[0]), device),
+    )  # fmt: skip
+    if (implementation := op.implementation(point.provider, case, device)) is not None:
+        benchmark.extra_info["implementation"] = implementation
+    rounds, iterations = (3, 1) if session.smoke else measure.schedule(target)
+    benchmark.pedantic(target, rounds=rounds, iterations=iterations, warmup_rounds=1)
+    if benchmark.stats is not None:
+        benchmark.extra_info.update(throughput(case, mode, benchmark.stats.stats.median / calls, facts))

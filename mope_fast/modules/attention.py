@@ -1,0 +1,233 @@
+"""Self-attention with packed weights whose queries also see prompts, or a restricted receptive field."""
+
+import inspect
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional
+from .._checks import MAX_HEAD_DIM
+from ..receptive_field import ReceptiveField
+from .output import Prefix
+
+_CHILDREN = ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop")
+"""Of timm's Attention; ``norm`` and ``gate`` are younger than the others."""
+
+
+class PromptAttention(nn.Module):
+    """Multi-head self-attention on :func:`mope_fast.functional.prompt_attention`, a drop-in for timm's ``Attention``.
+
+    It has the parameters, the names in the state dict and the constructor of ``timm.layers.Attention``, so it can be a timm
+    model's ``attn_layer`` or replace the attention of a loaded one (:meth:`from_attention`). On top it takes key/value prefixes,
+    a padding mask, a bias and a receptive field. There is no dropout, in training mode neither: frozen encoders are in eval mode.
+
+    Args:
+        dim: D, width of the input.
+        num_heads: H.
+        attn_head_dim: Dh, at most 256; default D / H.
+        dim_out: width of the output, default D.
+        qkv_bias: of ``qkv`` and ``gate``.
+        qk_norm: norm queries and keys, over Dh.
+        scale_norm: norm the attended values, over H * Dh, before ``proj``.
+        proj_bias: of ``proj``.
+        gated: multiply the attended values by a sigmoid gate that is linear in the input.
+        attn_drop, proj_drop: 0 only. They are here because timm's blocks pass them.
+        norm_layer: width -> norm, for ``qk_norm`` and ``scale_norm``.
+        device, dtype: of the parameters.
+        impl: "auto", or an implementation of :func:`mope_fast.functional.prompt_attention`.
+
+    Raises:
+        ValueError: D is no multiple of H, Dh is above 256, a norm is asked for without ``norm_layer``, or a dropout is not 0.
+
+    Example:
+        >>> for block in vit.blocks:                                          # a timm VisionTransformer
+        ...     block.attn = PromptAttention.from_attention(block.attn)       # same parameters, same output
+        >>> attention, norm = vit.blocks[0].attn, vit.blocks[0].norm1
+        >>> y = attention(norm(x), [attention.prefix(norm(prompts))])         # x (B, S, D), prompts (1 or B, P, D)
+        >>> prefixes = out.key_value(norm, attention.k_proj, attention.v_proj, attention.num_heads, key_norm=attention.key_norm)
+        >>> y = attention(norm(x), prefixes)                                  # out is a MoPEOutput
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        attn_head_dim: int | None = None,
+        dim_out: int | None = None,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        scale_norm: bool = False,
+        proj_bias: bool = True,
+        gated: bool = False,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        norm_layer: type[nn.Module] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        impl: str = "auto",
+    ):
+        super().__init__()
+        if attn_head_dim is None and dim % num_heads:
+            raise ValueError(f"dim={dim} must be a multiple of num_heads={num_heads}, or attn_head_dim be given")
+        if (qk_norm or scale_norm) and norm_layer is None:
+            raise ValueError("qk_norm and scale_norm need a norm_layer, nn.LayerNorm for example")
+        if attn_drop or proj_drop:
+            raise ValueError(
+                f"PromptAttention has no dropout, got attn_drop={attn_drop} and proj_drop={proj_drop}: leave them at 0"
+            )
+        self.num_heads = num_heads
+        self.head_dim = _checked_head_dim(dim // num_heads if attn_head_dim is None else attn_head_dim)
+        self.impl = impl
+        factory = {"device": device, "dtype": dtype}
+        width = self.num_heads * self.head_dim
+        self.qkv = nn.Linear(dim, 3 * width, bias=qkv_bias, **factory)
+        self.q_norm = norm_layer(self.head_dim, **factory) if qk_norm else nn.Identity()
+        self.k_norm = norm_layer(self.head_dim, **factory) if qk_norm else nn.Identity()
+        self.norm = norm_layer(width, **factory) if scale_norm else nn.Identity()
+        self.gate = nn.Linear(dim, width, bias=qkv_bias, **factory) if gated else None
+        self.proj = nn.Linear(width, dim_out or dim, bias=proj_bias, **factory)
+
+    @classmethod
+    def from_attention(cls, attention: nn.Module, *, impl: str = "auto") -> "PromptAttention":
+        """The same attention on the parameters of a timm ``Attention``: shared, not copied.
+
+        Args:
+            attention: a timm ``Attention``, or a module with its attributes num_heads, head_dim, qkv, q_norm, k_norm and proj.
+            impl: see the class.
+
+        Raises:
+            TypeError: it lacks one of these, or has parts or arguments that this module does not know (rotary embeddings, ...).
+            ValueError: it has a dropout probability above 0, another scale than ``Dh ** -0.5``, or heads wider than 256.
+        """
+        name = type(attention).__name__
+        required = ("num_heads", "head_dim", "qkv", "q_norm", "k_norm", "proj")
+        if missing := [attribute for attribute in required if getattr(attention, attribute, None) is None]:
+            raise TypeError(f"{name} has no {', '.join(missing)}: expected timm's Attention, or a module with its attributes")
+        unknown = [child for child, _ in attention.named_children() if child not in _CHILDREN]
+        unknown += [tensor for tensor, _ in (*attention.named_parameters(recurse=False), *attention.named_buffers(recurse=False))]
+        if unknown:
+            raise TypeError(f"{name} has {', '.join(unknown)}, which PromptAttention does not reproduce")
+        _, *arguments = inspect.signature(attention.forward).parameters
+        if unknown := [argument for argument in arguments if argument not in inspect.signature(cls.forward).parameters]:
+            raise TypeError(f"{name}.forward takes {', '.join(unknown)}, which PromptAttention does not reproduce")
+        for drop in ("attn_drop", "proj_drop"):
+            if probability := getattr(getattr(attention, drop, None), "p", 0.0):
+                raise ValueError(f"PromptAttention has no dropout, {name}.{drop}.p is {probability}: set it to 0 (as in eval mode)")
+        head_dim = _checked_head_dim(attention.head_dim)
+        if not math.isclose(scale := getattr(attention, "scale", head_dim**-0.5), head_dim**-0.5):
+            raise ValueError(f"{name}.scale is {scale}, PromptAttention scales by head_dim ** -0.5 = {head_dim**-0.5}")
+
+        module = cls.__new__(cls)
+        nn.Module.__init__(module)
+        module.num_heads, module.head_dim, module.impl = attention.num_heads, head_dim, impl
+        module.qkv, module.q_norm, module.k_norm = attention.qkv, attention.q_norm, attention.k_norm
+        module.norm = getattr(attention, "norm", nn.Identity())
+        module.gate = getattr(attention, "gate", None)
+        module.proj = attention.proj
+        module.training = attention.training
+        return module
+
+    @property
+    def key_norm(self) -> nn.Module | None:
+        """``k_norm``, None where it is the identity: for ``MoPEOutput.key_value``, which can mix keys only if no norm follows."""
+        return None if isinstance(self.k_norm, nn.Identity) else self.k_norm
+
+    def k_proj(self, rows: Tensor) -> Tensor:
+        """Keys (..., H * Dh) of rows (..., D), before ``k_norm``. Like ``v_proj``, all of ``qkv``: that may be any module."""
+        return self.qkv(rows).chunk(3, dim=-1)[1]
+
+    def v_proj(self, rows: Tensor) -> Tensor:
+        """Values (..., H * Dh) of rows (..., D)."""
+        return self.qkv(rows).chunk(3, dim=-1)[2]
+
+    def prefix(self, prompts: Tensor) -> Prefix:
+        """Prompts as a prefix of this attention: their key and value, (B or 1, H, P, Dh) each.
+
+        Args:
+            prompts: (B or 1, P, D), through the norm before the attention, as its input is.
+        """
+        _, key, value = self._heads("prompts", prompts)
+        return self.k_norm(key).to(value.dtype), value
+
+    def forward(
+        self,
+        x: Tensor,
+        prefixes: Sequence[Prefix] = (),
+        *,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        key_padding_mask: Tensor | None = None,
+        bias: Tensor | None = None,
+        field: ReceptiveField | None = None,
+    ) -> Tensor:
+        """Attention of the tokens to prefixes and tokens; masks and bias are about tokens.
+
+        Args:
+            x: (B, S, D).
+            prefixes: up to two (key, value) pairs (B or 1, H, P, Dh), see :meth:`prefix`.
+            attn_mask: as torch's ``scaled_dot_product_attention`` takes it, in place of ``key_padding_mask`` and ``bias``:
+                whatever broadcasts to (B, H, S, S), bool with True = visible, or float to be added. Timm's blocks pass it.
+            is_causal: query i sees the tokens up to i, of those that masks leave visible.
+            key_padding_mask: (B, S) bool, True = a real token.
+            bias: (B or 1, H or 1, S, S), added to the scaled products.
+            field: which tokens see which; not with prefixes or ``is_causal``.
+
+        Returns:
+            (B, S, dim_out). A token that sees nothing attends to zeros.
+        """
+        if field is not None and (is_causal or len(prefixes)):
+            raise ValueError("field takes neither prefixes nor is_causal: put the prompts into the sequence as groups of the field")
+        q, k, v = self._heads("x", x)
+        # under autocast a norm may answer in float32
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        if attn_mask is not None:
+            if key_padding_mask is not None or bias is not None:
+                raise ValueError("attn_mask stands for key_padding_mask or bias: pass them, or attn_mask alone")
+            key_padding_mask, bias = _split_attn_mask(attn_mask, q)
+        masking = {"key_padding_mask": key_padding_mask, "bias": bias, "impl": self.impl}
+        if field is None:
+            out = functional.prompt_attention(q, k, v, prefixes, is_causal=is_causal, **masking)
+        else:
+            out = functional.receptive_field_attention(q, k, v, field, **masking)
+        out = self.norm(out.transpose(1, 2).flatten(2))
+        if self.gate is not None:
+            out = out * self.gate(x).sigmoid()
+        return self.proj(out)
+
+    def _heads(self, name: str, rows: Tensor) -> tuple[Tensor, ...]:
+        """(B, S, D) -> query, key, value (B, H, S, Dh), before their norms."""
+        if rows.dim() != 3:
+            raise ValueError(f"{name} must be (B, {'P' if name == 'prompts' else 'S'}, D), got {tuple(rows.shape)}")
+        return self.qkv(rows).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind()
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, head_dim={self.head_dim}, impl={self.impl!r}"
+
+
+def _checked_head_dim(head_dim: int) -> int:
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"the head dimension must be 1 to {MAX_HEAD_DIM}, got {head_dim}")
+    return head_dim
+
+
+def _split_attn_mask(attn_mask: Tensor, q: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """A mask that broadcasts to (B, H, S, S) -> key_padding_mask where it is one, else bias."""
+    batch, heads, tokens, _ = q.shape
+    if not isinstance(attn_mask, Tensor) or not (attn_mask.dtype == torch.bool or attn_mask.is_floating_point()):
+        kind = attn_mask.dtype if isinstance(attn_mask, Tensor) else type(attn_mask).__name__
+        raise TypeError(f"attn_mask must be a bool or float tensor, got {kind}")
+    full = (batch, heads, tokens, tokens)
+    sizes = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
+    if len(sizes) > 4 or any(size not in (1, of_all) for size, of_all in zip(sizes, full, strict=True)):
+        raise ValueError(
+            f"attn_mask must broadcast to (B, H, S, S) = {full}, got {tuple(attn_mask.shape)}; a mask (B, S) is key_padding_mask"
+        )
+    mask = attn_mask.reshape(sizes)
+    if mask.dtype == torch.bool:
+        if sizes[1] == sizes[2] == 1:
+            return mask[:, 0, 0].expand(batch, tokens), None
+        mask = torch.where(mask, 0.0, float("-inf")).to(q.dtype)
+    return None, mask.expand(-1, -1, tokens, tokens)

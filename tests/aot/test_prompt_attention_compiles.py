@@ -1,0 +1,168 @@
+"""Every launch-table entry of prompt_attention compiles for sm_80, sm_86 and sm_90, fits, and moves its data in wide words."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from compiler import SHARED_MEMORY, Recorder, compile_launch
+
+from mope_fast import ReceptiveField
+
+pytestmark = pytest.mark.aot
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+KERNELS = ("attention_kernel", "query_grads_kernel", "key_grads_kernel", "bias_grads_kernel")
+LENGTHS = {"lp": 10, "text": 40, "image": 197, "vp": 10}
+INTERVALS = ReceptiveField(
+    LENGTHS, {"lp": ["lp", "text"], "text": ["lp", "text", "image"], "image": ["text", "image", "vp"], "vp": ["image", "vp"]}
+)
+GAPS = ReceptiveField(LENGTHS, {"lp": ["lp", "image"], "text": ["lp", "image"], "image": ["text", "vp"], "vp": ["text", "vp"]})
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call as an encoder makes it: q, k and v are slices of one packed projection."""
+
+    name: str
+    dtype: torch.dtype = BF16
+    head_dim: int = 64
+    tokens: int = 197
+    prefixes: tuple[tuple[int, int], ...] = ()
+    """(batch, length) of each."""
+    is_causal: bool = False
+    padding: bool = False
+    bias: bool = False
+    field: ReceptiveField | None = None
+    batch: int = 2
+    heads: int = 4
+
+    def __str__(self) -> str:
+        return self.name
+
+
+BOTH = ((1, 6), (2, 7))
+# one of each launch-table entry: compiled for all GPUs
+ENTRIES = [
+    Case("Dh=64", prefixes=BOTH),
+    Case("Dh=128", head_dim=128, prefixes=BOTH),
+    Case("Dh=64, 257 tokens", tokens=257, prefixes=BOTH),
+    Case("Dh=128, 257 tokens", tokens=257, head_dim=128, prefixes=BOTH),
+    Case("Dh=256", head_dim=256, prefixes=BOTH),
+    Case("Dh=64 fp32", dtype=FP32, prefixes=BOTH),
+    Case("Dh=128 fp32", dtype=FP32, head_dim=128, prefixes=BOTH),
+    Case("Dh=256 fp32", dtype=FP32, head_dim=256, prefixes=BOTH),
+]
+# what encoders use most: nothing spilled, wide words
+COMMON = [
+    *ENTRIES[:4],
+    Case("Dh=32", head_dim=32, prefixes=BOTH),
+    Case("Dh=80", head_dim=80, prefixes=BOTH),
+    Case("Dh=64 padded", prefixes=BOTH, padding=True),
+    Case("Dh=64 causal", prefixes=BOTH, is_causal=True),
+    Case("Dh=64 intervals", field=INTERVALS),
+    Case("Dh=64 fp16, one prefix", dtype=FP16, prefixes=((2, 32),)),
+]
+OTHERS = [
+    Case("Dh=64 groups", field=GAPS),
+    Case("Dh=34 intervals, padded", head_dim=34, field=INTERVALS, padding=True),
+    Case("Dh=34 with prefixes", head_dim=34, prefixes=BOTH),
+    Case("Dh=64 everything", prefixes=BOTH, padding=True, bias=True, is_causal=True),
+    Case("Dh=64 groups, padded, bias", field=GAPS, padding=True, bias=True),
+    Case("Dh=16, one token", head_dim=16, tokens=1, prefixes=((2, 1),), batch=2, heads=1),
+    Case("Dh=256 fp32 everything", dtype=FP32, head_dim=256, prefixes=BOTH, padding=True, bias=True),
+    Case("Dh=64 long, prefix split over queries", tokens=2305, prefixes=((1, 32),)),
+]
+
+
+@pytest.fixture
+def record(monkeypatch):
+    """A function that gives the launches of a forward and a backward."""
+    from mope_fast.kernels import prompt_attention as kernels
+
+    from mope_fast.ops import prompt_attention as ops
+
+    launches = []
+    for name in KERNELS:
+        monkeypatch.setattr(kernels, name, Recorder(getattr(kernels, name), launches))
+
+    def run(case: Case, view: Any = lambda tensor: tensor) -> list:
+        launches.clear()
+        tokens = case.field.size if case.field else case.tokens
+        batch, heads, head_dim = case.batch, case.heads, case.head_dim
+
+        def empty(*shape: int) -> torch.Tensor:
+            return view(torch.empty(shape, dtype=case.dtype))
+
+        q, k, v = empty(batch, tokens, 3, heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        pairs = [(b, length) for b, length in case.prefixes for _ in range(2)]
+        prefixes = [empty(b, length, heads, head_dim).transpose(1, 2) for b, length in pairs] + [None] * (4 - len(pairs))
+        field = case.field.lowered(q.device) if case.field else None
+        padding = torch.empty(batch, tokens, dtype=torch.bool) if case.padding else None
+        bias = empty(1, heads, tokens, tokens) if case.bias else None
+        inputs = (q, k, v, *prefixes, field, padding, bias)
+        out, lse = ops._triton_forward(*inputs, 0.125, case.is_causal)
+        needs = [True] * 5 + [case.bias]
+        ops._triton_backward(view(torch.empty_like(out)), *inputs, out, lse, 0.125, case.is_causal, needs)
+        assert [launch.kernel.fn.__name__ for launch in launches] == list(KERNELS[: 3 + case.bias])
+        return list(launches)
+
+    return run
+
+
+def misaligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The same shape and strides, one element off every boundary of 16 bytes."""
+    return torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape)
+
+
+def innermost_first(tensor: torch.Tensor) -> torch.Tensor:
+    """The same shape, the first dimension innermost."""
+    order = list(range(tensor.dim()))
+    return torch.empty([tensor.shape[i] for i in order[::-1]], dtype=tensor.dtype).permute(order[::-1])
+
+
+@pytest.mark.parametrize(
+    ("case", "capability"),
+    [(case, capability) for case in ENTRIES for capability in SHARED_MEMORY] + [(case, 90) for case in [*COMMON[4:], *OTHERS]],
+    ids=str,
+)
+def test_compiles_and_fits(case, capability, record):
+    for launch in record(case):
+        compiled = compile_launch(launch, capability)
+        assert compiled.shared <= SHARED_MEMORY[capability], compiled.name
+        assert ".tf32" not in compiled.ptx, f"{compiled.name} rounds float32 products to TF32"
+        assert not re.search(r"\b(atom|red)\.", compiled.ptx), f"{compiled.name} uses atomics"
+
+
+@pytest.mark.parametrize("view", [misaligned, innermost_first])
+def test_compiles_for_other_layouts(view, record):
+    for launch in record(COMMON[0], view=view):
+        assert compile_launch(launch, 90).shared <= SHARED_MEMORY[90]
+
+
+@pytest.mark.parametrize("needs_query", [False, True])
+def test_compiles_for_a_first_layer_with_prefix_gradients_only(needs_query, record):
+    launch = next(launch for launch in record(COMMON[0]) if launch.kernel.fn.__name__ == "query_grads_kernel")
+    launch.arguments["NEED_Q"] = needs_query
+    products = len(re.findall(r"wgmma|mma\.sync", compile_launch(launch, 90).ptx))
+    assert (products > 0) == needs_query, "without it only delta is left"
+
+
+@pytest.mark.parametrize("case", [*COMMON, *(case for case in ENTRIES if case.dtype == FP32 and case.head_dim < 256)], ids=str)
+def test_spills_nothing_on_sm_90(case, record):
+    for launch in record(case):
+        compiled = compile_launch(launch, 90)
+        assert compiled.spills == 0, f"{compiled.name}: {compiled.spills} bytes of local memory"
+
+
+@pytest.mark.parametrize("case", COMMON, ids=str)
+def test_tiles_move_in_words_of_16_bytes_and_meet_in_tensor_cores_on_sm_90(case, record):
+    for launch in record(case):
+        compiled = compile_launch(launch, 90)
+        loads = re.findall(r"(?:ld\.global|cp\.async)[.\w:]*", compiled.ptx)
+        wide = [load for load in loads if load.endswith(".v4.b32") or "cp.async.cg" in load]
+        assert wide, f"{compiled.name}: {set(loads)}"
+        assert not any(load.endswith(".b16") for load in loads), f"{compiled.name}: {set(loads)}"
+        assert re.search(r"st\.global[.\w:]*\.v4\.b32", compiled.ptx), f"{compiled.name}: narrow stores"
+        assert re.search(r"wgmma|mma\.sync", compiled.ptx), f"{compiled.name}: no matrix instruction"
