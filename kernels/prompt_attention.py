@@ -10,11 +10,13 @@ Backward, with g the gradient of ``out`` and delta_i = <g_i, out_i>:
     d k_j    = scale sum_i ds[i, j] q_i
     d v_j    = sum_i p[i, j] g_i
 
-Exponents and ``lse`` are in base 2. A row that sees no key has ``lse`` = inf, so that all its p are 0. What a row sees is one of
-four kinds (``VISIBILITY``): ``field`` int32 (4 or 6, S) has the first and last key of each query and the first and last query of
-each key (ranges without their end), for ``GROUPS`` also each position's group and the bits of the groups that it sees. Each prefix
-is a tile of its own, never a choice of pointers. No kernel uses atomics: sums over the batch or over parts of the queries are
-written apart and added later. Arguments in the plural (``q_strides``) are tuples. ``COMPUTE``, ``DOT``, ``ACC``: ``products.py``.
+Exponents are in base 2. ``statistics`` (B, H, Sq, 2) has each row's largest exponent and the log of its sum relative to that:
+apart, so that a row whose bias is -1e9 everywhere keeps its gradients. A row that sees no key has (0, inf), so that all its p are
+0. What a row sees is one of four kinds (``VISIBILITY``): ``field`` int32 (4 or 6, S) has the first and last key of each query and
+the first and last query of each key (ranges without their end), for ``GROUPS`` also each position's group and the bits of the
+groups that it sees. Each prefix is a tile of its own, never a choice of pointers. No kernel uses atomics: sums over the batch or
+over parts of the queries are written apart and added later. Arguments in the plural (``q_strides``) are tuples. ``COMPUTE``,
+``DOT``, ``ACC``: see ``products.py``.
 """
 
 import triton
@@ -108,7 +110,9 @@ def _token_exponents(
     s = dot(a, b, None, COMPUTE, DOT, ACC) * scale_log2
     if HAS_BIAS:
         at = bias + rows.to(tl.int64) * bias_strides[2] + keys.to(tl.int64) * bias_strides[3]
-        s += tl.load(at, mask=(rows < Sq) & (keys < Sk), other=0.0).to(ACC) * LOG2_E
+        b = tl.load(at, mask=(rows < Sq) & (keys < Sk), other=0.0).to(ACC)
+        # in base 2 the least float32 would become -inf, which hides a key
+        s += tl.where((b < -2e38) & (b > float("-inf")), -2e38, b) * LOG2_E
     seen = keys < Sk
     if VISIBILITY != FULL:
         seen = (keys >= first) & (keys < last)
@@ -154,7 +158,7 @@ def _attend_to_prefix(
 
 @triton.jit(do_not_specialize=["H", "Sq", "Sk", "P0", "P1"])
 def attention_kernel(
-    q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, out, lse,
+    q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, out, statistics,
     H, Sq, Sk, P0, P1, scale_log2,
     q_strides, k_strides, v_strides, pk0_strides, pv0_strides, pk1_strides, pv1_strides, padding_strides, bias_strides, out_strides,
     VISIBILITY: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -200,22 +204,30 @@ def attention_kernel(
         acc, row_max, row_sum = _accumulate(acc, row_max, row_sum, s, v_tile, COMPUTE, DOT, ACC)
 
     blind = row_sum == 0.0
-    acc = acc / tl.where(blind, 1.0, row_sum)[:, None]
-    _store_rows(_head(out, out_strides, batch, head), rows, inside, out_strides, acc, HEAD_DIM, BLOCK_D)
-    row_lse = tl.where(blind, float("inf"), row_max + tl.log2(tl.where(blind, 1.0, row_sum)))
-    tl.store(lse + (pid // tiles).to(tl.int64) * Sq + rows, row_lse, mask=inside)
+    row_sum = tl.where(blind, 1.0, row_sum)
+    _store_rows(_head(out, out_strides, batch, head), rows, inside, out_strides, acc / row_sum[:, None], HEAD_DIM, BLOCK_D)
+    at = statistics + ((pid // tiles).to(tl.int64) * Sq + rows) * 2
+    tl.store(at, tl.where(blind, 0.0, row_max), mask=inside)
+    tl.store(at + 1, tl.where(blind, float("inf"), tl.log2(row_sum)), mask=inside)
 
 
 @triton.jit
-def _logit_gradients(s, lse, g_dot_v, delta):
+def _load_statistics(statistics, at, inside):
+    """Largest exponent and log of the sum of each row; outside as of a row that sees no key."""
+    row_max = tl.load(statistics + at * 2, mask=inside, other=0.0)
+    return row_max, tl.load(statistics + at * 2 + 1, mask=inside, other=float("inf"))
+
+
+@triton.jit
+def _logit_gradients(s, row_max, log_sum, g_dot_v, delta):
     """p and ds, from s in base 2; whatever an unseen key holds, its ds is 0."""
-    p = tl.exp2(s - lse)
+    p = tl.exp2((s - row_max) - log_sum)
     return p, tl.where(s == float("-inf"), 0.0, p * (g_dot_v - delta))
 
 
 @triton.jit
 def _prefix_to_query_gradient(
-    grad, q_tile, g_tile, row_lse, delta, k, v, k_strides, v_strides, P, scale_log2,
+    grad, q_tile, g_tile, row_max, log_sum, delta, k, v, k_strides, v_strides, P, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
     COMPUTE: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -225,14 +237,14 @@ def _prefix_to_query_gradient(
         v_tile = _load_rows(v, keys, keys < P, v_strides, HEAD_DIM, BLOCK_D)
         s = _prefix_exponents(q_tile, tl.trans(k_tile), keys[None, :], P, scale_log2, COMPUTE, DOT, ACC)
         g_dot_v = dot(g_tile, tl.trans(v_tile), None, COMPUTE, DOT, ACC)
-        _, ds = _logit_gradients(s, row_lse[:, None], g_dot_v, delta[:, None])
+        _, ds = _logit_gradients(s, row_max[:, None], log_sum[:, None], g_dot_v, delta[:, None])
         grad = dot(ds, k_tile, grad, COMPUTE, DOT, ACC)
     return grad
 
 
 @triton.jit(do_not_specialize=["H", "Sq", "Sk", "P0", "P1"])
 def query_grads_kernel(
-    grad_out, q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, out, lse, delta, grad_q,
+    grad_out, q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, out, statistics, delta, grad_q,
     H, Sq, Sk, P0, P1, scale, scale_log2,
     grad_out_strides, q_strides, k_strides, v_strides, pk0_strides, pv0_strides, pk1_strides, pv1_strides,
     padding_strides, bias_strides, out_strides, grad_q_strides,
@@ -249,21 +261,21 @@ def query_grads_kernel(
     g_tile = _load_rows(_head(grad_out, grad_out_strides, batch, head), rows, inside, grad_out_strides, HEAD_DIM, BLOCK_D)
     out_tile = _load_rows(_head(out, out_strides, batch, head), rows, inside, out_strides, HEAD_DIM, BLOCK_D)
     row_delta = tl.sum(g_tile.to(ACC) * out_tile.to(ACC), 1)
-    statistics = (pid // tiles).to(tl.int64) * Sq + rows
-    tl.store(delta + statistics, row_delta, mask=inside)
+    at = (pid // tiles).to(tl.int64) * Sq + rows
+    tl.store(delta + at, row_delta, mask=inside)
     if NEED_Q:
         q_tile = _load_rows(_head(q, q_strides, batch, head), rows, inside, q_strides, HEAD_DIM, BLOCK_D)
-        row_lse = tl.load(lse + statistics, mask=inside, other=float("inf"))
+        row_max, log_sum = _load_statistics(statistics, at, inside)
         grad = tl.zeros([BLOCK_Q, BLOCK_D], ACC)
         if BLOCK_P0 > 0:
             grad = _prefix_to_query_gradient(
-                grad, q_tile, g_tile, row_lse, row_delta,
+                grad, q_tile, g_tile, row_max, log_sum, row_delta,
                 _head(pk0, pk0_strides, batch, head), _head(pv0, pv0_strides, batch, head), pk0_strides,
                 pv0_strides, P0, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_P0, COMPUTE, DOT, ACC,
             )  # fmt: skip
         if BLOCK_P1 > 0:
             grad = _prefix_to_query_gradient(
-                grad, q_tile, g_tile, row_lse, row_delta,
+                grad, q_tile, g_tile, row_max, log_sum, row_delta,
                 _head(pk1, pk1_strides, batch, head), _head(pv1, pv1_strides, batch, head), pk1_strides,
                 pv1_strides, P1, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_P1, COMPUTE, DOT, ACC,
             )  # fmt: skip
@@ -283,14 +295,14 @@ def query_grads_kernel(
                 VISIBILITY, HAS_PADDING, HAS_BIAS, COMPUTE, DOT, ACC,
             )  # fmt: skip
             g_dot_v = dot(g_tile, tl.trans(v_tile), None, COMPUTE, DOT, ACC)
-            _, ds = _logit_gradients(s, row_lse[:, None], g_dot_v, row_delta[:, None])
+            _, ds = _logit_gradients(s, row_max[:, None], log_sum[:, None], g_dot_v, row_delta[:, None])
             grad = dot(ds, k_tile, grad, COMPUTE, DOT, ACC)
         _store_rows(_head(grad_q, grad_q_strides, batch, head), rows, inside, grad_q_strides, grad * scale, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
 def _prefix_gradients(
-    part, q, grad_out, k, v, lse, delta, grads, batch, head, H, Sq, P, scale, scale_log2,
+    part, q, grad_out, k, v, statistics, delta, grads, batch, head, H, Sq, P, scale, scale_log2,
     q_strides, grad_out_strides, k_strides, v_strides, grads_strides,
     SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr,
     COMPUTE: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
@@ -301,7 +313,7 @@ def _prefix_gradients(
     k_tile = _load_rows(_head(k, k_strides, batch, head), keys, keys < P, k_strides, HEAD_DIM, BLOCK_D)
     v_tile = _load_rows(_head(v, v_strides, batch, head), keys, keys < P, v_strides, HEAD_DIM, BLOCK_D)
     q_head, g_head = _head(q, q_strides, batch, head), _head(grad_out, grad_out_strides, batch, head)
-    statistics = (batch * H + head).to(tl.int64) * Sq
+    first_row = (batch * H + head).to(tl.int64) * Sq
     grad_k = tl.zeros([BLOCK_P, BLOCK_D], ACC)
     grad_v = tl.zeros([BLOCK_P, BLOCK_D], ACC)
     per_split = tl.cdiv(tl.cdiv(Sq, SPLITS), BLOCK_Q) * BLOCK_Q
@@ -310,11 +322,11 @@ def _prefix_gradients(
         inside = rows < Sq
         q_tile = _load_rows(q_head, rows, inside, q_strides, HEAD_DIM, BLOCK_D)
         g_tile = _load_rows(g_head, rows, inside, grad_out_strides, HEAD_DIM, BLOCK_D)
-        row_lse = tl.load(lse + statistics + rows, mask=inside, other=float("inf"))
-        row_delta = tl.load(delta + statistics + rows, mask=inside, other=0.0)
+        row_max, log_sum = _load_statistics(statistics, first_row + rows, inside)
+        row_delta = tl.load(delta + first_row + rows, mask=inside, other=0.0)
         s = _prefix_exponents(k_tile, tl.trans(q_tile), keys[:, None], P, scale_log2, COMPUTE, DOT, ACC)
         v_dot_g = dot(v_tile, tl.trans(g_tile), None, COMPUTE, DOT, ACC)
-        p, ds = _logit_gradients(s, row_lse[None, :], v_dot_g, row_delta[None, :])
+        p, ds = _logit_gradients(s, row_max[None, :], log_sum[None, :], v_dot_g, row_delta[None, :])
         grad_v = dot(p, g_tile, grad_v, COMPUTE, DOT, ACC)
         grad_k = dot(ds, q_tile, grad_k, COMPUTE, DOT, ACC)
     to_k = _head(grads, grads_strides[1:], batch, split) + head.to(tl.int64) * grads_strides[3]
@@ -324,7 +336,7 @@ def _prefix_gradients(
 
 @triton.jit
 def _token_gradients(
-    tile, q, k, v, grad_out, field, padding, bias, lse, delta, grad_k, grad_v, batch, head, H, Sq, Sk, scale, scale_log2,
+    tile, q, k, v, grad_out, field, padding, bias, statistics, delta, grad_k, grad_v, batch, head, H, Sq, Sk, scale, scale_log2,
     q_strides, k_strides, v_strides, grad_out_strides, padding_strides, bias_strides, grad_k_strides, grad_v_strides,
     VISIBILITY: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_BIAS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -337,7 +349,7 @@ def _token_gradients(
     q_head, g_head = _head(q, q_strides, batch, head), _head(grad_out, grad_out_strides, batch, head)
     padding_row = padding + batch.to(tl.int64) * padding_strides[0] if HAS_PADDING else padding
     bias_head = _head(bias, bias_strides, batch, head) if HAS_BIAS else bias
-    statistics = (batch * H + head).to(tl.int64) * Sq
+    first_row = (batch * H + head).to(tl.int64) * Sq
     to_k = tl.zeros([BLOCK_K, BLOCK_D], ACC)
     to_v = tl.zeros([BLOCK_K, BLOCK_D], ACC)
     first_query, last_query = _query_range(field, keys, tile * BLOCK_K, Sq, Sk, VISIBILITY)
@@ -346,8 +358,8 @@ def _token_gradients(
         inside = rows < Sq
         q_tile = _load_rows(q_head, rows, inside, q_strides, HEAD_DIM, BLOCK_D)
         g_tile = _load_rows(g_head, rows, inside, grad_out_strides, HEAD_DIM, BLOCK_D)
-        row_lse = tl.load(lse + statistics + rows, mask=inside, other=float("inf"))
-        row_delta = tl.load(delta + statistics + rows, mask=inside, other=0.0)
+        row_max, log_sum = _load_statistics(statistics, first_row + rows, inside)
+        row_delta = tl.load(delta + first_row + rows, mask=inside, other=0.0)
         first, last, bits = _sight(field, rows, Sq, Sk, VISIBILITY)
         s = _token_exponents(
             k_tile, tl.trans(q_tile), rows[None, :], keys[:, None], first[None, :], last[None, :], bits[None, :],
@@ -355,7 +367,7 @@ def _token_gradients(
             VISIBILITY, HAS_PADDING, HAS_BIAS, COMPUTE, DOT, ACC,
         )  # fmt: skip
         v_dot_g = dot(v_tile, tl.trans(g_tile), None, COMPUTE, DOT, ACC)
-        p, ds = _logit_gradients(s, row_lse[None, :], v_dot_g, row_delta[None, :])
+        p, ds = _logit_gradients(s, row_max[None, :], log_sum[None, :], v_dot_g, row_delta[None, :])
         to_v = dot(p, g_tile, to_v, COMPUTE, DOT, ACC)
         to_k = dot(ds, q_tile, to_k, COMPUTE, DOT, ACC)
     _store_rows(_head(grad_k, grad_k_strides, batch, head), keys, keys < Sk, grad_k_strides, to_k * scale, HEAD_DIM, BLOCK_D)
@@ -364,7 +376,7 @@ def _token_gradients(
 
 @triton.jit(do_not_specialize=["H", "Sq", "Sk", "P0", "P1", "token_tiles", "parts0", "parts1"])
 def key_grads_kernel(
-    grad_out, q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, lse, delta, grad_k, grad_v, grads0, grads1,
+    grad_out, q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, statistics, delta, grad_k, grad_v, grads0, grads1,
     H, Sq, Sk, P0, P1, token_tiles, parts0, parts1, scale, scale_log2,
     grad_out_strides, q_strides, k_strides, v_strides, pk0_strides, pv0_strides, pk1_strides, pv1_strides,
     padding_strides, bias_strides, grad_k_strides, grad_v_strides, grads0_strides, grads1_strides,
@@ -383,7 +395,7 @@ def key_grads_kernel(
     if NEED_TOKENS:  # noqa: SIM102 - the outer condition is the compiler's
         if index < token_tiles:
             _token_gradients(
-                index, q, k, v, grad_out, field, padding, bias, lse, delta, grad_k, grad_v,
+                index, q, k, v, grad_out, field, padding, bias, statistics, delta, grad_k, grad_v,
                 batch, head, H, Sq, Sk, scale, scale_log2,
                 q_strides, k_strides, v_strides, grad_out_strides, padding_strides, bias_strides, grad_k_strides, grad_v_strides,
                 VISIBILITY, HAS_PADDING, HAS_BIAS, HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_K, COMPUTE, DOT, ACC,
@@ -391,22 +403,22 @@ def key_grads_kernel(
     if NEED_P0:  # noqa: SIM102
         if (index >= token_tiles) & (index < token_tiles + parts0):
             _prefix_gradients(
-                index - token_tiles, q, grad_out, pk0, pv0, lse, delta, grads0, batch, head, H, Sq, P0, scale, scale_log2,
-                q_strides, grad_out_strides, pk0_strides, pv0_strides, grads0_strides,
+                index - token_tiles, q, grad_out, pk0, pv0, statistics, delta, grads0,
+                batch, head, H, Sq, P0, scale, scale_log2, q_strides, grad_out_strides, pk0_strides, pv0_strides, grads0_strides,
                 SPLITS, HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_P0, COMPUTE, DOT, ACC,
             )  # fmt: skip
     if NEED_P1:  # noqa: SIM102
         if index >= token_tiles + parts0:
             _prefix_gradients(
-                index - token_tiles - parts0, q, grad_out, pk1, pv1, lse, delta, grads1, batch, head, H, Sq, P1, scale, scale_log2,
-                q_strides, grad_out_strides, pk1_strides, pv1_strides, grads1_strides,
+                index - token_tiles - parts0, q, grad_out, pk1, pv1, statistics, delta, grads1,
+                batch, head, H, Sq, P1, scale, scale_log2, q_strides, grad_out_strides, pk1_strides, pv1_strides, grads1_strides,
                 SPLITS, HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_P1, COMPUTE, DOT, ACC,
             )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["H", "Sq", "Sk", "batches", "heads", "bias_heads"])
 def bias_grads_kernel(
-    grad_out, q, k, v, field, padding, bias, lse, delta, grad_bias,
+    grad_out, q, k, v, field, padding, bias, statistics, delta, grad_bias,
     H, Sq, Sk, batches, heads, bias_heads, scale_log2,
     grad_out_strides, q_strides, k_strides, v_strides, padding_strides, bias_strides,
     VISIBILITY: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -430,9 +442,9 @@ def bias_grads_kernel(
         g_tile = _load_rows(_head(grad_out, grad_out_strides, batch, head), rows, inside, grad_out_strides, HEAD_DIM, BLOCK_D)
         k_tile = _load_rows(_head(k, k_strides, batch, head), keys, keys < Sk, k_strides, HEAD_DIM, BLOCK_D)
         v_tile = _load_rows(_head(v, v_strides, batch, head), keys, keys < Sk, v_strides, HEAD_DIM, BLOCK_D)
-        statistics = (batch * H + head).to(tl.int64) * Sq + rows
-        row_lse = tl.load(lse + statistics, mask=inside, other=float("inf"))
-        row_delta = tl.load(delta + statistics, mask=inside, other=0.0)
+        at = (batch * H + head).to(tl.int64) * Sq + rows
+        row_max, log_sum = _load_statistics(statistics, at, inside)
+        row_delta = tl.load(delta + at, mask=inside, other=0.0)
         padding_row = padding + batch.to(tl.int64) * padding_strides[0] if HAS_PADDING else padding
         s = _token_exponents(
             q_tile, tl.trans(k_tile), rows[:, None], keys[None, :], first[:, None], last[:, None], bits[:, None],
@@ -440,7 +452,7 @@ def bias_grads_kernel(
             VISIBILITY, HAS_PADDING, HAS_BIAS, COMPUTE, DOT, ACC,
         )  # fmt: skip
         g_dot_v = dot(g_tile, tl.trans(v_tile), None, COMPUTE, DOT, ACC)
-        _, ds = _logit_gradients(s, row_lse[:, None], g_dot_v, row_delta[:, None])
+        _, ds = _logit_gradients(s, row_max[:, None], log_sum[:, None], g_dot_v, row_delta[:, None])
         grad += ds
     to = grad_bias + (shared.to(tl.int64) * Sq + rows[:, None]) * Sk + keys[None, :]
     tl.store(to, grad.to(grad_bias.dtype.element_ty), mask=inside[:, None] & (keys < Sk)[None, :])

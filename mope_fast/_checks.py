@@ -99,9 +99,11 @@ def check_prompt_attention(
     prefixes: Sequence[tuple[Tensor, Tensor]],
     key_padding_mask: Tensor | None,
     bias: Tensor | None,
+    scale: float | None,
+    is_causal: bool,
 ) -> None:
     """See :func:`mope_fast.functional.prompt_attention`."""
-    _check_attention(q, k, v, key_padding_mask, bias)
+    _check_attention(q, k, v, key_padding_mask, bias, scale, is_causal)
     batch, heads, _, head_dim = q.shape
     if not isinstance(prefixes, (list, tuple)) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in prefixes):
         raise TypeError("prefixes must be a sequence of (key, value) pairs, () for none")
@@ -121,10 +123,16 @@ def check_prompt_attention(
 
 
 def check_receptive_field_attention(
-    q: Tensor, k: Tensor, v: Tensor, field: object, key_padding_mask: Tensor | None, bias: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    field: object,
+    key_padding_mask: Tensor | None,
+    bias: Tensor | None,
+    scale: float | None,
 ) -> None:
     """See :func:`mope_fast.functional.receptive_field_attention`."""
-    _check_attention(q, k, v, key_padding_mask, bias)
+    _check_attention(q, k, v, key_padding_mask, bias, scale)
     if not isinstance(field, ReceptiveField):
         raise TypeError(f"field must be a mope_fast.ReceptiveField, got {type(field).__name__}")
     if not q.shape[2] == k.shape[2] == field.size:
@@ -134,7 +142,15 @@ def check_receptive_field_attention(
         )
 
 
-def _check_attention(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None, bias: Tensor | None) -> None:
+def _check_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_padding_mask: Tensor | None,
+    bias: Tensor | None,
+    scale: float | None,
+    is_causal: bool = False,
+) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         _check_float(name, tensor)
         if tensor.dim() != 4:
@@ -143,15 +159,26 @@ def _check_attention(q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor |
     batch, heads, queries, head_dim = q.shape
     tokens = k.shape[2]
     if k.shape[1] != heads or v.shape[1] != heads:
-        raise ValueError(f"grouped-query attention is not supported: q has {heads} heads, k {k.shape[1]}; repeat the keys")
+        got = f"q has {heads} heads, k {k.shape[1]}, v {v.shape[1]}"
+        if k.shape[1] == v.shape[1] and k.shape[1] and heads % k.shape[1] == 0:
+            raise ValueError(f"grouped-query attention is not supported: {got}; repeat keys and values for each query head")
+        raise ValueError(f"q, k and v must have the same number of heads: {got}")
     if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != head_dim:
         raise ValueError(f"k and v must be ({batch}, {heads}, Sk, {head_dim}) as q {_shape(q)}; got k {_shape(k)}, v {_shape(v)}")
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"the head dimension Dh must be 1 to {MAX_HEAD_DIM}, got {head_dim}")
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"is_causal must be True or False, got {_kind(is_causal)}")
+    if scale is not None and (isinstance(scale, Tensor) or not isinstance(scale, (int, float, torch.SymFloat))):
+        raise TypeError(f"scale must be a Python float or None, got {_kind(scale)}: reading a tensor would wait for the device")
+    if scale is not None and not -float("inf") < scale < float("inf"):
+        raise ValueError(f"scale must be finite, got {scale}")
     if key_padding_mask is not None:
         mask = key_padding_mask
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"key_padding_mask must be a bool tensor, got {type(mask).__name__}")
         if mask.dtype != torch.bool or mask.shape != (batch, tokens):
             raise ValueError(
                 f"key_padding_mask must be bool ({batch}, {tokens}), True = a real token; got {mask.dtype} {_shape(mask)}"

@@ -71,7 +71,7 @@ def _always(problem: Problem) -> str | None:
 
 
 TRITON_KEYS = 512
-"""Up to here Triton's attention is expected to be the fastest: a prediction until a GPU measures it (``benchmarks/NOTES.md``)."""
+"""Up to here Triton's attention is meant to be the fastest; what speaks against it until a GPU decides: ``benchmarks/NOTES.md``."""
 
 
 def _attention_order(problem: Problem) -> tuple[str, ...]:

@@ -131,7 +131,8 @@ def prompt_attention(
         prefixes: up to two pairs of keys and values, each (B or 1, H, P, Dh), of any float dtype. Batch 1 is shared by all samples.
         is_causal: query i sees the token keys up to ``i + Sk - Sq``.
         key_padding_mask: (B, Sk) bool, True = a real token, in any positions.
-        bias: (B or 1, H or 1, Sq, Sk), any float dtype, added to the scaled products with token keys; gets a gradient on request.
+        bias: (B or 1, H or 1, Sq, Sk), any float dtype, added to the scaled products with token keys; gets a gradient on
+            request. To hide a key use -inf: where torch's kernels see -1e9 in a whole row, their gradients lose it.
         scale: default ``Dh ** -0.5``.
         impl: "auto", "triton", "xformers", "sdpa" or "reference".
 
@@ -142,7 +143,7 @@ def prompt_attention(
         TypeError, ValueError: an argument has a wrong type, rank, size or value.
         RuntimeError: ``impl`` can't run here.
     """
-    check_prompt_attention(q, k, v, prefixes, key_padding_mask, bias)
+    check_prompt_attention(q, k, v, prefixes, key_padding_mask, bias, scale, is_causal)
     masking = {"key_padding_mask": key_padding_mask, "bias": bias, "scale": scale}
     keys = k.shape[2] + sum(pk.shape[2] for pk, _ in prefixes)
     masked = key_padding_mask is not None or bias is not None or (is_causal and q.shape[2] != keys)
@@ -188,7 +189,7 @@ def receptive_field_attention(
         TypeError, ValueError: an argument has a wrong type, rank, size or value.
         RuntimeError: ``impl`` can't run here.
     """
-    check_receptive_field_attention(q, k, v, field, key_padding_mask, bias)
+    check_receptive_field_attention(q, k, v, field, key_padding_mask, bias, scale)
     masking = {"key_padding_mask": key_padding_mask, "bias": bias, "scale": scale}
     impl = choose("receptive_field_attention", impl, Problem(q.device, q.dtype, k.shape[2], masked=True))
     if impl == "reference":

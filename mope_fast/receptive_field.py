@@ -94,8 +94,12 @@ class ReceptiveField:
         return self._keep("lowered", self._lower, device)
 
     def mask(self, device: torch.device | str = "cpu") -> Tensor:
-        """bool (S, S), True where the query (row) sees the key (column). Kept on the device: don't write to it."""
-        return self._keep("mask", self._make_mask, torch.device(device))
+        """bool (S, S), True where the query (row) sees the key (column)."""
+        return self._make_mask(torch.device(device))
+
+    def kept_mask(self, device: torch.device) -> Tensor:
+        """:meth:`mask`, made once for each device: not to be written to."""
+        return self._keep("mask", self._make_mask, device)
 
     def _keep(self, name: str, make: Callable[[torch.device], Tensor], device: torch.device) -> Tensor:
         # what is traced or faked belongs to its graph or mode
@@ -181,6 +185,8 @@ def _check(lengths: Mapping[str, int], visible: Mapping[str, Sequence[str]]) -> 
     if not 1 <= len(lengths) <= MAX_GROUPS:
         raise ValueError(f"a receptive field has 1 to {MAX_GROUPS} groups, got {len(lengths)}")
     for group, length in lengths.items():
+        if not isinstance(group, str):
+            raise TypeError(f"a group's name must be a string, got {group!r}")
         if isinstance(length, bool) or not isinstance(length, int):
             raise TypeError(f"the length of group {group!r} must be an int, got {length!r}")
         if length < 0:

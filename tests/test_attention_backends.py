@@ -408,7 +408,7 @@ def test_queries_next_to_one_without_a_key_are_right(name, backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_the_smallest_float32_in_a_bias_hides_keys_and_makes_no_nan(dtype, backend):
+def test_the_smallest_float32_in_a_bias_hides_keys_next_to_others_and_counts_the_same_everywhere_alone(dtype, backend):
     """Encoders write it into masks that they add; float16 has no such number, bfloat16 rounds it to -inf."""
     case = Case(bias=(BATCH, 1))
     tensors = make_tensors(case, dtype)
@@ -422,6 +422,9 @@ def test_the_smallest_float32_in_a_bias_hides_keys_and_makes_no_nan(dtype, backe
     samples = [0, 2]
     eager = dense(Case(padded=True), {name: tensors[name] for name in ("q", "k", "v")}, padding).detach()
     assert_as_good_as_eager("out", got["out"][samples], eager[samples], truth[samples], dtype)
+    if dtype != torch.float16:  # its least number leaves the logits a say
+        mean = tensors["v"][1].double().mean(1, keepdim=True).expand_as(truth[1])
+        assert_as_good_as_eager("padded sample", got["out"][1], mean.to(dtype), mean, dtype)
 
 
 @pytest.mark.parametrize("leaf", ["bias", "prefix 0 key", "prefix 0 value", "q", "k", "v"])
@@ -617,7 +620,15 @@ def call(function: str, **changes):
         ({"q": lambda a: a["q"].half()}, TypeError, "q, k and v must have one dtype, got torch.float16, torch.float32"),
         ({"v": lambda a: a["v"].double()}, TypeError, "q, k and v must have one dtype, got torch.float32, torch.float32 and"),
         ({"q": lambda a: a["q"][..., :8]}, ValueError, r"k and v must be \(3, 2, Sk, 8\) as q .*; got k \(3, 2, 13, 12\)"),
-        ({"k": lambda a: a["k"][:, :1]}, ValueError, "grouped-query attention is not supported: q has 2 heads, k 1; repeat"),
+        (
+            {"k": lambda a: a["k"][:, :1], "v": lambda a: a["v"][:, :1]},
+            ValueError,
+            "grouped-query attention is not supported: q has 2 heads, k 1, v 1; repeat",
+        ),
+        ({"v": lambda a: a["v"][:, :1]}, ValueError, "q, k and v must have the same number of heads: q has 2 heads, k 2, v 1"),
+        ({"key_padding_mask": [True] * 13}, TypeError, "key_padding_mask must be a bool tensor, got list"),
+        ({"scale": torch.tensor(0.5)}, TypeError, "scale must be a Python float or None, got a tensor"),
+        ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
         (dict.fromkeys("qkv", torch.zeros(1, 1, 13, 257)), ValueError, "head dimension Dh must be 1 to 256, got 257"),
         (dict.fromkeys("qkv", torch.zeros(1, 1, 13, 0)), ValueError, "head dimension Dh must be 1 to 256, got 0"),
         ({"key_padding_mask": torch.ones(3, 13)}, ValueError, r"must be bool \(3, 13\), True = a real token; got torch.float32"),

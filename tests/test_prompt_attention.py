@@ -200,6 +200,7 @@ def test_auto_runs_and_an_unknown_implementation_is_refused():
         (lambda a: a.update(k=a["k"][:, :1], v=a["v"][:, :1]), ValueError, "grouped-query.* 3 .* 1"),
         (lambda a: a.update(v=a["v"][:, :, :2]), ValueError, r"k and v must be .* k \(4, 3, 5, 8\), v \(4, 3, 2, 8\)"),
         (lambda a: a.update(k=a["k"][:1], v=a["v"][:1]), ValueError, r"k and v must be .* k \(1, 3, 5, 8\)"),
+        (lambda a: a.update(is_causal=torch.tensor(True)), TypeError, r"is_causal must be True or False, got a tensor"),
         (lambda a: a.update(prefixes=a["prefixes"] * 3), ValueError, r"at most two \(key, value\) pairs, got 3: concatenate"),
         (lambda a: a.update(prefixes=[(a["k"][:2], a["v"][:2])]), ValueError, r"prefix 0 must be .*got \(2, 3, 5, 8\) and"),
         (lambda a: a.update(prefixes=[(a["k"], a["v"][..., :2])]), ValueError, r"prefix 0 must be .* and \(4, 3, 5, 2\)"),

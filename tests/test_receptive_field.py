@@ -273,6 +273,7 @@ BAD = {
         ValueError,
         "a receptive field has 1 to 32 groups, got 33",
     ),
+    "number as name": (({0: 3, 1: 2}, {0: [0], 1: [1]}), TypeError, "a group's name must be a string, got 0"),
     "fraction": (({"a": 1.0}, {"a": []}), TypeError, r"the length of group 'a' must be an int, got 1\.0"),
     "bool": (({"a": True}, {"a": []}), TypeError, "the length of group 'a' must be an int, got True"),
     "text": (({"a": "1"}, {"a": []}), TypeError, "the length of group 'a' must be an int, got '1'"),

@@ -70,6 +70,8 @@ class PromptAttention(nn.Module):
         impl: str = "auto",
     ):
         super().__init__()
+        if num_heads < 1:
+            raise ValueError(f"num_heads must be >= 1, got {num_heads}")
         if attn_head_dim is None and dim % num_heads:
             raise ValueError(f"dim={dim} must be a multiple of num_heads={num_heads}, or attn_head_dim be given")
         if (qk_norm or scale_norm) and norm_layer is None:
@@ -99,7 +101,8 @@ class PromptAttention(nn.Module):
             impl: see the class.
 
         Raises:
-            TypeError: it lacks one of these, or has parts or arguments that this module does not know (rotary embeddings, ...).
+            TypeError: it lacks one of these, has parts, arguments or hooks that this module does not know (rotary embeddings, ...),
+                or overrides timm's ``forward``.
             ValueError: it has a dropout probability above 0, another scale than ``Dh ** -0.5``, or heads wider than 256.
         """
         name = type(attention).__name__
@@ -110,6 +113,13 @@ class PromptAttention(nn.Module):
         unknown += [tensor for tensor, _ in (*attention.named_parameters(recurse=False), *attention.named_buffers(recurse=False))]
         if unknown:
             raise TypeError(f"{name} has {', '.join(unknown)}, which PromptAttention does not reproduce")
+        from_timm = any(base.__module__.startswith("timm.") for base in type(attention).__mro__)
+        if from_timm and not type(attention).forward.__module__.startswith("timm."):
+            raise TypeError(f"{name} overrides the forward of timm's Attention, which PromptAttention can't be known to reproduce")
+        if attention._forward_hooks or attention._forward_pre_hooks or attention._backward_hooks:
+            raise TypeError(
+                f"{name} has hooks, which PromptAttention would not run: remove them, and register them on the new module"
+            )
         _, *arguments = inspect.signature(attention.forward).parameters
         if unknown := [argument for argument in arguments if argument not in inspect.signature(cls.forward).parameters]:
             raise TypeError(f"{name}.forward takes {', '.join(unknown)}, which PromptAttention does not reproduce")

@@ -1,4 +1,4 @@
-"""What every op shares: the library namespace and the guard that keeps raw ops out of autograd."""
+"""What every op shares: the library namespace and the guards against gradients that would silently be wrong."""
 
 import functools
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import function
 
 library = torch.library.Library("mope_fast", "DEF")
 
@@ -47,3 +48,16 @@ def define(schema: str, *, cpu: Callable[..., Any], cuda: Callable[..., Any], fa
 
     library.impl(name, refuse_gradients, "Autograd")
     return overload
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """As torch's, but a second derivative raises for constant incoming gradients too; there torch's lets it pass as zero."""
+    once = function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def call(ctx: Any, *grads: Tensor | None) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grads = tuple(grad if grad is None or grad.requires_grad else grad.detach().requires_grad_() for grad in grads)
+        return once(ctx, *grads)
+
+    return call

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .._autocast import without_autocast
 from ..reference.attention import all_values, causal_mask, masked_weights, softmax_or_zero
-from ._registration import define
+from ._registration import define, once_differentiable
 from ._triton import INTERPRETED, product_dtypes
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ def _statistics_dtype(q: Tensor) -> torch.dtype:
 
 
 def _fake_forward(q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, scale, is_causal):
-    return _empty_tokens(q), q.new_empty(q.shape[:3], dtype=_statistics_dtype(q))
+    return _empty_tokens(q), q.new_empty((*q.shape[:3], 2), dtype=_statistics_dtype(q))
 
 
 def _empty_grads(
@@ -71,7 +70,7 @@ def _empty_grads(
     ]
 
 
-def _fake_backward(grad_out, q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, out, lse, scale, is_causal, needs):
+def _fake_backward(grad_out, q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, out, statistics, scale, is_causal, needs):
     return tuple(_empty_grads(q, k, (pk0, pk1), bias, needs))
 
 
@@ -95,17 +94,21 @@ def _reference_weights(q: Tensor, k: Tensor, prefix_keys: Sequence[Tensor], mask
 
 
 def _reference_forward(q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, scale, is_causal):
-    out, lse = _fake_forward(q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, scale, is_causal)
+    out, statistics = _fake_forward(q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, scale, is_causal)
     weights = _reference_weights(
         q, k, [pk for pk in (pk0, pk1) if pk is not None], _Masking(field, padding, bias, is_causal), scale
     )
     out.copy_(softmax_or_zero(weights) @ all_values(v, [pv for pv in (pv0, pv1) if pv is not None], weights.dtype))
-    sums = weights.logsumexp(-1) * LOG2_E
-    lse.copy_(torch.where(sums == float("-inf"), float("inf"), sums))
-    return out, lse
+    blind = (weights == float("-inf")).all(-1)
+    largest = weights.amax(-1) if weights.shape[-1] else weights.new_zeros(q.shape[:3])
+    largest = largest.masked_fill(blind, 0.0)
+    statistics[..., 0] = largest * LOG2_E
+    sums = (weights - largest[..., None]).exp().sum(-1)
+    statistics[..., 1] = sums.log2().masked_fill(blind, float("inf"))
+    return out, statistics
 
 
-def _reference_backward(grad_out, q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, out, lse, scale, is_causal, needs):
+def _reference_backward(grad_out, q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, out, statistics, scale, is_causal, needs):
     """The formulas in the docstring of ``kernels/prompt_attention.py``, line by line."""
     grad_q, grad_k, grad_v, grads0, grads1, grad_bias = grads = _empty_grads(q, k, (pk0, pk1), bias, needs)
     prefix_keys, prefix_values = ([t for t in pair if t is not None] for pair in ((pk0, pk1), (pv0, pv1)))
@@ -145,7 +148,7 @@ def _for_each_sample(tensor: Tensor | None, batch: int, heads: int) -> Tensor | 
 
 @functools.cache
 def _constants(
-    dtype: torch.dtype, head_dim: int, is_causal: bool, field_rows: int, has_padding: bool, has_bias: bool, lengths: tuple[int, int]
+    dtype: torch.dtype, head_dim: int, is_causal: bool, field_rows: int, has_padding: bool, has_bias: bool, blocks: tuple[int, ...]
 ) -> dict[str, Any]:
     from ..kernels import launch
     from ..kernels import prompt_attention as kernels
@@ -154,17 +157,20 @@ def _constants(
     return {
         "VISIBILITY": visibility.value, "HAS_PADDING": has_padding, "HAS_BIAS": has_bias,
         "HEAD_DIM": head_dim, "BLOCK_D": launch.padded_head_dim(head_dim),
-        "BLOCK_P0": launch.prefix_block(lengths[0]), "BLOCK_P1": launch.prefix_block(lengths[1]),
+        "BLOCK_P0": blocks[0], "BLOCK_P1": blocks[1],
         **product_dtypes(dtype, torch.promote_types(dtype, torch.float32)),
     }  # fmt: skip
 
 
 def _common_arguments(q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, is_causal) -> dict[str, Any]:
     """What the kernels share, by the names of their parameters."""
+    from ..kernels.launch import prefix_block
+
     batch, heads, queries, head_dim = q.shape
     lengths = tuple(0 if pk is None else pk.shape[2] for pk in (pk0, pk1))
     pk0, pv0, pk1, pv1, bias = (_for_each_sample(t, batch, heads) for t in (pk0, pv0, pk1, pv1, bias))
     field_rows = 0 if field is None else field.shape[0]
+    blocks = tuple(map(prefix_block, lengths))
     return {
         "q": q, "k": k, "v": v, "pk0": pk0, "pv0": pv0, "pk1": pk1, "pv1": pv1,
         "field": field, "padding": padding, "bias": bias,
@@ -172,7 +178,7 @@ def _common_arguments(q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, is_caus
         "pk0_strides": _strides(pk0), "pv0_strides": _strides(pv0), "pk1_strides": _strides(pk1), "pv1_strides": _strides(pv1),
         "padding_strides": _strides(padding, 2), "bias_strides": _strides(bias),
         "H": heads, "Sq": queries, "Sk": k.shape[2], "P0": lengths[0], "P1": lengths[1],
-        **_constants(q.dtype, head_dim, is_causal, field_rows, padding is not None, bias is not None, lengths),
+        **_constants(q.dtype, head_dim, is_causal, field_rows, padding is not None, bias is not None, blocks),
     }  # fmt: skip
 
 
@@ -185,18 +191,18 @@ def _triton_forward(q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, scale, is
     from ..kernels import launch
     from ..kernels import prompt_attention as kernels
 
-    out, lse = _fake_forward(q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, scale, is_causal)
+    out, statistics = _fake_forward(q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, scale, is_causal)
     if out.numel() == 0:
-        return out, lse
+        return out, statistics
     tiles = launch.attention_launch(q.shape[2], k.shape[2], q.shape[3], q.element_size())
     kernels.attention_kernel[(-(-q.shape[2] // tiles.block_q) * q.shape[0] * q.shape[1],)](
         **_common_arguments(q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, is_causal),
-        out=out, lse=lse, scale_log2=scale * LOG2_E, out_strides=out.stride(), **_tiles(tiles),
+        out=out, statistics=statistics, scale_log2=scale * LOG2_E, out_strides=out.stride(), **_tiles(tiles),
     )  # fmt: skip
-    return out, lse
+    return out, statistics
 
 
-def _triton_backward(grad_out, q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, out, lse, scale, is_causal, needs):
+def _triton_backward(grad_out, q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, out, statistics, scale, is_causal, needs):
     from ..kernels import launch
     from ..kernels import prompt_attention as kernels
 
@@ -204,10 +210,11 @@ def _triton_backward(grad_out, q, k, v, pk0, pv0, pk1, pv1, field, padding, bias
     (batch, heads, queries, head_dim), keys = q.shape, k.shape[2]
     if out.numel() == 0:
         return tuple(grad.zero_() for grad in grads)
-    delta = lse.new_empty(lse.shape)
+    delta = statistics.new_empty(statistics.shape[:3])
     arguments = {
         **_common_arguments(q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, is_causal),
-        "grad_out": grad_out, "grad_out_strides": grad_out.stride(), "lse": lse, "delta": delta, "scale_log2": scale * LOG2_E,
+        "grad_out": grad_out, "grad_out_strides": grad_out.stride(),
+        "statistics": statistics, "delta": delta, "scale_log2": scale * LOG2_E,
     }  # fmt: skip
     tiles = launch.query_grads_launch(queries, keys, head_dim, q.element_size())
     kernels.query_grads_kernel[(-(-queries // tiles.block_q) * batch * heads,)](
@@ -239,7 +246,7 @@ def _key_gradients(
     from ..kernels import launch
     from ..kernels import prompt_attention as kernels
 
-    q, lse = arguments["q"], arguments["lse"]
+    q, statistics = arguments["q"], arguments["statistics"]
     (batch, heads, queries, head_dim), keys = q.shape, arguments["Sk"]
     tiles = launch.key_grads_launch(queries, keys, head_dim, q.element_size())
     token_tiles = -(-keys // tiles.block_k) if need_tokens else 0
@@ -254,7 +261,7 @@ def _key_gradients(
         if pk.shape[0] == batch and splits == 1:
             targets.append(grad.unsqueeze(2))
         else:  # parts of a sum over samples or queries are written apart, in float32
-            targets.append(lse.new_empty((2, batch, splits, *pk.shape[1:])))
+            targets.append(statistics.new_empty((2, batch, splits, *pk.shape[1:])))
             sums.append((grad, targets[-1]))
         parts.append(-(-pk.shape[2] // launch.prefix_block(pk.shape[2])) * splits)
     programs = (token_tiles + sum(parts)) * batch * heads
@@ -273,7 +280,7 @@ def _key_gradients(
 _PREFIXES = "Tensor? prefix_k0, Tensor? prefix_v0, Tensor? prefix_k1, Tensor? prefix_v1"
 prompt_attention_forward = define(
     f"prompt_attention(Tensor q, Tensor k, Tensor v, {_PREFIXES}, Tensor? field, Tensor? key_padding_mask, Tensor? bias, "
-    "float scale, bool is_causal) -> (Tensor out, Tensor lse)",
+    "float scale, bool is_causal) -> (Tensor out, Tensor statistics)",
     cpu=_triton_forward if INTERPRETED else _reference_forward,
     cuda=_triton_forward,
     fake=_fake_forward,
@@ -281,7 +288,7 @@ prompt_attention_forward = define(
 )
 prompt_attention_backward = define(
     f"prompt_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, {_PREFIXES}, Tensor? field, "
-    "Tensor? key_padding_mask, Tensor? bias, Tensor out, Tensor lse, float scale, bool is_causal, bool[] needs) "
+    "Tensor? key_padding_mask, Tensor? bias, Tensor out, Tensor statistics, float scale, bool is_causal, bool[] needs) "
     "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_prefix0, Tensor grad_prefix1, Tensor grad_bias)",
     cpu=_triton_backward if INTERPRETED else _reference_backward,
     cuda=_triton_backward,
@@ -309,12 +316,12 @@ class _PromptAttention(torch.autograd.Function):
     def backward(ctx, grad_out, _):
         if grad_out is None:
             return (None,) * 12
-        q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, out, lse = ctx.saved_tensors
+        q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, out, statistics = ctx.saved_tensors
         asked = ctx.needs_input_grad
         needs = [*asked[:3], asked[3] or asked[4], asked[5] or asked[6], asked[9]]
         with without_autocast(q.device.type):
             grad_q, grad_k, grad_v, grads0, grads1, grad_bias = prompt_attention_backward(
-                grad_out, q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, out, lse, ctx.scale, ctx.is_causal, needs
+                grad_out, q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, out, statistics, ctx.scale, ctx.is_causal, needs
             )
         both = [grads.unbind(0) if need else (None, None) for grads, need in ((grads0, needs[3]), (grads1, needs[4]))]
         grads = (grad_q, grad_k, grad_v, *both[0], *both[1], None, None, grad_bias, None, None)

@@ -2,12 +2,11 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .._autocast import without_autocast
 from ..reference.route_and_mix import accumulator_dtype, gated_softmax, reciprocal_norm, routing_logits
 from ..reference.route_and_mix import route_and_mix as reference_route_and_mix
-from ._registration import define
+from ._registration import define, once_differentiable
 from ._triton import INTERPRETED, product_dtypes, triton_dtype
 
 

@@ -43,7 +43,7 @@ def receptive_field_attention(
     scale: float | None,
 ) -> Tensor:
     """scaled_dot_product_attention with a mask tensor: on a CPU faster than one call for each block of an interval field."""
-    return _attention(q, k, v, field.mask(q.device), key_padding_mask, bias, 0, scale)
+    return _attention(q, k, v, field.kept_mask(q.device), key_padding_mask, bias, 0, scale)
 
 
 def concatenated(k: Tensor, v: Tensor, prefixes: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -55,6 +55,14 @@ def concatenated(k: Tensor, v: Tensor, prefixes: Sequence[tuple[Tensor, Tensor]]
         torch.cat([*(p.to(tokens.dtype).expand(tokens.shape[0], -1, -1, -1) for p in prefix), tokens], dim=2)
         for prefix, tokens in ((keys, k), (values, v))
     )
+
+
+def in_range(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bias in ``dtype``; what is finite stays so: only -inf itself hides a key."""
+    if torch.finfo(dtype).max >= torch.finfo(bias.dtype).max:
+        return bias.to(dtype)
+    limits = torch.finfo(dtype)
+    return torch.where(bias.isinf(), bias, bias.clamp(limits.min, limits.max)).to(dtype)
 
 
 def visible_and_blind(
@@ -72,6 +80,7 @@ def visible_and_blind(
     blind = ~seen.any(-1, keepdim=True)
     # where looking costs no wait for a device, it saves a pass over the output
     can_look = blind.device.type == "cpu" and type(blind) is Tensor and not torch.compiler.is_compiling()
+    can_look = can_look and torch._C._functorch.peek_interpreter_stack() is None
     return visible, None if can_look and not blind.any() else blind
 
 
@@ -86,9 +95,10 @@ def _attention(
     scale: float | None,
 ) -> Tensor:
     """Everything but the prefix length is about token keys, the last of k and v."""
+    bias = None if bias is None else in_range(bias, q.dtype)
     visible, blind = visible_and_blind(visible, key_padding_mask, bias, prefix_length)
     if bias is not None:
-        mask = bias.to(q.dtype) if visible is None else bias.to(q.dtype).masked_fill(~visible, float("-inf"))
+        mask = bias if visible is None else bias.masked_fill(~visible, float("-inf"))
         mask = F.pad(mask, (prefix_length, 0))
         # a softmax over nothing is undefined: let a blind query see everything, then take its output away
         mask = mask if blind is None else mask.masked_fill(blind, 0.0)

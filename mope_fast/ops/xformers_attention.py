@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..receptive_field import ReceptiveField
 from ..reference.attention import causal_mask
-from .sdpa_attention import concatenated, visible_and_blind
+from .sdpa_attention import concatenated, in_range, visible_and_blind
 
 ALIGNMENT = 8
 _RUNTIME = "libcudart.so.12"
@@ -89,7 +89,7 @@ def receptive_field_attention(
             for rows, keys in field.slices()
         ]
         return torch.cat(blocks, dim=2) if blocks else torch.zeros_like(q)
-    return _with_tensor_bias(q, k, v, field.mask(q.device), key_padding_mask, bias, 0, scale)
+    return _with_tensor_bias(q, k, v, field.kept_mask(q.device), key_padding_mask, bias, 0, scale)
 
 
 def _with_tensor_bias(
@@ -102,8 +102,7 @@ def _with_tensor_bias(
     prefix_length: int,
     scale: float | None,
 ) -> Tensor:
-    # what the dtype rounds to -inf hides a key
-    bias = None if bias is None else bias.to(q.dtype)
+    bias = None if bias is None else in_range(bias, q.dtype)
     visible, blind = visible_and_blind(visible, key_padding_mask, bias, prefix_length)
     if visible is None and bias is None:
         return _attention(q, k, v, None, scale)
@@ -123,7 +122,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Any, scale: float | None) 
     """(B, H, S, Dh) in and out; xformers has tokens before heads."""
     from xformers.ops import memory_efficient_attention
 
-    if k.shape[2] == 0:
+    if q.numel() == 0 or k.shape[2] == 0:
         return q @ k.mT @ v  # zeros that know where they come from
     head_dim = q.shape[-1]
     scale = head_dim**-0.5 if scale is None else scale

@@ -458,6 +458,20 @@ class Rotary(WithTable):
         raise AssertionError("not called")
 
 
+def subclassed():
+    class Doubled(pytest.importorskip("timm.layers").Attention):
+        def forward(self, x, attn_mask=None, is_causal=False):
+            return 2 * super().forward(x, attn_mask, is_causal)
+
+    return Doubled(DIM, HEADS)
+
+
+def hooked():
+    attention = timm_attention()
+    attention.register_forward_hook(lambda module, args, out: 2 * out)
+    return attention
+
+
 def test_from_attention_takes_a_module_that_has_no_more_than_timms_attributes():
     theirs = WithTable()
     ours = PromptAttention.from_attention(theirs)
@@ -478,6 +492,8 @@ def test_from_attention_takes_a_module_that_has_no_more_than_timms_attributes():
         (lambda: Rotary(), TypeError, "Rotary.forward takes rope, which PromptAttention does not reproduce"),
         (lambda: WithTable(scale=1.0), ValueError, r"WithTable.scale is 1.0, PromptAttention scales by head_dim \*\* -0.5"),
         (lambda: WithTable(head_dim=264), ValueError, "head dimension must be 1 to 256, got 264"),
+        (lambda: subclassed(), TypeError, "Doubled overrides the forward of timm's Attention"),
+        (lambda: hooked(), TypeError, "Attention has hooks, which PromptAttention would not run"),
         (lambda: WithTable(qkv=None), TypeError, "WithTable has no qkv: expected timm's Attention"),
     ],
 )  # fmt: skip

@@ -1,6 +1,7 @@
 """The registered op on the CPU: schema, fakes, autograd, compile, and what it refuses."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -107,16 +108,19 @@ def test_results_have_the_dtypes_and_layout_of_their_inputs(dtype):
     grads = torch.autograd.grad(out, leaves(inputs), torch.randn_like(out))
     for leaf, grad in zip(leaves(inputs), grads, strict=True):
         assert (grad.shape, grad.dtype) == (leaf.shape, leaf.dtype)
-    _, lse = ops.prompt_attention_forward(*detached(inputs), 0.5, True)
-    assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    _, statistics = ops.prompt_attention_forward(*detached(inputs), 0.5, True)
+    assert statistics.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
-def test_lse_is_the_logarithm_of_the_sum_in_base_2_and_infinite_where_nothing_is_seen():
+def test_statistics_are_the_largest_exponent_and_the_log_of_the_sum_in_base_2_infinite_where_nothing_is_seen():
     inputs = make_inputs(**PROBLEMS["padding, bias"])
-    _, lse = ops.prompt_attention_forward(*detached(inputs), 0.5, False)
+    _, statistics = ops.prompt_attention_forward(*detached(inputs), 0.5, False)
     weights = (0.5 * inputs["q"] @ inputs["k"].mT + inputs["bias"]).masked_fill(~inputs["padding"][:, None, None, :], float("-inf"))
-    torch.testing.assert_close(lse[:2], weights[:2].exp().sum(-1).log2(), rtol=1e-12, atol=1e-12)
-    assert (lse[2] == float("inf")).all()
+    exact = {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(statistics[:2].sum(-1), weights[:2].exp().sum(-1).log2(), **exact)
+    torch.testing.assert_close(statistics[:2, ..., 0], weights[:2].amax(-1) * math.log2(math.e), **exact)
+    assert (statistics[2, ..., 0] == 0).all()
+    assert (statistics[2, ..., 1] == float("inf")).all()
 
 
 @problems
@@ -145,9 +149,9 @@ def test_opcheck_of_the_backward_op(name, permuted, dtype, needs):
     problem = PROBLEMS[name]
     inputs = detached(make_inputs(dtype, **problem, permuted=permuted))
     is_causal = problem.get("is_causal", False)
-    out, lse = ops.prompt_attention_forward(*inputs, 0.4, is_causal)
+    out, statistics = ops.prompt_attention_forward(*inputs, 0.4, is_causal)
     grad_out = torch.randn(HEAD_DIM, *inputs[0].shape[:3]).permute(1, 2, 3, 0).to(dtype) if permuted else torch.randn_like(out)
-    torch.library.opcheck(ops.prompt_attention_backward, (grad_out, *inputs, out, lse, 0.4, is_causal, needs))
+    torch.library.opcheck(ops.prompt_attention_backward, (grad_out, *inputs, out, statistics, 0.4, is_causal, needs))
 
 
 @problems
@@ -290,14 +294,16 @@ def test_raw_ops_refuse_inputs_that_require_grad():
         with pytest.raises(RuntimeError, match=r"raw op has no gradient: call mope_fast\.functional\.prompt_attention"):
             ops.prompt_attention_forward(*inputs.values(), 0.5, True)
         with torch.no_grad():
-            out, lse = ops.prompt_attention_forward(*inputs.values(), 0.5, True)
+            out, statistics = ops.prompt_attention_forward(*inputs.values(), 0.5, True)
         with pytest.raises(RuntimeError, match=r"prompt_attention_backward got an input that requires grad"):
-            ops.prompt_attention_backward(torch.randn_like(out), *inputs.values(), out, lse, 0.5, True, [True] * 6)
+            ops.prompt_attention_backward(torch.randn_like(out), *inputs.values(), out, statistics, 0.5, True, [True] * 6)
 
 
-def test_a_second_derivative_raises():
+@pytest.mark.parametrize("upstream", ["constant", "of the output"])
+def test_a_second_derivative_raises(upstream):
     inputs = make_inputs(**PROBLEMS["everything"])
-    out = through_op(inputs, is_causal=True).square()
+    out = through_op(inputs, is_causal=True)
+    out = out if upstream == "constant" else out.square()
     (grad,) = torch.autograd.grad(out, inputs["q"], torch.randn_like(out), create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.backward(torch.randn_like(grad))

@@ -117,10 +117,12 @@ def test_a_raw_op_refuses_inputs_that_require_grad():
         ops.route_and_mix_forward(*inputs.values(), 0.1, None, False, 1e-5, torch.float64)
 
 
-def test_a_second_derivative_raises():
+@pytest.mark.parametrize("upstream", ["constant", "of the output"])
+def test_a_second_derivative_raises(upstream):
     inputs = make_inputs()
     mixed, _ = through_op(**inputs)
-    (grad,) = torch.autograd.grad(mixed.square().sum(), inputs["logits"], create_graph=True)
+    loss = (mixed if upstream == "constant" else mixed.square()).sum()
+    (grad,) = torch.autograd.grad(loss, inputs["logits"], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
