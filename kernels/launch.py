@@ -103,7 +103,7 @@ _QUERY_GRADS = {
 }
 # two accumulators: fewer queries at a time leave registers for a third program on a multiprocessor
 _KEY_GRADS = {
-    64: (AttentionLaunch(32, 64, 4, 2), AttentionLaunch(16, 32, 4, 1)),
+    64: (AttentionLaunch(32, 64, 4, 2), AttentionLaunch(16, 32, 8, 1)),
     128: (AttentionLaunch(32, 64, 8, 2), AttentionLaunch(16, 16, 8, 1)),
     256: (AttentionLaunch(32, 32, 4, 1), AttentionLaunch(16, 16, 8, 1)),
 }
