@@ -14,7 +14,7 @@ from torch import Tensor
 from .._autocast import without_autocast
 from ..reference.attention import all_values, causal_mask, masked_weights, softmax_or_zero
 from ._registration import define, once_differentiable
-from ._triton import INTERPRETED, product_dtypes
+from ._triton import INTERPRETED, product_dtypes, strides
 
 if TYPE_CHECKING:
     from ..kernels.launch import AttentionLaunch
@@ -137,10 +137,6 @@ def _reference_backward(grad_out, q, k, v, pk0, pv0, pk1, pv1, field, padding, b
     return tuple(grads)
 
 
-def _strides(tensor: Tensor | None, rank: int = 4) -> tuple[int, ...]:
-    return (0,) * rank if tensor is None else tensor.stride()
-
-
 def _for_each_sample(tensor: Tensor | None, batch: int, heads: int) -> Tensor | None:
     """A stride of zero where samples or heads share the tensor."""
     return tensor if tensor is None or tensor.shape[:2] == (batch, heads) else tensor.expand(batch, heads, -1, -1)
@@ -175,8 +171,9 @@ def _common_arguments(q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, is_caus
         "q": q, "k": k, "v": v, "pk0": pk0, "pv0": pv0, "pk1": pk1, "pv1": pv1,
         "field": field, "padding": padding, "bias": bias,
         "q_strides": q.stride(), "k_strides": k.stride(), "v_strides": v.stride(),
-        "pk0_strides": _strides(pk0), "pv0_strides": _strides(pv0), "pk1_strides": _strides(pk1), "pv1_strides": _strides(pv1),
-        "padding_strides": _strides(padding, 2), "bias_strides": _strides(bias),
+        "pk0_strides": strides(pk0, 4), "pv0_strides": strides(pv0, 4),
+        "pk1_strides": strides(pk1, 4), "pv1_strides": strides(pv1, 4),
+        "padding_strides": strides(padding, 2), "bias_strides": strides(bias, 4),
         "H": heads, "Sq": queries, "Sk": k.shape[2], "P0": lengths[0], "P1": lengths[1],
         **_constants(q.dtype, head_dim, is_causal, field_rows, padding is not None, bias is not None, blocks),
     }  # fmt: skip
@@ -219,7 +216,7 @@ def _triton_backward(grad_out, q, k, v, pk0, pv0, pk1, pv1, field, padding, bias
     tiles = launch.query_grads_launch(queries, keys, head_dim, q.element_size())
     kernels.query_grads_kernel[(-(-queries // tiles.block_q) * batch * heads,)](
         **arguments, out=out, grad_q=grad_q, scale=scale,
-        out_strides=out.stride(), grad_q_strides=_strides(grad_q if needs[0] else None), NEED_Q=needs[0], **_tiles(tiles),
+        out_strides=out.stride(), grad_q_strides=strides(grad_q if needs[0] else None, 4), NEED_Q=needs[0], **_tiles(tiles),
     )  # fmt: skip
     _key_gradients(arguments, (pk0, pk1), grad_k, grad_v, (grads0, grads1), scale, needs[1] or needs[2], needs[3:5])
     if bias is not None and needs[5]:
@@ -269,8 +266,8 @@ def _key_gradients(
         kernels.key_grads_kernel[(programs,)](
             **arguments, grad_k=grad_k, grad_v=grad_v, grads0=targets[0], grads1=targets[1],
             token_tiles=token_tiles, parts0=parts[0], parts1=parts[1], scale=scale,
-            grad_k_strides=_strides(grad_k if need_tokens else None), grad_v_strides=_strides(grad_v if need_tokens else None),
-            grads0_strides=_strides(targets[0], 6), grads1_strides=_strides(targets[1], 6),
+            grad_k_strides=strides(grad_k if need_tokens else None, 4), grad_v_strides=strides(grad_v if need_tokens else None, 4),
+            grads0_strides=strides(targets[0], 6), grads1_strides=strides(targets[1], 6),
             NEED_TOKENS=need_tokens, NEED_P0=parts[0] > 0, NEED_P1=parts[1] > 0, SPLITS=splits, **_tiles(tiles),
         )  # fmt: skip
     for grad, part in sums:

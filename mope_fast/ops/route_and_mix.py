@@ -7,11 +7,7 @@ from .._autocast import without_autocast
 from ..reference.route_and_mix import accumulator_dtype, gated_softmax, reciprocal_norm, routing_logits
 from ..reference.route_and_mix import route_and_mix as reference_route_and_mix
 from ._registration import define, once_differentiable
-from ._triton import INTERPRETED, product_dtypes, triton_dtype
-
-
-def _strides(tensor: Tensor | None, rank: int) -> tuple[int, ...]:
-    return (0,) * rank if tensor is None else tensor.stride()
+from ._triton import INTERPRETED, product_dtypes, strides, triton_dtype
 
 
 def _empty_rstd(logits: Tensor, experts: Tensor, gram: Tensor | None) -> Tensor:
@@ -108,7 +104,7 @@ def _triton_forward(logits, experts, noise, gram, temperature, top_k, renormaliz
     kernels.mix_kernel[(-(-batch // launch.block_b) * tiles,)](
         logits, noise, experts, gram, mixed, scores, rstd,
         batch, num_experts, rows, width, 1.0 / temperature, eps,
-        *_strides(logits, 2), *_strides(noise, 2), *_strides(experts, 3), *_strides(gram, 3),
+        *strides(logits, 2), *strides(noise, 2), *strides(experts, 3), *strides(gram, 3),
         HAS_NOISE=noise is not None, HAS_GRAM=gram is not None, TOP_K=top_k or 0, RENORMALIZE=renormalize,
         BLOCK_B=launch.block_b, BLOCK_K=launch.block_k, BLOCK_M=launch.block_m, K_PADDED=launch.k_padded,
         **product_dtypes(out_dtype, scores.dtype),
@@ -146,7 +142,7 @@ def _triton_backward(
         kernels.expert_grads_kernel[grid](
             grad_mixed, scores, rstd, experts, split_grads, partials,
             batch, num_experts, rows, width,
-            *_strides(grad_mixed, 3), *_strides(experts, 3),
+            *strides(grad_mixed, 3), *strides(experts, 3),
             HAS_GRAM=gram is not None, NEED_EXPERTS=needs[1], NEED_PARTIALS=needs_partials,
             SPLITS=launch.splits, BLOCK_B=launch.block_b, BLOCK_K=launch.block_k, BLOCK_M=launch.block_m,
             **product_dtypes(grad_mixed.dtype, scores.dtype),
@@ -161,7 +157,7 @@ def _triton_backward(
         kernels.router_grads_kernel[(batch,)](
             partials, grad_scores, logits, noise, scores, rstd, gram, grad_logits, grad_norm_sq,
             batch, num_experts, rows, m_tiles, 1.0 / temperature,
-            *_strides(grad_scores, 2), *_strides(logits, 2), *_strides(noise, 2), *_strides(gram, 3),
+            *strides(grad_scores, 2), *strides(logits, 2), *strides(noise, 2), *strides(gram, 3),
             HAS_PARTIALS=needs_partials, HAS_GRAD_SCORES=grad_scores is not None,
             HAS_NOISE=noise is not None, HAS_GRAM=gram is not None, NEED_LOGITS=needs[0],
             RECOMPUTE_SOFTMAX=top_k is not None and not renormalize,

@@ -83,12 +83,13 @@ def receptive_field_attention(
     scale: float | None,
 ) -> Tensor:
     """One call for each block of an unpadded interval field, else one with a tensor bias."""
-    if field.is_interval and key_padding_mask is None and bias is None and any(keys for _, keys in field.slices()):
-        blocks = [
+    blocks = field.slices() if field.is_interval and key_padding_mask is None and bias is None else []
+    if any(keys for _, keys in blocks):
+        outs = [
             _attention(q[:, :, rows], k[:, :, keys], v[:, :, keys], None, scale) if keys else torch.zeros_like(q[:, :, rows])
-            for rows, keys in field.slices()
+            for rows, keys in blocks
         ]
-        return torch.cat(blocks, dim=2) if blocks else torch.zeros_like(q)
+        return torch.cat(outs, dim=2)
     return _with_tensor_bias(q, k, v, field.kept_mask(q.device), key_padding_mask, bias, 0, scale)
 
 

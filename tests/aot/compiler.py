@@ -94,3 +94,14 @@ def _spills(cubin: bytes) -> int:
         file.flush()
         usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     return max(int(n) for n in re.findall(r"(?:LOCAL|STACK):(\d+)", usage))
+
+
+def misaligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The same shape and strides, one element off every boundary of 16 bytes."""
+    return torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape)
+
+
+def innermost_first(tensor: torch.Tensor) -> torch.Tensor:
+    """The same shape, the first dimension innermost."""
+    order = list(range(tensor.dim()))
+    return torch.empty([tensor.shape[i] for i in order[::-1]], dtype=tensor.dtype).permute(order[::-1])

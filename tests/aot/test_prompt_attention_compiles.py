@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from compiler import SHARED_MEMORY, Recorder, compile_launch
+from compiler import SHARED_MEMORY, Recorder, compile_launch, innermost_first, misaligned
 
 from mope_fast import ReceptiveField
 
@@ -109,17 +109,6 @@ def record(monkeypatch):
         return list(launches)
 
     return run
-
-
-def misaligned(tensor: torch.Tensor) -> torch.Tensor:
-    """The same shape and strides, one element off every boundary of 16 bytes."""
-    return torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape)
-
-
-def innermost_first(tensor: torch.Tensor) -> torch.Tensor:
-    """The same shape, the first dimension innermost."""
-    order = list(range(tensor.dim()))
-    return torch.empty([tensor.shape[i] for i in order[::-1]], dtype=tensor.dtype).permute(order[::-1])
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from compiler import SHARED_MEMORY, Recorder, compile_launch
+from compiler import SHARED_MEMORY, Recorder, compile_launch, innermost_first, misaligned
 
 pytestmark = pytest.mark.aot
 
@@ -55,17 +55,6 @@ def record(monkeypatch):
     return run
 
 
-def misaligned(tensor: torch.Tensor) -> torch.Tensor:
-    """The same shape and strides, one element off every boundary of 16 bytes."""
-    return torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape)
-
-
-def transposed(tensor: torch.Tensor) -> torch.Tensor:
-    """The same shape, the first dimension innermost."""
-    order = list(range(tensor.dim()))
-    return torch.empty([tensor.shape[i] for i in order[::-1]], dtype=tensor.dtype).permute(order[::-1])
-
-
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_compiles_and_fits(case, capability, record):
@@ -75,7 +64,7 @@ def test_compiles_and_fits(case, capability, record):
         assert ".tf32" not in compiled.ptx, f"{compiled.name} rounds float32 products to TF32"
 
 
-@pytest.mark.parametrize("view", [misaligned, transposed])
+@pytest.mark.parametrize("view", [misaligned, innermost_first])
 def test_compiles_for_other_layouts(view, record):
     for launch in record(*CASES[2], view=view):
         assert compile_launch(launch, 90).shared <= SHARED_MEMORY[90]
