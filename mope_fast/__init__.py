@@ -1,13 +1,14 @@
 """Routed prompts that fuse frozen pretrained encoders, on Triton kernels in drop-in torch modules."""
 
 from . import functional
-from .encoders import register_encoder, supported_encoders
-from .models import FusionOutput, MoPEFusion
+from .encoders import PromptedEncoder, register_encoder, supported_encoders
+from .models import FoldedModel, FusionOutput, MoPEFusion, PromptTuned
 from .modules import MoPEConfig, MoPELayer, MoPEOutput, PromptAttention, PromptBank, PromptMapper
 from .receptive_field import ReceptiveField
 
 __version__ = "0.1.0"
 __all__ = [
+    "FoldedModel",
     "FusionOutput",
     "MoPEConfig",
     "MoPEFusion",
@@ -16,6 +17,8 @@ __all__ = [
     "PromptAttention",
     "PromptBank",
     "PromptMapper",
+    "PromptTuned",
+    "PromptedEncoder",
     "ReceptiveField",
     "functional",
     "register_encoder",

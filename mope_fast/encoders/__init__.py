@@ -1,15 +1,27 @@
 """How frozen encoders take prompts: one small adapter a family."""
 
-from . import transformers as _transformers  # noqa: F401  it registers its families
-from .families import EncoderFamily, PromptedLayer, find_family, register_encoder, supported_encoders
-from .prompted import PromptedEncoder, prefixes_of
+from . import timm as _timm  # noqa: F401
+from . import transformers as _transformers  # noqa: F401  they register their families
+from .families import EncoderFamily, Inputs, PromptedLayer, encode, family_of, find_family, register_encoder, supported_encoders
+from .pooling import Pool, first_token, last_real_token, masked_mean, token_at, token_mean
+from .prompted import PromptedEncoder, PromptProvider, prefixes_of
 
 __all__ = [
     "EncoderFamily",
+    "Inputs",
+    "Pool",
+    "PromptProvider",
     "PromptedEncoder",
     "PromptedLayer",
+    "encode",
+    "family_of",
     "find_family",
+    "first_token",
+    "last_real_token",
+    "masked_mean",
     "prefixes_of",
     "register_encoder",
     "supported_encoders",
+    "token_at",
+    "token_mean",
 ]

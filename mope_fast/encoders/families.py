@@ -1,10 +1,15 @@
 """What an encoder family is, and the register of them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+
+from .pooling import Pool
+
+Inputs = dict[str, Any]
+"""An encoder's keyword arguments."""
 
 
 @dataclass(frozen=True)
@@ -12,12 +17,13 @@ class PromptedLayer:
     """Facts of one frozen layer that takes prompts as keys and values.
 
     Args:
-        module: called with the layer's input hidden states (B, S, D) first, or as ``hidden_states``.
-        attention: the self-attention that ``module`` calls.
+        module: called with the layer's input hidden states first, (B, S, D) or (B, H, W, D), or as ``hidden_states``.
+        attention: the self-attention that ``module`` calls; it reads :func:`prefixes_of`.
         width: D.
         norm: the norm between the layer's input and its keys and values; None for a post-norm layer.
-        k_proj, v_proj: affine maps D -> num_heads * Dh.
+        k_proj, v_proj: affine maps D -> num_heads * Dh. With ``v_proj`` None, ``k_proj`` gives keys and values side by side.
         num_heads: H.
+        key_norm: a norm of keys behind the projection, or None.
     """
 
     module: nn.Module
@@ -25,8 +31,13 @@ class PromptedLayer:
     width: int
     norm: nn.Module | None
     k_proj: Callable[[Tensor], Tensor]
-    v_proj: Callable[[Tensor], Tensor]
+    v_proj: Callable[[Tensor], Tensor] | None
     num_heads: int
+    key_norm: Callable[[Tensor], Tensor] | None = None
+
+
+def _call(encoder: nn.Module, inputs: Inputs) -> Any:
+    return encoder(**inputs)
 
 
 def _no_problem(encoder: nn.Module) -> None:
@@ -46,9 +57,11 @@ class EncoderFamily:
         models: full class names of its models, ``"package.module.Class"``; the package is imported by nobody but the user.
         input_name: the keyword that a bare tensor input is passed as.
         layers: encoder -> its layers' facts, in order.
-        feature: (encoder's output, its keyword arguments) -> the global feature (B, D), over tokens only.
+        pool: (encoder, its keyword arguments) -> how the router pools a layer's input: the residual stream, not normed.
+        feature: (encoder, its output, its keyword arguments) -> the global feature (B, D), over tokens only.
         feature_width: encoder -> D of the feature.
         attach: make the encoder's attention call ours (see :func:`prefixes_of`); returns what undoes it, called with the encoder.
+        run: (encoder, its keyword arguments) -> its output.
         problem: encoder -> why this one can't take prompts, or None.
         setup: makes the encoder's library ready, in this process; called before a model is wrapped and when one is unpickled.
     """
@@ -57,11 +70,34 @@ class EncoderFamily:
     models: tuple[str, ...]
     input_name: str
     layers: Callable[[nn.Module], Sequence[PromptedLayer]]
-    feature: Callable[[Any, dict[str, Any]], Tensor]
+    pool: Callable[[nn.Module, Inputs], Pool]
+    feature: Callable[[nn.Module, Any, Inputs], Tensor]
     feature_width: Callable[[nn.Module], int]
     attach: Callable[[nn.Module], Callable[[nn.Module], None]]
+    run: Callable[[nn.Module, Inputs], Any] = _call
     problem: Callable[[nn.Module], str | None] = _no_problem
     setup: Callable[[], None] = _nothing
+
+    def keyword_arguments(self, inputs: Tensor | Inputs) -> Inputs:
+        """A bare tensor under its name.
+
+        Raises:
+            TypeError, ValueError: neither a tensor nor a dict, or an empty batch.
+        """
+        if isinstance(inputs, Tensor):
+            inputs = {self.input_name: inputs}
+        if not isinstance(inputs, Mapping):
+            raise TypeError(f"inputs of {self.name} must be a tensor or a dict of keyword arguments, got {type(inputs).__name__}")
+        if batch_size(inputs) == 0:
+            raise ValueError(f"the batch of {self.name} is empty: it needs at least one sample")
+        return dict(inputs)
+
+    def encode(self, encoder: nn.Module, inputs: Inputs) -> Tensor:
+        """The encoder's global feature (B, D)."""
+        output = self.run(encoder, inputs)
+        if isinstance(output, tuple):
+            raise ValueError(f"{type(encoder).__name__} gave a tuple: leave return_dict at its default")
+        return self.feature(encoder, output, inputs)
 
     def __reduce__(self):
         """Pickled by name: the process that loads it registers the family first."""
@@ -86,6 +122,11 @@ def supported_encoders() -> dict[str, tuple[str, ...]]:
     return {name: family.models for name, family in _FAMILIES.items()}
 
 
+def batch_size(inputs: Mapping[str, Any]) -> int | None:
+    """Of the first tensor among keyword arguments; None if there is none."""
+    return next((value.shape[0] for value in inputs.values() if isinstance(value, Tensor) and value.dim()), None)
+
+
 def _class_names(model: object) -> list[str]:
     return [f"{cls.__module__}.{cls.__qualname__}" for cls in type(model).__mro__]
 
@@ -105,8 +146,9 @@ def family_of(encoder: object) -> EncoderFamily:
     family = find_family(encoder)
     if family is None:
         models = [model.rpartition(".")[2] for models in supported_encoders().values() for model in models]
-        inner = [name for name, child in encoder.named_children() if find_family(child)] if isinstance(encoder, nn.Module) else []
-        hint = f"; its part .{inner[0]} is supported, pass that" if inner else ""
+        parts = encoder.named_modules() if isinstance(encoder, nn.Module) else ()
+        inner = next((name for name, part in parts if find_family(part)), None)
+        hint = f"; its part .{inner} is supported, pass that" if inner else ""
         raise TypeError(
             f"{type(encoder).__name__} is not a supported encoder: expected one of {', '.join(models)}{hint}. "
             "register_encoder adds a family; as the complementary side any callable giving (B, cross_dim) features will do"
@@ -114,3 +156,13 @@ def family_of(encoder: object) -> EncoderFamily:
     if (problem := family.problem(encoder)) is not None:
         raise TypeError(f"this {type(encoder).__name__} can't take prompts: {problem}")
     return family
+
+
+def encode(encoder: nn.Module, inputs: Tensor | Inputs) -> Tensor:
+    """The global feature (B, D) of a supported encoder, without prompts.
+
+    Args:
+        inputs: the encoder's main input, or a dict of its keyword arguments.
+    """
+    family = family_of(encoder)
+    return family.encode(encoder, family.keyword_arguments(inputs))

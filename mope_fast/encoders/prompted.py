@@ -1,22 +1,29 @@
 """A frozen encoder that takes prompts as keys and values of its layers."""
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..modules.output import Prefix
-from .families import family_of
-
-PromptProvider = Callable[[int, Tensor], Sequence[Prefix]]
-"""(layer index, its input (B, S, D)) -> up to two key/value prefixes for its attention."""
+from .families import Inputs, family_of
+from .pooling import Pool
 
 _SLOT = "_mope_fast_slot"
 
 
+class PromptProvider(Protocol):
+    """Where the prompts of one forward come from. Any function of this signature will do."""
+
+    def __call__(self, index: int, hidden_states: Tensor, pool: Pool) -> tuple[Sequence[Prefix], Tensor | None]:
+        """(layer index, its input, how this encoder pools it) -> up to two key/value prefixes, and its routing scores or None."""
+
+
 class _Slot:
-    """Carries one layer's prefixes from its hook to its attention, within one forward."""
+    """Carries one layer's prefixes to its attention, within one forward."""
 
     def __init__(self):
         self.prefixes: Sequence[Prefix] = ()
@@ -36,39 +43,44 @@ class PromptedEncoder(nn.Module):
     """Holds a supported encoder frozen and in eval mode, and hands prompts to its layers.
 
     The encoder stays the user's own object: called on its own it does what it always did; :meth:`detach` undoes everything.
+    Several models can share one encoder by sharing this object: ``MoPEFusion(main=prompted, ...)``.
 
     Args:
         encoder: see :func:`mope_fast.supported_encoders`.
+
+    Raises:
+        TypeError: the encoder is not supported.
+        ValueError: it takes prompts from another model already.
     """
 
     def __init__(self, encoder: nn.Module):
         super().__init__()
         self.family = family_of(encoder)
         if any(hasattr(layer.attention, _SLOT) for layer in self.family.layers(encoder)):
-            raise ValueError(f"this {type(encoder).__name__} already takes prompts from another model: unwrap() that one first")
+            raise ValueError(
+                f"this {type(encoder).__name__} already takes prompts from another model: unwrap() that one first, "
+                "or let both share one PromptedEncoder"
+            )
         self._before = (encoder.training, [p.requires_grad for p in encoder.parameters()])
         self.encoder = encoder.requires_grad_(False).eval()
-        self.layers = self.family.layers(encoder)
-        self.widths = [layer.width for layer in self.layers]
-        self.feature_width = self.family.feature_width(encoder)
-        self._provider: PromptProvider | None = None
         self.family.setup()
         self._restore = self.family.attach(encoder)
         self._attached = True
-        self._hooks = []
+        self.layers = self.family.layers(encoder)
+        self.widths = [layer.width for layer in self.layers]
+        self.feature_width = self.family.feature_width(encoder)
+        self.gradient_checkpointing = False
+        """Recompute each layer and its prompts in the backward pass instead of keeping their activations."""
+        self._running: tuple[PromptProvider, Pool, list[Tensor | None]] | None = None
+        # usually None: a library may have put a forward of its own on the object, in place of its class's
+        self._previous = [vars(layer.module).get("forward") for layer in self.layers]
         for index, layer in enumerate(self.layers):
             setattr(layer.attention, _SLOT, _Slot())
-            # a bound method, not a closure: a deep copy of the model gets hooks of its own
-            hook = functools.partial(self._provide, index)
-            self._hooks.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
+            # a bound method, not a closure: a deep copy of the model gets one of its own
+            layer.module.forward = functools.partial(self._layer_forward, index)
 
-    def _provide(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden_states = args[0] if args else kwargs["hidden_states"]
-        prefixes = () if self._provider is None else self._provider(index, hidden_states)
-        getattr(self.layers[index].attention, _SLOT).prefixes = prefixes
-
-    def forward(self, inputs: Tensor | dict[str, Any], prompts: PromptProvider | None = None) -> Tensor:
-        """The encoder's global feature (B, D), over tokens only.
+    def forward(self, inputs: Tensor | Inputs, prompts: PromptProvider | None = None) -> tuple[Tensor, list[Tensor | None]]:
+        """The encoder's global feature (B, D), over tokens only, and the routing scores (B, K) or None of each layer.
 
         Args:
             inputs: the encoder's main input, or a dict of its keyword arguments.
@@ -76,28 +88,56 @@ class PromptedEncoder(nn.Module):
         """
         if not self._attached:
             raise RuntimeError("this model was unwrapped and has given its encoder back: make a new one on it")
-        if self._provider is not None:
+        if self._running is not None:
             raise RuntimeError("this model is in another forward (of another thread?): run one at a time, or deep-copy the model")
-        if isinstance(inputs, Tensor):
-            inputs = {self.family.input_name: inputs}
+        inputs = self.family.keyword_arguments(inputs)
+        if prompts is None:
+            return self.family.encode(self.encoder, inputs), []
         slots = [getattr(layer.attention, _SLOT) for layer in self.layers]
         for slot in slots:
             slot.read = False
-        self._provider = prompts
+        scores: list[Tensor | None] = []
+        self._running = prompts, self.family.pool(self.encoder, inputs), scores
         try:
-            output = self.encoder(**inputs)
+            feature = self.family.encode(self.encoder, inputs)
         finally:
-            self._provider = None
-            for slot in slots:
-                slot.prefixes = ()
-        if prompts is not None and not all(slot.read for slot in slots):
+            self._running = None
+        if not all(slot.read for slot in slots):
             raise RuntimeError(
                 f"prompts did not reach layer {[slot.read for slot in slots].index(False)} of {type(self.encoder).__name__}: its "
                 "attention was changed after wrapping (set_attn_implementation?), or this is a replica (use DDP)"
             )
-        if isinstance(output, tuple):
-            raise ValueError(f"{type(self.encoder).__name__} gave a tuple: leave return_dict at its default")
-        return self.family.feature(output, inputs)
+        return feature, scores
+
+    def _layer_forward(self, index: int, *args: Any, **kwargs: Any) -> Any:
+        """In place of the layer's own forward."""
+        if self._running is None:
+            return self._plain_layer(index, *args, **kwargs)
+        prompts, pool, scores = self._running
+        run = functools.partial(self._prompted_layer, index, prompts, pool)
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            # the frozen layer draws no random numbers; asking for the generator's state would break a graph capture
+            random = getattr(prompts, "draws_random_numbers", False)
+            output, layer_scores = checkpoint(run, *args, use_reentrant=False, preserve_rng_state=random, **kwargs)
+        else:
+            output, layer_scores = run(*args, **kwargs)
+        scores.append(layer_scores)
+        return output
+
+    def _prompted_layer(
+        self, index: int, prompts: PromptProvider, pool: Pool, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Tensor | None]:
+        """The layer's output and its scores; all it needs are arguments, because checkpointing calls it again after forward."""
+        slot = getattr(self.layers[index].attention, _SLOT)
+        slot.prefixes, scores = prompts(index, args[0] if args else kwargs["hidden_states"], pool)
+        try:
+            return self._plain_layer(index, *args, **kwargs), scores
+        finally:
+            slot.prefixes = ()
+
+    def _plain_layer(self, index: int, *args: Any, **kwargs: Any) -> Any:
+        module, previous = self.layers[index].module, self._previous[index]
+        return type(module).forward(module, *args, **kwargs) if previous is None else previous(*args, **kwargs)
 
     def train(self, mode: bool = True) -> "PromptedEncoder":
         """Stays in eval mode: a frozen encoder has no dropout, whatever the fused model does."""
@@ -106,9 +146,10 @@ class PromptedEncoder(nn.Module):
     def detach(self) -> nn.Module:
         """Undo the wrapping and return the encoder as it was; this module can't be used afterwards."""
         if self._attached:
-            for hook in self._hooks:
-                hook.remove()
-            for layer in self.layers:
+            for layer, previous in zip(self.layers, self._previous, strict=True):
+                del layer.module.forward
+                if previous is not None:
+                    layer.module.forward = previous
                 delattr(layer.attention, _SLOT)
             self._restore(self.encoder)
             training, requires_grad = self._before

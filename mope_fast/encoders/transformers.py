@@ -6,12 +6,14 @@ untouched: without one transformers passes no mask at all, and the stock ones bu
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..functional import prompt_attention
-from .families import EncoderFamily, PromptedLayer, register_encoder
+from .families import EncoderFamily, Inputs, PromptedLayer, register_encoder
+from .pooling import Pool, first_token, last_real_token, masked_mean, token_at, token_mean
 from .prompted import prefixes_of
 
 NAME = "mope_fast"
@@ -58,12 +60,45 @@ def _attach(encoder: nn.Module) -> Callable[[nn.Module], None]:
     return functools.partial(_set_attention, previous)
 
 
+def _packed_keys_and_values(projection: nn.Module, rows: Tensor) -> Tensor:
+    """(..., 2 * D) of a projection to queries, keys and values side by side."""
+    packed = projection(rows)
+    return packed[..., packed.shape[-1] // 3 :]
+
+
 def _hidden_size(encoder: nn.Module) -> int:
     return encoder.config.hidden_size
 
 
-def _cls_token(output: Any, inputs: dict[str, Any]) -> Tensor:
+def _by_class_token(encoder: nn.Module, inputs: Inputs) -> Pool:
+    return first_token
+
+
+def _by_mean(encoder: nn.Module, inputs: Inputs) -> Pool:
+    return token_mean
+
+
+def _by_masked_mean(encoder: nn.Module, inputs: Inputs) -> Pool:
+    return masked_mean(inputs.get("attention_mask"))
+
+
+def _class_token(encoder: nn.Module, output: Any, inputs: Inputs) -> Tensor:
     return output.last_hidden_state[:, 0]
+
+
+def _pooler_output(encoder: nn.Module, output: Any, inputs: Inputs) -> Tensor:
+    return output.pooler_output
+
+
+def _mean(encoder: nn.Module, output: Any, inputs: Inputs) -> Tensor:
+    return token_mean(output.last_hidden_state)
+
+
+def _masked_mean(encoder: nn.Module, output: Any, inputs: Inputs) -> Tensor:
+    return _by_masked_mean(encoder, inputs)(output.last_hidden_state)
+
+
+# BERT, RoBERTa
 
 
 def _bert_layers(encoder: nn.Module) -> Sequence[PromptedLayer]:
@@ -80,38 +115,192 @@ def _bert_problem(encoder: nn.Module) -> str | None:
     return "it is a decoder (config.is_decoder); load it with is_decoder=False" if encoder.config.is_decoder else None
 
 
-def _dinov2_layers(encoder: nn.Module) -> Sequence[PromptedLayer]:
+# DistilBERT
+
+
+def _distilbert_layers(encoder: nn.Module) -> Sequence[PromptedLayer]:
     return [
         PromptedLayer(
-            layer, layer.attention, encoder.config.hidden_size, layer.norm1,
-            layer.attention.k_proj, layer.attention.v_proj, layer.attention.num_attention_heads,
+            layer, layer.attention, encoder.config.dim, None,
+            layer.attention.k_lin, layer.attention.v_lin, layer.attention.n_heads,
         )
-        for layer in encoder.encoder.layer
+        for layer in encoder.transformer.layer
     ]  # fmt: skip
 
 
-register_encoder(
-    EncoderFamily(
-        name="bert",
-        models=("transformers.models.bert.modeling_bert.BertModel",),
-        input_name="input_ids",
-        layers=_bert_layers,
-        feature=_cls_token,
-        feature_width=_hidden_size,
-        attach=_attach,
-        setup=_register_interfaces,
-        problem=_bert_problem,
-    )
-)
-register_encoder(
-    EncoderFamily(
-        name="dinov2",
-        models=("transformers.models.dinov2.modeling_dinov2.Dinov2Model",),
-        input_name="pixel_values",
-        layers=_dinov2_layers,
-        feature=_cls_token,
-        feature_width=_hidden_size,
-        attach=_attach,
-        setup=_register_interfaces,
-    )
-)
+# ViT, DeiT, DINOv2
+
+
+def _vit_layers(encoder: nn.Module) -> Sequence[PromptedLayer]:
+    return [
+        PromptedLayer(
+            layer, layer.attention, encoder.config.hidden_size, layer.layernorm_before,
+            layer.attention.k_proj, layer.attention.v_proj, layer.attention.num_attention_heads,
+        )
+        for layer in encoder.layers
+    ]  # fmt: skip
+
+
+def _dinov2_layers(encoder: nn.Module) -> Sequence[PromptedLayer]:
+    layers = []
+    for layer in encoder.encoder.layer:
+        # until transformers 5.17 the projections are one level deeper and have other names
+        attention = getattr(layer.attention, "attention", layer.attention)
+        k_proj = getattr(attention, "k_proj", None) or attention.key
+        v_proj = getattr(attention, "v_proj", None) or attention.value
+        heads = attention.num_attention_heads
+        layers.append(PromptedLayer(layer, attention, encoder.config.hidden_size, layer.norm1, k_proj, v_proj, heads))
+    return layers
+
+
+# CLIP, SigLIP
+
+
+def _clip_layers(encoder: nn.Module) -> Sequence[PromptedLayer]:
+    return [
+        PromptedLayer(
+            layer, layer.self_attn, encoder.config.hidden_size, layer.layer_norm1,
+            layer.self_attn.k_proj, layer.self_attn.v_proj, layer.self_attn.num_heads,
+        )
+        for layer in encoder.encoder.layers
+    ]  # fmt: skip
+
+
+def _clip_text_pool(encoder: nn.Module, inputs: Inputs) -> Pool:
+    ids = inputs["input_ids"]
+    # as CLIPTextModel finds it: in old configurations the end of text is the largest id, not eos_token_id
+    return token_at((ids if encoder.config.eos_token_id == 2 else ids == encoder.config.eos_token_id).int().argmax(1))
+
+
+def _siglip_feature(encoder: nn.Module, output: Any, inputs: Inputs) -> Tensor:
+    return token_mean(output.last_hidden_state) if output.pooler_output is None else output.pooler_output
+
+
+# Whisper, BART
+
+
+def _d_model(encoder: nn.Module) -> int:
+    return encoder.config.d_model
+
+
+def _layers_behind_a_norm(encoder: nn.Module) -> Sequence[PromptedLayer]:
+    return [replace(layer, norm=layer.module.self_attn_layer_norm) for layer in _layers_before_a_norm(encoder)]
+
+
+def _layers_before_a_norm(encoder: nn.Module) -> Sequence[PromptedLayer]:
+    return [
+        PromptedLayer(
+            layer, layer.self_attn, encoder.config.d_model, None,
+            layer.self_attn.k_proj, layer.self_attn.v_proj, layer.self_attn.num_heads,
+        )
+        for layer in encoder.layers
+    ]  # fmt: skip
+
+
+# wav2vec2, HuBERT
+
+
+def _wav2vec2_layers(encoder: nn.Module) -> Sequence[PromptedLayer]:
+    pre_norm = encoder.config.do_stable_layer_norm
+    return [
+        PromptedLayer(
+            layer, layer.attention, encoder.config.hidden_size, layer.layer_norm if pre_norm else None,
+            layer.attention.k_proj, layer.attention.v_proj, layer.attention.num_heads,
+        )
+        for layer in encoder.encoder.layers
+    ]  # fmt: skip
+
+
+def _wav2vec2_pool(encoder: nn.Module, inputs: Inputs) -> Pool:
+    mask, config = inputs.get("attention_mask"), encoder.config
+    if mask is None:
+        return token_mean
+    frames = inputs["input_values"].shape[1]
+    for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
+        frames = (frames - kernel) // stride + 1
+    # the adapter, which only wav2vec2 can have, shortens the sequence behind the last layer
+    no_adapter = {"add_adapter": False} if _has_adapter(encoder) else {}
+    return masked_mean(encoder._get_feature_vector_attention_mask(frames, mask, **no_adapter))
+
+
+def _wav2vec2_feature(encoder: nn.Module, output: Any, inputs: Inputs) -> Tensor:
+    tokens, mask = output.last_hidden_state, inputs.get("attention_mask")
+    return masked_mean(None if mask is None else encoder._get_feature_vector_attention_mask(tokens.shape[1], mask))(tokens)
+
+
+def _has_adapter(encoder: nn.Module) -> bool:
+    return getattr(encoder.config, "add_adapter", False)
+
+
+def _wav2vec2_feature_width(encoder: nn.Module) -> int:
+    return encoder.config.output_hidden_size if _has_adapter(encoder) else encoder.config.hidden_size
+
+
+# GPT-2
+
+
+def _gpt2_layers(encoder: nn.Module) -> Sequence[PromptedLayer]:
+    return [
+        PromptedLayer(
+            layer, layer.attn, encoder.config.hidden_size, layer.ln_1,
+            functools.partial(_packed_keys_and_values, layer.attn.c_attn), None, layer.attn.num_heads,
+        )
+        for layer in encoder.h
+    ]  # fmt: skip
+
+
+def _gpt2_run(encoder: nn.Module, inputs: Inputs) -> Any:
+    return encoder(**{"use_cache": False, **inputs})
+
+
+def _by_last_token(encoder: nn.Module, inputs: Inputs) -> Pool:
+    return last_real_token(inputs.get("attention_mask"))
+
+
+def _last_token(encoder: nn.Module, output: Any, inputs: Inputs) -> Tensor:
+    return _by_last_token(encoder, inputs)(output.last_hidden_state)
+
+
+def _register(name: str, model: str, input_name: str, *, module: str | None = None, **facts: Any) -> None:
+    module = name if module is None else module
+    defaults = {"attach": _attach, "setup": _register_interfaces, "feature_width": _hidden_size}
+    models = (f"transformers.models.{module}.modeling_{module}.{model}",)
+    register_encoder(EncoderFamily(name=name, models=models, input_name=input_name, **{**defaults, **facts}))
+
+
+_CLASS_TOKEN = {"pool": _by_class_token, "feature": _class_token}
+_register("bert", "BertModel", "input_ids", layers=_bert_layers, problem=_bert_problem, **_CLASS_TOKEN)
+_register("roberta", "RobertaModel", "input_ids", layers=_bert_layers, problem=_bert_problem, **_CLASS_TOKEN)
+_register("distilbert", "DistilBertModel", "input_ids", layers=_distilbert_layers, **_CLASS_TOKEN)
+_register("vit", "ViTModel", "pixel_values", layers=_vit_layers, **_CLASS_TOKEN)
+_register("deit", "DeiTModel", "pixel_values", layers=_vit_layers, **_CLASS_TOKEN)
+_register("dinov2", "Dinov2Model", "pixel_values", layers=_dinov2_layers, **_CLASS_TOKEN)
+_register(
+    "clip_vision", "CLIPVisionModel", "pixel_values",
+    module="clip", layers=_clip_layers, pool=_by_class_token, feature=_pooler_output,
+)  # fmt: skip
+_register(
+    "clip_text", "CLIPTextModel", "input_ids",
+    module="clip", layers=_clip_layers, pool=_clip_text_pool, feature=_pooler_output,
+)  # fmt: skip
+_register(
+    "siglip_vision", "SiglipVisionModel", "pixel_values",
+    module="siglip", layers=_clip_layers, pool=_by_mean, feature=_siglip_feature,
+)  # fmt: skip
+_register(
+    "whisper", "WhisperEncoder", "input_features",
+    layers=_layers_behind_a_norm, pool=_by_mean, feature=_mean, feature_width=_d_model,
+)  # fmt: skip
+_register(
+    "bart", "BartEncoder", "input_ids",
+    layers=_layers_before_a_norm, pool=_by_masked_mean, feature=_masked_mean, feature_width=_d_model,
+)  # fmt: skip
+for _name, _model in (("wav2vec2", "Wav2Vec2Model"), ("hubert", "HubertModel")):
+    _register(
+        _name, _model, "input_values",
+        layers=_wav2vec2_layers, pool=_wav2vec2_pool, feature=_wav2vec2_feature, feature_width=_wav2vec2_feature_width,
+    )  # fmt: skip
+_register(
+    "gpt2", "GPT2Model", "input_ids",
+    layers=_gpt2_layers, pool=_by_last_token, feature=_last_token, run=_gpt2_run,
+)  # fmt: skip

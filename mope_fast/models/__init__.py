@@ -1,6 +1,8 @@
-"""Whole fused models."""
+"""Whole models: fused, prompt-tuned, and folded for inference."""
 
+from .folded import FoldedModel
 from .fusion import MoPEFusion
 from .output import FusionOutput
+from .prompt_tuned import PromptTuned
 
-__all__ = ["FusionOutput", "MoPEFusion"]
+__all__ = ["FoldedModel", "FusionOutput", "MoPEFusion", "PromptTuned"]

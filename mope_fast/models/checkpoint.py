@@ -1,6 +1,5 @@
 """Trained parts on disk: one JSON description that names one safetensors file, replaced together or not at all."""
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -11,33 +10,12 @@ from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from ..modules import MoPEConfig
-
 if TYPE_CHECKING:
-    from .fusion import MoPEFusion
+    from .task import TaskModel
 
 DESCRIPTION = "mope_fast.json"
-FORMAT = 1
-KEYS = ("main", "complementary", "config", "head", "num_classes", "problem_type", "weights")
-
-
-def describe(model: "MoPEFusion") -> dict[str, Any]:
-    """What has to match at load time."""
-    weight = getattr(model.head, "weight", None)
-    return {
-        "format": FORMAT,
-        "main": _describe_encoder(model.main),
-        "complementary": _describe_encoder(model.complementary),
-        "config": model.config.to_dict(),
-        "head": None if model.head is None else type(model.head).__name__,
-        "num_classes": None if weight is None else weight.shape[0],
-        "problem_type": model.problem_type,
-    }
-
-
-def _describe_encoder(encoder: Any) -> dict[str, Any] | None:
-    family = getattr(encoder, "family", None)
-    return None if family is None else {"family": family.name, "widths": encoder.widths}
+FORMAT = 2
+KEYS = ("model", "main", "config", "head", "num_classes", "problem_type", "weights")
 
 
 def _write_atomically(path: Path, data: bytes) -> None:
@@ -62,14 +40,14 @@ def save(path: str | os.PathLike[str], state: dict[str, Tensor], description: di
     data = serialize({key: value.detach().cpu().contiguous().clone() for key, value in state.items()}, {"format": "pt"})
     weights = _weights_name(data)
     _write_atomically(folder / weights, data)
-    _write_atomically(folder / DESCRIPTION, json.dumps({**description, "weights": weights}, indent=2).encode())
+    _write_atomically(folder / DESCRIPTION, json.dumps({"format": FORMAT, **description, "weights": weights}, indent=2).encode())
     for old in (*folder.glob("mope_fast-*.safetensors"), *folder.glob(".mope_fast*.tmp")):
         if old.name != weights:
             old.unlink(missing_ok=True)
 
 
-def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The JSON of a saved model.
+def read_description(path: str | os.PathLike[str], model: str, settings: set[str]) -> dict[str, Any]:
+    """The JSON of a saved model of this class, whose settings have these names.
 
     Raises:
         FileNotFoundError: there is none.
@@ -77,37 +55,38 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     file = Path(path) / DESCRIPTION
     if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist: expected a folder written by MoPEFusion.save_pretrained")
+        raise FileNotFoundError(f"{file} does not exist: expected a folder written by {model}.save_pretrained")
     try:
         description = json.loads(file.read_text())
     except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}): expected a file written by MoPEFusion.save_pretrained") from None
+        raise ValueError(f"{file} is not JSON ({error}): expected a file written by {model}.save_pretrained") from None
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         got = description.get("format") if isinstance(description, dict) else type(description).__name__
         raise ValueError(f"{file} has format {got!r}, expected {FORMAT}: save it again with this version, or update mope_fast")
     if missing := [key for key in KEYS if key not in description]:
         raise ValueError(f"{file} lacks {missing}: restore it, or save the model again")
+    if description["model"] != model:
+        raise ValueError(f"{file} was saved by {description['model']}, not by {model}: load it with {description['model']}")
     types = {"config": dict, "weights": str, "problem_type": str, "num_classes": (int, type(None))}
     if wrong := [key for key, kind in types.items() if not isinstance(description[key], kind)]:
         raise ValueError(f"{file} is damaged: {wrong} have the wrong type; restore it, or save the model again")
     if Path(description["weights"]).name != description["weights"]:
         raise ValueError(f"{file} names weights outside its folder ({description['weights']}): don't trust it")
-    known = {field.name for field in dataclasses.fields(MoPEConfig)}
-    if unknown := [key for key in description["config"] if key not in known]:
+    if unknown := [key for key in description["config"] if key not in settings]:
         raise ValueError(f"{file} has settings that this version doesn't know: {unknown}; update mope_fast")
     return description
 
 
-def load(path: str | os.PathLike[str], model: "MoPEFusion", description: dict[str, Any]) -> None:
+def load(path: str | os.PathLike[str], model: "TaskModel", description: dict[str, Any]) -> None:
     """Read the weights into a model made from the description.
 
     Raises:
         FileNotFoundError, ValueError: the weights are missing, damaged or don't fit; the message lists every difference.
     """
     problems = [
-        f"{name}: saved with {description[name]}, got {found}"
-        for name, found in describe(model).items()
-        if name in ("main", "complementary", "head") and description[name] != found
+        f"{name}: saved with {description.get(name)}, got {found}"
+        for name, found in model.description().items()
+        if name in ("main", "complementary", "head") and description.get(name) != found
     ]
     weights = Path(path) / description["weights"]
     if not weights.is_file():

@@ -1,47 +1,34 @@
 """MoPEFusion: two modalities fused inside one frozen encoder (MoPE, arXiv 2403.10568)."""
 
+import copy
 import dataclasses
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
-from ..encoders import PromptedEncoder, find_family
-from ..encoders.families import family_of
+from ..encoders import PromptedEncoder, family_of, find_family
 from ..modules import MoPEConfig, PromptBank
 from . import checkpoint
+from .folded import FoldedModel
 from .output import FusionOutput
-
-Inputs = Tensor | dict[str, Any]
-
-
-def _regression_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    if labels.shape not in (logits.shape, logits.squeeze(-1).shape):
-        raise ValueError(f"regression labels must have the shape of logits {tuple(logits.shape)}, got {tuple(labels.shape)}")
-    return F.mse_loss(logits, labels.to(logits.dtype).view_as(logits))
+from .prompt_tuned import PromptTuned
+from .prompting import Inputs, run_prompted
+from .sides import check_same_batch, complementary_feature, is_prompted_model
+from .task import TaskModel, apply_head, check_head, describe_encoder, prompted
 
 
-TASK_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "single_label_classification": F.cross_entropy,
-    "multi_label_classification": lambda logits, labels: F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype)),
-    "regression": _regression_loss,
-}
-
-
-class MoPEFusion(nn.Module):
+class MoPEFusion(TaskModel):
     """A frozen main encoder whose every layer takes prompts routed by a complementary modality.
 
     Args:
-        main: a supported encoder; held frozen and in eval mode.
+        main: a supported encoder, held frozen and in eval mode; or a :class:`PromptedEncoder` that several models share.
         complementary: where psi_y comes from: a supported encoder (its global feature, with vanilla prompts of
-            ``config.complementary_prompt_length`` in its layers), any callable that gives (B, cross_dim) features (a module is held
-            frozen, in eval mode and without gradient; a plain function may train parameters of its own), or None: then the
-            features themselves are passed to ``forward``.
+            ``config.complementary_prompt_length`` in its layers), a :class:`PromptTuned` of your own, any callable that gives
+            (B, cross_dim) features (a module is held frozen, in eval mode and without gradient; a plain function may train
+            parameters of its own), or None: then the features themselves are passed to ``forward``.
         num_classes: outputs of the linear head; None for no head (``logits`` is None, use ``features``).
         config: see :class:`MoPEConfig`; ``config.cross_dim`` is needed unless ``complementary`` is a supported encoder.
         head: a head of your own, (B, D) -> (B, num_classes), in place of the linear one.
@@ -65,41 +52,37 @@ class MoPEFusion(nn.Module):
         problem_type: str = "single_label_classification",
     ):
         super().__init__()
-        if problem_type not in TASK_LOSSES:
-            raise ValueError(f"problem_type must be one of {list(TASK_LOSSES)}, got {problem_type!r}")
-        if head is not None and num_classes is not None:
-            raise ValueError("give num_classes for a linear head or head for one of your own, not both")
-        if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 1):
-            raise ValueError(f"num_classes must be an integer >= 1, got {num_classes!r}")
+        check_head(num_classes, head, problem_type)
         if complementary is not None and not callable(complementary):
             raise TypeError(f"complementary must be a supported encoder, a callable or None, got {type(complementary).__name__}")
         config = MoPEConfig() if config is None else config
-        family_of(main)
-        encodes = complementary is not None and find_family(complementary) is not None
-        cross_dim = family_of(complementary).feature_width(complementary) if encodes else config.cross_dim
-        if encodes and config.cross_dim not in (None, cross_dim):
+        if not isinstance(main, PromptedEncoder):
+            family_of(main)
+        cross_dim = _feature_width(complementary)
+        if cross_dim is not None and config.cross_dim not in (None, cross_dim):
             raise ValueError(
                 f"config.cross_dim is {config.cross_dim}, but {type(complementary).__name__} gives features of width {cross_dim}"
             )
+        cross_dim = config.cross_dim if cross_dim is None else cross_dim
         if config.needs_cross and cross_dim is None:
             raise ValueError("the width of the complementary feature can't be inferred: set MoPEConfig(cross_dim=...)")
 
         self.config = dataclasses.replace(config, cross_dim=cross_dim)
         self.problem_type = problem_type
-        self.main = PromptedEncoder(main)
-        self.complementary = complementary
-        self.complementary_bank = None
+        self.main = prompted(main)
+        self._shared = self.main is main
         try:
-            if encodes:
-                self.complementary = PromptedEncoder(complementary)
-                if config.complementary_prompt_length:
-                    self.complementary_bank = PromptBank(self.complementary.widths, None, _vanilla(config))
-            elif isinstance(complementary, nn.Module):
+            if _is_encoder(complementary):
+                length = config.complementary_prompt_length
+                complementary = PromptTuned(complementary, length, dropout=config.dropout, prompt_init=config.prompt_init)
+            elif isinstance(complementary, nn.Module) and not is_prompted_model(complementary):
                 complementary.requires_grad_(False).eval()
+            self.complementary = complementary
             self.bank = PromptBank(self.main.widths, cross_dim, self.config)
             self.head = head if num_classes is None else nn.Linear(self.main.feature_width, num_classes)
         except BaseException:
-            self.unwrap()
+            if not self._shared:
+                self.main.detach()
             raise
 
     def forward(
@@ -113,49 +96,41 @@ class MoPEFusion(nn.Module):
                 needs them.
             labels: see ``problem_type``; gives ``loss``.
         """
-        config = self.config
-        cross = self.complementary_feature(complementary_inputs) if config.needs_cross else None
-        context = self.bank.prepare(cross)
-        scores: list[Tensor] = []
-        features = self.main(main_inputs, _provider(self.bank, context, self.main.layers, scores))
-        if self.head is None:
-            if labels is not None:
-                raise ValueError("labels need a head: give num_classes or head to MoPEFusion")
-            logits = None
-        else:
-            logits = self.head(features.to(next((p.dtype for p in self.head.parameters()), features.dtype)))
-
-        stacked = torch.stack(scores) if scores else None
+        config, cross = self.config, None
+        if config.needs_cross:
+            cross = self.complementary_feature(complementary_inputs)
+            check_same_batch(self.main, main_inputs, cross)
+        features, scores = run_prompted(self.main, self.bank, main_inputs, cross)
+        logits = apply_head(self.head, features)
         importance = features.new_zeros(())
-        if stacked is not None:
-            importance = functional.importance_loss(stacked, threshold=config.importance_threshold)
-        task_loss = loss = None
-        if labels is not None:
-            task_loss = TASK_LOSSES[self.problem_type](logits, labels)
-            loss = task_loss + config.importance_weight * importance
-        return FusionOutput(loss, logits, task_loss, importance, stacked, features)
+        if scores is not None:
+            importance = functional.importance_loss(scores, threshold=config.importance_threshold)
+        task_loss = self.task_loss(logits, labels)
+        loss = None if task_loss is None else task_loss + config.importance_weight * importance
+        return FusionOutput(loss, logits, task_loss, importance, scores, features)
 
     def complementary_feature(self, inputs: Inputs | None) -> Tensor:
         """psi_y, (B, cross_dim)."""
-        if inputs is None:
-            raise ValueError("complementary_inputs is None, but the prompts depend on the complementary modality")
-        if self.complementary is None:
-            return inputs
-        if self.complementary_bank is not None:
-            context = self.complementary_bank.prepare()
-            return self.complementary(inputs, _provider(self.complementary_bank, context, self.complementary.layers))
-        frozen = isinstance(self.complementary, nn.Module)
-        with torch.no_grad() if frozen else nullcontext():
-            if isinstance(inputs, dict) and not isinstance(self.complementary, PromptedEncoder):
-                return self.complementary(**inputs)
-            return self.complementary(inputs)
+        return complementary_feature(self.complementary, inputs)
 
     def train(self, mode: bool = True) -> "MoPEFusion":
         """Train or evaluate prompts, mapper and head; encoders stay in eval mode."""
         super().train(mode)
-        if isinstance(self.complementary, nn.Module):
+        if isinstance(self.complementary, nn.Module) and not is_prompted_model(self.complementary):
             self.complementary.eval()
         return self
+
+    def fold(self) -> FoldedModel:
+        """For inference: a new model whose experts and prompts have been through the frozen projections already.
+
+        Equal to this one in eval mode, to rounding. It has copies of what is trained and shares the frozen encoders.
+
+        Raises:
+            ValueError: folding is not exact for this encoder (a norm of keys, or one that is not ``nn.LayerNorm``).
+        """
+        side = self.complementary
+        side = side.fold() if isinstance(side, PromptTuned) else side
+        return FoldedModel(self.main, self.bank, copy.deepcopy(self.head), side)
 
     def parameter_groups(
         self, main_lr: float, complementary_lr: float | None = None, weight_decay: float = 1e-3
@@ -164,32 +139,35 @@ class MoPEFusion(nn.Module):
 
         Defaults of the released code: 4e-4 (vision) and 5e-4 (text), weight decay 1e-3 on everything.
         """
-        groups = [
-            {
-                "params": [p for m in (self.bank, self.head) if m is not None for p in m.parameters() if p.requires_grad],
-                "lr": main_lr,
-            }
-        ]
-        if self.complementary_bank is not None:
-            lr = main_lr if complementary_lr is None else complementary_lr
-            groups.append({"params": list(self.complementary_bank.parameters()), "lr": lr})
+        side = (
+            [p for p in self.complementary.parameters() if p.requires_grad] if isinstance(self.complementary, PromptTuned) else []
+        )
+        own = [p for module in (self.bank, self.head) if module is not None for p in module.parameters() if p.requires_grad]
+        groups = [{"params": own, "lr": main_lr}]
+        if side:
+            groups.append({"params": side, "lr": main_lr if complementary_lr is None else complementary_lr})
         return [{**group, "weight_decay": weight_decay} for group in groups]
 
-    def trained_state_dict(self) -> dict[str, Tensor]:
-        """Prompts, mapper and head: all that isn't a frozen encoder."""
-        return {key: value for key, value in self.state_dict().items() if not key.startswith(("main.", "complementary."))}
+    def frozen_parts(self) -> list[str]:
+        """Names of the modules that are held and not trained."""
+        black_box = isinstance(self.complementary, nn.Module) and not is_prompted_model(self.complementary)
+        return [*super().frozen_parts(), *(["complementary"] if black_box else [])]
 
     def unwrap(self) -> tuple[nn.Module, nn.Module | Callable[..., Tensor] | None]:
-        """Give both encoders back as they were; this model can't be used afterwards."""
-        complementary = self.complementary
-        return self.main.detach(), complementary.detach() if isinstance(complementary, PromptedEncoder) else complementary
+        """Give both encoders back as they were; this model can't be used afterwards. A shared encoder stays wrapped."""
+        side = self.complementary
+        main = self.main.encoder if self._shared else self.main.detach()
+        return main, side.unwrap() if isinstance(side, PromptTuned) else side
 
-    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write the trained parts only: ``mope_fast.json`` and a safetensors file beside it.
-
-        Killed at any moment, the folder holds the old save or the new one, each whole.
-        """
-        checkpoint.save(path, self.trained_state_dict(), checkpoint.describe(self))
+    def description(self) -> dict[str, Any]:
+        side = self.complementary
+        return {
+            "model": "MoPEFusion",
+            "main": describe_encoder(self.main),
+            "complementary": describe_encoder(side.main) if isinstance(side, PromptTuned) else None,
+            "config": self.config.to_dict(),
+            **self._head_description(),
+        }
 
     @classmethod
     def from_pretrained(
@@ -205,44 +183,20 @@ class MoPEFusion(nn.Module):
         Raises:
             FileNotFoundError, ValueError: no such save, or it doesn't fit; the message says what doesn't.
         """
-        description = checkpoint.read_description(path)
-        num_classes = None if head is not None else description["num_classes"]
-        model = cls(
-            main,
-            complementary,
-            num_classes,
-            MoPEConfig(**description["config"]),
-            head=head,
-            problem_type=description["problem_type"],
-        )
-        try:
-            checkpoint.load(path, model, description)
-        except BaseException:
-            model.unwrap()
-            raise
-        return model.eval()
+        known = {field.name for field in dataclasses.fields(MoPEConfig)}
+        saved = checkpoint.read_description(path, "MoPEFusion", known)
+        classes, config = None if head is not None else saved["num_classes"], MoPEConfig(**saved["config"])
+        model = cls(main, complementary, classes, config, head=head, problem_type=saved["problem_type"])
+        model._load(path, saved)
+        return model
 
 
-def _vanilla(config: MoPEConfig) -> MoPEConfig:
-    """Static prompts only, for the complementary encoder."""
-    return MoPEConfig(
-        prompt_length=config.complementary_prompt_length,
-        dropout=config.dropout,
-        prompt_init=config.prompt_init,
-        use_dynamic=False,
-        use_mapped=False,
-    )
+def _is_encoder(complementary: object) -> bool:
+    return isinstance(complementary, PromptedEncoder) or (complementary is not None and find_family(complementary) is not None)
 
 
-def _provider(bank, context, layers, scores=None):
-    """What :class:`PromptedEncoder` calls at each layer; appends the layer's scores to ``scores``."""
-
-    def provide(index: int, hidden_states: Tensor):
-        layer = layers[index]
-        output = bank.layer(index, hidden_states, context)
-        prefixes = output.key_value(layer.norm, layer.k_proj, layer.v_proj, layer.num_heads)
-        if scores is not None and output.scores is not None:
-            scores.append(output.scores)
-        return prefixes
-
-    return provide
+def _feature_width(complementary: object) -> int | None:
+    """Of the features that a supported encoder or a prompted model gives; None if that can't be known."""
+    if _is_encoder(complementary) and not isinstance(complementary, PromptedEncoder):
+        return family_of(complementary).feature_width(complementary)
+    return getattr(complementary, "feature_width", None)

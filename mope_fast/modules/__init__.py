@@ -2,8 +2,9 @@
 
 from .attention import PromptAttention
 from .config import MoPEConfig
+from .folded import FoldedBank
 from .mapper import PromptMapper
 from .output import MoPEOutput
 from .prompts import MoPELayer, PromptBank, PromptContext
 
-__all__ = ["MoPEConfig", "MoPELayer", "MoPEOutput", "PromptAttention", "PromptBank", "PromptContext", "PromptMapper"]
+__all__ = ["FoldedBank", "MoPEConfig", "MoPELayer", "MoPEOutput", "PromptAttention", "PromptBank", "PromptContext", "PromptMapper"]

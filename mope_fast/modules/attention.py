@@ -93,12 +93,13 @@ class PromptAttention(nn.Module):
         self.proj = nn.Linear(width, dim_out or dim, bias=proj_bias, **factory)
 
     @classmethod
-    def from_attention(cls, attention: nn.Module, *, impl: str = "auto") -> "PromptAttention":
+    def from_attention(cls, attention: nn.Module, *, impl: str = "auto", ignore_dropout: bool = False) -> "PromptAttention":
         """The same attention on the parameters of a timm ``Attention``: shared, not copied.
 
         Args:
             attention: a timm ``Attention``, or a module with its attributes num_heads, head_dim, qkv, q_norm, k_norm and proj.
             impl: see the class.
+            ignore_dropout: take one with dropout probabilities, which this module never applies: right for eval mode only.
 
         Raises:
             TypeError: it lacks one of these, has parts, arguments or hooks that this module does not know (rotary embeddings, ...),
@@ -124,7 +125,7 @@ class PromptAttention(nn.Module):
         if unknown := [argument for argument in arguments if argument not in inspect.signature(cls.forward).parameters]:
             raise TypeError(f"{name}.forward takes {', '.join(unknown)}, which PromptAttention does not reproduce")
         for drop in ("attn_drop", "proj_drop"):
-            if probability := getattr(getattr(attention, drop, None), "p", 0.0):
+            if not ignore_dropout and (probability := getattr(getattr(attention, drop, None), "p", 0.0)):
                 raise ValueError(f"PromptAttention has no dropout, {name}.{drop}.p is {probability}: set it to 0 (as in eval mode)")
         head_dim = _checked_head_dim(attention.head_dim)
         if not math.isclose(scale := getattr(attention, "scale", head_dim**-0.5), head_dim**-0.5):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,16 @@ from .config import MoPEConfig
 
 Projection = Callable[[Tensor], Tensor]
 Prefix = tuple[Tensor, Tensor]
+
+
+class FrozenLayer(Protocol):
+    """What :meth:`MoPEOutput.key_value` has to know of a layer."""
+
+    norm: nn.Module | None
+    k_proj: Projection
+    v_proj: Projection | None
+    num_heads: int
+    key_norm: Projection | None
 
 
 def expert_gram(experts: Tensor) -> Tensor:
@@ -107,7 +118,13 @@ class MoPEOutput:
         )  # fmt: skip
 
     def key_value(
-        self, norm: nn.Module | None, k_proj: Projection, v_proj: Projection, num_heads: int, *, key_norm: Projection | None = None
+        self,
+        norm: nn.Module | None,
+        k_proj: Projection,
+        v_proj: Projection | None,
+        num_heads: int,
+        *,
+        key_norm: Projection | None = None,
     ) -> list[Prefix]:
         """The prompts as key/value prefixes of a frozen layer's attention, for :func:`mope_fast.functional.prompt_attention`.
 
@@ -117,7 +134,8 @@ class MoPEOutput:
 
         Args:
             norm: the norm before the layer's attention; None for a post-norm layer.
-            k_proj, v_proj: affine maps (..., D) -> (..., H * Dh); they are called, never read.
+            k_proj, v_proj: affine maps (..., D) -> (..., H * Dh); they are called, never read. With ``v_proj`` None, ``k_proj``
+                gives keys and values side by side, (..., 2 * H * Dh).
             num_heads: H.
             key_norm: a norm of keys behind the projection, called on (..., H, P, Dh); it rules out K/V-space mixing.
 
@@ -141,24 +159,19 @@ class MoPEOutput:
                 *others, normed_experts, bias = rows.split(list(sizes.values()))
                 rows = torch.cat([*others, normed_experts - bias, torch.zeros_like(bias), bias])
                 sizes["bias"] = 1
-        keys, values = (dict(zip(sizes, proj(rows).split(list(sizes.values())), strict=True)) for proj in (k_proj, v_proj))
+        both = project(rows, k_proj, v_proj)
+        parts = dict(zip(sizes, both.split(list(sizes.values())), strict=True))
 
         if in_kv_space:
-            keys["dynamic"], values["dynamic"] = self._mix_in_kv_space(keys, values, norm)
+            parts["dynamic"] = self._mix_in_kv_space(parts, norm)
         elif self.routing is not None:
-            shape = (self.batch, self.config.prompt_length)
-            keys["dynamic"], values["dynamic"] = keys["dynamic"].unflatten(0, shape), values["dynamic"].unflatten(0, shape)
-        if "mapped" in sources:
-            keys["mapped"], values["mapped"] = keys["mapped"][:, None], values["mapped"][:, None]
-        prefixes: list[Prefix] = []
-        if "static" in sources:
-            prefixes.append((_heads(keys["static"][None], num_heads), _heads(values["static"][None], num_heads)))
-        if per_sample := [name for name in ("dynamic", "mapped") if name in keys]:
-            parts = ([rows[name] for name in per_sample] for rows in (keys, values))
-            prefixes.append(tuple(_heads(torch.cat(rows, dim=1), num_heads) for rows in parts))
-        if key_norm is not None:
-            prefixes = [(key_norm(keys).to(values.dtype), values) for keys, values in prefixes]
-        return prefixes
+            parts["dynamic"] = parts["dynamic"].unflatten(0, (self.batch, self.config.prompt_length))
+        if "mapped" in parts:
+            parts["mapped"] = parts["mapped"][:, None]
+        prefixes = [parts["static"][None]] if "static" in parts else []
+        if per_sample := [parts[name] for name in ("dynamic", "mapped") if name in parts]:
+            prefixes.append(per_sample[0] if len(per_sample) == 1 else torch.cat(per_sample, dim=1))
+        return [split_heads(rows, num_heads, key_norm) for rows in prefixes]
 
     def _mixes_in_kv_space(self, norm: nn.Module | None, key_norm: Projection | None) -> bool:
         config, routing = self.config, self.routing
@@ -173,23 +186,40 @@ class MoPEOutput:
             raise ValueError(f"MoPEConfig.mixing='kv' is not exact here: {problem}; use mixing='auto' or 'prompt'")
         return problem is None and (config.mixing == "kv" or (config.mixing == "auto" and config.num_experts < self.batch))
 
-    def _mix_in_kv_space(self, keys: dict[str, Tensor], values: dict[str, Tensor], norm: nn.Module | None) -> tuple[Tensor, Tensor]:
-        """Keys and values of all experts, of zero and of the norm's bias -> those of the mixed prompts, (B, L, H * Dh) each."""
-        both = {name: torch.cat([keys[name], values[name]], dim=-1) for name in ("experts", "zero", "bias") if name in keys}
-        table = (both["experts"] - both["zero"]).unflatten(0, (self.config.num_experts, self.config.prompt_length))
-        if norm is None:
-            mixed, self._scores = self._mix(table)
-            shift = both["zero"]
-        else:
-            # the norm has divided each expert by its own deviation: undo that, the mixture has another
-            gram = self.routing.gram()
-            deviation = (gram.diagonal(dim1=-2, dim2=-1) + norm.eps).sqrt().T  # (K, L)
-            mixed, self._scores = self._mix(table * deviation[..., None].to(table.dtype), gram, norm.eps)
-            shift = both["bias"]
-        mixed = mixed + shift.to(mixed.dtype)
-        return mixed.split([keys["experts"].shape[-1], values["experts"].shape[-1]], dim=-1)
+    def _mix_in_kv_space(self, parts: dict[str, Tensor], norm: nn.Module | None) -> Tensor:
+        """Keys and values of all experts, of zero and of the norm's bias -> those of the mixed prompts, (B, L, 2 * H * Dh)."""
+        gram = None if norm is None else self.routing.gram()
+        table, shift = expert_table(parts["experts"], parts["zero"], parts.get("bias"), self.config.num_experts, norm, gram)
+        mixed, self._scores = self._mix(table, gram, 1e-5 if norm is None else norm.eps)
+        return mixed + shift.to(mixed.dtype)
 
 
-def _heads(rows: Tensor, num_heads: int) -> Tensor:
-    """(B, P, H * Dh) -> (B, H, P, Dh), a view."""
-    return rows.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+def project(rows: Tensor, k_proj: Projection, v_proj: Projection | None) -> Tensor:
+    """(R, D) -> keys and values side by side, (R, 2 * H * Dh)."""
+    keys = k_proj(rows)
+    return keys if v_proj is None else torch.cat([keys, v_proj(rows)], dim=-1)
+
+
+def expert_table(
+    experts: Tensor, zero: Tensor, bias: Tensor | None, num_experts: int, norm: nn.Module | None, gram: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What K/V-space mixing mixes and what it then adds: (K, L, 2 * H * Dh) and (1, 2 * H * Dh).
+
+    Args:
+        experts: projections of the (normed, less the norm's bias) expert rows, (K * L, 2 * H * Dh).
+        zero, bias: projections of zero and of the norm's bias, (1, 2 * H * Dh).
+        norm: the layer norm before the projection, or None.
+        gram: see :func:`expert_gram`; with a norm only.
+    """
+    table = (experts - zero).unflatten(0, (num_experts, -1))
+    if norm is None:
+        return table, zero
+    # the norm has divided each expert by its own deviation: undo that, the mixture has another
+    deviation = (gram.diagonal(dim1=-2, dim2=-1) + norm.eps).sqrt().T  # (K, L)
+    return table * deviation[..., None].to(table.dtype), bias
+
+
+def split_heads(rows: Tensor, num_heads: int, key_norm: Projection | None = None) -> Prefix:
+    """Keys and values side by side (B, P, 2 * H * Dh) -> two views (B, H, P, Dh), keys normed."""
+    keys, values = rows.unflatten(-1, (2, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+    return (keys if key_norm is None else key_norm(keys).to(values.dtype)), values

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from .._autocast import without_autocast
 from .config import MoPEConfig
 from .mapper import PromptMapper
-from .output import MoPEOutput, Routing, expert_gram
+from .output import FrozenLayer, MoPEOutput, Prefix, Routing, expert_gram
 from .router import global_feature, linear_fp32, orthogonal_keys, routing_noise
 
 
-def _check_input(name: str, x: Tensor, width: int, batch: int | None = None, ranks: tuple[int, ...] = (2,)) -> None:
+def check_input(name: str, x: Tensor, width: int, batch: int | None = None, ranks: tuple[int, ...] = (2,)) -> None:
     expected = " or ".join(f"({', '.join(('B', 'S')[: rank - 1])}, {width})" for rank in ranks)
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor {expected}, got {type(x).__name__}")
@@ -94,14 +94,14 @@ class MoPELayer(nn.Module):
             cross: (B, cross_dim), the complementary feature; may be None without dynamic prompts.
             mapped: (B, D), the mapped prompt, or None for none.
         """
-        _check_input("x", x, self.dim, ranks=(2, 3))
+        check_input("x", x, self.dim, ranks=(2, 3))
         config, batch = self.config, x.shape[0]
         if mapped is not None:
-            _check_input("mapped", mapped, self.dim, batch)
+            check_input("mapped", mapped, self.dim, batch)
             mapped = F.dropout(mapped, config.dropout, self.training)
         routing = None
         if config.use_dynamic:
-            _check_input("cross", cross, self.cross_dim, batch)
+            check_input("cross", cross, self.cross_dim, batch)
             inter = linear_fp32(global_feature(x), self.inter_proj.weight, self.inter_proj.bias)
             query = torch.cat([inter, linear_fp32(cross, self.cross_proj.weight, self.cross_proj.bias)], dim=-1)
             logits = linear_fp32(query, self.keys)
@@ -117,7 +117,7 @@ class MoPELayer(nn.Module):
         return f"dim={self.dim}, cross_dim={self.cross_dim}, num_experts={c.num_experts}, prompt_length={c.prompt_length}"
 
 
-class _LayerRouter(NamedTuple):
+class LayerRouter(NamedTuple):
     """One layer's share of the stacked router, its complementary half computed."""
 
     cross_logits: Tensor  # (B, K)
@@ -139,7 +139,7 @@ class PromptContext:
     batch: int | None
     static: list[Tensor | None]  # (L, D), after dropout
     mapped: list[Tensor | None]  # (B, D), after dropout
-    routers: list[_LayerRouter | None]
+    routers: list[LayerRouter | None]
 
 
 class _Stack(nn.Module):
@@ -218,7 +218,7 @@ class PromptBank(nn.Module):
             static = self._per_layer(lambda stack: F.dropout(stack.static_prompt, config.dropout, self.training).unbind())
         if not config.needs_cross:
             return PromptContext(None, static, mapped, routers)
-        _check_input("cross", cross, self.cross_dim)
+        check_input("cross", cross, self.cross_dim)
         if config.use_dynamic:
             routers = self._routers(cross)
         if config.use_mapped:
@@ -228,7 +228,7 @@ class PromptBank(nn.Module):
 
     def layer(self, index: int, x: Tensor, context: PromptContext) -> MoPEOutput:
         """Layer ``index``'s prompts for its input x: (B, S, D) with the class token first, or a global feature (B, D)."""
-        _check_input("x", x, self.dims[index], context.batch, ranks=(2, 3))
+        check_input("x", x, self.dims[index], context.batch, ranks=(2, 3))
         routing, router = None, context.routers[index]
         if router is not None:
             inter = linear_fp32(global_feature(x), router.inter_weight, router.inter_bias)
@@ -237,16 +237,29 @@ class PromptBank(nn.Module):
             routing = Routing(logits, router.noise, router.experts, router.gram, self.training)
         return MoPEOutput(x.shape[0], x.dtype, self.config, context.static[index], context.mapped[index], routing)
 
+    def prefixes(
+        self, index: int, layer: FrozenLayer, feature: Tensor, context: PromptContext
+    ) -> tuple[list[Prefix], Tensor | None]:
+        """Layer ``index``'s prompts as prefixes of its attention, and its routing scores; feature is its pooled input (B, D)."""
+        out = self.layer(index, feature, context)
+        prefixes = out.key_value(layer.norm, layer.k_proj, layer.v_proj, layer.num_heads, key_norm=layer.key_norm)
+        return prefixes, out.scores
+
+    def split_keys(self) -> tuple[Tensor, Tensor]:
+        """The routing keys' parts for the layer's own and for the complementary feature: (N, K, d_i) and (N, K, d_c)."""
+        config, dtype = self.config, torch.promote_types(self.cross_proj.weight.dtype, torch.float32)
+        return self.keys.to(dtype).split([config.inter_routing_dim, config.cross_routing_dim], dim=-1)
+
     def _per_layer(self, take: Callable[[_Stack], Sequence]) -> list:
         """What ``take`` gives for the layers of each width, in the order of layers."""
         parts = {int(width): iter(take(stack)) for width, stack in self.stacks.items()}
         return [next(parts[width]) for width in self.dims]
 
-    def _routers(self, cross: Tensor) -> list[_LayerRouter]:
+    def _routers(self, cross: Tensor) -> list[LayerRouter]:
         config, layers = self.config, len(self.dims)
         query = linear_fp32(cross, self.cross_proj.weight, self.cross_proj.bias)
         query = query.unflatten(-1, (layers, config.cross_routing_dim)).transpose(0, 1)
-        inter_keys, cross_keys = self.keys.to(query.dtype).split([config.inter_routing_dim, config.cross_routing_dim], dim=-1)
+        inter_keys, cross_keys = self.split_keys()
         with without_autocast(cross.device.type):
             cross_logits = query @ cross_keys.mT
         noise = routing_noise(cross_logits, config.noise_std) if self.training else None
@@ -259,7 +272,7 @@ class PromptBank(nn.Module):
             self._per_layer(lambda stack: stack.experts.unbind()),
             self._per_layer(_grams),
         )
-        return [_LayerRouter(*parts) for parts in zip(*columns, strict=True)]
+        return [LayerRouter(*parts) for parts in zip(*columns, strict=True)]
 
     def extra_repr(self) -> str:
         c = self.config

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from mope_fast import MoPEConfig, MoPEFusion, functional, register_encoder, supported_encoders
-from mope_fast.encoders import EncoderFamily, PromptedEncoder, PromptedLayer, families, find_family
+from mope_fast.encoders import EncoderFamily, PromptedEncoder, PromptedLayer, families, find_family, first_token
 from mope_fast.encoders.prompted import prefixes_of
 
 DIM, HEADS, LAYERS = 16, 2, 2
@@ -57,7 +57,8 @@ def family(monkeypatch):
             PromptedLayer(layer, layer.attention, DIM, layer.norm, layer.attention.k, layer.attention.v, HEADS)
             for layer in encoder.layers
         ],
-        feature=lambda output, inputs: output[:, 0],
+        pool=lambda encoder, inputs: first_token,
+        feature=lambda encoder, output, inputs: output[:, 0],
         feature_width=lambda encoder: DIM,
         attach=lambda encoder: lambda encoder: None,
         problem=lambda encoder: "it is too deep" if len(encoder.layers) > LAYERS else None,
@@ -67,9 +68,9 @@ def family(monkeypatch):
 
 
 def provider(seen):
-    def provide(index, x):
+    def provide(index, x, pool):
         seen.append((index, x.shape))
-        return [(torch.ones(1, HEADS, 3, DIM // HEADS, dtype=x.dtype), torch.ones(1, HEADS, 3, DIM // HEADS, dtype=x.dtype))]
+        return [(torch.ones(1, HEADS, 3, DIM // HEADS, dtype=x.dtype), torch.ones(1, HEADS, 3, DIM // HEADS, dtype=x.dtype))], None
 
     return provide
 
@@ -89,10 +90,11 @@ def test_families_register_is_untouched_by_other_tests():
 def test_each_layer_asks_once_for_its_prompts(family, by_keyword):
     encoder = PromptedEncoder(Encoder().double())
     x, seen = torch.randn(4, 5, DIM, dtype=torch.float64), []
-    prompted = encoder({"x": x, "by_keyword": by_keyword}, provider(seen))
+    prompted, scores = encoder({"x": x, "by_keyword": by_keyword}, provider(seen))
+    assert scores == [None] * LAYERS
     assert seen == [(i, (4, 5, DIM)) for i in range(LAYERS)]
-    assert not torch.allclose(prompted, encoder(x))
-    assert torch.equal(encoder(x), encoder.encoder(x)[:, 0])
+    assert not torch.allclose(prompted, encoder(x)[0])
+    assert torch.equal(encoder(x)[0], encoder.encoder(x)[:, 0])
 
 
 def test_prompted_encoder_is_frozen_and_stays_in_eval_mode(family):

@@ -50,13 +50,13 @@ def test_every_trained_parameter_gets_a_gradient_and_no_encoder_parameter_does(m
     output = model(INPUTS[main](6), INPUTS[complementary](6), torch.arange(6) % CLASSES)
     output.loss.backward()
     for name, parameter in model.named_parameters():
-        encoder = name.startswith(("main.", "complementary."))
+        encoder = ".encoder." in name
         assert parameter.requires_grad is not encoder, name
         assert (parameter.grad is None) is encoder, name
         # batch norm takes every shift out of the bias before it
         if not encoder and name != "bank.mapper.down.bias":
             assert parameter.grad.abs().max() > 0, name
-    assert (model.complementary_bank is None) is (length == 0)
+    assert (model.complementary.bank is None) is (length == 0)
     assert output.features.shape == (6, WIDTHS[main])
 
 
@@ -68,7 +68,7 @@ def test_training_mode_never_reaches_the_encoders():
         assert model.head.training
         assert model.main.encoder.config.hidden_dropout_prob > 0
         for name, module in model.named_modules():
-            if name.startswith(("main", "complementary.")) or name == "complementary":
+            if name.startswith(("main", "complementary.main")) or module is black:
                 assert not module.training, name
         assert not model.eval().bank.training
     assert not black.training
@@ -276,7 +276,7 @@ def four_dimensional_mask():
             "labels need a head: give num_classes or head",
         ),
         ({}, lambda: (four_dimensional_mask(), make_images(3)), r"attention_mask must be \(B, S\).*got \(3, 1, 9, 9\)"),
-        ({}, lambda: (make_text(3), make_images(2)), "batch 3.* 2"),
+        ({}, lambda: (make_text(3), make_images(2)), "main has 3 samples, complementary 2"),
     ],
 )
 def test_wrong_inputs_are_named(settings, inputs, message):

@@ -46,8 +46,9 @@ def test_fusion_equals_the_librarys_layers_on_concatenated_prompts(main, main_se
     model = make_fusion(*encoders, num_classes=None, mixing=mixing, **settings)
     inputs = INPUTS[main](6), INPUTS[OTHER[main]](6)
 
-    vanilla = model.complementary_bank.prepare()
-    cross = concatenated_feature(plain[1], inputs[1], lambda i, x: model.complementary_bank.layer(i, x, vanilla).prompts)
+    side = model.complementary.bank
+    vanilla = side.prepare()
+    cross = concatenated_feature(plain[1], inputs[1], lambda i, x: side.layer(i, x, vanilla).prompts)
     context = model.bank.prepare(cross)
     scores = []
 

@@ -166,7 +166,7 @@ def test_a_second_forward_at_the_same_time_is_refused():
     def meanwhile(module, args):
         def run():
             try:
-                model.main(inputs[0], lambda index, hidden: ())
+                model.main(inputs[0], lambda index, hidden, pool: ((), None))
             except RuntimeError as error:
                 errors.append(str(error))
 

@@ -1,0 +1,106 @@
+"""PromptTuned: one frozen encoder with trained prompts, no router."""
+
+import copy
+import os
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..modules import MoPEConfig, PromptBank
+from . import checkpoint
+from .folded import FoldedModel
+from .output import FusionOutput
+from .prompting import Inputs, run_prompted
+from .task import TaskModel, apply_head, check_head, describe_encoder, prompted
+
+
+class PromptTuned(TaskModel):
+    """A frozen encoder with prompts of its own in every layer.
+
+    Prompts are keys and values only, before the layer's own: prefix tuning (arXiv 2101.00190) whose prefixes pass the frozen
+    projections, equal to VPT-deep (arXiv 2203.12119) up to what nobody reads, the layers' outputs at the prompts' positions.
+
+    Args:
+        encoder: a supported encoder, held frozen and in eval mode; or a :class:`PromptedEncoder` that several models share.
+        prompt_length: rows of each layer's prompt; 0 for the plain encoder, run without gradient.
+        num_classes: outputs of the linear head; None for no head (``logits`` is None, use ``features``).
+        head: a head of your own, (B, D) -> (B, num_classes), in place of the linear one.
+        problem_type: as for :class:`MoPEFusion`.
+        dropout: on prompts, one mask a step.
+        prompt_init: prompts start uniform in +-prompt_init; None for :class:`MoPEConfig`'s rule.
+
+    Example:
+        >>> model = PromptTuned(vit, prompt_length=8, num_classes=10)
+        >>> model(images, labels).loss.backward()
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        prompt_length: int,
+        num_classes: int | None = None,
+        *,
+        head: nn.Module | None = None,
+        problem_type: str = "single_label_classification",
+        dropout: float = 0.1,
+        prompt_init: float | None = None,
+    ):
+        super().__init__()
+        check_head(num_classes, head, problem_type)
+        if not isinstance(prompt_length, int) or isinstance(prompt_length, bool) or prompt_length < 0:
+            raise ValueError(f"prompt_length must be an integer >= 0, got {prompt_length!r}")
+        self.settings = {"prompt_length": prompt_length, "dropout": dropout, "prompt_init": prompt_init}
+        # settings are checked before the encoder is touched
+        config = MoPEConfig(**{**self.settings, "prompt_length": max(1, prompt_length)}, use_dynamic=False, use_mapped=False)
+        self.problem_type = problem_type
+        self.main = prompted(encoder)
+        self._shared = self.main is encoder
+        self.bank = PromptBank(self.main.widths, None, config) if prompt_length else None
+        self.head = head if num_classes is None else nn.Linear(self.main.feature_width, num_classes)
+
+    @property
+    def feature_width(self) -> int:
+        """D of ``features``."""
+        return self.main.feature_width
+
+    def forward(self, inputs: Inputs, labels: Tensor | None = None) -> FusionOutput:
+        """One pass.
+
+        Args:
+            inputs: the encoder's main input, or a dict of its keyword arguments.
+            labels: see ``problem_type``; gives ``loss``.
+        """
+        features, _ = run_prompted(self.main, self.bank, inputs)
+        logits = apply_head(self.head, features)
+        loss = self.task_loss(logits, labels)
+        return FusionOutput(loss, logits, loss, None, None, features)
+
+    def fold(self) -> FoldedModel:
+        """For inference: a new model whose prompts' keys and values are computed already; see :meth:`MoPEFusion.fold`."""
+        return FoldedModel(self.main, self.bank, copy.deepcopy(self.head))
+
+    def parameter_groups(self, lr: float, weight_decay: float = 1e-3) -> list[dict[str, Any]]:
+        """Trained parameters for an optimiser."""
+        return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": lr, "weight_decay": weight_decay}]
+
+    def description(self) -> dict[str, Any]:
+        return {
+            "model": "PromptTuned", "main": describe_encoder(self.main), "config": dict(self.settings), **self._head_description()
+        }  # fmt: skip
+
+    def unwrap(self) -> nn.Module:
+        """Give the encoder back as it was; this model can't be used afterwards. A shared encoder stays wrapped."""
+        return self.main.encoder if self._shared else self.main.detach()
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], encoder: nn.Module, *, head: nn.Module | None = None) -> "PromptTuned":
+        """Read a folder of :meth:`save_pretrained` onto the same encoder; ``head`` only if it was saved with one of its own.
+
+        Raises:
+            FileNotFoundError, ValueError: no such save, or it doesn't fit; the message says what doesn't.
+        """
+        saved = checkpoint.read_description(path, "PromptTuned", {"prompt_length", "dropout", "prompt_init"})
+        classes = None if head is not None else saved["num_classes"]
+        model = cls(encoder, num_classes=classes, head=head, problem_type=saved["problem_type"], **saved["config"])
+        model._load(path, saved)
+        return model
