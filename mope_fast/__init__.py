@@ -2,7 +2,7 @@
 
 from . import functional
 from .encoders import PromptedEncoder, register_encoder, supported_encoders
-from .models import FoldedModel, FusionOutput, MoPEFusion, PromptTuned
+from .models import FoldedModel, FusionOutput, MoPEFusion, MultiAdapter, PromptTuned
 from .modules import MoPEConfig, MoPELayer, MoPEOutput, PromptAttention, PromptBank, PromptMapper
 from .receptive_field import ReceptiveField
 
@@ -14,6 +14,7 @@ __all__ = [
     "MoPEFusion",
     "MoPELayer",
     "MoPEOutput",
+    "MultiAdapter",
     "PromptAttention",
     "PromptBank",
     "PromptMapper",

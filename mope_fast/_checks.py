@@ -105,21 +105,32 @@ def check_prompt_attention(
     """See :func:`mope_fast.functional.prompt_attention`."""
     _check_attention(q, k, v, key_padding_mask, bias, scale, is_causal)
     batch, heads, _, head_dim = q.shape
-    if not isinstance(prefixes, (list, tuple)) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in prefixes):
-        raise TypeError("prefixes must be a sequence of (key, value) pairs, () for none")
+    members = (2, 3)
+    if not isinstance(prefixes, (list, tuple)) or not all(isinstance(p, (list, tuple)) and len(p) in members for p in prefixes):
+        raise TypeError("prefixes must be a sequence of (key, value) pairs or (key, value, mask), () for none")
     if len(prefixes) > 2:
         raise ValueError(f"prefixes must hold at most two (key, value) pairs, got {len(prefixes)}: concatenate some of them")
-    for i, pair in enumerate(prefixes):
-        for tensor in pair:
+    for i, (pk, pv, *masks) in enumerate(prefixes):
+        for tensor in (pk, pv):
             _check_float(f"prefix {i}", tensor)
             _check_same_device("q", q, f"prefix {i}", tensor)
-        pk, pv = pair
         fits = pk.dim() == 4 and pk.shape[0] in (1, batch) and pk.shape[1] == heads and pk.shape[3] == head_dim
         if not fits or pk.shape != pv.shape:
             expected = f"({batch} or 1, {heads}, P, {head_dim})"
             raise ValueError(f"prefix {i} must be two tensors {expected}, got {_shape(pk)} and {_shape(pv)}")
         if pk.dtype != pv.dtype:
             raise TypeError(f"key and value of prefix {i} must have one dtype, got {pk.dtype} and {pv.dtype}")
+        for mask in masks:
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+                got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+                raise TypeError(f"the mask of prefix {i} must be a bool tensor, got {got}")
+            if mask.dim() != 2 or mask.shape[0] not in (1, batch) or mask.shape[1] != pk.shape[2]:
+                raise ValueError(f"the mask of prefix {i} must be ({batch} or 1, {pk.shape[2]}), True = there; got {_shape(mask)}")
+            _check_same_device("q", q, f"the mask of prefix {i}", mask)
+            if is_causal and q.shape[2] > k.shape[2]:
+                raise ValueError(
+                    f"is_causal with a masked prefix needs at least as many keys as queries, got {k.shape[2]} and {q.shape[2]}"
+                )
 
 
 def check_receptive_field_attention(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
@@ -112,7 +113,7 @@ def prompt_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    prefixes: Sequence[tuple[Tensor, Tensor]] = (),
+    prefixes: Sequence[tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]] = (),
     *,
     is_causal: bool = False,
     key_padding_mask: Tensor | None = None,
@@ -129,6 +130,8 @@ def prompt_attention(
         q: (B, H, Sq, Dh), Dh at most 256. Any strides, as everything here.
         k, v: (B, H, Sk, Dh), in the dtype of q.
         prefixes: up to two pairs of keys and values, each (B or 1, H, P, Dh), of any float dtype. Batch 1 is shared by all samples.
+            A third member (B or 1, P) bool says which of a sample's prefix keys are there (True); prefixes are then concatenated
+            with the tokens' keys.
         is_causal: query i sees the token keys up to ``i + Sk - Sq``.
         key_padding_mask: (B, Sk) bool, True = a real token, in any positions.
         bias: (B or 1, H or 1, Sq, Sk), any float dtype, added to the scaled products with token keys; gets a gradient on
@@ -144,6 +147,9 @@ def prompt_attention(
         RuntimeError: ``impl`` can't run here.
     """
     check_prompt_attention(q, k, v, prefixes, key_padding_mask, bias, scale, is_causal)
+    if any(len(prefix) == 3 for prefix in prefixes):
+        k, v, key_padding_mask, bias = _ragged_prefixes_as_tokens(k, v, prefixes, key_padding_mask, bias)
+        prefixes = ()
     masking = {"key_padding_mask": key_padding_mask, "bias": bias, "scale": scale}
     keys = k.shape[2] + sum(pk.shape[2] for pk, _ in prefixes)
     masked = key_padding_mask is not None or bias is not None or (is_causal and q.shape[2] != keys)
@@ -201,6 +207,18 @@ def receptive_field_attention(
         return _prompt_attention_op(q, k, v, (), field=field.lowered(q.device), is_causal=False, **masking)
     backend = sdpa_attention if impl == "sdpa" else xformers_attention
     return backend.receptive_field_attention(q, k, v, field, **masking)
+
+
+def _ragged_prefixes_as_tokens(
+    k: Tensor, v: Tensor, prefixes: Sequence, key_padding_mask: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Prefixes before the tokens' keys, what is not there as padding; causality, aligned to the last key, stays as it was."""
+    batch, tokens = k.shape[0], k.shape[2]
+    masks = [prefix[2] if len(prefix) == 3 else k.new_ones(1, prefix[0].shape[2], dtype=torch.bool) for prefix in prefixes]
+    masks.append(k.new_ones(1, tokens, dtype=torch.bool) if key_padding_mask is None else key_padding_mask)
+    k, v = sdpa_attention.concatenated(k, v, [prefix[:2] for prefix in prefixes])
+    bias = None if bias is None else F.pad(bias, (k.shape[2] - tokens, 0))
+    return k, v, torch.cat([mask.expand(batch, -1) for mask in masks], dim=1), bias
 
 
 def _in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -217,3 +217,51 @@ def test_wrong_arguments_are_named_with_what_was_got(change, error, message):
     change(arguments)
     with pytest.raises(error, match=message):
         functional.prompt_attention(**arguments)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("impl", ["reference", "sdpa"])
+@pytest.mark.parametrize("extras", [(), ("padding",), ("bias",), ("padding", "bias")], ids=str)
+def test_a_masked_prefix_is_as_if_its_hidden_rows_were_not_there(impl, is_causal, extras):
+    q, k, v = (torch.randn(3, 2, 5, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    shared = tuple(torch.randn(1, 2, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    ragged = tuple(torch.randn(3, 2, 4, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    there = torch.tensor([[True, True, False, True], [False] * 4, [True] * 4])
+    options = {"is_causal": is_causal, "impl": impl}
+    if "padding" in extras:
+        options["key_padding_mask"] = torch.tensor([[True] * 5, [True, True, False, False, True], [True] * 3 + [False] * 2])
+    if "bias" in extras:
+        options["bias"] = torch.randn(1, 2, 5, 5, dtype=torch.float64)
+    out = functional.prompt_attention(q, k, v, [shared, (*ragged, there)], **options)
+    rows = []
+    for i in range(3):
+        one = {name: value[i : i + 1] if name == "key_padding_mask" else value for name, value in options.items()}
+        prefix = tuple(part[i : i + 1, :, there[i]] for part in ragged)
+        rows.append(functional.prompt_attention(q[i : i + 1], k[i : i + 1], v[i : i + 1], [shared, prefix], **one))
+    expected, upstream = torch.cat(rows), torch.randn_like(out)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    leaves = [q, k, v, *shared, *ragged]
+    grads = [torch.autograd.grad((x * upstream).sum(), leaves) for x in (out, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
+    assert not grads[0][-1][1].any()
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [
+        (torch.ones(3, 4), TypeError, "the mask of prefix 0 must be a bool tensor, got torch.float32"),
+        ([True], TypeError, "the mask of prefix 0 must be a bool tensor, got list"),
+        (torch.ones(3, 5, dtype=torch.bool), ValueError, r"the mask of prefix 0 must be \(3 or 1, 4\), True = there; got \(3, 5\)"),
+        (torch.ones(2, 4, dtype=torch.bool), ValueError, r"the mask of prefix 0 must be \(3 or 1, 4\)"),
+    ],
+)
+def test_a_wrong_prefix_mask_is_named(mask, error, message):
+    q, pair = torch.randn(3, 2, 5, 8), torch.randn(2, 3, 2, 4, 8)
+    with pytest.raises(error, match=message):
+        functional.prompt_attention(q, q, q, [(*pair, mask)])
+
+
+def test_a_masked_prefix_with_causality_needs_a_key_for_each_query():
+    q, k, pair, mask = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 3, 8), torch.randn(2, 1, 2, 4, 8), torch.ones(1, 4).bool()
+    with pytest.raises(ValueError, match="is_causal with a masked prefix needs at least as many keys as queries, got 3 and 5"):
+        functional.prompt_attention(q, k, k, [(*pair, mask)], is_causal=True)

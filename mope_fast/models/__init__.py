@@ -2,7 +2,8 @@
 
 from .folded import FoldedModel
 from .fusion import MoPEFusion
+from .multi_adapter import MultiAdapter
 from .output import FusionOutput
 from .prompt_tuned import PromptTuned
 
-__all__ = ["FoldedModel", "FusionOutput", "MoPEFusion", "PromptTuned"]
+__all__ = ["FoldedModel", "FusionOutput", "MoPEFusion", "MultiAdapter", "PromptTuned"]

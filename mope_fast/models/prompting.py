@@ -42,5 +42,8 @@ def run_prompted(
     if bank is None:
         with torch.no_grad():
             return encoder(inputs)[0], None
-    feature, scores = encoder(inputs, BankPrompts(bank, bank.prepare(cross), encoder.layers))
+    context = bank.prepare(cross)
+    if encoder.gradient_checkpointing and isinstance(context, PromptContext):
+        context.compute_shared()
+    feature, scores = encoder(inputs, BankPrompts(bank, context, encoder.layers))
     return feature, torch.stack(scores) if bank.config.use_dynamic else None

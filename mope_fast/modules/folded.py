@@ -68,18 +68,29 @@ class FoldedBank(nn.Module):
     def prepare(self, cross: Tensor | None = None) -> FoldedContext:
         """Everything that doesn't depend on a layer's input, once per forward; cross is (B, cross_dim)."""
         logits = mapped = [None] * len(self.dims)
-        if not self.config.needs_cross:
-            return FoldedContext(logits, mapped)
         if self.config.use_dynamic:
-            check_input("cross", cross, self.cross_proj.in_features)
-            query = linear_fp32(cross, self.cross_proj.weight, self.cross_proj.bias)
-            query = query.unflatten(-1, (len(self.dims), -1)).transpose(0, 1)
-            with without_autocast(cross.device.type):
-                logits = torch.baddbmm(self.logit_shift.to(query.dtype), query, self.cross_keys.to(query.dtype)).unbind()
+            logits = self.cross_logits(cross).unbind()
         if self.config.use_mapped:
-            rows = {width: iter(self.directions[str(width)](row)) for width, row in self.mapper(cross).items()}
-            mapped = [next(rows[width]) for width in self.dims]
+            mapped = self.project_mapped(self.mapped_rows(cross))
         return FoldedContext(logits, mapped)
+
+    def cross_logits(self, cross: Tensor) -> Tensor:
+        """The complementary feature's part of all layers' routing logits, (N, B, K)."""
+        check_input("cross", cross, self.cross_proj.in_features)
+        query = linear_fp32(cross, self.cross_proj.weight, self.cross_proj.bias)
+        query = query.unflatten(-1, (len(self.dims), -1)).transpose(0, 1)
+        with without_autocast(cross.device.type):
+            return torch.baddbmm(self.logit_shift.to(query.dtype), query, self.cross_keys.to(query.dtype))
+
+    def mapped_rows(self, cross: Tensor) -> dict[int, Tensor]:
+        """For each layer width W the mapped prompt (B, W)."""
+        check_input("cross", cross, self.mapper.down.in_features)
+        return self.mapper(cross)
+
+    def project_mapped(self, rows: dict[int, Tensor]) -> list[Tensor]:
+        """For each layer a mapped prompt's keys and values, (B, 2 * H * Dh); rows as :meth:`mapped_rows` gives them."""
+        parts = {width: iter(self.directions[str(width)](row)) for width, row in rows.items()}
+        return [next(parts[width]) for width in self.dims]
 
     def prefixes(
         self, index: int, layer: FrozenLayer, feature: Tensor, context: FoldedContext
@@ -112,7 +123,7 @@ class FoldedBank(nn.Module):
 
 
 class _Tables(nn.Module):
-    """What folding knows of one layer. ``experts`` and what comes with it are None without dynamic prompts, ``gram`` without a norm."""
+    """What folding knows of one layer; None for prompts it doesn't have, ``gram`` for one without a norm."""
 
     static: Tensor | None  # (1, L, 2 * H * Dh)
     logit_map: Tensor | None  # (D, K)
@@ -126,7 +137,9 @@ class _Tables(nn.Module):
         if static is not None:
             both = _project(static.to(dtype), layer)[None]
             static = torch.stack(split_heads(both, layer.num_heads, layer.key_norm)).permute(1, 3, 0, 2, 4).flatten(2)
-        tables = dict.fromkeys(("logit_map", "experts", "shift", "gram")) if router is None else _dynamic_tables(layer, router, dtype)
+        tables = (
+            dict.fromkeys(("logit_map", "experts", "shift", "gram")) if router is None else _dynamic_tables(layer, router, dtype)
+        )
         for name, table in {"static": static, **tables}.items():
             self.register_buffer(name, None if table is None else table.clone())
 

@@ -13,7 +13,8 @@ from .._autocast import without_autocast
 from .config import MoPEConfig
 
 Projection = Callable[[Tensor], Tensor]
-Prefix = tuple[Tensor, Tensor]
+Prefix = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
+"""Keys and values (B or 1, H, P, Dh), and which of them are there (B or 1, P) if not all are."""
 
 
 class FrozenLayer(Protocol):

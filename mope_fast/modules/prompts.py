@@ -141,6 +141,12 @@ class PromptContext:
     mapped: list[Tensor | None]  # (B, D), after dropout
     routers: list[LayerRouter | None]
 
+    def compute_shared(self) -> None:
+        """Do now what the first layer that needs it would do for all: a layer that is run again must find the same."""
+        for router in self.routers:
+            if router is not None:
+                router.gram()
+
 
 class _Stack(nn.Module):
     """Parameters of all n layers of one width."""

@@ -1,0 +1,305 @@
+"""Many trained models on one frozen encoder, in one pass."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import functional
+from .._autocast import without_autocast
+from ..encoders import Pool, PromptedLayer
+from ..encoders.families import batch_size
+from ..modules import FoldedBank
+from ..modules.output import Prefix, split_heads
+from .folded import FoldedModel
+from .fusion import MoPEFusion
+from .output import FusionOutput
+from .prompt_tuned import PromptTuned
+from .prompting import Inputs
+from .sides import check_same_batch, complementary_feature
+from .task import apply_head
+
+
+class MultiAdapter(nn.Module):
+    """Several fusions and prompt-tunings on one shared frozen encoder: each sample of a batch names the one that it is for.
+
+    The encoder runs once for the whole batch, and each sample gets what its own model alone would give it, to rounding. All
+    adapters' experts are one table with the others' routing scores at zero. For inference; the models are folded and may be
+    trained on, which this one doesn't follow.
+
+    Args:
+        adapters: name -> model, all made on one :class:`PromptedEncoder` object. Their prompt lengths may differ; prompts are
+            then padded and masked, which costs a concatenation with the tokens' keys in each layer.
+
+    Raises:
+        ValueError: the models run different encoder objects, can't be folded, or gate their scores differently (``top_k``).
+
+    Example:
+        >>> shared = PromptedEncoder(bert)
+        >>> topic, mood = PromptTuned.from_pretrained("topic", shared), MoPEFusion.from_pretrained("mood", shared)
+        >>> both = MultiAdapter({"topic": topic, "mood": mood})
+        >>> both(text, ["topic", "mood", "mood"], {"mood": images}).logits
+    """
+
+    def __init__(self, adapters: Mapping[str, MoPEFusion | PromptTuned | FoldedModel]):
+        super().__init__()
+        if not adapters:
+            raise ValueError("adapters is empty: give at least one model")
+        self.names = list(adapters)
+        models = {name: model if isinstance(model, FoldedModel) else model.fold() for name, model in adapters.items()}
+        self.models = nn.ModuleList(models.values())
+        self.main = self.models[0].main
+        for name, model in models.items():
+            if model.main is not self.main:
+                raise ValueError(
+                    f"adapter {name!r} runs another encoder object than {self.names[0]!r}: wrap the encoder once in a "
+                    "PromptedEncoder and make every model on it"
+                )
+        banks = [model.bank for model in self.models]
+        self.stack = None if all(bank is None for bank in banks) else _Stack(banks)
+        self.eval()
+
+    def forward(
+        self,
+        main_inputs: Inputs,
+        adapters: Sequence[str] | Tensor,
+        complementary_inputs: Mapping[str, Inputs] | None = None,
+    ) -> FusionOutput:
+        """One pass.
+
+        Args:
+            main_inputs: the encoder's input for the whole batch.
+            adapters: each sample's adapter: B names, or their indices in ``names`` (B,) int64, whose range is not checked (that
+                would wait for the device).
+            complementary_inputs: name -> complementary inputs or features, for each adapter in use that needs them. Each is for
+                the whole batch; what stands at other adapters' samples doesn't matter.
+
+        Returns:
+            logits (B, C), C the largest number of classes; -inf where a sample's own model has no such class, or no head.
+            scores (N, B, sum of all K), nonzero at the sample's own experts; features (B, D).
+        """
+        ids, used = self._ids(main_inputs, adapters)
+        crosses = self._crosses(main_inputs, used, complementary_inputs or {})
+        prompts = None if self.stack is None else _SelectedPrompts(self.stack, self.stack.prepare(ids, crosses), self.main.layers)
+        features, scores = self.main(main_inputs, prompts)
+        routed = self.stack is not None and self.stack.routes
+        return FusionOutput(
+            logits=self._logits(features, ids), scores=torch.stack(scores)[..., :-1] if routed else None, features=features
+        )
+
+    def _ids(self, main_inputs: Inputs, adapters: Sequence[str] | Tensor) -> tuple[Tensor, set[str]]:
+        """Indices on the device, and the names that may be among them."""
+        inputs = self.main.family.keyword_arguments(main_inputs)
+        device, batch = next((x.device for x in inputs.values() if isinstance(x, Tensor)), None), batch_size(inputs)
+        used = set(self.names)
+        if not isinstance(adapters, Tensor):
+            used = set(adapters)
+            if unknown := sorted(used - set(self.names)):
+                raise ValueError(f"unknown adapters {unknown}: expected names out of {self.names}")
+            adapters = torch.tensor([self.names.index(name) for name in adapters])
+        elif adapters.dtype != torch.int64:
+            raise TypeError(f"adapters must be names or indices of dtype int64, got {adapters.dtype}")
+        if adapters.shape != (batch,):
+            raise ValueError(f"adapters must name one adapter for each of {batch} samples, got {tuple(adapters.shape)}")
+        return adapters.to(device, non_blocking=True), used
+
+    def _crosses(self, main_inputs: Inputs, used: set[str], given: Mapping[str, Inputs]) -> list[Tensor | None]:
+        if unknown := sorted(set(given) - set(self.names)):
+            raise ValueError(f"complementary_inputs for unknown adapters {unknown}: expected names out of {self.names}")
+        crosses: list[Tensor | None] = []
+        for name, model in zip(self.names, self.models, strict=True):
+            needed = name in used and model.bank is not None and model.bank.config.needs_cross
+            if needed and name not in given:
+                raise ValueError(f"adapter {name!r} depends on a complementary modality: give complementary_inputs[{name!r}]")
+            cross = complementary_feature(model.complementary, given[name]) if needed else None
+            if needed:
+                check_same_batch(self.main, main_inputs, cross)
+            crosses.append(cross)
+        return crosses
+
+    def _logits(self, features: Tensor, ids: Tensor) -> Tensor | None:
+        each = [apply_head(model.head, features) for model in self.models]
+        if all(logits is None for logits in each):
+            return None
+        known = [logits for logits in each if logits is not None]
+        classes = max(logits.shape[1] for logits in known)
+        absent = known[0].new_full((len(features), classes), float("-inf"))
+        padded = [
+            absent if logits is None else F.pad(logits, (0, classes - logits.shape[1]), value=float("-inf")) for logits in each
+        ]
+        return _select(padded, ids)
+
+    def train(self, mode: bool = True) -> "MultiAdapter":
+        """Stays in eval mode."""
+        return super().train(False)
+
+
+def _select(candidates: Sequence[Tensor], ids: Tensor) -> Tensor:
+    """Row b of candidate ids[b]; candidates (B, M) each."""
+    return torch.stack(list(candidates))[ids, torch.arange(len(ids), device=ids.device)]
+
+
+@dataclass(frozen=True)
+class _Context:
+    """One forward's share of the prompts; a tuple's entries are layers."""
+
+    ids: Tensor  # (B,)
+    logits: tuple[Tensor, ...]  # (B, all experts + 1), -inf at what isn't the sample's own; empty if nobody routes
+    mapped: Sequence[Tensor]  # (B, 2 * H * Dh); empty if nobody maps
+    there: Tensor | None  # (B, P): which rows of [static | dynamic | mapped] a sample has; None if all have all
+
+
+class _Stack(nn.Module):
+    """All adapters' tables side by side. The last expert is nobody's: samples whose adapter doesn't route get it."""
+
+    def __init__(self, banks: Sequence[FoldedBank | None]):
+        super().__init__()
+        self.banks = list(banks)
+        routing = [bank for bank in banks if bank is not None and bank.config.use_dynamic]
+        gates = {(bank.config.top_k, bank.config.renormalize) for bank in routing}
+        if len(gates) > 1:
+            raise ValueError(f"adapters gate their scores differently, (top_k, renormalize): {sorted(gates, key=str)}")
+        self.top_k, self.renormalize = gates.pop() if gates else (None, False)
+        self.routes = bool(routing)
+        lengths = torch.tensor([_lengths(bank) for bank in banks])  # (A, 3)
+        longest = lengths.amax(0).tolist()
+        self.dims = next(bank.dims for bank in banks if bank is not None)
+        self.layers = nn.ModuleList(_StackedLayer(index, banks, *longest[:2]) for index in range(len(self.dims)))
+        there = torch.cat([torch.arange(most) < own[:, None] for most, own in zip(longest, lengths.T, strict=True)], dim=1)
+        owners = [i for i, bank in enumerate(banks) for _ in range(_experts(bank))]
+        device = next(self.layers[0].buffers()).device
+        self.register_buffer("there", None if there.all() else there.to(device))  # (A, P)
+        self.owner = nn.Buffer(torch.tensor(owners, dtype=torch.long, device=device))  # (all experts,)
+        self.lone = nn.Buffer(torch.tensor([_experts(bank) == 0 for bank in banks], device=device))  # (A,)
+
+    def prepare(self, ids: Tensor, crosses: Sequence[Tensor | None]) -> _Context:
+        """crosses: each adapter's complementary feature, None where it isn't in use or needs none."""
+        there = None if self.there is None else self.there[ids]
+        return _Context(ids, self._logits(ids, crosses), self._mapped(ids, crosses), there)
+
+    def prefixes(self, index: int, layer: PromptedLayer, feature: Tensor, context: _Context) -> tuple[list[Prefix], Tensor | None]:
+        """As :meth:`FoldedBank.prefixes`."""
+        tables: _StackedLayer = self.layers[index]
+        parts, scores = [], None
+        if tables.static is not None:
+            # its keys are normed already
+            parts.append(split_heads(tables.static[context.ids], layer.num_heads))
+        if tables.experts is not None:
+            logits = context.logits[index]
+            with without_autocast(feature.device.type):
+                logits = torch.addmm(logits, feature.to(logits.dtype), tables.logit_map.to(logits.dtype))
+            mixed, scores = functional.route_and_mix(
+                logits, tables.experts, temperature=1.0, top_k=self.top_k, renormalize=self.renormalize,
+                gram=tables.gram, eps=tables.eps,
+            )  # fmt: skip
+            parts.append(split_heads(mixed + tables.shift.to(mixed.dtype), layer.num_heads))
+        if context.mapped:
+            parts.append(split_heads(context.mapped[index][:, None], layer.num_heads, layer.key_norm))
+        dtype = parts[-1][0].dtype
+        prefix = tuple(torch.cat([part.to(dtype) for part in side], dim=2) for side in zip(*parts, strict=True))
+        return [prefix if context.there is None else (*prefix, context.there)], scores
+
+    def _logits(self, ids: Tensor, crosses: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        if not self.routes:
+            return ()
+        columns = []
+        for bank, cross in zip(self.banks, crosses, strict=True):
+            if not _experts(bank):
+                continue
+            if cross is None:
+                columns.append(torch.zeros(len(self.dims), len(ids), _experts(bank), device=ids.device))
+            else:
+                columns.append(bank.cross_logits(cross) / bank.config.temperature)
+        logits = torch.cat([*columns, torch.zeros_like(columns[0][..., :1])], dim=-1)
+        own = torch.cat([self.owner == ids[:, None], self.lone[ids][:, None]], dim=1)
+        return torch.where(own, logits, float("-inf")).unbind()
+
+    def _mapped(self, ids: Tensor, crosses: Sequence[Tensor | None]) -> Sequence[Tensor]:
+        maps = [bank is not None and bank.config.use_mapped for bank in self.banks]
+        if not any(maps):
+            return ()
+        pairs = zip(self.banks, crosses, maps, strict=True)
+        rows = [bank.mapped_rows(cross) if used and cross is not None else None for bank, cross, used in pairs]
+        known = next((row for row in rows if row is not None), None)
+        # the directions depend on the frozen layers only: any adapter's will do
+        bank = self.banks[maps.index(True)]
+        if known is None:
+            weights = {int(width): directions.weight for width, directions in bank.directions.items()}
+            return bank.project_mapped({width: weight.new_zeros(len(ids), width) for width, weight in weights.items()})
+        return bank.project_mapped(
+            {width: _select([none if row is None else row[width] for row in rows], ids)
+             for width, none in ((width, torch.zeros_like(row)) for width, row in known.items())}
+        )  # fmt: skip
+
+
+class _StackedLayer(nn.Module):
+    """One layer's tables of all adapters, padded to the longest prompt with zeros."""
+
+    static: Tensor | None  # (A, P, 2 * H * Dh)
+    logit_map: Tensor | None  # (D, all experts + 1), divided by the temperatures
+    experts: Tensor | None  # (all experts + 1, P, 2 * H * Dh)
+    shift: Tensor | None  # (1, 2 * H * Dh)
+    gram: Tensor | None  # (P, all experts + 1, all experts + 1)
+
+    def __init__(self, index: int, banks: Sequence[FoldedBank | None], static_length: int, dynamic_length: int):
+        super().__init__()
+        tables = [None if bank is None else bank.tables[index] for bank in banks]
+        known = next(table for table in tables if table is not None)
+        self.eps = known.eps
+        static = None
+        if static_length:
+            some = next(table.static for table in tables if table is not None and table.static is not None)
+            none = some.new_zeros(1, static_length, some.shape[-1])
+            static = torch.cat([
+                none if table is None or table.static is None else _padded_rows(table.static, static_length) for table in tables
+            ])  # fmt: skip
+        self.register_buffer("static", static)
+        routing = [
+            (table, bank.config.temperature)
+            for table, bank in zip(tables, banks, strict=True)
+            if table is not None and _experts(bank)
+        ]
+        logit_map = experts = shift = gram = None
+        if routing:
+            experts = torch.cat([_padded_rows(table.experts, dynamic_length) for table, _ in routing])
+            experts = torch.cat([experts, torch.zeros_like(experts[:1])])
+            maps = [table.logit_map / temperature for table, temperature in routing]
+            logit_map = torch.cat([*maps, torch.zeros_like(maps[0][:, :1])], dim=1)
+            shift = routing[0][0].shift
+            if routing[0][0].gram is not None:
+                grams = [F.pad(table.gram, (0, 0, 0, 0, 0, dynamic_length - len(table.gram))) for table, _ in routing]
+                nobody = grams[0].new_zeros(dynamic_length, 1, 1)
+                gram = torch.stack([torch.block_diag(*rows) for rows in zip(*grams, nobody, strict=True)])
+        for name, table in {"logit_map": logit_map, "experts": experts, "shift": shift, "gram": gram}.items():
+            self.register_buffer(name, table)
+
+
+def _padded_rows(table: Tensor, length: int) -> Tensor:
+    return F.pad(table, (0, 0, 0, length - table.shape[1]))
+
+
+def _experts(bank: FoldedBank | None) -> int:
+    return bank.config.num_experts if bank is not None and bank.config.use_dynamic else 0
+
+
+def _lengths(bank: FoldedBank | None) -> tuple[int, int, int]:
+    """Rows of its static, dynamic and mapped prompts."""
+    if bank is None:
+        return 0, 0, 0
+    config = bank.config
+    return config.prompt_length * config.use_static, config.prompt_length * config.use_dynamic, int(config.use_mapped)
+
+
+@dataclass(frozen=True)
+class _SelectedPrompts:
+    """One forward's prompts, for :class:`PromptedEncoder`."""
+
+    stack: _Stack
+    context: _Context
+    layers: Sequence[PromptedLayer]
+
+    def __call__(self, index: int, hidden_states: Tensor, pool: Pool) -> tuple[Sequence[Prefix], Tensor | None]:
+        feature = pool(hidden_states) if self.stack.routes else hidden_states.flatten(1, -2)[:, 0]
+        return self.stack.prefixes(index, self.layers[index], feature, self.context)

@@ -1,0 +1,160 @@
+"""A folded model equals the one it comes from."""
+
+import copy
+
+import pytest
+import torch
+from tiny_fusion import INPUTS, MAKE, close, make_bert, make_dinov2, make_fusion, make_images, make_text
+from torch import nn
+
+from mope_fast import MoPEConfig, MoPEFusion, PromptTuned
+
+OTHER = {"bert": "dinov2", "dinov2": "bert"}
+
+
+def trained(model):
+    """Batch norm statistics and everything else away from their start."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm1d):
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.mark.parametrize("main", ["bert", "dinov2"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {}, {"top_k": 2}, {"top_k": 2, "renormalize": True}, {"learn_keys": True, "mapper_norm": "layer"},
+        {"use_dynamic": False}, {"use_mapped": False}, {"use_static": False}, {"use_dynamic": False, "use_mapped": False},
+        {"complementary_prompt_length": 0}, {"num_experts": 1}, {"mixing": "prompt"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_folded_equals_unfolded(main, settings):
+    model = trained(make_fusion(main, OTHER[main], **settings))
+    inputs = INPUTS[main](6), INPUTS[OTHER[main]](6)
+    expected, got = model(*inputs), model.fold()(*inputs)
+    close(got.logits, expected.logits)
+    close(got.features, expected.features)
+    assert (got.scores is None) is (expected.scores is None)
+    if expected.scores is not None:
+        close(got.scores, expected.scores)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_folded_is_as_near_to_the_truth_as_unfolded(dtype):
+    truth_model = trained(make_fusion("dinov2", "bert", complementary_prompt_length=0))
+    low = copy.deepcopy(truth_model).to(dtype)
+    images, text = make_images(16), make_text(16)
+    truth = copy.deepcopy(low).double()(images.to(dtype).double(), text).features
+    errors = [(m(images.to(dtype), text).features.double() - truth).square().mean().sqrt() for m in (low, low.fold())]
+    assert errors[1] <= 2 * errors[0]
+
+
+def test_prompt_tuned_folds_too():
+    model = trained(PromptTuned(make_dinov2(), 5, 3).double())
+    images = make_images(4)
+    close(model.fold()(images).logits, model(images).logits)
+
+
+def test_folding_leaves_the_model_alone_and_does_not_follow_it():
+    model = trained(make_fusion())
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    inputs = make_text(6), make_images(6)
+    before = model(*inputs).logits
+    folded = model.fold()
+    assert torch.equal(model(*inputs).logits, before)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1)
+    assert not torch.allclose(model(*inputs).logits, before)
+    close(folded(*inputs).logits, before)
+
+
+def test_a_folded_model_is_for_inference():
+    folded = make_fusion().fold().train()
+    assert not any(module.training for module in folded.modules())
+    assert not any(p.requires_grad for p in folded.parameters())
+    assert not folded(make_text(3), make_images(3)).logits.requires_grad
+
+
+def test_a_folded_model_in_training_of_its_source_has_no_dropout():
+    model = make_fusion().train()
+    inputs = make_text(6), make_images(6)
+    folded = model.fold()
+    assert torch.equal(folded(*inputs).logits, folded(*inputs).logits)
+    close(folded(*inputs).logits, model.eval()(*inputs).logits)
+
+
+def test_a_folded_model_does_less_for_each_layer():
+    """It calls no projection of the frozen layers for prompts: each is called once, for the tokens."""
+    model = make_fusion("bert", None, cross_dim=20)
+    calls = []
+    model.main.layers[0].k_proj.register_forward_hook(lambda module, args, output: calls.append(args[0].shape))
+    text, features = make_text(6), torch.randn(6, 20, dtype=torch.float64)
+    folded = model.fold()
+    for run, count in ((model, 2), (folded, 1)):
+        calls.clear()
+        run(text, features)
+        assert len(calls) == count
+
+
+def test_a_folded_model_saves_and_loads_its_state():
+    torch.manual_seed(1)
+    model, other = trained(make_fusion("bert", None, cross_dim=20)), make_fusion("bert", None, cross_dim=20)
+    other.main.encoder.load_state_dict(model.main.encoder.state_dict())
+    text, features = make_text(6), torch.randn(6, 20, dtype=torch.float64)
+    folded, target = model.fold(), other.fold()
+    target.load_state_dict(folded.state_dict())
+    assert torch.equal(target(text, features).logits, folded(text, features).logits)
+
+
+def test_a_norm_that_does_not_fold_is_refused():
+    encoder = make_dinov2()
+    encoder.encoder.layer[1].norm1 = nn.RMSNorm(48).double()
+    model = MoPEFusion(encoder, None, 2, MoPEConfig(cross_dim=8)).double().eval()
+    with pytest.raises(ValueError, match=r"layer 1 can.t be folded: its norm is RMSNorm"):
+        model.fold()
+    prompted = PromptTuned(make_dinov2(), 3).double().eval()
+    prompted.main.layers[1].module.norm1 = nn.RMSNorm(48).double()
+    assert prompted.fold()(make_images(2)).features.shape == (2, 48)
+
+
+def test_folded_compiles_and_needs_no_recompile_for_another_batch():
+    torch._dynamo.reset()
+    model = make_fusion(make_bert(num_hidden_layers=1), None, cross_dim=20)
+    folded = model.fold()
+    compiled = torch.compile(folded, backend="aot_eager", fullgraph=True, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True), torch.no_grad():
+        for size in (6, 9):
+            text, features = make_text(size), torch.randn(size, 20, dtype=torch.float64)
+            close(compiled(text, features).logits, folded(text, features).logits)
+
+
+@pytest.mark.parametrize("main", list(MAKE))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_folded_under_autocast(main, dtype):
+    model = trained(make_fusion(main, None, cross_dim=20)).float()
+    inputs, features = INPUTS[main](6), torch.randn(6, 20)
+    inputs = inputs if isinstance(inputs, dict) else inputs.float()
+    exact, folded = model(inputs, features).features, model.fold()
+    with torch.autocast("cpu", dtype):
+        errors = [(run(inputs, features).features.float() - exact).square().mean().sqrt() for run in (model, folded)]
+    assert errors[1] <= 2 * errors[0] + 1e-3
+
+
+def test_bad_complementary_inputs_are_named():
+    folded = make_fusion("bert", None, cross_dim=20).fold()
+    with pytest.raises(ValueError, match="complementary_inputs is None"):
+        folded(make_text(3))
+    with pytest.raises(ValueError, match="the two sides differ in batch length: main has 3 samples, complementary 4"):
+        folded(make_text(3), torch.randn(4, 20, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"cross must be \(B, 20\), got \(3, 19\)"):
+        folded(make_text(3), torch.randn(3, 19, dtype=torch.float64))
