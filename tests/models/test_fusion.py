@@ -266,6 +266,10 @@ def four_dimensional_mask():
     return {**make_text(3), "attention_mask": torch.ones(3, 1, 9, 9, dtype=torch.bool)}
 
 
+def empty_text():
+    return {name: value[:0] for name, value in make_text(3).items()}, torch.zeros(0, 20, dtype=torch.float64)
+
+
 @pytest.mark.parametrize(
     ("settings", "inputs", "message"),
     [
@@ -277,6 +281,8 @@ def four_dimensional_mask():
         ),
         ({}, lambda: (four_dimensional_mask(), make_images(3)), r"attention_mask must be \(B, S\).*got \(3, 1, 9, 9\)"),
         ({}, lambda: (make_text(3), make_images(2)), "main has 3 samples, complementary 2"),
+        ({}, lambda: (make_text(3), make_images(3)[:0]), "the batch of dinov2 is empty: it needs at least one sample"),
+        ({"complementary": None, "cross_dim": 20}, empty_text, "the batch of bert is empty: it needs at least one sample"),
     ],
 )
 def test_wrong_inputs_are_named(settings, inputs, message):
