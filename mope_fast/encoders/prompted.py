@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..modules.output import Prefix
+from ..modules.rows import Prefix
 from .families import Inputs, family_of
 from .pooling import Pool
 
@@ -78,6 +78,11 @@ class PromptedEncoder(nn.Module):
             setattr(layer.attention, _SLOT, _Slot())
             # a bound method, not a closure: a deep copy of the model gets one of its own
             layer.module.forward = functools.partial(self._layer_forward, index)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the encoder's weights."""
+        return next(p.dtype for p in self.encoder.parameters() if p.is_floating_point())
 
     def forward(self, inputs: Tensor | Inputs, prompts: PromptProvider | None = None) -> tuple[Tensor, list[Tensor | None]]:
         """The encoder's global feature (B, D), over tokens only, and the routing scores (B, K) or None of each layer.

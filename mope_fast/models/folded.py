@@ -33,9 +33,8 @@ class FoldedModel(nn.Module):
         complementary: "FoldedModel | Callable[..., Tensor] | None" = None,
     ):
         super().__init__()
-        dtype = next(main.encoder.parameters()).dtype
         self.main = main
-        self.bank = None if bank is None else FoldedBank(bank, main.layers, dtype)
+        self.bank = None if bank is None else FoldedBank(bank, main.layers, main.dtype)
         self.head = None if head is None else head.requires_grad_(False)
         self.complementary = complementary
         self.eval()

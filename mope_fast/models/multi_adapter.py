@@ -12,7 +12,8 @@ from .._autocast import without_autocast
 from ..encoders import Pool, PromptedLayer
 from ..encoders.families import batch_size
 from ..modules import FoldedBank
-from ..modules.output import Prefix, split_heads
+from ..modules.output import split_heads
+from ..modules.rows import Prefix
 from .folded import FoldedModel
 from .fusion import MoPEFusion
 from .output import FusionOutput
@@ -194,7 +195,8 @@ class _Stack(nn.Module):
                 logits, tables.experts, temperature=1.0, top_k=self.top_k, renormalize=self.renormalize,
                 gram=tables.gram, eps=tables.eps,
             )  # fmt: skip
-            parts.append(split_heads(mixed + tables.shift.to(mixed.dtype), layer.num_heads))
+            mixed = mixed if tables.shift is None else mixed + tables.shift.to(mixed.dtype)
+            parts.append(split_heads(mixed, layer.num_heads))
         if context.mapped:
             parts.append(split_heads(context.mapped[index][:, None], layer.num_heads, layer.key_norm))
         dtype = parts[-1][0].dtype

@@ -10,8 +10,8 @@ from torch import Tensor
 from ..encoders import Pool, PromptedEncoder, PromptedLayer
 from ..modules import FoldedBank, PromptBank
 from ..modules.folded import FoldedContext
-from ..modules.output import Prefix
 from ..modules.prompts import PromptContext
+from ..modules.rows import Prefix
 
 Inputs = Tensor | dict[str, Any]
 
@@ -42,8 +42,11 @@ def run_prompted(
     if bank is None:
         with torch.no_grad():
             return encoder(inputs)[0], None
-    context = bank.prepare(cross)
-    if encoder.gradient_checkpointing and isinstance(context, PromptContext):
-        context.compute_shared()
+    if isinstance(bank, PromptBank):
+        context = bank.prepare(cross, encoder.layers, encoder.dtype)
+        if encoder.gradient_checkpointing:
+            context.compute_shared()
+    else:
+        context = bank.prepare(cross)
     feature, scores = encoder(inputs, BankPrompts(bank, context, encoder.layers))
     return feature, torch.stack(scores) if bank.config.use_dynamic else None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import functional
 from .._checks import MAX_HEAD_DIM
 from ..receptive_field import ReceptiveField
-from .output import Prefix
+from .rows import Prefix
 
 _CHILDREN = ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop")
 """Of timm's Attention; ``norm`` and ``gate`` are younger than the others."""

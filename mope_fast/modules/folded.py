@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from .. import functional
 from .._autocast import without_autocast
-from .output import FrozenLayer, Prefix, expert_table, project, split_heads
+from .config import MoPEConfig
+from .output import expert_table, project, split_heads
 from .prompts import LayerRouter, PromptBank, check_input
 from .router import linear_fp32
+from .rows import FrozenLayer, Prefix, is_layer_norm, stacked_rows
 
 
 @dataclass
@@ -51,7 +53,7 @@ class FoldedBank(nn.Module):
             nothing = None if bank.cross_dim is None else torch.zeros(1, bank.cross_dim, device=device)
             context = bank.prepare(nothing)
             parts = zip(layers, context.static, context.routers, strict=True)
-            self.tables = nn.ModuleList(_Tables(layer, static, router, dtype) for layer, static, router in parts)
+            self.tables = nn.ModuleList(_Tables(layer, static, router, self.config, dtype) for layer, static, router in parts)
             if self.config.use_dynamic:
                 self.cross_proj = bank.cross_proj
                 _, cross_keys = bank.split_keys()
@@ -109,7 +111,7 @@ class FoldedBank(nn.Module):
                 logits, tables.experts, temperature=self.config.temperature, top_k=self.config.top_k,
                 renormalize=self.config.renormalize, gram=tables.gram, eps=tables.eps,
             )  # fmt: skip
-            per_sample.append(mixed + tables.shift.to(mixed.dtype))
+            per_sample.append(mixed if tables.shift is None else mixed + tables.shift.to(mixed.dtype))
         if context.mapped[index] is not None:
             per_sample.append(context.mapped[index][:, None])
         if per_sample:
@@ -128,34 +130,31 @@ class _Tables(nn.Module):
     static: Tensor | None  # (1, L, 2 * H * Dh)
     logit_map: Tensor | None  # (D, K)
     experts: Tensor | None  # (K, L, 2 * H * Dh)
-    shift: Tensor | None  # (1, 2 * H * Dh)
+    shift: Tensor | None  # (1, 2 * H * Dh); None if there is nothing to add
     gram: Tensor | None  # (L, K, K)
 
-    def __init__(self, layer: FrozenLayer, static: Tensor | None, router: LayerRouter | None, dtype: torch.dtype):
+    def __init__(
+        self, layer: FrozenLayer, static: Tensor | None, router: LayerRouter | None, config: MoPEConfig, dtype: torch.dtype
+    ):
         super().__init__()
         self.eps = getattr(layer.norm, "eps", 1e-5)
         if static is not None:
             both = _project(static.to(dtype), layer)[None]
             static = torch.stack(split_heads(both, layer.num_heads, layer.key_norm)).permute(1, 3, 0, 2, 4).flatten(2)
-        tables = (
-            dict.fromkeys(("logit_map", "experts", "shift", "gram")) if router is None else _dynamic_tables(layer, router, dtype)
-        )
-        for name, table in {"static": static, **tables}.items():
+        tables = {} if router is None else _dynamic_tables(layer, router, config, dtype)
+        tables["static"] = static
+        for name in ("static", "logit_map", "experts", "shift", "gram"):
+            table = tables.get(name)
             self.register_buffer(name, None if table is None else table.clone())
 
 
-def _dynamic_tables(layer: FrozenLayer, router: LayerRouter, dtype: torch.dtype) -> dict[str, Tensor | None]:
-    rows = router.experts.to(dtype).flatten(0, 1)
-    zero = rows.new_zeros(1, rows.shape[-1])
-    gram = bias = None
-    if layer.norm is not None:
-        gram, bias = router.gram(), layer.norm(zero)
-        rows = layer.norm(rows) - bias
-        bias = project(bias, layer.k_proj, layer.v_proj)
-    rows, zero = (project(x, layer.k_proj, layer.v_proj) for x in (rows, zero))
-    experts, shift = expert_table(rows, zero, bias, len(router.experts), layer.norm, gram)
+def _dynamic_tables(layer: FrozenLayer, router: LayerRouter, config: MoPEConfig, dtype: torch.dtype) -> dict[str, Tensor | None]:
+    rows = stacked_rows(None, None, router.experts[None], [layer.norm], config, dtype)[0]
+    both = project(rows.values, layer.k_proj, layer.v_proj)
+    parts = dict(zip(rows.sizes, both.split(list(rows.sizes.values())), strict=True))
+    experts, shift = expert_table(parts, config.num_experts)
     logit_map = router.inter_weight.T.to(router.inter_keys.dtype) @ router.inter_keys
-    return {"logit_map": logit_map, "experts": experts, "shift": shift, "gram": gram}
+    return {"logit_map": logit_map, "experts": experts, "shift": shift, "gram": None if layer.norm is None else router.gram()}
 
 
 class _Directions(nn.Module):
@@ -185,7 +184,7 @@ class _Directions(nn.Module):
 
 
 def _problem(layer: FrozenLayer, bank: PromptBank) -> str | None:
-    if layer.norm is not None and getattr(type(layer.norm), "forward", None) is not nn.LayerNorm.forward:
+    if layer.norm is not None and not is_layer_norm(layer.norm):
         return f"its norm is {type(layer.norm).__name__}, not nn.LayerNorm" if bank.config.needs_cross else None
     if layer.key_norm is not None and bank.config.use_dynamic:
         return "it norms its keys behind the projection, and a mixture of normed keys is not the normed key of a mixture"

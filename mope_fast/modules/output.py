@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -11,20 +10,7 @@ from torch import Tensor, nn
 from .. import functional
 from .._autocast import without_autocast
 from .config import MoPEConfig
-
-Projection = Callable[[Tensor], Tensor]
-Prefix = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
-"""Keys and values (B or 1, H, P, Dh), and which of them are there (B or 1, P) if not all are."""
-
-
-class FrozenLayer(Protocol):
-    """What :meth:`MoPEOutput.key_value` has to know of a layer."""
-
-    norm: nn.Module | None
-    k_proj: Projection
-    v_proj: Projection | None
-    num_heads: int
-    key_norm: Projection | None
+from .rows import Prefix, Projection, Rows, mixes_in_kv_space, stacked_rows
 
 
 def expert_gram(experts: Tensor) -> Tensor:
@@ -68,6 +54,8 @@ class MoPEOutput:
     static_rows: Tensor | None  # (L, D), after dropout
     mapped_rows: Tensor | None  # (B, D), after dropout
     routing: Routing | None
+    rows: Rows | None = field(default=None, repr=False)
+    """What of ``key_value`` was computed with other layers', for the very layer that it will be called with."""
     _dynamic: Tensor | None = field(default=None, repr=False)
     _scores: Tensor | None = field(default=None, repr=False)
 
@@ -143,27 +131,17 @@ class MoPEOutput:
         Returns:
             Up to two (key, value) pairs (1 or B, H, P, Dh): static, and [dynamic | mapped].
         """
-        in_kv_space = self.routing is not None and self._mixes_in_kv_space(norm, key_norm)
-        sources = {"static": self.static_rows, "mapped": self.mapped_rows}
-        if in_kv_space:
-            experts = self.routing.experts
-            sources |= {"experts": experts.flatten(0, 1), "zero": experts.new_zeros(1, experts.shape[-1])}
-        elif self.routing is not None:
-            sources["dynamic"] = self.dynamic.flatten(0, 1)
-        sources = {name: rows for name, rows in sources.items() if rows is not None}
-        sizes = {name: len(rows) for name, rows in sources.items()}
-        rows = torch.cat([rows.to(self.dtype) for rows in sources.values()])
-        if norm is not None:
-            rows = norm(rows)
-            if in_kv_space:
-                # the linear part of an affine map is its value less its value at zero; the norm's value at zero is its bias
-                *others, normed_experts, bias = rows.split(list(sizes.values()))
-                rows = torch.cat([*others, normed_experts - bias, torch.zeros_like(bias), bias])
-                sizes["bias"] = 1
-        both = project(rows, k_proj, v_proj)
+        rows = self._rows(norm, key_norm) if self.rows is None else self.rows
+        values, sizes = rows.values, dict(rows.sizes)
+        if self.routing is not None and not rows.in_kv_space:
+            dynamic = self.dynamic.flatten(0, 1)
+            sizes["dynamic"] = len(dynamic)
+            dynamic = dynamic if norm is None else norm(dynamic)
+            values = torch.cat([values, dynamic.to(values.dtype)]) if rows.sizes else dynamic
+        both = project(values, k_proj, v_proj)
         parts = dict(zip(sizes, both.split(list(sizes.values())), strict=True))
 
-        if in_kv_space:
+        if rows.in_kv_space:
             parts["dynamic"] = self._mix_in_kv_space(parts, norm)
         elif self.routing is not None:
             parts["dynamic"] = parts["dynamic"].unflatten(0, (self.batch, self.config.prompt_length))
@@ -174,25 +152,19 @@ class MoPEOutput:
             prefixes.append(per_sample[0] if len(per_sample) == 1 else torch.cat(per_sample, dim=1))
         return [split_heads(rows, num_heads, key_norm) for rows in prefixes]
 
-    def _mixes_in_kv_space(self, norm: nn.Module | None, key_norm: Projection | None) -> bool:
-        config, routing = self.config, self.routing
-        problem = None
-        if norm is not None and getattr(type(norm), "forward", None) is not nn.LayerNorm.forward:
-            problem = f"the layer's norm is {type(norm).__name__}, not nn.LayerNorm"
-        elif key_norm is not None:
-            problem = "the layer norms its keys behind the projection"
-        elif config.dynamic_dropout > 0 and routing.training:
-            problem = "dynamic_dropout is on"
-        if config.mixing == "kv" and problem is not None:
-            raise ValueError(f"MoPEConfig.mixing='kv' is not exact here: {problem}; use mixing='auto' or 'prompt'")
-        return problem is None and (config.mixing == "kv" or (config.mixing == "auto" and config.num_experts < self.batch))
+    def _rows(self, norm: nn.Module | None, key_norm: Projection | None) -> Rows:
+        experts, config = None, self.config
+        if self.routing is not None and mixes_in_kv_space(config, self.batch, self.routing.training, norm, key_norm):
+            experts = self.routing.experts[None]
+        static = None if self.static_rows is None else self.static_rows[None]
+        return stacked_rows(static, self.mapped_rows, experts, [norm], config, self.dtype)[0]
 
     def _mix_in_kv_space(self, parts: dict[str, Tensor], norm: nn.Module | None) -> Tensor:
-        """Keys and values of all experts, of zero and of the norm's bias -> those of the mixed prompts, (B, L, 2 * H * Dh)."""
-        gram = None if norm is None else self.routing.gram()
-        table, shift = expert_table(parts["experts"], parts["zero"], parts.get("bias"), self.config.num_experts, norm, gram)
-        mixed, self._scores = self._mix(table, gram, 1e-5 if norm is None else norm.eps)
-        return mixed + shift.to(mixed.dtype)
+        """Keys and values of experts, of zero and of the norm's bias -> those of the mixed prompts, (B, L, 2 * H * Dh)."""
+        table, shift = expert_table(parts, self.config.num_experts)
+        gram, eps = (None, 1e-5) if norm is None else (self.routing.gram(), norm.eps)
+        mixed, self._scores = self._mix(table, gram, eps)
+        return mixed if shift is None else mixed + shift.to(mixed.dtype)
 
 
 def project(rows: Tensor, k_proj: Projection, v_proj: Projection | None) -> Tensor:
@@ -201,23 +173,16 @@ def project(rows: Tensor, k_proj: Projection, v_proj: Projection | None) -> Tens
     return keys if v_proj is None else torch.cat([keys, v_proj(rows)], dim=-1)
 
 
-def expert_table(
-    experts: Tensor, zero: Tensor, bias: Tensor | None, num_experts: int, norm: nn.Module | None, gram: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """What K/V-space mixing mixes and what it then adds: (K, L, 2 * H * Dh) and (1, 2 * H * Dh).
+def expert_table(parts: dict[str, Tensor], num_experts: int) -> tuple[Tensor, Tensor | None]:
+    """What K/V-space mixing mixes and what it then adds: (K, L, 2 * H * Dh) and (1, 2 * H * Dh) or None.
 
     Args:
-        experts: projections of the (normed, less the norm's bias) expert rows, (K * L, 2 * H * Dh).
-        zero, bias: projections of zero and of the norm's bias, (1, 2 * H * Dh).
-        norm: the layer norm before the projection, or None.
-        gram: see :func:`expert_gram`; with a norm only.
+        parts: projections of :class:`Rows`' experts (K * L, 2 * H * Dh), zero and bias, as far as there are any.
     """
-    table = (experts - zero).unflatten(0, (num_experts, -1))
-    if norm is None:
-        return table, zero
-    # the norm has divided each expert by its own deviation: undo that, the mixture has another
-    deviation = (gram.diagonal(dim1=-2, dim2=-1) + norm.eps).sqrt().T  # (K, L)
-    return table * deviation[..., None].to(table.dtype), bias
+    experts, zero = parts["experts"], parts.get("zero")
+    # the linear part of an affine map is its value less its value at zero
+    table = experts if zero is None else experts - zero
+    return table.unflatten(0, (num_experts, -1)), parts.get("bias", zero)
 
 
 def split_heads(rows: Tensor, num_heads: int, key_norm: Projection | None = None) -> Prefix:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from .._autocast import without_autocast
 from .config import MoPEConfig
 from .mapper import PromptMapper
-from .output import FrozenLayer, MoPEOutput, Prefix, Routing, expert_gram
+from .output import MoPEOutput, Routing, expert_gram
 from .router import global_feature, linear_fp32, orthogonal_keys, routing_noise
+from .rows import FrozenLayer, Prefix, Rows, can_be_stacked, mixes_in_kv_space, stacked_rows
 
 
 def check_input(name: str, x: Tensor, width: int, batch: int | None = None, ranks: tuple[int, ...] = (2,)) -> None:
@@ -140,6 +141,7 @@ class PromptContext:
     static: list[Tensor | None]  # (L, D), after dropout
     mapped: list[Tensor | None]  # (B, D), after dropout
     routers: list[LayerRouter | None]
+    rows: list[Rows | None]  # for key_value, where the frozen layers were given
 
     def compute_shared(self) -> None:
         """Do now what the first layer that needs it would do for all: a layer that is run again must find the same."""
@@ -216,21 +218,35 @@ class PromptBank(nn.Module):
         if config.use_mapped:
             self.mapper = PromptMapper(cross_dim, self.dims, config.mapper_norm)
 
-    def prepare(self, cross: Tensor | None = None) -> PromptContext:
-        """Everything that doesn't depend on a layer's input, once per forward; cross is (B, cross_dim)."""
+    def prepare(
+        self, cross: Tensor | None = None, layers: Sequence[FrozenLayer] | None = None, dtype: torch.dtype = torch.float32
+    ) -> PromptContext:
+        """Everything that doesn't depend on a layer's input, once per forward.
+
+        Args:
+            cross: (B, cross_dim).
+            layers: the frozen layers whose projections ``key_value`` will be called with: their norms are then applied to
+                the prompts of all layers together.
+            dtype: of these layers' input.
+        """
         config = self.config
-        static = mapped = routers = [None] * len(self.dims)
+        static = mapped = routers = rows = [None] * len(self.dims)
+        stacked = {}
         if config.use_static:
-            static = self._per_layer(lambda stack: F.dropout(stack.static_prompt, config.dropout, self.training).unbind())
-        if not config.needs_cross:
-            return PromptContext(None, static, mapped, routers)
-        check_input("cross", cross, self.cross_dim)
+            for width, stack in self.stacks.items():
+                stacked[width] = F.dropout(stack.static_prompt, config.dropout, self.training)
+            static = self._in_order({width: prompts.unbind() for width, prompts in stacked.items()})
+        if config.needs_cross:
+            check_input("cross", cross, self.cross_dim)
         if config.use_dynamic:
             routers = self._routers(cross)
         if config.use_mapped:
-            rows = {width: F.dropout(row, config.dropout, self.training) for width, row in self.mapper(cross).items()}
-            mapped = [rows[width] for width in self.dims]
-        return PromptContext(cross.shape[0], static, mapped, routers)
+            each = {width: F.dropout(row, config.dropout, self.training) for width, row in self.mapper(cross).items()}
+            mapped = [each[width] for width in self.dims]
+        batch = cross.shape[0] if config.needs_cross else None
+        if layers is not None:
+            rows = self._rows(batch, stacked, mapped, layers, dtype)
+        return PromptContext(batch, static, mapped, routers, rows)
 
     def layer(self, index: int, x: Tensor, context: PromptContext) -> MoPEOutput:
         """Layer ``index``'s prompts for its input x: (B, S, D) with the class token first, or a global feature (B, D)."""
@@ -241,7 +257,9 @@ class PromptBank(nn.Module):
             with without_autocast(x.device.type):
                 logits = torch.addmm(router.cross_logits, inter, router.inter_keys)
             routing = Routing(logits, router.noise, router.experts, router.gram, self.training)
-        return MoPEOutput(x.shape[0], x.dtype, self.config, context.static[index], context.mapped[index], routing)
+        return MoPEOutput(
+            x.shape[0], x.dtype, self.config, context.static[index], context.mapped[index], routing, context.rows[index]
+        )
 
     def prefixes(
         self, index: int, layer: FrozenLayer, feature: Tensor, context: PromptContext
@@ -251,15 +269,42 @@ class PromptBank(nn.Module):
         prefixes = out.key_value(layer.norm, layer.k_proj, layer.v_proj, layer.num_heads, key_norm=layer.key_norm)
         return prefixes, out.scores
 
+    def _rows(
+        self,
+        batch: int | None,
+        static: dict[str, Tensor],
+        mapped: list[Tensor | None],
+        layers: Sequence[FrozenLayer],
+        dtype: torch.dtype,
+    ) -> list[Rows | None]:
+        """For each layer the input-free part of its ``key_value``; None where it can't be computed with the others'."""
+        rows: list[Rows | None] = [None] * len(self.dims)
+        for width, stack in self.stacks.items():
+            members = [index for index, dim in enumerate(self.dims) if dim == int(width)]
+            own = [layers[index] for index in members]
+            if not can_be_stacked(own):
+                continue
+            in_kv_space = self.config.use_dynamic and all(
+                mixes_in_kv_space(self.config, batch, self.training, layer.norm, layer.key_norm) for layer in own
+            )
+            experts, norms = stack.experts if in_kv_space else None, [layer.norm for layer in own]
+            stacked = stacked_rows(static.get(width), mapped[members[0]], experts, norms, self.config, dtype)
+            for index, one in zip(members, stacked, strict=True):
+                rows[index] = one
+        return rows
+
     def split_keys(self) -> tuple[Tensor, Tensor]:
         """The routing keys' parts for the layer's own and for the complementary feature: (N, K, d_i) and (N, K, d_c)."""
         config, dtype = self.config, torch.promote_types(self.cross_proj.weight.dtype, torch.float32)
         return self.keys.to(dtype).split([config.inter_routing_dim, config.cross_routing_dim], dim=-1)
 
+    def _in_order(self, by_width: dict[str, Sequence]) -> list:
+        """What is given for the layers of each width, in the order of layers."""
+        parts = {width: iter(sequence) for width, sequence in by_width.items()}
+        return [next(parts[str(width)]) for width in self.dims]
+
     def _per_layer(self, take: Callable[[_Stack], Sequence]) -> list:
-        """What ``take`` gives for the layers of each width, in the order of layers."""
-        parts = {int(width): iter(take(stack)) for width, stack in self.stacks.items()}
-        return [next(parts[width]) for width in self.dims]
+        return self._in_order({width: take(stack) for width, stack in self.stacks.items()})
 
     def _routers(self, cross: Tensor) -> list[LayerRouter]:
         config, layers = self.config, len(self.dims)

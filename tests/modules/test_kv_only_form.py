@@ -90,7 +90,7 @@ def test_auto_projects_the_experts_only_where_there_are_fewer_of_them(batch, nor
     torch.manual_seed(1)
     k_proj, v_proj = Counted(DIM, DIM).double(), Counted(DIM, DIM).double()
     make_layer()(*make_inputs(batch)).key_value(norm, k_proj, v_proj, HEADS)
-    constants = 1 if norm is None else 2  # the value at zero, and at the norm's bias
+    constants = 0 if norm is None else 2  # the value at zero, and at the norm's bias
     mixed_rows = EXPERTS * LENGTH + constants if batch > EXPERTS else batch * LENGTH
     assert k_proj.rows == v_proj.rows == LENGTH + batch + mixed_rows
 
@@ -101,7 +101,7 @@ def test_auto_leaves_kv_space_while_dynamic_prompts_are_dropped(training, kv_spa
     k_proj = Counted(DIM, DIM).double()
     prompts = make_layer(dynamic_dropout=0.5).train(training)
     prompts(*make_inputs(9)).key_value(None, k_proj, nn.Linear(DIM, DIM).double(), HEADS)
-    assert k_proj.rows == LENGTH + 9 + (EXPERTS * LENGTH + 1 if kv_space else 9 * LENGTH)
+    assert k_proj.rows == LENGTH + 9 + (EXPERTS * LENGTH if kv_space else 9 * LENGTH)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,128 @@
+"""What goes through frozen key and value projections before anything of a layer's input is known: for many layers at once."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .._autocast import without_autocast
+from .config import MoPEConfig
+
+Projection = Callable[[Tensor], Tensor]
+Prefix = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
+"""Keys and values (B or 1, H, P, Dh), and which of them are there (B or 1, P) if not all are."""
+
+
+class FrozenLayer(Protocol):
+    """What has to be known of a layer whose attention takes prompts: see :class:`mope_fast.encoders.PromptedLayer`."""
+
+    norm: nn.Module | None
+    k_proj: Projection
+    v_proj: Projection | None
+    num_heads: int
+    key_norm: Projection | None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One layer's rows, normed: static, mapped, and in K/V space experts, zero and the norm's bias (zero and bias if needed)."""
+
+    values: Tensor  # (R, D)
+    sizes: dict[str, int]
+    in_kv_space: bool
+
+
+def is_layer_norm(norm: nn.Module) -> bool:
+    """Whether it computes what ``nn.LayerNorm`` does."""
+    return getattr(type(norm), "forward", None) is nn.LayerNorm.forward
+
+
+def mixes_in_kv_space(config: MoPEConfig, batch: int, training: bool, norm: nn.Module | None, key_norm: Projection | None) -> bool:
+    """Whether a layer's experts are projected and then mixed.
+
+    Raises:
+        ValueError: ``config.mixing`` asks for it, and it would not be exact.
+    """
+    problem = None
+    if norm is not None and not is_layer_norm(norm):
+        problem = f"the layer's norm is {type(norm).__name__}, not nn.LayerNorm"
+    elif key_norm is not None:
+        problem = "the layer norms its keys behind the projection"
+    elif config.dynamic_dropout > 0 and training:
+        problem = "dynamic_dropout is on"
+    if config.mixing == "kv" and problem is not None:
+        raise ValueError(f"MoPEConfig.mixing='kv' is not exact here: {problem}; use mixing='auto' or 'prompt'")
+    return problem is None and (config.mixing == "kv" or (config.mixing == "auto" and config.num_experts < batch))
+
+
+def can_be_stacked(layers: Sequence[FrozenLayer]) -> bool:
+    """Whether these layers' norms can be applied together: all the same layer norm but for weight and bias, or none at all.
+
+    A sharded weight (DTensor) is whole only while its own layer runs.
+    """
+    norms = [layer.norm for layer in layers]
+    if any(norm is None for norm in norms):
+        return all(norm is None for norm in norms)
+    plain = all(is_layer_norm(norm) and type(norm.weight) in (nn.Parameter, Tensor, type(None)) for norm in norms)
+    return plain and len({(norm.eps, norm.weight is None, norm.bias is None) for norm in norms}) == 1
+
+
+def stacked_rows(
+    static: Tensor | None,
+    mapped: Tensor | None,
+    experts: Tensor | None,
+    norms: Sequence[nn.Module | None],
+    config: MoPEConfig,
+    dtype: torch.dtype,
+) -> list[Rows]:
+    """The rows of n layers of one width.
+
+    Args:
+        static: (n, L, D). mapped: (B, D), the same for all layers. experts: (n, K, L, D) to be mixed in K/V space, else None.
+        norms: each layer's; several only if :func:`can_be_stacked`.
+        dtype: of the rows.
+    """
+    layers = len(norms)
+    parts = {"static": static, "mapped": None if mapped is None else mapped.expand(layers, -1, -1)}
+    parts = {name: _normed(rows, norms, dtype) for name, rows in parts.items() if rows is not None}
+    if experts is not None:
+        with without_autocast(experts.device.type):
+            experts = experts.flatten(1, 2).to(torch.promote_types(experts.dtype, torch.float32))
+            zero = experts.new_zeros(layers, 1, experts.shape[-1])
+            if norms[0] is not None:
+                # a layer norm is affine in the centred row, up to the mixture's deviation, which is divided by after mixing
+                weight, bias = _weight_and_bias(norms, experts.dtype)
+                experts = experts - experts.mean(-1, keepdim=True)
+                parts |= {"experts": experts * weight, "zero": zero, "bias": zero if bias is None else bias}
+            else:
+                parts["experts"] = experts
+                # scores that add up to one carry the projection's bias along
+                if config.top_k is not None and not config.renormalize:
+                    parts["zero"] = zero
+    if not parts:
+        return [Rows(torch.empty(0, 0), {}, False)] * layers
+    sizes = {name: rows.shape[1] for name, rows in parts.items()}
+    values = torch.cat([rows.to(dtype) for rows in parts.values()], dim=1)
+    return [Rows(rows, sizes, experts is not None) for rows in values.unbind()]
+
+
+def _weight_and_bias(norms: Sequence[nn.LayerNorm], dtype: torch.dtype) -> tuple[Tensor | float, Tensor | None]:
+    """(n, 1, D) each; 1 and None for norms without."""
+    weight = 1.0 if norms[0].weight is None else torch.stack([norm.weight for norm in norms])[:, None].to(dtype)
+    return weight, None if norms[0].bias is None else torch.stack([norm.bias for norm in norms])[:, None].to(dtype)
+
+
+def _normed(rows: Tensor, norms: Sequence[nn.Module | None], dtype: torch.dtype) -> Tensor:
+    """(n, R, D), each layer's by its norm."""
+    if norms[0] is None:
+        return rows
+    if len(norms) == 1:
+        return norms[0](rows[0].to(dtype))[None]
+    with without_autocast(rows.device.type):
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        weight, bias = _weight_and_bias(norms, rows.dtype)
+        rows = F.layer_norm(rows, rows.shape[-1:], eps=norms[0].eps) * weight
+        return rows if bias is None else rows + bias
