@@ -1,6 +1,7 @@
 """Routed prompts that fuse frozen pretrained encoders, on Triton kernels in drop-in torch modules."""
 
 from . import functional
+from .data import FeatureCache
 from .encoders import PromptedEncoder, register_encoder, supported_encoders
 from .models import FoldedModel, FusionOutput, MoPEFusion, MultiAdapter, PromptTuned
 from .modules import MoPEConfig, MoPELayer, MoPEOutput, PromptAttention, PromptBank, PromptMapper
@@ -8,6 +9,7 @@ from .receptive_field import ReceptiveField
 
 __version__ = "0.1.0"
 __all__ = [
+    "FeatureCache",
     "FoldedModel",
     "FusionOutput",
     "MoPEConfig",

@@ -1,0 +1,285 @@
+"""FeatureCache: what a frozen encoder gives for each sample, computed once and kept on disk."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from itertools import chain
+from multiprocessing.util import Finalize
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import encoders
+from .feature_store import FeatureStore
+from .fingerprint import encoder_fingerprint, sample_keys
+
+Inputs = Tensor | Mapping[str, Tensor]
+
+
+class FeatureCache:
+    """Features of a frozen encoder, found by the content of each sample and computed once for all runs and processes.
+
+    A plain callable, not a module: a model it is part of neither saves, nor moves, nor casts its encoder. Rows are looked up by a
+    hash of what the encoder would get, so order, batches and padding behind the last real token don't matter; a row is what the
+    encoder gave in the batch it was first seen in. Inputs on a GPU are copied to the host for that, which waits for the device: for
+    training steps that never wait, take :meth:`precompute`'s tensor. ``torch.compile`` leaves a call out of the graph.
+
+    Processes may share a folder without any coordination. A kill loses at most the rows not flushed yet. Copies and pickles share
+    the folder too. Within a process use it from one thread at a time.
+
+    Args:
+        folder: made if it isn't there; for one encoder only.
+        encoder: a supported encoder (its plain global feature), or any callable or module that gives (B, D) floating-point
+            features, called as ``encoder(tensor)`` or ``encoder(**dict)``. A module runs on its own device, in eval mode, without
+            gradient and without autocast, and gets its training flags back afterwards.
+        fingerprint: names the encoder; needed for a callable without parameters and buffers. Default: a hash of class, structure,
+            config, parameters and buffers. Change it with anything else that features depend on.
+        flush_every: rows kept in memory at most before they are written; also written by :meth:`flush`, at the end of a ``with``
+            block and of the interpreter.
+
+    Raises:
+        TypeError: the encoder can't be called.
+        ValueError: a fingerprint is missing, the folder is of another encoder or a newer version, or a file in it is damaged; the
+            message says which and what to do. Nothing stored is lost by it.
+        NotADirectoryError: ``folder`` is a file.
+
+    Example:
+        >>> cache = FeatureCache("features/", dinov2)
+        >>> model = MoPEFusion(bert, cache, num_classes=13)
+        >>> output = model(text, images, labels)
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        encoder: nn.Module | Callable[..., Tensor],
+        *,
+        fingerprint: str | None = None,
+        flush_every: int = 1024,
+    ):
+        if not callable(encoder):
+            raise TypeError(f"encoder must be a module or a callable that gives (B, D) features, got {type(encoder).__name__}")
+        if fingerprint is not None and (not isinstance(fingerprint, str) or not fingerprint):
+            raise ValueError(f"fingerprint must be a text that names the encoder, or None, got {fingerprint!r}")
+        if fingerprint is None and not _tensors(encoder):
+            raise ValueError(
+                f"{_name(encoder)} has no parameters and buffers to know it by: pass fingerprint='...', a name of your choice that "
+                "you change whenever its features change"
+            )
+        if not isinstance(flush_every, int) or flush_every < 1:
+            raise ValueError(f"flush_every must be an integer >= 1, got {flush_every!r}")
+        self.encoder = encoder
+        self._named = fingerprint is not None
+        self._open(Path(folder).absolute(), encoder_fingerprint(encoder) if fingerprint is None else fingerprint, flush_every)
+
+    def _open(self, folder: Path, fingerprint: str, flush_every: int) -> None:
+        self._store = FeatureStore(folder, fingerprint, _name(self.encoder), flush_every)
+        self._versions = _versions(self.encoder)
+        self._flushed_at_exit_of: int | None = None
+
+    @torch.compiler.disable
+    def __call__(self, inputs: Inputs | None = None, /, **keywords: Tensor) -> Tensor:
+        """The features of a batch, (B, D) on the device of the inputs, without gradient.
+
+        Samples not seen before are encoded in one batch, in order, each distinct one once. Rows have the same bits in every call,
+        this one included.
+
+        Args:
+            inputs: a tensor (B, ...), or a dict of them; or the dict's entries as keywords.
+
+        Raises:
+            TypeError: neither, or the encoder gives no floating-point tensor.
+            ValueError: an empty batch, tensors of different batch lengths, features of a wrong shape or another width or dtype than
+                the stored ones, or not finite; the encoder was changed; a file is damaged.
+        """
+        inputs = keywords if inputs is None else inputs
+        named = _check_inputs(inputs)
+        self._check_unchanged()
+        keys = sample_keys(named)
+        missing = self._missing(keys)
+        if missing:
+            self._store.refresh()
+            missing = self._missing(keys)
+        if missing:
+            index = torch.tensor(list(missing.values()))
+            batch = {name: tensor.detach()[index.to(tensor.device)] for name, tensor in named.items()}
+            features = self._encode(batch, len(missing))
+            self._flush_at_exit()
+            self._store.add(list(missing), features)
+        return torch.stack([self._store.get(key) for key in keys]).to(next(iter(named.values())).device)
+
+    def precompute(self, loader: Iterable[Inputs], *, progress: bool = True) -> Tensor:
+        """The features of all batches of ``loader``, (N, D) in its order, where its inputs are.
+
+        Interrupted at any moment, the next run computes only what was not stored yet.
+
+        Args:
+            loader: gives inputs, as for a call; not shuffled, if the rows shall be in the order of a dataset.
+            progress: show a bar.
+
+        Raises:
+            ValueError: there is no batch; else as for a call.
+        """
+        from tqdm import tqdm
+
+        rows = []
+        try:
+            for inputs in tqdm(loader, desc=f"features of {_name(self.encoder)}", unit="batch", disable=not progress):
+                rows.append(self(inputs))
+        finally:
+            self.flush()
+        if not rows:
+            raise ValueError("the loader gave no batch: it needs at least one (an iterator can be used only once)")
+        return torch.cat(rows)
+
+    @property
+    def folder(self) -> Path:
+        return self._store.folder
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the encoder, as given or computed."""
+        return self._store.fingerprint
+
+    @property
+    def width(self) -> int:
+        """D.
+
+        Raises:
+            ValueError: not known before the first feature, if the encoder isn't a supported one.
+        """
+        if (width := self.feature_width) is None:
+            raise ValueError(f"the width of {_name(self.encoder)} isn't known before its first feature: call the cache on a sample")
+        return width
+
+    @property
+    def feature_width(self) -> int | None:
+        """D, or None while it isn't known; where it is, a fusion needs no ``cross_dim``."""
+        if self._store.width is not None:
+            return self._store.width
+        family = encoders.find_family(self.encoder)
+        return None if family is None else family.feature_width(self.encoder)
+
+    def __len__(self) -> int:
+        """Distinct samples that this process knows features of."""
+        return len(self._store)
+
+    def flush(self) -> None:
+        """Write what is only in memory; when this returns, no kill or power cut loses it."""
+        self._store.flush()
+
+    def __enter__(self) -> "FeatureCache":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.flush()
+
+    def __repr__(self) -> str:
+        width = "" if self._store.width is None else f" of width {self._store.width}"
+        return f"FeatureCache({str(self.folder)!r}, {_name(self.encoder)}, {len(self)} features{width})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._check_unchanged()
+        self.flush()
+        arguments = (self.folder, self.fingerprint, self._store.flush_every)
+        return {"encoder": self.encoder, "named": self._named, "arguments": arguments}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.encoder, self._named = state["encoder"], state["named"]
+        self._open(*state["arguments"])
+
+    def _missing(self, keys: list[bytes]) -> dict[bytes, int]:
+        """Unknown key -> where it comes first."""
+        missing: dict[bytes, int] = {}
+        for i, key in enumerate(keys):
+            if key not in self._store:
+                missing.setdefault(key, i)
+        return missing
+
+    def _flush_at_exit(self) -> None:
+        # once a process: a forked one, such as a DataLoader's worker, inherits no finalizers and runs none of atexit's
+        if self._flushed_at_exit_of != os.getpid():
+            self._flushed_at_exit_of = os.getpid()
+            Finalize(self, self._store.flush, exitpriority=0)
+
+    def _check_unchanged(self) -> None:
+        if self._named or (versions := _versions(self.encoder)) == self._versions:
+            return
+        # another device has other tensors of the same content
+        if (got := encoder_fingerprint(self.encoder)) != self.fingerprint:
+            raise ValueError(
+                f"{_name(self.encoder)} was changed (trained, loaded or cast?) after this cache was made: its fingerprint is "
+                f"{got}, expected {self.fingerprint}; make a new cache in another folder"
+            )
+        self._versions = versions
+
+    def _encode(self, batch: dict[str, Tensor], count: int) -> Tensor:
+        """(count, D), on the CPU, checked."""
+        home = next((tensor.device for tensor in _tensors(self.encoder)), None)
+        batch = {name: tensor.to(home) for name, tensor in batch.items()}
+        inputs = batch.get("", batch)
+        supported = encoders.find_family(self.encoder) is not None
+        frozen = _evaluating(self.encoder) if isinstance(self.encoder, nn.Module) else nullcontext()
+        with torch.no_grad(), torch.autocast(next(iter(batch.values())).device.type, enabled=False), frozen:
+            if supported:
+                features = encoders.encode(self.encoder, inputs)
+            else:
+                features = self.encoder(**inputs) if isinstance(inputs, dict) else self.encoder(inputs)
+        name = _name(self.encoder)
+        if not isinstance(features, Tensor) or not features.is_floating_point():
+            got = features.dtype if isinstance(features, Tensor) else type(features).__name__
+            raise TypeError(
+                f"{name} gave {got}, expected a floating-point tensor (B, D): wrap it in a function that returns one row a sample"
+            )
+        if features.dim() != 2 or len(features) != count or not features.shape[1]:
+            raise ValueError(f"{name} gave features {tuple(features.shape)} for {count} samples, expected ({count}, D)")
+        # a copy: what the encoder returned may be its own memory
+        features = features.detach().to("cpu", copy=True).contiguous()
+        if not (finite := features.isfinite().all(1)).all():
+            raise ValueError(
+                f"{name} gave NaN or infinite features for {(~finite).sum()} of {count} samples, none of them is stored: check the "
+                "inputs, or the encoder's dtype"
+            )
+        return features
+
+
+def _name(encoder: object) -> str:
+    return type(encoder).__name__ if isinstance(encoder, nn.Module) else getattr(encoder, "__name__", type(encoder).__name__)
+
+
+def _tensors(encoder: object) -> list[Tensor]:
+    return list(chain(encoder.parameters(), encoder.buffers())) if isinstance(encoder, nn.Module) else []
+
+
+def _versions(encoder: object) -> list[tuple[Any, ...]]:
+    """Changes with every training step, load and cast, at the cost of a look."""
+    return [(id(t), t.dtype, 0 if t.is_inference() else t._version) for t in _tensors(encoder)]
+
+
+@contextmanager
+def _evaluating(encoder: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in encoder.modules()]
+    encoder.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _check_inputs(inputs: object) -> dict[str, Tensor]:
+    """The batch's tensors by name; a bare one is named ''."""
+    named = {"": inputs} if isinstance(inputs, Tensor) else inputs
+    if not isinstance(named, Mapping):
+        raise TypeError(f"inputs must be a tensor or a dict of tensors, got {type(inputs).__name__}: pick them out of each batch")
+    for name, tensor in named.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise TypeError(f"inputs must be a tensor or a dict of tensors, but {name!r} is {type(tensor).__name__}: leave it out")
+    shapes = {name: tuple(tensor.shape) for name, tensor in named.items()}
+    if not shapes or any(not shape or shape[0] == 0 for shape in shapes.values()):
+        raise ValueError(f"inputs must be (B, ...) with at least one sample, got {shapes.get('', shapes)}")
+    if len({shape[0] for shape in shapes.values()}) > 1:
+        raise ValueError(f"all inputs must have one batch length B, got {shapes}")
+    return dict(named)

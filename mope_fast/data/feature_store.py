@@ -1,0 +1,311 @@
+"""Rows on disk under keys: immutable segments, each published at once, that any number of processes read and write without locks.
+
+A segment is a safetensors file under a name of its own, mapped when read. Two writers never touch one file, so a row may be stored
+twice, but none is lost. A row that was flushed is in some durable segment at every moment: the sources of a merged segment are
+removed only after it is on disk.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+import uuid
+import zlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor
+
+from .fingerprint import KEY_BYTES, raw_bytes
+
+META = "meta.json"
+FORMAT = 1
+FIELDS = {"format": int, "fingerprint": str, "encoder": str, "width": int, "dtype": str}
+PREFIX, SUFFIX = "features-", ".safetensors"
+MANY = 16
+"""So many small segments are merged when a store is opened."""
+SMALL = 64 << 20
+"""Bytes; a smaller segment is small, and a merged one is closed at this size."""
+LEFTOVER_AGE = 3600.0
+"""Seconds; no process takes so long to write one segment."""
+
+
+def _damaged(path: Path, reason: object) -> ValueError:
+    return ValueError(
+        f"{path} is damaged ({reason}): delete this one file. That is safe: what it held is computed or written again when it is "
+        "needed, and all other files of the cache stay valid"
+    )
+
+
+def _check_of(key: bytes, row: memoryview) -> int:
+    return zlib.crc32(row, zlib.crc32(key))
+
+
+def _pack(keys: list[bytes], features: Tensor, meta: dict[str, Any]) -> bytes:
+    rows, size = raw_bytes(features), features[0].nbytes
+    checks = [_check_of(key, rows[i * size : (i + 1) * size]) for i, key in enumerate(keys)]
+    tensors = {
+        "features": features,
+        "checks": torch.tensor(checks, dtype=torch.int64),
+        "keys": torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(-1, KEY_BYTES),
+    }
+    return serialize(tensors, {"mope_fast": json.dumps(meta)})
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """A mapped file of features (N, D), and for each row its key and the CRC-32 of key and row, checked when the row is read."""
+
+    path: Path
+    meta: dict[str, Any]
+    features: Tensor
+    checks: Tensor
+    key_table: Tensor
+
+    @classmethod
+    def open(cls, path: Path) -> "Segment":
+        """Map a file.
+
+        Raises:
+            FileNotFoundError: it is gone, merged into another by some process.
+            ValueError: it is no whole segment.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                meta = json.loads((file.metadata() or {})["mope_fast"])
+                segment = cls(path, meta, *(file.get_tensor(name) for name in ("features", "checks", "keys")))
+        except (SafetensorError, RuntimeError, KeyError, ValueError) as error:
+            if not path.exists():
+                raise FileNotFoundError(path) from error
+            raise _damaged(path, error) from error
+        count = segment.features.shape[:1]
+        if segment.checks.shape != count or segment.key_table.shape != (*count, KEY_BYTES) or segment.checks.dtype != torch.int64:
+            raise _damaged(path, "its keys and features don't match")
+        return segment
+
+    def keys(self) -> list[bytes]:
+        table = bytes(raw_bytes(self.key_table))
+        return [table[i : i + KEY_BYTES] for i in range(0, len(table), KEY_BYTES)]
+
+    @cached_property
+    def _views(self) -> tuple[memoryview, memoryview]:
+        return raw_bytes(self.features), raw_bytes(self.checks).cast("q")
+
+    def row(self, key: bytes, index: int) -> Tensor:
+        """(D,), a view of the file; ValueError if it isn't what was written."""
+        rows, checks = self._views
+        size = len(rows) // len(checks)
+        if _check_of(key, rows[index * size : (index + 1) * size]) != checks[index]:
+            raise _damaged(self.path, f"row {index} doesn't match its checksum")
+        return self.features[index]
+
+
+class FeatureStore:
+    """key -> feature row (D,), in a folder of one encoder.
+
+    Args:
+        folder: made if it isn't there.
+        fingerprint, encoder: of what gives the features, and its name for people.
+        flush_every: rows held in memory at most.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str, encoder: str, flush_every: int):
+        self.folder, self.fingerprint, self.encoder, self.flush_every = folder, fingerprint, encoder, flush_every
+        self.width: int | None = None
+        self.dtype: torch.dtype | None = None
+        self.pending: dict[bytes, Tensor] = {}
+        self._segments: dict[str, Segment] = {}
+        self._index: dict[bytes, tuple[Segment, int]] = {}
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"{folder} is a file, expected the folder of a feature cache: give another path")
+        folder.mkdir(parents=True, exist_ok=True)
+        self._read_meta()
+        self.refresh()
+        # only to have fewer files: a folder that can't be written, or a full disk, is good enough for reading
+        with contextlib.suppress(OSError):
+            self._remove_leftovers()
+            self._merge_small_segments()
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self.pending or key in self._index
+
+    def __len__(self) -> int:
+        return len(self._index) + sum(key not in self._index for key in self.pending)
+
+    def get(self, key: bytes) -> Tensor:
+        """The row (D,) of a known key; ValueError if its file is damaged."""
+        if key in self.pending:
+            return self.pending[key]
+        segment, index = self._index[key]
+        try:
+            return segment.row(key, index)
+        except ValueError:
+            # so that the store goes on as soon as the file is deleted
+            self._segments.pop(segment.path.name, None)
+            self._index = {k: place for k, place in self._index.items() if place[0] is not segment}
+            raise
+
+    def add(self, keys: list[bytes], features: Tensor) -> None:
+        """Take rows (N, D), contiguous on the CPU, of new keys; ValueError if D or the dtype isn't that of the stored ones."""
+        if self.width is not None and (features.shape[1], features.dtype) != (self.width, self.dtype):
+            raise ValueError(
+                f"{self.encoder} gave features of width {features.shape[1]} in {features.dtype}, but {self.folder} holds width "
+                f"{self.width} in {self.dtype}: use another folder, or the encoder as it was"
+            )
+        self.width, self.dtype = features.shape[1], features.dtype
+        self.pending.update(zip(keys, features, strict=True))
+        if len(self.pending) >= self.flush_every:
+            self.flush()
+
+    def flush(self) -> None:
+        """Make all rows durable; on an error they stay in memory."""
+        if not self.pending:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / META).exists():
+            self._write(META, json.dumps(self._meta(), indent=2).encode(), replace=False)
+        self._read_meta()  # another process may have been first, with another encoder
+        name = f"{PREFIX}{uuid.uuid4().hex}{SUFFIX}"
+        self._write(name, _pack(list(self.pending), torch.stack(list(self.pending.values())), self._meta()))
+        try:
+            self._adopt(name, first=True)
+        except FileNotFoundError:  # another process has merged it already
+            self.refresh()
+        self.pending.clear()
+
+    def refresh(self) -> None:
+        """Map what other processes have written."""
+        seen = None
+        # once more after a change: a segment that is gone by the time it is opened has been merged into one listed later
+        while (names := {n for n in self._files() if n.startswith(PREFIX) and n.endswith(SUFFIX)}) != seen:
+            seen = names
+            for name in sorted(names - self._segments.keys()):
+                with contextlib.suppress(FileNotFoundError):
+                    self._adopt(name)
+
+    def _files(self) -> list[str]:
+        try:
+            return os.listdir(self.folder)
+        except FileNotFoundError:
+            return []
+
+    def _adopt(self, name: str, *, first: bool = False) -> None:
+        """Add a segment; where another one has a key too, the known row stays the valid one unless this comes ``first``."""
+        segment = Segment.open(self.folder / name)
+        self._check(segment.meta, segment.path)
+        if (segment.features.shape[1:], segment.features.dtype) != ((self.width,), self.dtype):
+            raise _damaged(segment.path, "its features have another shape or dtype than it says")
+        self._segments[name] = segment
+        for index, key in enumerate(segment.keys()):
+            if first or key not in self._index:
+                self._index[key] = segment, index
+
+    def _meta(self) -> dict[str, Any]:
+        dtype = str(self.dtype).removeprefix("torch.")
+        values = (FORMAT, self.fingerprint, self.encoder, self.width, dtype)
+        return dict(zip(FIELDS, values, strict=True))
+
+    def _read_meta(self) -> None:
+        path = self.folder / META
+        try:
+            meta = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return
+        except ValueError as error:
+            raise _damaged(path, error) from None
+        self._check(meta, path)
+
+    def _check(self, meta: Any, path: Path) -> None:
+        """Take the width and dtype of a description, once it is known to be of this encoder."""
+        version = meta.get("format") if isinstance(meta, dict) else None
+        if isinstance(version, int) and version > FORMAT:
+            raise ValueError(f"{path} has format {version}, this version reads {FORMAT}: update mope_fast, or use another folder")
+        if version != FORMAT or any(not isinstance(meta.get(name), kind) for name, kind in FIELDS.items()):
+            raise _damaged(path, f"expected {', '.join(FIELDS)}")
+        dtype = getattr(torch, meta["dtype"], None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise _damaged(path, f"{meta['dtype']!r} is no dtype of features")
+        if meta["fingerprint"] != self.fingerprint:
+            raise ValueError(
+                f"{path} is of another encoder: expected {self.encoder} with fingerprint {self.fingerprint}, it has "
+                f"{meta['encoder']} with {meta['fingerprint']}; use another folder, or the encoder it was made with"
+            )
+        if self.width is not None and (meta["width"], dtype) != (self.width, self.dtype):
+            raise ValueError(
+                f"{path} has features of width {meta['width']} in {dtype}, but the rest of the cache, or this process, has width "
+                f"{self.width} in {self.dtype}: use another folder"
+            )
+        self.width, self.dtype = meta["width"], dtype
+
+    def _write(self, name: str, data: bytes, *, replace: bool = True) -> None:
+        """Publish a whole, durable file; with ``replace`` False an existing one stays."""
+        path, temporary = self.folder / name, self.folder / f".{name}.{uuid.uuid4().hex}.tmp"
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            if replace:
+                os.replace(temporary, path)
+            else:
+                _publish_first(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        if os.name == "posix":  # the name too must outlast a power cut
+            descriptor = os.open(self.folder, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def _remove_leftovers(self) -> None:
+        for name in self._files():
+            path = self.folder / name
+            if name.startswith((f".{PREFIX}", f".{META}")) and name.endswith(".tmp"):
+                with contextlib.suppress(FileNotFoundError):
+                    if time.time() - path.stat().st_mtime > LEFTOVER_AGE:
+                        path.unlink()
+
+    def _merge_small_segments(self) -> None:
+        small = [s for _, s in sorted(self._segments.items()) if s.features.nbytes < SMALL]
+        if len(small) < MANY:
+            return
+        group: list[Segment] = []
+        for segment in small:
+            group.append(segment)
+            if segment is small[-1] or sum(s.features.nbytes for s in group) >= SMALL:
+                if len(group) > 1:
+                    self._merge(group)
+                group = []
+
+    def _merge(self, group: list[Segment]) -> None:
+        # each source's rows are kept, known elsewhere or not: another process may be dropping that other one right now
+        rows: dict[bytes, Tensor] = {}
+        for segment in group:
+            for index, key in enumerate(segment.keys()):
+                row = segment.row(key, index)
+                rows.setdefault(key, row)
+        # named after its sources: processes that merge the same ones write the same file
+        digest = hashlib.blake2b(" ".join(s.path.name for s in group).encode(), digest_size=16).hexdigest()
+        name = f"{PREFIX}{digest}{SUFFIX}"
+        self._write(name, _pack(list(rows), torch.stack(list(rows.values())), self._meta()))
+        with contextlib.suppress(FileNotFoundError):  # merged once more by another process; the sources stay mapped here
+            self._adopt(name, first=True)
+        for segment in group:
+            segment.path.unlink(missing_ok=True)
+            self._segments.pop(segment.path.name)
+
+
+def _publish_first(temporary: Path, path: Path) -> None:
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links
+        os.replace(temporary, path)
