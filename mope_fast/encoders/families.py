@@ -147,8 +147,8 @@ def family_of(encoder: object) -> EncoderFamily:
     if family is None:
         models = [model.rpartition(".")[2] for models in supported_encoders().values() for model in models]
         parts = encoder.named_modules() if isinstance(encoder, nn.Module) else ()
-        inner = next((name for name, part in parts if find_family(part)), None)
-        hint = f"; its part .{inner} is supported, pass that" if inner else ""
+        inner = [f".{name}" for name, part in parts if find_family(part)]
+        hint = f"; its part {' or '.join(inner)} is supported, pass that" if inner else ""
         raise TypeError(
             f"{type(encoder).__name__} is not a supported encoder: expected one of {', '.join(models)}{hint}. "
             "register_encoder adds a family; as the complementary side any callable giving (B, cross_dim) features will do"

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..functional import prompt_attention
@@ -39,7 +40,25 @@ def _attention(
     return out.transpose(1, 2), None
 
 
-def _padding_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+def _padding_mask(
+    *args: Any,
+    attention_mask: Tensor | None = None,
+    mask_function: Callable[..., Any] | None = None,
+    q_length: int = 0,
+    kv_length: int = 0,
+    q_offset: int | Tensor = 0,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The (B, S) mask as it is: causality is read from the module, and nothing else can be said here."""
+    kind = getattr(mask_function, "__name__", "")
+    # while it compiles transformers takes any position_ids for packed ones
+    if kind not in ("", "causal_mask_function", "bidirectional_mask_function") and not torch.compiler.is_compiling():
+        raise ValueError(
+            "position_ids jump and there is no attention_mask: transformers takes that for several sequences packed into one, "
+            "which can't have prompts of their own; pass an attention_mask"
+        )
+    if kind == "causal_mask_function" and (isinstance(q_offset, Tensor) or kv_length != q_offset + q_length):
+        raise ValueError("an encoder that takes prompts can't fill a static cache: unwrap() it first, or use a dynamic one")
     return attention_mask
 
 
@@ -220,12 +239,31 @@ def _wav2vec2_pool(encoder: nn.Module, inputs: Inputs) -> Pool:
         frames = (frames - kernel) // stride + 1
     # the adapter, which only wav2vec2 can have, shortens the sequence behind the last layer
     no_adapter = {"add_adapter": False} if _has_adapter(encoder) else {}
-    return masked_mean(encoder._get_feature_vector_attention_mask(frames, mask, **no_adapter))
+    return masked_mean(_real_frames(encoder, frames, mask, **no_adapter))
 
 
 def _wav2vec2_feature(encoder: nn.Module, output: Any, inputs: Inputs) -> Tensor:
     tokens, mask = output.last_hidden_state, inputs.get("attention_mask")
-    return masked_mean(None if mask is None else encoder._get_feature_vector_attention_mask(tokens.shape[1], mask))(tokens)
+    return masked_mean(None if mask is None else _real_frames(encoder, tokens.shape[1], mask))(tokens)
+
+
+def _attach_wav2vec2(encoder: nn.Module) -> Callable[[nn.Module], None]:
+    detach = _attach(encoder)
+    # the library's own sets ones through an index, which copies them from the host, and that waits for the device
+    encoder._get_feature_vector_attention_mask = functools.partial(_real_frames, encoder)
+    return functools.partial(_detach_wav2vec2, detach)
+
+
+def _detach_wav2vec2(detach: Callable[[nn.Module], None], encoder: nn.Module) -> None:
+    detach(encoder)
+    del encoder._get_feature_vector_attention_mask
+
+
+def _real_frames(encoder: nn.Module, frames: int, mask: Tensor, add_adapter: bool | None = None) -> Tensor:
+    """Which of the frames see real samples only, (B, frames) bool."""
+    more = {} if add_adapter is None else {"add_adapter": add_adapter}
+    lengths = encoder._get_feat_extract_output_lengths(mask.sum(-1), **more)
+    return torch.arange(frames, device=mask.device) < lengths[:, None]
 
 
 def _has_adapter(encoder: nn.Module) -> bool:
@@ -250,6 +288,11 @@ def _gpt2_layers(encoder: nn.Module) -> Sequence[PromptedLayer]:
 
 
 def _gpt2_run(encoder: nn.Module, inputs: Inputs) -> Any:
+    given = {name: value for name, value in inputs.items() if value is not None}
+    tokens = given.get("input_ids", given.get("inputs_embeds"))
+    if tokens is not None and not {"attention_mask", "position_ids", "past_key_values"} & set(given):
+        # without a mask transformers looks for padding and for packed sequences, and waits for the device to tell
+        inputs = {**inputs, "attention_mask": tokens.new_ones(tokens.shape[:2], dtype=torch.bool)}
     return encoder(**{"use_cache": False, **inputs})
 
 
@@ -299,6 +342,7 @@ for _name, _model in (("wav2vec2", "Wav2Vec2Model"), ("hubert", "HubertModel")):
     _register(
         _name, _model, "input_values",
         layers=_wav2vec2_layers, pool=_wav2vec2_pool, feature=_wav2vec2_feature, feature_width=_wav2vec2_feature_width,
+        attach=_attach_wav2vec2,
     )  # fmt: skip
 _register(
     "gpt2", "GPT2Model", "input_ids",
