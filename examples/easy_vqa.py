@@ -1,47 +1,55 @@
-"""Fuse a frozen text encoder with image features on Easy-VQA, a published set of questions about images.
+"""Fuse frozen encoders of text and images on Easy-VQA, a published set of questions about images.
 
-Text is the main modality: routed prompts enter every layer of a frozen MiniLM, routed and mapped from features of a frozen
-ViT that are computed once and kept on disk. Neither modality can answer alone: a question's best constant answer is right in
-two of three cases.
+Either side can be the main one, whose every layer takes prompts; neither can answer alone: a question's best constant answer is
+right in two of three cases.
+
+With text as main, a frozen MiniLM takes prompts routed and mapped from features of a frozen ViT, computed once and kept on disk.
+With the image as main, the ViT takes them from MiniLM, which has trained prompts of its own; on a CPU that is for few samples.
 
     python examples/easy_vqa.py                     # trains, saves, reloads and tests the fused model
     python examples/easy_vqa.py --method sequential # static and mapped prompts, no routing
+    python examples/easy_vqa.py --main image --amp  # on a GPU
+    python examples/easy_vqa.py --main image --samples 640 --image-size 56 --epochs 1
 """
 
 import argparse
 import json
-import os
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import torch
 import torch.nn.functional as F
-from pretrained import CACHE, Split, dinov2_small, easy_vqa, load_image, minilm
+from easy_vqa_data import Questions, easy_vqa, load_pictures, normalised, tokenised
+from packages import CACHE
+from pretrained import dinov2_small, minilm
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mope_fast import FusionOutput, MoPEConfig, MoPEFusion
+from mope_fast import FeatureCache, FusionOutput, MoPEConfig, MoPEFusion, PromptTuned
 
 matplotlib.use("Agg")
 
 METHODS = {
     "mope": "static, routed and mapped prompts",
     "sequential": "static and mapped prompts",
-    "static": "static prompts: the text alone, prompted",
-    "late-concat": "prompted text feature beside the image feature, linear head",
-    "late-concat-mlp": "frozen text feature beside the image feature, one hidden layer",
+    "static": "static prompts: the main side alone, prompted",
+    "late-concat": "prompted feature of the main side beside the other side's feature, linear head",
+    "late-concat-mlp": "frozen features of both sides, one hidden layer",
     "text": "frozen text feature, one hidden layer",
-    "image": "image feature, one hidden layer",
+    "image": "frozen image feature, one hidden layer",
 }
 FROZEN = ("late-concat-mlp", "text", "image")
+PROMPT_INIT = 0.06
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--main", choices=("text", "image"), default="text", help="the side whose layers take prompts")
     parser.add_argument("--method", choices=METHODS, default="mope", help="; ".join(f"{k}: {v}" for k, v in METHODS.items()))
     parser.add_argument("--experts", type=int, default=16, help="K, experts a layer")
     parser.add_argument("--prompt-length", type=int, default=6, help="L, rows of a prompt")
@@ -54,9 +62,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=None, help="use so many questions of each split, for a quick try")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--amp", action="store_true", help="bfloat16 autocast, in training and testing")
     parser.add_argument("--compile", action="store_true", help="compile the training step")
     parser.add_argument("--output", type=Path, default=Path("outputs/easy_vqa"), help="folder for everything this writes")
     args = parser.parse_args()
+    if args.main == "image" and args.method in FROZEN:
+        parser.error(f"--method {args.method} prompts neither side: leave out --main image")
     if args.epochs is None:
         args.epochs = 15 if args.method in FROZEN else 3
     least = {"experts": 1, "prompt_length": 1, "epochs": 1, "batch_size": 2, "image_size": 14}
@@ -83,142 +94,109 @@ def progress() -> Progress:
     )  # fmt: skip
 
 
-def image_features(splits: tuple[Split, Split], size: int, device: str) -> list[Tensor]:
-    """For each split the frozen ViT's class token and mean patch token, (images, 768); computed once, kept on disk."""
-    file = CACHE / f"easy-vqa-features-{size}px.safetensors"
-    if not file.is_file():
-        model = dinov2_small().to(device)
-        features = {}
-        with torch.inference_mode(), progress() as bar:
-            for name, split in zip(("train", "test"), splits, strict=True):
-                rows = []
-                task = bar.add_task(f"image features, {name}", total=len(split.paths), note=f"{size} px")
-                for i in range(0, len(split.paths), 50):
-                    pixels = torch.stack([load_image(path, size) for path in split.paths[i : i + 50]])
-                    tokens = model(pixels.to(device)).last_hidden_state
-                    rows.append(torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], dim=-1).cpu())
-                    bar.advance(task, len(pixels))
-                features[name] = torch.cat(rows)
-        partial = file.with_name(f".{file.name}.{os.getpid()}")
-        save_file(features, partial)
-        os.replace(partial, file)
-    features = load_file(file)
-    mean, std = features["train"].mean(0), features["train"].std(0)
-    return [(features[name] - mean) / std for name in ("train", "test")]
+class PictureEncoder(nn.Module):
+    """The ViT's class token beside its mean patch token, (B, 768), of pictures of uint8."""
+
+    def __init__(self):
+        super().__init__()
+        self.vit = dinov2_small()
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        tokens = self.vit(normalised(pictures)).last_hidden_state
+        return torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], dim=-1)
 
 
-@dataclass
-class Questions:
-    """One split, tokenised, on the device; batches hold questions of similar length."""
-
-    input_ids: Tensor  # (n, S), padded
-    lengths: Tensor  # (n,), on the CPU
-    features: Tensor  # (images, 768)
-    images: Tensor  # (n,)
-    answers: Tensor  # (n,)
-
-    def __len__(self) -> int:
-        return len(self.answers)
-
-    def batch(self, index: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """(text inputs, image features, answers); the text is cut to the longest question."""
-        longest = int(self.lengths[index].max())
-        lengths = self.lengths[index].to(self.input_ids.device)
-        index = index.to(self.input_ids.device)
-        mask = torch.arange(longest, device=index.device) < lengths[:, None]
-        text = {"input_ids": self.input_ids[index, :longest], "attention_mask": mask}
-        return text, self.features[self.images[index]], self.answers[index]
-
-    def batches(self, size: int, generator: torch.Generator | None = None) -> Iterator[Tensor]:
-        """Index batches: in order of length, or shuffled and in order of length within eight batches."""
-        if generator is None:
-            yield from self.lengths.argsort(stable=True).split(size)
-            return
-        groups = torch.randperm(len(self), generator=generator).split(8 * size)
-        batches = [batch for group in groups for batch in group[self.lengths[group].argsort(stable=True)].split(size)]
-        for i in torch.randperm(len(batches), generator=generator):
-            if len(batches[i]) > 1:  # batch norm needs two
-                yield batches[i]
+def image_features(pictures: list[Tensor], device: str) -> list[Tensor]:
+    """Frozen features of the training and the test pictures, each computed once and kept on disk."""
+    encode = FeatureCache(CACHE / "easy-vqa-images", PictureEncoder().to(device))
+    train, test = (encode.precompute(split.split(50)) for split in pictures)
+    mean, std = train.mean(0), train.std(0)
+    return [(train - mean) / std, (test - mean) / std]
 
 
-def tokenised(split: Split, features: Tensor, tokenizer, device: str, samples: int | None) -> Questions:
-    encoded = tokenizer(split.questions[:samples], padding=True, return_tensors="pt")
-    lengths = encoded["attention_mask"].sum(1)
-    images, answers = split.images[:samples].to(device), split.answers[:samples].to(device)
-    return Questions(encoded["input_ids"].to(device), lengths, features.to(device), images, answers)
+def load_data(args: argparse.Namespace) -> tuple[Questions, Questions, list[str]]:
+    """Training and test questions, and the answers' names."""
+    *splits, names = easy_vqa()
+    image_first, tokenizer = args.main == "image", minilm()[1]
+    image_inputs = [load_pictures(split.paths, args.image_size) for split in splits]
+    if not image_first:
+        image_inputs = image_features(image_inputs, args.device)
+    train, test = (
+        tokenised(split, images, tokenizer, args.device, args.samples, image_first)
+        for split, images in zip(splits, image_inputs, strict=True)
+    )
+    return train, test, names
+
+
+@cache
+def frozen_text(device: str) -> FeatureCache:
+    """The frozen MiniLM's feature of each distinct question, computed once and kept on disk."""
+    return FeatureCache(CACHE / "easy-vqa-questions", minilm()[0].to(device))
 
 
 class FeatureClassifier(nn.Module):
-    """A head on text and image features side by side; either may be left out, the text may be prompted or frozen."""
+    """A head on features of the main side, the complementary side, or both.
 
-    def __init__(
-        self, text: Callable[[dict[str, Tensor]], Tensor] | None, width: int, use_image: bool, hidden: int | None, classes: int
-    ):
+    Args:
+        sides: functions of each side's inputs; None leaves a side out.
+        width: of their features together.
+        hidden: width of the hidden layer; None for a linear head.
+        classes: outputs.
+    """
+
+    def __init__(self, sides: tuple[Callable[..., Tensor] | None, ...], width: int, hidden: int | None, classes: int):
         super().__init__()
-        self.text, self.use_image = text, use_image
+        self.main, self.complementary = sides
         linear = nn.Linear(width if hidden is None else hidden, classes)
         self.head = linear if hidden is None else nn.Sequential(nn.Linear(width, hidden), nn.GELU(), linear)
 
-    def forward(self, text: dict[str, Tensor], image: Tensor, labels: Tensor | None = None) -> FusionOutput:
-        parts = [] if self.text is None else [self.text(text)]
-        features = torch.cat([*parts, image] if self.use_image else parts, dim=-1)
+    def forward(self, main: Any, complementary: Any, labels: Tensor | None = None) -> FusionOutput:
+        sides = ((self.main, main), (self.complementary, complementary))
+        features = torch.cat([encode(inputs) for encode, inputs in sides if encode is not None], dim=-1)
         logits = self.head(features)
         loss = None if labels is None else F.cross_entropy(logits, labels)
         return FusionOutput(loss=loss, logits=logits, features=features)
 
 
-class PromptedText(nn.Module):
-    """Text feature of the frozen encoder with static prompts."""
+class PromptedFeature(nn.Module):
+    """The feature of a frozen encoder with static prompts."""
 
-    def __init__(self, encoder: nn.Module, config: MoPEConfig):
+    def __init__(self, encoder: nn.Module, length: int):
         super().__init__()
-        self.fusion = MoPEFusion(encoder, config=config)
+        self.model = PromptTuned(encoder, length, dropout=0.0, prompt_init=PROMPT_INIT)
+        self.width = self.model.feature_width
 
-    def forward(self, text: dict[str, Tensor]) -> Tensor:
-        return self.fusion(text).features
-
-
-class FrozenText(nn.Module):
-    """Text feature of the plain frozen encoder; each question is encoded once."""
-
-    def __init__(self, encoder: nn.Module):
-        super().__init__()
-        self.encoder = encoder.requires_grad_(False).eval()
-        self.known: dict[tuple[int, ...], Tensor] = {}
-
-    def train(self, mode: bool = True) -> "FrozenText":
-        # a feature's rounding depends on the batch it was computed in: forget them, so that two evaluations agree to the bit
-        self.known.clear()
-        return super().train(False)
-
-    @torch.no_grad()
-    def forward(self, text: dict[str, Tensor]) -> Tensor:
-        keys = [tuple(row) for row in (text["input_ids"] * text["attention_mask"]).tolist()]
-        keys = [key[: len(key) - next((i for i, token in enumerate(reversed(key)) if token), 0)] for key in keys]
-        new = {key: i for i, key in enumerate(keys) if key not in self.known}
-        if new:
-            index = torch.tensor(list(new.values()), device=text["input_ids"].device)
-            rows = self.encoder(**{name: value[index] for name, value in text.items()}).last_hidden_state[:, 0]
-            self.known.update(zip(new, rows, strict=True))
-        return torch.stack([self.known[key] for key in keys])
+    def forward(self, inputs: Any) -> Tensor:
+        return self.model(inputs).features
 
 
-def build(args: argparse.Namespace, cross_dim: int, classes: int) -> nn.Module:
-    """The model of a method; called as model(text, image, labels)."""
-    text, _ = minilm()
-    width = text.config.hidden_size
+def encoders(args: argparse.Namespace) -> tuple[nn.Module, nn.Module | None]:
+    """(main, complementary); with text as main the images come in as features, and one side is enough for static prompts."""
+    if args.main == "text":
+        return minilm()[0], None
+    return dinov2_small(), None if args.method == "static" else minilm()[0]
+
+
+def build(args: argparse.Namespace, image_width: int | None, classes: int) -> nn.Module:
+    """The model of a method, called as model(main inputs, complementary inputs, labels); ``image_width`` is of features."""
+    if args.method in FROZEN:
+        text = frozen_text(args.device)
+        uses_text, uses_image = args.method != "image", args.method != "text"
+        sides = (text if uses_text else None, nn.Identity() if uses_image else None)
+        return FeatureClassifier(sides, uses_text * text.width + uses_image * image_width, 256, classes)
+    main, complementary = encoders(args)
+    if args.method == "late-concat":
+        main = PromptedFeature(main, args.prompt_length)
+        if complementary is None:
+            return FeatureClassifier((main, nn.Identity()), main.width + image_width, None, classes)
+        complementary = PromptedFeature(complementary, MoPEConfig().complementary_prompt_length)
+        return FeatureClassifier((main, complementary), main.width + complementary.width, None, classes)
     routed, mapped = args.method == "mope", args.method in ("mope", "sequential")
     config = MoPEConfig(
-        num_experts=args.experts, prompt_length=args.prompt_length, use_dynamic=routed, use_mapped=mapped, cross_dim=cross_dim,
-        dropout=0.0, prompt_init=0.06,
+        num_experts=args.experts, prompt_length=args.prompt_length, use_dynamic=routed, use_mapped=mapped,
+        cross_dim=image_width, dropout=0.0, prompt_init=PROMPT_INIT,
     )  # fmt: skip
-    if args.method in ("mope", "sequential", "static"):
-        return MoPEFusion(text, None, classes, config)
-    if args.method == "late-concat":
-        return FeatureClassifier(PromptedText(text, config), width + cross_dim, True, None, classes)
-    uses_text, uses_image = args.method != "image", args.method != "text"
-    inputs = uses_text * width + uses_image * cross_dim
-    return FeatureClassifier(FrozenText(text) if uses_text else None, inputs, uses_image, 256, classes)
+    return MoPEFusion(main, complementary, classes, config)
 
 
 def parameter_groups(model: nn.Module, args: argparse.Namespace) -> list[dict]:
@@ -248,28 +226,35 @@ def train(model: nn.Module, data: Questions, args: argparse.Namespace) -> float:
         for epoch in range(epochs):
             total = torch.zeros((), device=args.device)
             for i, index in enumerate(data.batches(args.batch_size, generator), start=1):
-                output = step(*data.batch(index))
+                with autocast(args):
+                    output = step(*data.batch(index))
                 optimizer.zero_grad()
                 output.loss.backward()
                 nn.utils.clip_grad_norm_(trained, 1.0)
                 optimizer.step()
                 schedule.step()
                 total += output.loss.detach()
+                bar.advance(task)
                 if i % 50 == 0:
-                    bar.update(task, advance=50, note=f"epoch {epoch + 1}/{epochs}, loss {total / i:.3f}")
+                    bar.update(task, note=f"epoch {epoch + 1}/{epochs}, loss {total / i:.3f}")
             bar.update(task, completed=(epoch + 1) * steps // epochs, note=f"epoch {epoch + 1}/{epochs}, loss {total / i:.3f}")
     return time.perf_counter() - start
 
 
+def autocast(args: argparse.Namespace) -> torch.autocast:
+    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.amp)
+
+
 @torch.inference_mode()
-def predict(model: nn.Module, data: Questions) -> tuple[Tensor, Tensor | None]:
+def predict(model: nn.Module, data: Questions, args: argparse.Namespace) -> tuple[Tensor, Tensor | None]:
     """Logits (n, classes) and, with a router, scores (n, layers, experts), in the split's order."""
     model.eval()
     order, logits, scores = [], [], []
     with progress() as bar:
         task = bar.add_task("testing", total=len(data), note="")
         for index in data.batches(256):
-            output = model(*data.batch(index)[:2])
+            with autocast(args):
+                output = model(*data.batch(index)[:2])
             order.append(index)
             logits.append(output.logits.cpu())
             if output.scores is not None:
@@ -279,15 +264,15 @@ def predict(model: nn.Module, data: Questions) -> tuple[Tensor, Tensor | None]:
     return torch.cat(logits)[back], torch.cat(scores)[back] if scores else None
 
 
-def save_and_reload(model: nn.Module, args: argparse.Namespace) -> nn.Module:
+def save_and_reload(model: nn.Module, args: argparse.Namespace, image_width: int | None, classes: int) -> nn.Module:
     """Write the trained parts, then read them onto fresh encoders."""
     if isinstance(model, MoPEFusion):
         model.save_pretrained(args.output / "adapter")
-        return MoPEFusion.from_pretrained(args.output / "adapter", minilm()[0]).to(args.device)
+        return MoPEFusion.from_pretrained(args.output / "adapter", *encoders(args)).to(args.device)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     args.output.mkdir(parents=True, exist_ok=True)
     save_file({name: value for name, value in model.state_dict().items() if name in trained}, args.output / "trained.safetensors")
-    fresh = build(args, args.cross_dim, args.classes).to(args.device)
+    fresh = build(args, image_width, classes).to(args.device)
     fresh.load_state_dict(load_file(args.output / "trained.safetensors"), strict=False)
     return fresh.eval()
 
@@ -321,22 +306,20 @@ def draw_experts(scores: Tensor, answers: Tensor, names: list[str], file: Path) 
 def main() -> None:
     args = parse_arguments()
     start = time.perf_counter()
-    torch.manual_seed(args.seed)
     args.output.mkdir(parents=True, exist_ok=True)
-    train_split, test_split, names = easy_vqa()
-    train_features, test_features = image_features((train_split, test_split), args.image_size, args.device)
-    _, tokenizer = minilm()
-    train_data = tokenised(train_split, train_features, tokenizer, args.device, args.samples)
-    test_data = tokenised(test_split, test_features, tokenizer, args.device, args.samples)
-    args.cross_dim, args.classes = train_features.shape[1], len(names)
+    train_data, test_data, names = load_data(args)
+    image_width = None if args.main == "image" else train_data.image_inputs.shape[1]
 
-    model = build(args, args.cross_dim, args.classes).to(args.device)
+    # after the data: making an encoder draws random numbers too, and features may be on disk already
+    torch.manual_seed(args.seed)
+    model = build(args, image_width, len(names)).to(args.device)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"{args.method}: {METHODS[args.method]}; {trained:,} trained parameters, {len(train_data):,} training questions")
+    print(f"{args.method}, {args.main} as main: {METHODS[args.method]}")
+    print(f"{trained:,} trained parameters, {len(train_data):,} training questions")
     seconds = train(model, train_data, args)
-    logits, _ = predict(model, test_data)
-    reloaded = save_and_reload(model, args)
-    reloaded_logits, scores = predict(reloaded, test_data)
+    logits, _ = predict(model, test_data, args)
+    reloaded = save_and_reload(model, args, image_width, len(names))
+    reloaded_logits, scores = predict(reloaded, test_data, args)
     if not torch.equal(logits, reloaded_logits):
         raise SystemExit(f"the reloaded model differs by {(logits - reloaded_logits).abs().max():.1e}")
     print(f"saved and reloaded from {args.output}: the same logits, bit for bit")

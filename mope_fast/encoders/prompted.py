@@ -61,7 +61,10 @@ class PromptedEncoder(nn.Module):
                 f"this {type(encoder).__name__} already takes prompts from another model: unwrap() that one first, "
                 "or let both share one PromptedEncoder"
             )
-        self._before = (encoder.training, [p.requires_grad for p in encoder.parameters()])
+        self._before = (
+            [(module, module.training) for module in encoder.modules()],
+            [p.requires_grad for p in encoder.parameters()],
+        )
         self.encoder = encoder.requires_grad_(False).eval()
         self.family.setup()
         self._restore = self.family.attach(encoder)
@@ -157,8 +160,9 @@ class PromptedEncoder(nn.Module):
                     layer.module.forward = previous
                 delattr(layer.attention, _SLOT)
             self._restore(self.encoder)
-            training, requires_grad = self._before
-            self.encoder.train(training)
+            modes, requires_grad = self._before
+            for module, training in modes:
+                module.training = training
             for parameter, flag in zip(self.encoder.parameters(), requires_grad, strict=True):
                 parameter.requires_grad_(flag)
             self._attached = False

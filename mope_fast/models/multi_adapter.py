@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from .. import functional
 from .._autocast import without_autocast
 from ..encoders import Pool, PromptedLayer
-from ..encoders.families import batch_size
 from ..modules import FoldedBank
 from ..modules.output import split_heads
 from ..modules.rows import Prefix
@@ -93,7 +92,8 @@ class MultiAdapter(nn.Module):
     def _ids(self, main_inputs: Inputs, adapters: Sequence[str] | Tensor) -> tuple[Tensor, set[str]]:
         """Indices on the device, and the names that may be among them."""
         inputs = self.main.family.keyword_arguments(main_inputs)
-        device, batch = next((x.device for x in inputs.values() if isinstance(x, Tensor)), None), batch_size(inputs)
+        device = next((x.device for x in inputs.values() if isinstance(x, Tensor)), None)
+        batch = self.main.family.batch_size(inputs)
         used = set(self.names)
         if not isinstance(adapters, Tensor):
             used = set(adapters)

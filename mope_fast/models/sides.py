@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from ..encoders import PromptedEncoder
-from ..encoders.families import batch_size
 from .prompting import Inputs
 
 
@@ -35,6 +34,6 @@ def is_prompted_model(complementary: object) -> bool:
 
 def check_same_batch(main: PromptedEncoder, main_inputs: Inputs, cross: Tensor) -> None:
     """Raises ValueError if the two sides have different numbers of samples, or none."""
-    batch = batch_size(main.family.keyword_arguments(main_inputs))
+    batch = main.family.batch_size(main.family.keyword_arguments(main_inputs))
     if isinstance(cross, Tensor) and cross.dim() and batch is not None and cross.shape[0] != batch:
         raise ValueError(f"the two sides differ in batch length: main has {batch} samples, complementary {cross.shape[0]}")

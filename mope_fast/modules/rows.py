@@ -35,9 +35,15 @@ class Rows:
     in_kv_space: bool
 
 
+_LAYER_NORMS = ("torch.nn.modules.normalization.LayerNorm.forward", "timm.layers.norm.LayerNorm.forward")
+
+
 def is_layer_norm(norm: nn.Module) -> bool:
-    """Whether it computes what ``nn.LayerNorm`` does."""
-    return getattr(type(norm), "forward", None) is nn.LayerNorm.forward
+    """Whether it computes what ``nn.LayerNorm`` does: that class, timm's of the same name, or one that inherits their forward."""
+    forward = getattr(type(norm), "forward", None)
+    name = f"{getattr(forward, '__module__', '')}.{getattr(forward, '__qualname__', '')}"
+    # timm's fast norms round differently
+    return name in _LAYER_NORMS and not getattr(norm, "_fast_norm", False)
 
 
 def mixes_in_kv_space(config: MoPEConfig, batch: int, training: bool, norm: nn.Module | None, key_norm: Projection | None) -> bool:

@@ -146,9 +146,10 @@ def test_the_users_encoder_object_is_used_not_copied():
 def test_unwrap_gives_training_mode_and_gradients_back():
     bert = make_bert().train()
     bert.pooler.requires_grad_(False)
-    flags = [p.requires_grad for p in bert.parameters()]
+    bert.encoder.layer[0].eval()
+    flags, modes = [p.requires_grad for p in bert.parameters()], [module.training for module in bert.modules()]
     make_fusion(bert).unwrap()
-    assert bert.training
+    assert [module.training for module in bert.modules()] == modes
     assert [p.requires_grad for p in bert.parameters()] == flags
 
 

@@ -1,0 +1,98 @@
+"""Easy-VQA, a published set of questions about images: its files, and batches of it on a device."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from packages import package_folder
+from PIL import Image
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Split:
+    """Questions about images: ``answers[i]`` indexes the list of answers, ``images[i]`` the split's images."""
+
+    questions: list[str]
+    answers: Tensor
+    images: Tensor
+    paths: list[Path]
+
+
+def easy_vqa() -> tuple[Split, Split, list[str]]:
+    """38,575 training and 9,673 test questions about 4,000 and 1,000 synthetic images of 64 x 64, and the 13 answers."""
+    data = package_folder("easy-vqa") / "easy_vqa" / "data"
+    answers = sorted((data / "answers.txt").read_text().split())
+
+    def split(name: str) -> Split:
+        rows = json.loads((data / name / "questions.json").read_text())
+        questions, texts, images = zip(*rows, strict=True)
+        paths = [data / name / "images" / f"{i}.png" for i in range(max(images) + 1)]
+        return Split(list(questions), torch.tensor([answers.index(text) for text in texts]), torch.tensor(images), paths)
+
+    return split("train"), split("test"), answers
+
+
+def load_pictures(paths: list[Path], size: int) -> Tensor:
+    """(n, 3, size, size), uint8: decoded and resized once for all epochs."""
+    pictures = torch.empty(len(paths), size, size, 3, dtype=torch.uint8)
+    for picture, path in zip(pictures, paths, strict=True):
+        image = Image.open(path).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+        picture.copy_(torch.from_numpy(np.array(image)))
+    return pictures.permute(0, 3, 1, 2).contiguous()
+
+
+def normalised(pictures: Tensor) -> Tensor:
+    """uint8 -> float, as the ViT was trained, where the pictures are."""
+    mean, std = (pictures.new_tensor(v, dtype=torch.float32)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    return (pictures / 255 - mean) / std
+
+
+@dataclass
+class Questions:
+    """One split, tokenised, on the device; batches hold questions of similar length."""
+
+    input_ids: Tensor  # (n, S), padded
+    lengths: Tensor  # (n,), on the CPU
+    images: Tensor  # (n,), rows of image_inputs
+    image_inputs: Tensor  # features (images, D), or pictures (images, 3, H, W) of uint8
+    answers: Tensor  # (n,)
+    image_first: bool  # which side is the main one
+
+    def __len__(self) -> int:
+        return len(self.answers)
+
+    def batch(self, index: Tensor) -> tuple[dict[str, Tensor] | Tensor, dict[str, Tensor] | Tensor, Tensor]:
+        """(main inputs, complementary inputs, answers); the text is cut to the longest question."""
+        longest = int(self.lengths[index].max())
+        lengths = self.lengths[index].to(self.input_ids.device)
+        index = index.to(self.input_ids.device)
+        mask = torch.arange(longest, device=index.device) < lengths[:, None]
+        text = {"input_ids": self.input_ids[index, :longest], "attention_mask": mask}
+        image = self.image_inputs[self.images[index]]
+        if image.dtype == torch.uint8:
+            image = normalised(image)
+        sides = (image, text) if self.image_first else (text, image)
+        return *sides, self.answers[index]
+
+    def batches(self, size: int, generator: torch.Generator | None = None) -> Iterator[Tensor]:
+        """Index batches: in order of length, or shuffled and in order of length within eight batches."""
+        if generator is None:
+            yield from self.lengths.argsort(stable=True).split(size)
+            return
+        groups = torch.randperm(len(self), generator=generator).split(8 * size)
+        batches = [batch for group in groups for batch in group[self.lengths[group].argsort(stable=True)].split(size)]
+        for i in torch.randperm(len(batches), generator=generator):
+            if len(batches[i]) > 1:  # batch norm needs two
+                yield batches[i]
+
+
+def tokenised(split: Split, image_inputs: Tensor, tokenizer, device: str, samples: int | None, image_first: bool) -> Questions:
+    """The split's first ``samples`` questions, or all."""
+    encoded = tokenizer(split.questions[:samples], padding=True, return_tensors="pt")
+    lengths = encoded["attention_mask"].sum(1)
+    images, answers = split.images[:samples].to(device), split.answers[:samples].to(device)
+    return Questions(encoded["input_ids"].to(device), lengths, images, image_inputs.to(device), answers, image_first)
