@@ -13,6 +13,7 @@ def pytest_addoption(parser):
     group = parser.getgroup("mope_fast benchmarks")
     group.addoption("--smoke", action="store_true", help="tiny sizes, no compiled baselines, few rounds: does it run at all?")
     group.addoption("--shard", default="1/1", metavar="I/N", help="every N-th problem size, from the I-th (counted from 1)")
+    group.addoption("--compile-on-cpu", action="store_true", help="compiled encoders on a CPU too, where each takes minutes")
     group.addoption("--cpu-time", action="store_true", help="one thread, CPU time instead of wall time: for a busy machine, no GPU")
 
 
@@ -53,4 +54,4 @@ def session(request) -> suite.Session:
         "copy_bandwidth_gbps": measure.copy_bandwidth(device, smoke) / 1e9,
         **measure.peak_arithmetic(device, environment.device_name(device), smoke),
     }
-    return suite.Session(device, smoke, facts, request.config.stash[SKIPPED])
+    return suite.Session(device, smoke, facts, request.config.stash[SKIPPED], request.config.getoption("compile_on_cpu"))

@@ -40,11 +40,33 @@ def seconds_per_call(target: Callable[[], Any], calls: int, warm_up: int = 3) ->
     return (synchronised_time() - start) / calls
 
 
-def schedule(target: Callable[[], Any], round_seconds: float = 0.01, total_seconds: float = 2.0) -> tuple[int, int]:
+def schedule(
+    target: Callable[[], Any], round_seconds: float = 0.01, total_seconds: float = 2.0, warm_up: int = 3
+) -> tuple[int, int]:
     """Rounds (10 to 50) and calls in each, so that a round is long enough to hide the timer's own wait for the device."""
-    seconds = seconds_per_call(target, 3)
+    seconds = seconds_per_call(target, max(1, warm_up), warm_up)
     iterations = max(1, min(1000, int(round_seconds / seconds)))
     return max(10, min(50, int(total_seconds / (iterations * seconds)))), iterations
+
+
+class InTurns:
+    """Times ``other`` before and after every round of a benchmark: what drifts, drifts for both.
+
+    :meth:`before` is the benchmark's ``setup``; :meth:`ratios` are of a round to the mean of its two neighbours.
+    """
+
+    def __init__(self, other: Callable[[], Any], calls: int):
+        self.other, self.calls = other, calls
+        self.seconds: list[float] = []
+
+    def before(self) -> None:
+        self.seconds.append(seconds_per_call(self.other, self.calls, warm_up=0))
+
+    def ratios(self, rounds: Sequence[float]) -> list[float]:
+        """``rounds``: seconds a call of each."""
+        self.before()
+        others = self.seconds[-len(rounds) - 1 :]
+        return [own / ((a + b) / 2) for own, a, b in zip(rounds, others, others[1:], strict=False)]
 
 
 def input_sets(footprint: int, device: torch.device) -> tuple[int, str]:
@@ -77,22 +99,31 @@ def capture(step: Callable[[Any], Outputs], sets: Sequence[Any]) -> tuple[torch.
 
 def replay_poisoned(graph: torch.cuda.CUDAGraph, outputs: Sequence[Outputs]) -> None:
     """Replay once into outputs filled with NaN, so that what nobody writes is seen."""
-    with torch.no_grad():
+    with torch.inference_mode():  # outputs may have been made in it, and then can't be written to outside
         for tensor in itertools.chain.from_iterable(outputs):
             tensor.fill_(float("nan"))
     graph.replay()
 
 
-def peak_memory(target: Callable[[], Any], device: torch.device) -> int | None:
-    """Bytes that a call takes beyond its inputs; None where torch doesn't count them."""
+def peak_memory(target: Callable[[], Any], device: torch.device) -> int:
+    """Bytes that a call takes beyond its inputs: by torch's allocator on CUDA, by the profiler's record of tensors on a CPU."""
     if device.type != "cuda":
-        return None
+        return _peak_of_tensors(target)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     target()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def _peak_of_tensors(target: Callable[[], Any]) -> int:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        target()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(changes, initial=0))
 
 
 def copy_bandwidth(device: torch.device, smoke: bool) -> float:

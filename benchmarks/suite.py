@@ -4,7 +4,8 @@ Two timings: ``called`` is what Python code sees, launch overhead included; ``re
 Both rotate over as many input sets as ``l2`` in the results says.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
 
@@ -22,16 +23,20 @@ class Case(Protocol):
 
     modes: Sequence[str]
 
-    def bytes(self, mode: str) -> int: ...
-
     def flops(self, mode: str) -> int: ...
 
     def describe(self) -> dict[str, Any]: ...
 
 
+class OpCase(Case, Protocol):
+    """A problem size of one function."""
+
+    def bytes(self, mode: str) -> int: ...
+
+
 @dataclass(frozen=True)
-class Op:
-    """One function under measurement; ``Case`` and the input sets are its own, opaque to this module."""
+class Group:
+    """What is compared: ``Case`` is its own, opaque to this module."""
 
     name: str
     providers: Sequence[str]
@@ -39,6 +44,16 @@ class Op:
     """For a device, of a smoke run or not."""
     why_not: Callable[[str, Any, torch.device, bool], str | None]
     """Why a provider isn't measured at a case."""
+
+    def providers_at(self, case: Any, mode: str) -> Sequence[str]:
+        """Those for which it makes sense there."""
+        return self.providers
+
+
+@dataclass(frozen=True)
+class Op(Group):
+    """One function under measurement; the input sets are its own too."""
+
     random: Callable[[Any, torch.device, str], Any]
     """One input set for a case and mode."""
     step: Callable[[str, Any, torch.device, str], Step]
@@ -70,53 +85,67 @@ class Session:
     smoke: bool
     facts: dict[str, Any]
     skipped: list[dict[str, str]] = field(default_factory=list)
+    compile_on_cpu: bool = False
+    """Where compiling takes minutes."""
 
-    def note(self, op: Op, point: Point, reason: str) -> None:
-        names = {"op": op.name, "mode": point.mode, "timing": point.timing, "case": str(point.case), "provider": point.provider}
+    def note(self, group: Group, point: Point, reason: str) -> None:
+        names = {"op": group.name, "mode": point.mode, "timing": point.timing, "case": str(point.case), "provider": point.provider}
         self.skipped.append(names | {"reason": reason})
 
-    def skip(self, op: Op, point: Point, reason: str) -> NoReturn:
-        self.note(op, point, reason)
+    def skip(self, group: Group, point: Point, reason: str) -> NoReturn:
+        self.note(group, point, reason)
         pytest.skip(f"{point.provider}: {reason}")
 
+    @contextmanager
+    def noting_failures(self, group: Group, point: Point) -> Iterator[None]:
+        """Failures are saved with the results, and raised; what a library says it can't do is a skip."""
+        try:
+            yield
+        except NotImplementedError as error:  # how a library says that none of its kernels takes the case
+            self.skip(group, point, _first_line(error))
+        except Exception as error:
+            self.note(group, point, f"failed, {_first_line(error)}")
+            raise
 
-def parametrize(metafunc, op: Op) -> None:
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+
+
+def parametrize(metafunc, group: Group) -> None:
     """All providers of one size, mode and timing run one after the other, so that a busy machine is busy for all of them."""
     smoke, device = metafunc.config.getoption("smoke"), default_device()
     index, count = map(int, metafunc.config.getoption("shard").split("/"))
     points = [
         Point(mode, case, timing, provider)
-        for case in op.cases(device, smoke)[index - 1 :: count]
+        for case in group.cases(device, smoke)[index - 1 :: count]
         for mode in case.modes
         for timing in (["called", "replay"] if device.type == "cuda" else ["called"])
-        for provider in op.providers
+        for provider in group.providers_at(case, mode)
     ]
     metafunc.parametrize("point", points, ids=str)
 
 
 def prepare(step: Step, timing: str, sets: list[Any], check: Callable[[measure.Outputs, Any], None]) -> Callable[[], object]:
     """The function to time; it has run and its outputs on the first and last input set are right."""
+    ends = sorted({0, len(sets) - 1})
     if timing == "called":
-        for inputs in (sets[0], sets[-1]):
-            check(step(inputs), inputs)
+        for i in ends:
+            check(step(sets[i]), sets[i])
         return measure.rotating(step, sets)
     graph, outputs = measure.capture(step, sets)
     measure.replay_poisoned(graph, outputs)
-    for i in (0, -1):
+    for i in ends:
         check(outputs[i], sets[i])
     return graph.replay
 
 
-def throughput(case: Case, mode: str, seconds: float, facts: dict[str, Any]) -> dict[str, float]:
+def throughput(case: OpCase, mode: str, seconds: float, facts: dict[str, Any]) -> dict[str, float]:
     gbps, tflops = case.bytes(mode) / seconds / 1e9, case.flops(mode) / seconds / 1e12
     figures = {"median_us": seconds * 1e6, "gbps": gbps, "copy_share": gbps / facts["copy_bandwidth_gbps"], "tflops": tflops}
     if case.describe()["dtype"] == facts["peak_dtype"]:
         figures["roofline_share"] = max(figures["copy_share"], tflops / facts["peak_tflops"])
     return figures
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
 
 
 def run(benchmark, op: Op, point: Point, session: Session) -> None:
@@ -127,13 +156,8 @@ def run(benchmark, op: Op, point: Point, session: Session) -> None:
     count, l2 = measure.input_sets(case.bytes(mode), device)
     sets = [op.random(case, device, mode) for _ in range(count)]
     step = op.step(point.provider, case, device, mode)
-    try:
+    with session.noting_failures(op, point):
         target = prepare(step, point.timing, sets, lambda got, inputs: op.check(case, mode, got, inputs))
-    except NotImplementedError as error:  # how a library says that none of its kernels takes the case
-        session.skip(op, point, _first_line(error))
-    except Exception as error:
-        session.note(op, point, f"failed, {_first_line(error)}")
-        raise
     calls = count if point.timing == "replay" else 1
     benchmark.group = f"{op.name} {mode} {point.timing} {case}"
     benchmark.extra_info.update(facts | case.describe())

@@ -81,11 +81,20 @@ class Goal:
     timing: str
     fits: Callable[[dict[str, Any]], bool]
     measure: Callable[[Group], float | None]
-    at_least: float
+    bound: float
     level: Callable[[Group], bool] = lambda group: False
     """Too close to call, where the bound is missed."""
     summary: bool = False
     """One line for all sizes, about the worst."""
+    at_most: bool = False
+    """Bounded from above, not from below."""
+
+    def wanted(self) -> str:
+        return f"{'<=' if self.at_most else '>='} {self.bound:g}"
+
+    def excess(self, value: float) -> float:
+        """By which share the bound is missed; at most 0 if it is met."""
+        return value / self.bound - 1 if self.at_most else 1 - value / self.bound
 
 
 @dataclass(frozen=True)
@@ -110,6 +119,8 @@ class Profile:
     ratios: Sequence["Ratio"]
     axis_label: Callable[[str], str]
     """A size on short lines."""
+    baseline: str | None = None
+    """The provider in turns with which all were timed, if they were: taxes on it are shown in place of times."""
 
     def label(self, row: Row) -> str:
         return self.labels[row.info["provider"]]
@@ -138,7 +149,7 @@ def parse_skipped(document: dict[str, Any]) -> list[Skip]:
 
 
 def merge(rows: Iterable[Row]) -> list[Row]:
-    """One row a key: the median over runs of the median, of each quartile and of the device's peaks."""
+    """One row a key: the median over runs of the median, of each quartile, of the taxes and of the device's peaks."""
     runs: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         runs.setdefault(row.key, []).append(row)
@@ -146,13 +157,13 @@ def merge(rows: Iterable[Row]) -> list[Row]:
 
 
 def _middle(same: Sequence[Row]) -> Row:
-    peaks = {
+    middles = {
         name: statistics.median(row.info[name] for row in same)
-        for name in ("copy_bandwidth_gbps", "peak_tflops")
+        for name in ("copy_bandwidth_gbps", "peak_tflops", "tax", "tax_low", "tax_high", "memory_tax")
         if name in same[-1].info
     }
     low, high = (statistics.median(row.quartiles[i] for row in same) for i in (0, 1))
-    return Row(same[-1].info | peaks | {"runs": len(same)}, statistics.median(row.median for row in same), (low, high))
+    return Row(same[-1].info | middles | {"runs": len(same)}, statistics.median(row.median for row in same), (low, high))
 
 
 def group(rows: Iterable[Row], profile: Profile) -> list[Group]:

@@ -1,7 +1,8 @@
 """A report's plots."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks.report.model import Group, Profile, Ratio, Row
 from benchmarks.report.text import TIMING_TITLES
@@ -38,26 +39,54 @@ def _finish(figure, axes, path: Path, title: str) -> str:
     return path.name
 
 
-def plot_times(groups: Sequence[Group], profile: Profile, path: Path, device: str) -> str:
-    """Bars of the median time of every provider, with quartiles as whiskers, on a log axis."""
-    from matplotlib.ticker import LogFormatter
+class Bar(NamedTuple):
+    """One provider at one size: a height and the ends of its whisker."""
 
-    figure, axes = _new_axes(groups, profile)
+    height: float
+    low: float
+    high: float
+
+
+def _plot_providers(axes, groups: Sequence[Group], profile: Profile, bar: Callable[[Row], Bar], labelled: bool) -> None:
+    """Bars with whiskers for every provider of every group."""
     width = 0.84 / max(len(each.rows) for each in groups)
-    bars: dict[str, list[tuple[float, Row]]] = {name: [] for name in profile.labels}
+    bars: dict[str, list[tuple[float, Bar]]] = {name: [] for name in profile.labels}
     for x, each in enumerate(groups):
         for i, name in enumerate(name for name in profile.labels if name in each.rows):
-            bars[name].append((x + (i - (len(each.rows) - 1) / 2) * width, each.rows[name]))
+            bars[name].append((x + (i - (len(each.rows) - 1) / 2) * width, bar(each.rows[name])))
     for name, present in bars.items():
         if present:
-            places, heights = zip(*((x, row.median * 1e6) for x, row in present), strict=True)
-            whiskers = [[abs(row.median - row.quartiles[side]) * 1e6 for _, row in present] for side in (0, 1)]
-            axes.bar(places, heights, 0.92 * width, color=profile.colours[name], label=profile.labels[name])
+            places, heights = zip(*((x, bar.height) for x, bar in present), strict=True)
+            whiskers = [[bar.height - bar.low for _, bar in present], [bar.high - bar.height for _, bar in present]]
+            drawn = axes.bar(places, heights, 0.92 * width, color=profile.colours[name], label=profile.labels[name])
             axes.errorbar(places, heights, whiskers, fmt="none", ecolor="#333333", elinewidth=0.8)
+            if labelled:
+                axes.bar_label(drawn, fmt="%.2f", fontsize=6, padding=6, rotation=90)
+
+
+def plot_times(groups: Sequence[Group], profile: Profile, path: Path, device: str) -> str:
+    """The median time of every provider, with quartiles as whiskers, on a log axis."""
+    from matplotlib.ticker import LogFormatter
+
+    def bar(row: Row) -> Bar:
+        return Bar(*(seconds * 1e6 for seconds in (row.median, *row.quartiles)))
+
+    figure, axes = _new_axes(groups, profile)
+    _plot_providers(axes, groups, profile, bar, labelled=False)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     axes.yaxis.set_minor_formatter(LogFormatter())  # between the decades where there are few
     axes.set_ylabel("median time of a call, us")
+    return _finish(figure, axes, path, f"{profile.op} {groups[0].mode}, {TIMING_TITLES[groups[0].timing]}\n{device}")
+
+
+def plot_taxes(groups: Sequence[Group], profile: Profile, path: Path, device: str) -> str:
+    """Every provider's time over the baseline's, with the spread over rounds as whiskers and a line at one."""
+    figure, axes = _new_axes(groups, profile)
+    _plot_providers(axes, groups, profile, lambda row: Bar(*(row.info[k] for k in ("tax", "tax_low", "tax_high"))), labelled=True)
+    axes.axhline(1.0, color="#333333", linewidth=0.8)
+    axes.margins(y=0.15)
+    axes.set_ylabel(f"time over that of the {profile.labels[profile.baseline]}")
     return _finish(figure, axes, path, f"{profile.op} {groups[0].mode}, {TIMING_TITLES[groups[0].timing]}\n{device}")
 
 
@@ -87,7 +116,8 @@ def plot_all(groups: Sequence[Group], profile: Profile, output: Path) -> list[st
     names = []
     for mode, timing in dict.fromkeys((g.mode, g.timing) for g in groups):
         chosen = [g for g in groups if (g.mode, g.timing) == (mode, timing)]
-        names.append(plot_times(chosen, profile, output / f"times_{mode.replace('+', '_')}_{timing}.png", device))
+        plot, kind = (plot_times, "times") if profile.baseline is None else (plot_taxes, "taxes")
+        names.append(plot(chosen, profile, output / f"{kind}_{mode.replace('+', '_')}_{timing}.png", device))
     for ratio in profile.ratios:
         if any(ratio.value(each) is not None for each in groups):
             names.append(plot_ratio(groups, profile, output / ratio.file, device, ratio))

@@ -6,7 +6,9 @@ from typing import Any
 
 from benchmarks.baselines import route_and_mix
 from benchmarks.baselines.attention import PROVIDERS as ATTENTION_PROVIDERS
+from benchmarks.baselines.fused_encoders import FROZEN
 from benchmarks.cases import MODES
+from benchmarks.cases.fused_encoders import INFERENCE, TRAINING
 from benchmarks.report.model import Goal, Group, Profile, Ratio, Row, optional, overlap, speed
 
 BOTH = MODES[1]
@@ -229,4 +231,71 @@ RECEPTIVE_FIELD_ATTENTION = _attention(
         for mode in MODES
     ],
 )  # fmt: skip
-PROFILES = {profile.op: profile for profile in (ROUTE_AND_MIX, PROMPT_ATTENTION, RECEPTIVE_FIELD_ATTENTION)}
+
+
+def tax_of(provider: str) -> Callable[[Group], float | None]:
+    return lambda group: group.rows[provider].info["tax"] if provider in group.rows else None
+
+
+def at_most(bound: float, provider: str, device_type: str, mode: str, timing: str, size: dict[str, Any]) -> Goal:
+    label = FUSED_LABELS[provider]
+    return Goal(
+        f"tax of {label}", device_type, mode, timing, like(**size), tax_of(provider), bound,
+        lambda group: group.rows[provider].info["tax_low"] <= bound, at_most=True,
+    )  # fmt: skip
+
+
+FUSED_LABELS = {
+    "frozen": "frozen encoder",
+    "frozen-compiled": "frozen encoder compiled",
+    "concatenated": "prompts as tokens, eager",
+    "mope_fast": "mope_fast",
+    "mope_fast-compiled": "mope_fast compiled",
+    "folded": "mope_fast folded",
+    "folded-compiled": "mope_fast folded, compiled",
+    "checkpointed": "mope_fast, checkpointing",
+    "head-only": "head only",
+    "lora": "LoRA r=8",
+    "full": "full fine-tuning",
+    "side": "complementary encoder alone",
+}
+VIT_BERT = [{"model": model} for model in ("ViT-B/16", "BERT-B")]
+FUSED_ENCODERS = Profile(
+    op="fused_encoders",
+    labels=FUSED_LABELS,
+    colours=dict(
+        zip(
+            FUSED_LABELS,
+            [
+                "#6b7a90", "#b0b7c3", "#8c6bb1", "#1f6fb4", "#8fb8de", "#2a9d8f", "#9bd5cc", "#5f9a57", "#dddddd", "#e3c29b",
+                "#c98a3c", "#eeeeaa",
+            ],
+            strict=True,
+        )
+    ),
+    ours="mope_fast",
+    peers=(FROZEN,),
+    peers_text="frozen encoder",
+    rivals=lambda group: ["concatenated", "lora"],
+    columns={},
+    goals=[
+        *(at_most(1.02, "folded", "cuda", INFERENCE, "replay", {**size, "B": 64}) for size in VIT_BERT),
+        *(at_most(1.05, "mope_fast", "cuda", INFERENCE, "replay", {**size, "B": 64}) for size in VIT_BERT),
+        *(at_most(1.05, "mope_fast", "cuda", TRAINING, "replay", {**size, "B": 64}) for size in VIT_BERT),
+        *(at_most(1.03, "folded", "cpu", INFERENCE, "called", {**size, "B": 8}) for size in VIT_BERT),
+        *(at_most(1.03, "mope_fast", "cpu", INFERENCE, "called", {**size, "B": 8}) for size in VIT_BERT),
+        *(at_most(1.05, "mope_fast", "cpu", TRAINING, "called", {**size, "B": 8}) for size in VIT_BERT),
+    ],
+    notes="""\
+Time: over that of the frozen encoder, timed before and after every round; the median over rounds and, in brackets, the 20th and
+80th percentile. The frozen encoder's own row is a second copy of it: what it differs from 1 is the resolution. Memory: a step's
+peak beyond weights and inputs, over the frozen encoder's (and in MiB). Inference is a forward pass, training forward, backward
+and all trained parameters' gradients, without the optimiser. All have the same linear head. Logits, loss and gradients were
+checked before. **The frozen encoder's training step goes back through every layer down to the embedding. Head only never goes
+back into the encoder: it is what training costs who adds nothing inside.** The
+complementary encoder is in none of the others.""",
+    ratios=[],
+    axis_label=lambda case: textwrap.fill(case, 14, break_on_hyphens=False),
+    baseline=FROZEN,
+)  # fmt: skip
+PROFILES = {profile.op: profile for profile in (ROUTE_AND_MIX, PROMPT_ATTENTION, RECEPTIVE_FIELD_ATTENTION, FUSED_ENCODERS)}

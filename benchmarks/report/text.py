@@ -34,6 +34,39 @@ def results_table(groups: Iterable[Group], profile: Profile) -> str:
     return table(header, lines)
 
 
+def _tax(row: Row | None) -> str:
+    if row is None or "tax" not in row.info:
+        return "-"
+    return f"{row.info['tax']:.3f} ({row.info['tax_low']:.3f} - {row.info['tax_high']:.3f})"
+
+
+def _milliseconds(row: Row | None) -> str:
+    return "-" if row is None else f"{row.median * 1e3:.4g}"
+
+
+def _memory(row: Row | None) -> str:
+    return (
+        "-"
+        if row is None or not row.info["peak_memory"]
+        else f"{row.info['memory_tax']:.2f} ({row.info['peak_memory'] / 2**20:.4g})"
+    )
+
+
+def tax_table(groups: Sequence[Group], profile: Profile) -> str:
+    """All modes and timings of one size."""
+    header, columns = ["provider"], []
+    for mode in dict.fromkeys(each.mode for each in groups):
+        of_mode = [each for each in groups if each.mode == mode]
+        for each in of_mode:
+            name = mode if len(of_mode) == 1 else f"{mode}, {each.timing}"
+            header += [f"{name}: time", "ms"]
+            columns += [(each.rows, _tax), (each.rows, _milliseconds)]
+        header.append(f"{mode}: memory (MiB)")
+        columns.append((of_mode[0].rows, _memory))
+    present = [name for name in profile.labels if any(name in each.rows for each in groups)]
+    return table(header, ([profile.labels[name], *(cell(rows.get(name)) for rows, cell in columns)] for name in present))
+
+
 def losses(groups: Iterable[Group]) -> list[str]:
     """A sentence for every size at which some rival is faster than ours."""
     lines = []
@@ -54,20 +87,20 @@ def verdict(goal: Goal, group: Group) -> tuple[float | None, str]:
     value = goal.measure(group)
     if value is None:
         return None, "not measured"
-    if value >= goal.at_least:
+    if goal.excess(value) <= 0:
         return value, "met"
     if goal.level(group):
-        return value, "level (quartiles overlap)"
-    return value, f"missed by {1 - value / goal.at_least:.0%}"
+        return value, f"level ({'the spread reaches it' if goal.at_most else 'quartiles overlap'})"
+    return value, f"missed by {goal.excess(value):.0%}"
 
 
 def _worst(goal: Goal, groups: Sequence[Group]) -> tuple[str, float | None, str]:
-    """Of all sizes: the one with the smallest value, that value, and how many have which verdict."""
+    """Of all sizes: the one that misses most, its value, and how many have which verdict."""
     judged = [(each.case, *verdict(goal, each)) for each in groups]
     measured = [each for each in judged if each[1] is not None]
     if not measured:
         return "-", None, "not measured"
-    case, value, answer = min(measured, key=lambda each: each[1])
+    case, value, answer = max(measured, key=lambda each: goal.excess(each[1]))
     if len(measured) == len(judged) and all(each[2] == "met" for each in measured):
         return case, value, f"met at all {len(measured)}"
     counts = {kind: sum(each[2].startswith(kind) for each in judged) for kind in ("met", "level", "missed", "not measured")}
@@ -87,8 +120,8 @@ def goals_table(groups: Sequence[Group], profile: Profile, device_type: str) -> 
             answers = [_worst(goal, fitting)]
         else:
             answers = [(each.case, *verdict(goal, each)) for each in fitting]
-        name, wanted = [goal.text, f"{goal.mode}, {goal.timing}"], f">= {goal.at_least:g}"
-        lines += [[*name, case, wanted, optional(value, "{:.2f}"), answer] for case, value, answer in answers]
+        name = [goal.text, f"{goal.mode}, {goal.timing}"]
+        lines += [[*name, case, goal.wanted(), optional(value, "{:.2f}"), answer] for case, value, answer in answers]
     size = "size (the worst, if several)" if any(goal.summary for goal in profile.goals) else "size"
     return table(["goal", "mode", size, "wanted", "measured", "verdict"], lines)
 
@@ -130,12 +163,23 @@ def skips(skipped: Iterable[Skip], profile: Profile) -> list[str]:
     return [f"{profile.labels[name]}: {reason} ({'; '.join(where)})" for (name, reason), where in cases.items()]
 
 
-def markdown(groups: Sequence[Group], profile: Profile, skipped: Sequence[Skip], pictures: Sequence[str]) -> str:
-    rows = [row for each in groups for row in each.rows.values()]
-    parts = [f"# {profile.op} on {distinct(rows, 'device')}", preamble(rows, profile)]
+def results(groups: Sequence[Group], profile: Profile) -> list[str]:
+    """Titles and tables: one for each size where there are taxes, else one for each mode and timing."""
+    parts = []
+    if profile.baseline is not None:
+        for case in dict.fromkeys(g.case for g in groups):
+            parts += [f"## {case}", tax_table([g for g in groups if g.case == case], profile)]
+        return parts
     for mode, timing in dict.fromkeys((g.mode, g.timing) for g in groups):
         chosen = [g for g in groups if (g.mode, g.timing) == (mode, timing)]
         parts += [f"## {mode}, {TIMING_TITLES[timing]}", results_table(chosen, profile)]
+    return parts
+
+
+def markdown(groups: Sequence[Group], profile: Profile, skipped: Sequence[Skip], pictures: Sequence[str]) -> str:
+    rows = [row for each in groups for row in each.rows.values()]
+    parts = [f"# {profile.op} on {distinct(rows, 'device')}", preamble(rows, profile)]
+    parts += results(groups, profile)
     parts += ["## Goals", goals_table(groups, profile, rows[0].info["device_type"])]
     parts += ["## Where mope_fast loses", "\n".join(f"- {line}" for line in losses(groups)) or "At no size measured."]
     if lines := skips(skipped, profile):

@@ -142,7 +142,7 @@ def _select(candidates: Sequence[Tensor], ids: Tensor) -> Tensor:
     return torch.stack(list(candidates))[ids, torch.arange(len(ids), device=ids.device)]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Context:
     """One forward's share of the prompts; a tuple's entries are layers."""
 
@@ -294,7 +294,7 @@ def _lengths(bank: FoldedBank | None) -> tuple[int, int, int]:
     return config.prompt_length * config.use_static, config.prompt_length * config.use_dynamic, int(config.use_mapped)
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: torch 2.11 can't compile a call of a frozen one
 class _SelectedPrompts:
     """One forward's prompts, for :class:`PromptedEncoder`."""
 

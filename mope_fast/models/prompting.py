@@ -16,7 +16,7 @@ from ..modules.rows import Prefix
 Inputs = Tensor | dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: torch 2.11 can't compile a call of a frozen one
 class BankPrompts:
     """One forward's prompts out of a bank, for :class:`PromptedEncoder`."""
 

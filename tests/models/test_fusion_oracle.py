@@ -22,7 +22,8 @@ def concatenated_feature(encoder, inputs, prompts_of_layer):
     for i, layer in enumerate(encoder.encoder.layer):
         prompts = prompts_of_layer(i, x)
         length = prompts.shape[1]
-        sequence = layer(torch.cat([prompts, x], dim=1), None if mask is None else extended_mask(mask, length))
+        masks = () if mask is None else (extended_mask(mask, length),)
+        sequence = layer(torch.cat([prompts, x], dim=1), *masks)
         x = sequence[:, length:]
     return (x if mask is not None else encoder.layernorm(x))[:, 0]
 
