@@ -1,0 +1,353 @@
+"""What can be done with one frozen encoder: run it, fuse it by MoPE in several forms, tune it otherwise.
+
+All have the same weights and the same linear head. Encoders are in eval mode always: they have no dropout.
+"""
+
+import copy
+import dataclasses
+import functools
+import importlib.util
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.cases.fused_encoders import CLASSES, INFERENCE, SIDES, TRAINING, Encoder, FusedCase
+from mope_fast import MoPEConfig, MoPEFusion, PromptBank, reference
+from mope_fast.encoders import family_of
+from mope_fast.models.folded import FoldedModel
+
+BOTH = (INFERENCE, TRAINING)
+FROZEN = "frozen"
+"""What the others' time and memory are divided by."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A batch: the encoder's keyword arguments, the complementary features and the labels."""
+
+    main: dict[str, Tensor]
+    cross: Tensor
+    labels: Tensor
+
+    @classmethod
+    def random(cls, case: FusedCase, device: torch.device) -> "Inputs":
+        main = case.inputs(device)
+        cross = torch.randn(case.batch, case.encoder.cross_dim, device=device)
+        return cls(main, cross, torch.randint(CLASSES, (case.batch,), device=device))
+
+    def to(self, dtype: torch.dtype) -> "Inputs":
+        main = {name: value.to(dtype) if value.is_floating_point() else value for name, value in self.main.items()}
+        return Inputs(main, self.cross.to(dtype), self.labels)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The weights that all providers share: ``of`` gives copies."""
+
+    encoder: nn.Module
+    bank: PromptBank
+    head: nn.Module
+
+    @classmethod
+    def of(cls, case: FusedCase, device: torch.device, dtype: torch.dtype | None = None) -> "Parts":
+        """The encoder as the case has it and trained parts in float32; all of them in ``dtype`` if one is given."""
+        parts = copy.deepcopy(_random_parts(case.encoder))
+        encoder = parts.encoder.to(device, case.dtype).requires_grad_(False).eval()
+        modules = (encoder, parts.bank.to(device), parts.head.to(device))
+        return cls(*(module if dtype is None else module.to(dtype) for module in modules))
+
+
+@functools.lru_cache(maxsize=2)  # the main encoder and its complementary one
+def _random_parts(encoder: Encoder) -> Parts:
+    torch.manual_seed(0)
+    model = encoder.make()
+    layers = family_of(model).layers(model)
+    config = MoPEConfig(cross_dim=encoder.cross_dim)
+    bank = PromptBank([layer.width for layer in layers], encoder.cross_dim, config)
+    return Parts(model, bank, nn.Linear(family_of(model).feature_width(model), CLASSES))
+
+
+class Provider(ABC):
+    """A model ready to be run."""
+
+    truth: str | None = FROZEN
+    """The provider whose numbers it has to give, to rounding; None if it has none to give."""
+    bank: PromptBank | None = None
+    model: nn.Module
+
+    @abstractmethod
+    def logits_and_loss(self, inputs: Inputs, training: bool) -> tuple[Tensor, Tensor | None]:
+        """The loss in training only."""
+
+    @functools.cached_property
+    def parameters(self) -> dict[str, Tensor]:
+        """Those that are trained. Found once: an optimiser doesn't look for them in every step either."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def trained(self) -> dict[str, Tensor]:
+        """What gradients are taken for, after a forward."""
+        return self.parameters
+
+    def step(self, inputs: Inputs, mode: str) -> dict[str, Tensor]:
+        """Logits, and in training the loss and all gradients, as new tensors: what an optimiser would start from."""
+        if mode == INFERENCE:
+            with torch.inference_mode():
+                return {"logits": self.logits_and_loss(inputs, training=False)[0]}
+        logits, loss = self.logits_and_loss(inputs, training=True)
+        trained = self.trained()
+        grads = torch.autograd.grad(loss, list(trained.values()))
+        return {"logits": logits.detach(), "loss": loss.detach(), **dict(zip(trained, grads, strict=True))}
+
+    @contextmanager
+    def without_randomness(self) -> Iterator[None]:
+        """Dropout and routing noise off."""
+        if self.bank is None:
+            yield
+            return
+        config = self.bank.config
+        self.bank.config = dataclasses.replace(config, dropout=0.0, noise_std=0.0)
+        try:
+            yield
+        finally:
+            self.bank.config = config
+
+
+class Plain(Provider):
+    """The encoder as its library runs it, and the head. As it is, what trains is what requires a gradient."""
+
+    def __init__(self, encoder: nn.Module, head: nn.Module):
+        self.model = nn.ModuleDict({"encoder": encoder, "head": head})
+        self.family = family_of(encoder)
+
+    def features(self, inputs: Inputs) -> Tensor:
+        return self.family.encode(self.model["encoder"], inputs.main)
+
+    def logits_and_loss(self, inputs: Inputs, training: bool) -> tuple[Tensor, Tensor | None]:
+        head = self.model["head"]
+        logits = head(self.features(inputs).to(head.weight.dtype))
+        return logits, F.cross_entropy(logits, inputs.labels) if training else None
+
+
+class Frozen(Plain):
+    """Gradients go from the head through every layer down to the embedding, and to no weight of the encoder."""
+
+    def __init__(self, encoder: nn.Module, head: nn.Module):
+        super().__init__(encoder, head)
+        self.family.layers(encoder)[0].module.register_forward_pre_hook(self._start, with_kwargs=True)
+
+    def _start(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if torch.is_grad_enabled():
+            self.embedding = args[0].detach().requires_grad_()
+            args = (self.embedding, *args[1:])
+        return args, kwargs
+
+    def trained(self) -> dict[str, Tensor]:
+        return {**self.parameters, "embedding": self.embedding}
+
+
+class CompiledFrozen(Plain):
+    """The same, compiled: an anchor of zeros is added to the embedding, because a graph can't begin in its middle."""
+
+    def __init__(self, encoder: nn.Module, head: nn.Module, mode: str):
+        super().__init__(encoder, head)
+        first = self.family.layers(encoder)[0]
+        if mode == TRAINING:
+            parameter = next(encoder.parameters())
+            self.model.anchor = nn.Parameter(parameter.new_zeros(first.width))
+            first.module.register_forward_pre_hook(self._add_anchor, with_kwargs=True)
+        self._compiled = _compiled(super().logits_and_loss)
+
+    def _add_anchor(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return (args[0] + self.model.anchor, *args[1:]), kwargs
+
+    def logits_and_loss(self, inputs: Inputs, training: bool) -> tuple[Tensor, Tensor | None]:
+        return self._compiled(inputs, training)
+
+
+class HeadOnly(Plain):
+    """The encoder without gradient: nothing flows back into it. Not the same task as the others'."""
+
+    def features(self, inputs: Inputs) -> Tensor:
+        with torch.no_grad():
+            return super().features(inputs)
+
+
+class Concatenated(Provider):
+    """As the paper writes it: prompts are tokens, put before those of every layer and cut off behind it; experts by einsum."""
+
+    truth = "concatenated"
+
+    def __init__(self, encoder: nn.Module, bank: PromptBank, head: nn.Module, mode: str):
+        self.plain = Plain(encoder, head)
+        self.bank = bank.train(mode == TRAINING)
+        self.model = nn.ModuleDict({"bank": bank, "head": head})
+        for index, layer in enumerate(self.plain.family.layers(encoder)):
+            layer.module.register_forward_pre_hook(functools.partial(self._put_prompts, index), with_kwargs=True)
+            layer.module.register_forward_hook(self._cut_prompts)
+
+    def logits_and_loss(self, inputs: Inputs, training: bool) -> tuple[Tensor, Tensor | None]:
+        config, family = self.bank.config, self.plain.family
+        self.pool = family.pool(self.plain.model["encoder"], inputs.main)
+        self.scores = []
+        query = self.bank.cross_proj(inputs.cross)
+        self.queries = query.unflatten(1, (len(self.bank.dims), -1)).unbind(1)
+        (self.mapped,) = self.bank.mapper(inputs.cross).values()
+        self.mapped = F.dropout(self.mapped, config.dropout, self.bank.training)
+        logits, loss = self.plain.logits_and_loss(inputs, training)
+        if training:
+            importance = reference.importance_loss(torch.stack(self.scores), threshold=config.importance_threshold)
+            loss = loss + config.importance_weight * importance
+        return logits, loss
+
+    def prompts(self, index: int, x: Tensor) -> Tensor:
+        """(B, P, D), in the order [static | dynamic | mapped]."""
+        config, training = self.bank.config, self.bank.training
+        (stack,) = self.bank.stacks.values()
+        own = self.pool(x).to(stack.inter_weight.dtype) @ stack.inter_weight[index].T + stack.inter_bias[index]
+        logits = torch.cat([own, self.queries[index]], dim=1) @ self.bank.keys[index].T / config.temperature
+        if training and config.noise_std:
+            logits = logits + torch.randn_like(logits) * config.noise_std
+        self.scores.append(torch.softmax(logits, dim=-1))
+        static = F.dropout(stack.static_prompt[index], config.dropout, training)
+        dynamic = reference.dynamic_prompt(self.scores[-1], stack.experts[index])
+        return torch.cat([static.expand(len(x), -1, -1), dynamic, self.mapped[:, None]], dim=1).to(x.dtype)
+
+    def _put_prompts(self, index: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        prompts = self.prompts(index, args[0])
+        self.length = prompts.shape[1]
+        args = (torch.cat([prompts, args[0]], dim=1), *map(self._extended_mask, args[1:]))
+        return args, {name: self._extended_mask(value) for name, value in kwargs.items()}
+
+    def _extended_mask(self, argument: Any) -> Any:
+        """Prompts are seen by all: a boolean (B, 1, S, S) gets as many rows and columns more."""
+        if not isinstance(argument, Tensor) or argument.dim() != 4:
+            return argument
+        return F.pad(argument, (self.length, 0, self.length, 0), value=True)
+
+    def _cut_prompts(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        return output[:, self.length :]
+
+
+class Fused(Provider):
+    """``MoPEFusion``. Features of the complementary side are given."""
+
+    truth = "concatenated"
+
+    def __init__(self, model: MoPEFusion, mode: str, compiled: bool = False):
+        self.model, self.bank = model.train(mode == TRAINING), model.bank
+        self.run = _compiled(model) if compiled else model
+
+    @classmethod
+    def of(cls, parts: Parts, mode: str, **settings: Any) -> "Fused":
+        model = MoPEFusion(parts.encoder, None, CLASSES, parts.bank.config).to(parts.head.weight.device)
+        model.bank.load_state_dict(parts.bank.state_dict())
+        model.head.load_state_dict(parts.head.state_dict())
+        return cls(model, mode, **settings)
+
+    def logits_and_loss(self, inputs: Inputs, training: bool) -> tuple[Tensor, Tensor | None]:
+        output = self.run(inputs.main, inputs.cross, inputs.labels if training else None)
+        return output.logits, output.loss
+
+
+class Folded(Provider):
+    """``MoPEFusion.fold()``, for inference."""
+
+    truth = "concatenated"
+
+    def __init__(self, model: FoldedModel, compiled: bool = False):
+        self.model = model
+        self.run = _compiled(model) if compiled else model
+
+    def logits_and_loss(self, inputs: Inputs, training: bool) -> tuple[Tensor, Tensor | None]:
+        return self.run(inputs.main, inputs.cross).logits, None
+
+
+class Side(Plain):
+    """A complementary encoder of a usual size, alone and without gradient: what a fused model's own side would add."""
+
+    truth = None
+
+    def __init__(self, case: FusedCase, device: torch.device):
+        case = dataclasses.replace(case, encoder=SIDES[case.encoder.side])
+        parts = Parts.of(case, device)
+        super().__init__(parts.encoder, parts.head)
+        self.inputs = Inputs.random(case, device)
+
+    def step(self, inputs: Inputs, mode: str) -> dict[str, Tensor]:
+        with torch.inference_mode():
+            return {"features": self.features(self.inputs)}
+
+
+def _compiled(function: Callable) -> Callable:
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def _lora(parts: Parts, case: FusedCase, mode: str) -> Provider:
+    """Rank 8, not merged, in the encoder's dtype. Where q, k and v are one projection, one adapter is for all three."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    provider = Plain(parts.encoder, parts.head)
+    inject_adapter_in_model(LoraConfig(r=8, target_modules=list(case.encoder.lora)), parts.encoder)
+    parts.encoder.to(parts.head.weight.device, case.dtype).eval()
+    return provider
+
+
+def _full(parts: Parts, case: FusedCase, mode: str) -> Provider:
+    for name, parameter in parts.encoder.named_parameters():
+        # Whisper's positions are sinusoids that nobody trains
+        parameter.requires_grad_("embed_positions" not in name)
+    return Plain(parts.encoder, parts.head)
+
+
+def _checkpointed(parts: Parts, case: FusedCase, mode: str) -> Provider:
+    provider = Fused.of(parts, mode)
+    provider.model.gradient_checkpointing_enable()
+    return provider
+
+
+PROVIDERS: dict[str, tuple[Sequence[str], Callable[[Parts, FusedCase, str], Provider]]] = {
+    FROZEN: (BOTH, lambda parts, case, mode: Frozen(parts.encoder, parts.head)),
+    "frozen-compiled": (BOTH, lambda parts, case, mode: CompiledFrozen(parts.encoder, parts.head, mode)),
+    "concatenated": (BOTH, lambda parts, case, mode: Concatenated(parts.encoder, parts.bank, parts.head, mode)),
+    "mope_fast": (BOTH, lambda parts, case, mode: Fused.of(parts, mode)),
+    "mope_fast-compiled": (BOTH, lambda parts, case, mode: Fused.of(parts, mode, compiled=True)),
+    "folded": ((INFERENCE,), lambda parts, case, mode: Folded(Fused.of(parts, mode).model.fold())),
+    "folded-compiled": ((INFERENCE,), lambda parts, case, mode: Folded(Fused.of(parts, mode).model.fold(), compiled=True)),
+    "checkpointed": ((TRAINING,), _checkpointed),
+    "head-only": ((TRAINING,), lambda parts, case, mode: HeadOnly(parts.encoder, parts.head)),
+    "lora": (BOTH, _lora),
+    "full": ((TRAINING,), _full),
+    "side": (BOTH, lambda parts, case, mode: Side(case, parts.head.weight.device)),
+}
+"""The modes in which each makes sense, and what makes it of weights of its own."""
+
+
+def is_compiled(name: str) -> bool:
+    return name.endswith("-compiled")
+
+
+def build(name: str, case: FusedCase, device: torch.device, mode: str, dtype: torch.dtype | None = None) -> Provider:
+    """``dtype`` as for :meth:`Parts.of`. A size's compiled providers are kept for its other timing."""
+    if is_compiled(name):
+        return _build_compiled(name, case, device, mode)
+    return PROVIDERS[name][1](Parts.of(case, device, dtype), case, mode)
+
+
+@functools.lru_cache(maxsize=3)
+def _build_compiled(name: str, case: FusedCase, device: torch.device, mode: str) -> Provider:
+    return PROVIDERS[name][1](Parts.of(case, device), case, mode)
+
+
+def why_not(name: str, case: FusedCase, device: torch.device, smoke: bool) -> str | None:
+    """Why a provider isn't measured here; None if it is."""
+    side = SIDES[case.encoder.side].library
+    for library in (case.encoder.library, *(["peft"] if name == "lora" else []), *([side] if name == "side" else [])):
+        if importlib.util.find_spec(library) is None:
+            return f"{library} is not installed"
+    return None

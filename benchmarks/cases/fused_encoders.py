@@ -1,0 +1,193 @@
+"""Frozen encoders that a fused model runs, with random weights, and the sizes at which it is measured."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+INFERENCE, TRAINING = MODES = ("inference", "training")
+CLASSES = 101
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """An architecture. Libraries are imported when one is made."""
+
+    name: str
+    library: str
+    make: Callable[[], nn.Module]
+    tokens: int
+    inputs: Callable[[int, int, torch.device, torch.dtype], dict[str, Tensor]]
+    """(batch, tokens, device, dtype) -> the encoder's keyword arguments."""
+    cross_dim: int
+    """Width of the complementary feature."""
+    lora: tuple[str, ...]
+    """Names of the projections that take LoRA."""
+    side: str = ""
+    """The encoder that such a feature would come from."""
+
+
+@dataclass(frozen=True)
+class FusedCase:
+    """One encoder at one batch size; ``compiled``: the providers that torch.compile makes, else the others."""
+
+    encoder: Encoder
+    batch: int
+    dtype: torch.dtype
+    modes: tuple[str, ...] = MODES
+    compiled: bool = False
+
+    def __str__(self) -> str:
+        dtype = {torch.bfloat16: "bf16", torch.float32: "fp32"}[self.dtype]
+        return f"{self.encoder.name} B={self.batch} S={self.encoder.tokens} {dtype}"
+
+    def inputs(self, device: torch.device | str) -> dict[str, Tensor]:
+        return self.encoder.inputs(self.batch, self.encoder.tokens, torch.device(device), self.dtype)
+
+    def flops(self, mode: str) -> int:
+        """Of the frozen encoder's matrix products; training adds the gradients of activations behind the embedding."""
+        return _flops(self.encoder, mode) * self.batch
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "case": str(self), "model": self.encoder.name, "B": self.batch, "S": self.encoder.tokens,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }  # fmt: skip
+
+
+@functools.cache
+def _flops(encoder: Encoder, mode: str) -> int:
+    """For one sample, counted on tensors without data."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from mope_fast.encoders import family_of
+
+    with torch.device("meta"):
+        model = encoder.make().eval().requires_grad_(False)
+    inputs = encoder.inputs(1, encoder.tokens, torch.device("meta"), torch.float32)
+    inputs.pop("attention_mask", None)  # a library may look into it
+    family = family_of(model)
+
+    def cut(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return args[0].detach().requires_grad_(mode == TRAINING), *args[1:]
+
+    family.layers(model)[0].module.register_forward_pre_hook(cut)
+    with FlopCounterMode(display=False) as counter:
+        features = family.encode(model, inputs)
+        if mode == TRAINING:
+            features.sum().backward()
+    return counter.get_total_flops()
+
+
+def _timm(name: str, **settings: Any) -> nn.Module:
+    import timm
+
+    model = timm.create_model(name, num_classes=0, **settings)
+    for block in model.blocks:
+        if hasattr(block.ls1, "gamma"):  # starts near zero, where a layer does nothing; trained ones are not
+            nn.init.constant_(block.ls1.gamma, 0.5)
+            nn.init.constant_(block.ls2.gamma, 0.5)
+    return model
+
+
+def _tiny_vit() -> nn.Module:
+    from timm.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer(img_size=12, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=0)
+
+
+def _bert(**settings: Any) -> nn.Module:
+    from transformers import BertConfig, BertModel
+
+    return BertModel(BertConfig(attn_implementation="sdpa", **settings), add_pooling_layer=False)
+
+
+def _whisper(**settings: Any) -> nn.Module:
+    from transformers import WhisperConfig
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+    return WhisperEncoder(WhisperConfig(attn_implementation="sdpa", **settings))  # without settings it is Whisper-tiny's
+
+
+def _images(size: int) -> Callable[[int, int, torch.device, torch.dtype], dict[str, Tensor]]:
+    def inputs(batch: int, tokens: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        return {"x": torch.randn(batch, 3, size, size, device=device).to(dtype)}
+
+    return inputs
+
+
+def _text(batch: int, tokens: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """From a quarter of the tokens to all of them are real, in no order."""
+    least = tokens // 4
+    lengths = least + torch.arange(batch, device=device) * 7919 % (tokens - least + 1)
+    mask = torch.arange(tokens, device=device) < lengths[:, None]
+    return {"input_ids": torch.randint(1, 100, (batch, tokens), device=device) * mask, "attention_mask": mask.long()}
+
+
+def _spectrograms(batch: int, tokens: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {"input_features": torch.randn(batch, 80, 2 * tokens, device=device).to(dtype)}
+
+
+def _text_encoder(name: str, tokens: int, **settings: Any) -> Encoder:
+    return Encoder(name, "transformers", functools.partial(_bert, **settings), tokens, _text, 768, ("query", "value"), "ViT-S/16")
+
+
+MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+TINY_TEXT = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+TINY_AUDIO = {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 48, "max_source_positions": 12}
+VIT_B = Encoder("ViT-B/16", "timm", functools.partial(_timm, "vit_base_patch16_224"), 197, _images(224), 768, ("qkv",), "MiniLM")
+VIT_S = Encoder(
+    "ViT-S/14", "timm", functools.partial(_timm, "vit_small_patch14_dinov2", img_size=224), 257, _images(224), 384, ("qkv",),
+    "MiniLM",
+)  # fmt: skip
+BERT_B, LONG_BERT_B = _text_encoder("BERT-B", 128), _text_encoder("BERT-B", 512)
+WHISPER = Encoder("Whisper-tiny", "transformers", _whisper, 1500, _spectrograms, 384, ("q_proj", "v_proj"), "MiniLM")
+TINY = [
+    Encoder("tiny ViT", "timm", _tiny_vit, 10, _images(12), 24, ("qkv",), "tiny text"),
+    Encoder("tiny BERT", "transformers", functools.partial(_bert, **TINY_TEXT), 9, _text, 24, ("query", "value"), "tiny image"),
+    Encoder(
+        "tiny Whisper", "transformers", functools.partial(_whisper, **TINY_AUDIO), 12, _spectrograms, 24, ("q_proj", "v_proj"),
+        "tiny text",
+    ),
+]  # fmt: skip
+SIDES = {
+    "MiniLM": _text_encoder("MiniLM", 64, **MINILM),
+    "ViT-S/16": Encoder("ViT-S/16", "timm", functools.partial(_timm, "vit_small_patch16_224"), 197, _images(224), 768, ()),
+    "tiny text": TINY[1],
+    "tiny image": TINY[0],
+}
+"""Complementary encoders of a usual size."""
+
+
+def cases(device: torch.device, smoke: bool) -> list[FusedCase]:
+    """In order of interest: of N shards the first has the first case."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if smoke:
+        # 17 samples are mixed in K/V space, 3 as prompts
+        return [FusedCase(TINY[0], 17, dtype), FusedCase(TINY[1], 3, dtype), FusedCase(TINY[2], 17, dtype)]
+    if device.type == "cuda":
+        return [
+            FusedCase(VIT_B, 64, dtype),
+            FusedCase(BERT_B, 64, dtype),
+            FusedCase(VIT_B, 64, dtype, compiled=True),
+            FusedCase(BERT_B, 64, dtype, compiled=True),
+            FusedCase(VIT_S, 64, dtype),
+            FusedCase(WHISPER, 64, dtype),
+            FusedCase(LONG_BERT_B, 64, dtype),
+            FusedCase(VIT_B, 16, dtype),
+            FusedCase(BERT_B, 16, dtype),
+            FusedCase(VIT_B, 1, dtype, modes=(INFERENCE,)),  # the mapper's batch norm can't train on one sample
+            FusedCase(BERT_B, 1, dtype, modes=(INFERENCE,)),
+        ]
+    return [
+        FusedCase(VIT_B, 8, dtype),
+        FusedCase(BERT_B, 8, dtype),
+        FusedCase(VIT_S, 8, dtype),
+        FusedCase(WHISPER, 8, dtype),
+        FusedCase(VIT_B, 1, dtype, modes=(INFERENCE,)),
+        FusedCase(VIT_B, 8, dtype, compiled=True),
+        FusedCase(BERT_B, 8, dtype, compiled=True),
+    ]
