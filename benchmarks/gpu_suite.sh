@@ -3,18 +3,20 @@
 #
 #   benchmarks/gpu_suite.sh --group GROUP [--shard I/N] [--shards N] [--output DIR] [--wheels DIR] [--commit ID] [--smoke]
 #
-# GROUP: tests, route_and_mix, prompt_attention, receptive_field_attention or all.
+# GROUP: tests, route_and_mix, prompt_attention, receptive_field_attention, fused_encoders or all.
 # A group is cut into N shards (default: see below) that are stopped after 9 minutes at most. --shard runs one of them and leaves the
 # report to you (python -m benchmarks.report); without it all run in turn. A shard whose result is in the output folder (default $OUT,
 # else ./outputs) is skipped, so a run that was cut short goes on where it stopped.
-# --wheels: a folder with wheels of Python packages the machine lacks (pytest-benchmark; xformers with nvidia-cuda-runtime-cu12).
+# --wheels: a folder with wheels of Python packages the machine lacks (pytest-benchmark; xformers with nvidia-cuda-runtime-cu12; timm,
+# transformers and peft with what they need: sizes and providers whose library is missing are skipped).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 # so many that a shard should take a quarter of its 9 minutes: each N-th test, or two sizes of a benchmark.
-# Of attention each size compiles FlexAttention twice and Triton's kernels once, tens of seconds in all.
-declare -A default_shards=([tests]=6 [route_and_mix]=4 [prompt_attention]=6 [receptive_field_attention]=4)
-benchmarks=(route_and_mix prompt_attention receptive_field_attention)
+# Of attention each size compiles FlexAttention twice and Triton's kernels once, tens of seconds in all. Of whole models one size:
+# about 36 measurements of 6 seconds, or five models compiled by Inductor.
+declare -A default_shards=([tests]=6 [route_and_mix]=4 [prompt_attention]=6 [receptive_field_attention]=4 [fused_encoders]=11)
+benchmarks=(route_and_mix prompt_attention receptive_field_attention fused_encoders)
 group=all shard="" shards="" output="${OUT:-outputs}" wheels="" smoke=() failed=0
 while (($#)); do
     case "$1" in
@@ -44,7 +46,7 @@ test_shard() { # index, count
     local passed="$output/tests-$1of$2.passed" chosen
     [[ ! -e $passed ]] || { echo "tests shard $1/$2: passed before"; return; }
     chosen=$(mktemp)
-    python3 -m pytest tests/kernels tests/ops tests/properties tests/modules tests/models tests/test_*attention*.py \
+    python3 -m pytest tests/kernels tests/ops tests/properties tests/modules tests/models tests/encoders tests/test_*attention*.py \
         tests/test_receptive_field.py --collect-only -q | grep :: | awk -v i="$1" -v n="$2" 'NR % n == i % n' > "$chosen"
     if timeout 500 python3 -m pytest "@$chosen" -q 2>&1 | tee -a "$output/tests.log"; then touch "$passed"; else failed=1; fi
     rm "$chosen"

@@ -14,7 +14,7 @@ from .config import MoPEConfig
 from .output import expert_table, project, split_heads
 from .prompts import LayerRouter, PromptBank, check_input
 from .router import linear_fp32
-from .rows import FrozenLayer, Prefix, is_layer_norm, stacked_rows
+from .rows import FrozenLayer, Prefix, can_be_stacked, is_layer_norm, stacked_rows
 
 
 @dataclass
@@ -47,7 +47,7 @@ class FoldedBank(nn.Module):
             if (problem := _problem(layer, bank)) is not None:
                 raise ValueError(f"layer {index} can't be folded: {problem}; use the model as it is")
         bank = copy.deepcopy(bank).eval()
-        self.config, self.dims, self.layers = bank.config, bank.dims, list(layers)
+        self.config, self.dims = bank.config, bank.dims
         device = next(bank.parameters()).device
         with without_autocast(device.type):
             nothing = None if bank.cross_dim is None else torch.zeros(1, bank.cross_dim, device=device)
@@ -64,6 +64,8 @@ class FoldedBank(nn.Module):
                 self.directions = nn.ModuleDict()
                 for width in sorted(set(self.dims)):
                     members = [layer for layer, dim in zip(layers, self.dims, strict=True) if dim == width]
+                    if not can_be_stacked(members):
+                        raise ValueError(f"layers of width {width} can't be folded: their norms differ; use the model as it is")
                     self.directions[str(width)] = _Directions(members, width, dtype, device)
         self.requires_grad_(False).eval()
 
@@ -152,9 +154,13 @@ def _dynamic_tables(layer: FrozenLayer, router: LayerRouter, config: MoPEConfig,
     rows = stacked_rows(None, None, router.experts[None], [layer.norm], config, dtype)[0]
     both = project(rows.values, layer.k_proj, layer.v_proj)
     parts = dict(zip(rows.sizes, both.split(list(rows.sizes.values())), strict=True))
-    experts, shift = expert_table(parts, config.num_experts)
+    experts, shift = expert_table(parts, rows.scales, config.num_experts)
     logit_map = router.inter_weight.T.to(router.inter_keys.dtype) @ router.inter_keys
     return {"logit_map": logit_map, "experts": experts, "shift": shift, "gram": None if layer.norm is None else router.gram()}
+
+
+_LIFT = 256.0
+"""A unit vector's projection is this much larger than the weight, and far above the bias: a power of two, divided out again."""
 
 
 class _Directions(nn.Module):
@@ -163,14 +169,15 @@ class _Directions(nn.Module):
     def __init__(self, layers: Sequence[FrozenLayer], width: int, dtype: torch.dtype, device: torch.device):
         super().__init__()
         self.eps = None if layers[0].norm is None else layers[0].norm.eps
-        zero, one = torch.zeros(1, width, dtype=dtype, device=device), torch.eye(width, dtype=dtype, device=device)
+        zero = torch.zeros(1, width, dtype=dtype, device=device)
+        units = _LIFT * torch.eye(width, dtype=dtype, device=device)
         weights, biases, self.sizes = [], [], []
         for layer in layers:
             # behind its statistics a layer norm is x * weight + bias
             bias = zero if layer.norm is None or layer.norm.bias is None else layer.norm.bias[None]
-            scaled = one if layer.norm is None or layer.norm.weight is None else one * layer.norm.weight
+            scaled = units if layer.norm is None or layer.norm.weight is None else units * layer.norm.weight
             scaled, at_zero, bias = (project(rows, layer.k_proj, layer.v_proj) for rows in (scaled, zero, bias))
-            weights.append((scaled - at_zero).T)
+            weights.append((scaled - at_zero).T / _LIFT)
             biases.append(bias[0])
             self.sizes.append(len(bias[0]))
         self.weight, self.bias = nn.Buffer(torch.cat(weights)), nn.Buffer(torch.cat(biases))

@@ -142,7 +142,7 @@ class MoPEOutput:
         parts = dict(zip(sizes, both.split(list(sizes.values())), strict=True))
 
         if rows.in_kv_space:
-            parts["dynamic"] = self._mix_in_kv_space(parts, norm)
+            parts["dynamic"] = self._mix_in_kv_space(parts, rows.scales, norm)
         elif self.routing is not None:
             parts["dynamic"] = parts["dynamic"].unflatten(0, (self.batch, self.config.prompt_length))
         if "mapped" in parts:
@@ -159,9 +159,9 @@ class MoPEOutput:
         static = None if self.static_rows is None else self.static_rows[None]
         return stacked_rows(static, self.mapped_rows, experts, [norm], config, self.dtype)[0]
 
-    def _mix_in_kv_space(self, parts: dict[str, Tensor], norm: nn.Module | None) -> Tensor:
+    def _mix_in_kv_space(self, parts: dict[str, Tensor], scales: Tensor | None, norm: nn.Module | None) -> Tensor:
         """Keys and values of experts, of zero and of the norm's bias -> those of the mixed prompts, (B, L, 2 * H * Dh)."""
-        table, shift = expert_table(parts, self.config.num_experts)
+        table, shift = expert_table(parts, scales, self.config.num_experts)
         gram, eps = (None, 1e-5) if norm is None else (self.routing.gram(), norm.eps)
         mixed, self._scores = self._mix(table, gram, eps)
         return mixed if shift is None else mixed + shift.to(mixed.dtype)
@@ -173,15 +173,17 @@ def project(rows: Tensor, k_proj: Projection, v_proj: Projection | None) -> Tens
     return keys if v_proj is None else torch.cat([keys, v_proj(rows)], dim=-1)
 
 
-def expert_table(parts: dict[str, Tensor], num_experts: int) -> tuple[Tensor, Tensor | None]:
+def expert_table(parts: dict[str, Tensor], scales: Tensor | None, num_experts: int) -> tuple[Tensor, Tensor | None]:
     """What K/V-space mixing mixes and what it then adds: (K, L, 2 * H * Dh) and (1, 2 * H * Dh) or None.
 
     Args:
         parts: projections of :class:`Rows`' experts (K * L, 2 * H * Dh), zero and bias, as far as there are any.
+        scales: those of :class:`Rows`.
     """
-    experts, zero = parts["experts"], parts.get("zero")
+    table, zero = parts["experts"], parts.get("zero")
     # the linear part of an affine map is its value less its value at zero
-    table = experts if zero is None else experts - zero
+    table = table if zero is None else table - zero
+    table = table if scales is None else table * scales.to(table.dtype)
     return table.unflatten(0, (num_experts, -1)), parts.get("bias", zero)
 
 

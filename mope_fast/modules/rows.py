@@ -33,6 +33,7 @@ class Rows:
     values: Tensor  # (R, D)
     sizes: dict[str, int]
     in_kv_space: bool
+    scales: Tensor | None = None  # (K * L, 1): what the projected experts are to be multiplied by; None for one
 
 
 _LAYER_NORMS = ("torch.nn.modules.normalization.LayerNorm.forward", "timm.layers.norm.LayerNorm.forward")
@@ -76,6 +77,14 @@ def can_be_stacked(layers: Sequence[FrozenLayer]) -> bool:
     return plain and len({(norm.eps, norm.weight is None, norm.bias is None) for norm in norms}) == 1
 
 
+_LIFT = 16.0
+"""Experts go through a projection this much larger than a layer norm makes them: a power of two, so that nothing is rounded by it.
+
+What is left of a projection's value less its value at zero has the rounding of both. With experts of the size of the bias and their
+mixture smaller by the root of K, bfloat16 would have few digits left.
+"""
+
+
 def stacked_rows(
     static: Tensor | None,
     mapped: Tensor | None,
@@ -91,18 +100,19 @@ def stacked_rows(
         norms: each layer's; several only if :func:`can_be_stacked`.
         dtype: of the rows.
     """
-    layers = len(norms)
-    parts = {"static": static, "mapped": None if mapped is None else mapped.expand(layers, -1, -1)}
-    parts = {name: _normed(rows, norms, dtype) for name, rows in parts.items() if rows is not None}
+    layers, scales = len(norms), None
+    affine = _Affine.of(norms)
+    parts = {"static": static, "mapped": None if mapped is None else mapped[None]}
+    parts = {name: _normed(rows, norms, affine, dtype) for name, rows in parts.items() if rows is not None}
     if experts is not None:
         with without_autocast(experts.device.type):
             experts = experts.flatten(1, 2).to(torch.promote_types(experts.dtype, torch.float32))
             zero = experts.new_zeros(layers, 1, experts.shape[-1])
-            if norms[0] is not None:
-                # a layer norm is affine in the centred row, up to the mixture's deviation, which is divided by after mixing
-                weight, bias = _weight_and_bias(norms, experts.dtype)
-                experts = experts - experts.mean(-1, keepdim=True)
-                parts |= {"experts": experts * weight, "zero": zero, "bias": zero if bias is None else bias}
+            if affine is not None:
+                # a layer norm is affine in the centred row, up to its deviation: the mixture's is divided by after mixing
+                scales = (experts.var(-1, correction=0, keepdim=True) + affine.eps).sqrt() / _LIFT
+                experts = F.layer_norm(experts, experts.shape[-1:], eps=affine.eps) * (affine.weight * _LIFT)
+                parts |= {"experts": experts, "zero": zero, "bias": zero + affine.bias}
             else:
                 parts["experts"] = experts
                 # scores that add up to one carry the projection's bias along
@@ -111,24 +121,35 @@ def stacked_rows(
     if not parts:
         return [Rows(torch.empty(0, 0), {}, False)] * layers
     sizes = {name: rows.shape[1] for name, rows in parts.items()}
-    values = torch.cat([rows.to(dtype) for rows in parts.values()], dim=1)
-    return [Rows(rows, sizes, experts is not None) for rows in values.unbind()]
+    values = torch.cat([rows.to(dtype).expand(layers, -1, -1) for rows in parts.values()], dim=1)
+    each_scales = [None] * layers if scales is None else scales.unbind()
+    return [Rows(rows, sizes, experts is not None, scale) for rows, scale in zip(values.unbind(), each_scales, strict=True)]
 
 
-def _weight_and_bias(norms: Sequence[nn.LayerNorm], dtype: torch.dtype) -> tuple[Tensor | float, Tensor | None]:
-    """(n, 1, D) each; 1 and None for norms without."""
-    weight = 1.0 if norms[0].weight is None else torch.stack([norm.weight for norm in norms])[:, None].to(dtype)
-    return weight, None if norms[0].bias is None else torch.stack([norm.bias for norm in norms])[:, None].to(dtype)
+@dataclass(frozen=True)
+class _Affine:
+    """Layer norms behind their statistics: x * weight + bias, (n, 1, D) each or a number."""
+
+    weight: Tensor | float
+    bias: Tensor | float
+    eps: float
+
+    @classmethod
+    def of(cls, norms: Sequence[nn.Module | None]) -> "_Affine | None":
+        first = norms[0]
+        if first is None or not is_layer_norm(first):
+            return None
+        weight = 1.0 if first.weight is None else torch.stack([norm.weight for norm in norms])[:, None]
+        bias = 0.0 if first.bias is None else torch.stack([norm.bias for norm in norms])[:, None]
+        return cls(weight, bias, first.eps)
 
 
-def _normed(rows: Tensor, norms: Sequence[nn.Module | None], dtype: torch.dtype) -> Tensor:
-    """(n, R, D), each layer's by its norm."""
+def _normed(rows: Tensor, norms: Sequence[nn.Module | None], affine: _Affine | None, dtype: torch.dtype) -> Tensor:
+    """(1 or n, R, D) -> (n, R, D), each layer's by its norm; as they are without norms."""
     if norms[0] is None:
         return rows
     if len(norms) == 1:
         return norms[0](rows[0].to(dtype))[None]
     with without_autocast(rows.device.type):
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        weight, bias = _weight_and_bias(norms, rows.dtype)
-        rows = F.layer_norm(rows, rows.shape[-1:], eps=norms[0].eps) * weight
-        return rows if bias is None else rows + bias
+        return F.layer_norm(rows, rows.shape[-1:], eps=affine.eps) * affine.weight + affine.bias
