@@ -93,9 +93,10 @@ class EncoderFamily:
         return dict(inputs)
 
     def batch_size(self, inputs: Mapping[str, Any]) -> int | None:
-        """Of the main input, or of the first tensor if that is none; None if there is none at all."""
-        candidates = (inputs.get(self.input_name), *inputs.values())
-        return next((value.shape[0] for value in candidates if isinstance(value, Tensor) and value.dim()), None)
+        """Of the main input, or without it the largest of all tensors (positions may have one row for all)."""
+        main = inputs.get(self.input_name)
+        tensors = [main] if isinstance(main, Tensor) else inputs.values()
+        return max((value.shape[0] for value in tensors if isinstance(value, Tensor) and value.dim()), default=None)
 
     def encode(self, encoder: nn.Module, inputs: Inputs) -> Tensor:
         """The encoder's global feature (B, D)."""
@@ -113,12 +114,22 @@ _FAMILIES: dict[str, EncoderFamily] = {}
 
 
 def _registered(name: str) -> EncoderFamily:
+    if name not in _FAMILIES:
+        raise RuntimeError(f"the encoder family {name!r} is not registered: import the module that calls register_encoder for it")
     _FAMILIES[name].setup()
     return _FAMILIES[name]
 
 
 def register_encoder(family: EncoderFamily) -> None:
-    """Add a family, or replace the one of that name."""
+    """Add a family, or replace the one of that name.
+
+    A model belongs to the family that names its most specific class; of two that name the same, to the later one.
+
+    Raises:
+        TypeError: it is no :class:`EncoderFamily`.
+    """
+    if not isinstance(family, EncoderFamily):
+        raise TypeError(f"register_encoder takes an EncoderFamily, got {type(family).__name__}")
     _FAMILIES[family.name] = family
 
 
@@ -133,8 +144,8 @@ def _class_names(model: object) -> list[str]:
 
 def find_family(encoder: object) -> EncoderFamily | None:
     """The family of a model or of a subclass of one, or None."""
-    names = _class_names(encoder)
-    return next((family for family in _FAMILIES.values() if any(name in family.models for name in names)), None)
+    families = list(reversed(_FAMILIES.values()))
+    return next((family for name in _class_names(encoder) for family in families if name in family.models), None)
 
 
 def family_of(encoder: object) -> EncoderFamily:

@@ -1,7 +1,9 @@
 """A frozen encoder that takes prompts as keys and values of its layers."""
 
 import functools
+import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..modules.rows import Prefix
-from .families import Inputs, family_of
+from .families import Inputs, PromptedLayer, family_of
 from .pooling import Pool
 
 _SLOT = "_mope_fast_slot"
@@ -28,6 +30,21 @@ class _Slot:
     def __init__(self):
         self.prefixes: Sequence[Prefix] = ()
         self.read = False
+
+
+@dataclass
+class _Running:
+    """A forward on its way."""
+
+    prompts: PromptProvider
+    pool: Pool
+    scores: list[Tensor | None]  # of the layers that have run
+    thread: int
+
+
+def _thread() -> int:
+    # a compiled graph runs where it was called, all of it
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def prefixes_of(attention: nn.Module) -> Sequence[Prefix]:
@@ -61,26 +78,34 @@ class PromptedEncoder(nn.Module):
                 f"this {type(encoder).__name__} already takes prompts from another model: unwrap() that one first, "
                 "or let both share one PromptedEncoder"
             )
-        self._before = (
-            [(module, module.training) for module in encoder.modules()],
-            [p.requires_grad for p in encoder.parameters()],
-        )
-        self.encoder = encoder.requires_grad_(False).eval()
+        facts = self.family.layers(encoder)
+        for what, parts in (("layers", [layer.module for layer in facts]), ("attentions", [layer.attention for layer in facts])):
+            if len({id(part) for part in parts}) < len(parts):
+                raise ValueError(f"this {type(encoder).__name__} uses one module as several {what}: each needs prompts of its own")
+        self._modes = [(module, module.training) for module in encoder.modules()]
+        self._requires_grad = [(parameter, parameter.requires_grad) for parameter in encoder.parameters()]
         self.family.setup()
+        self.encoder = encoder.requires_grad_(False).eval()
         self._restore = self.family.attach(encoder)
-        self._attached = True
-        self.layers = self.family.layers(encoder)
-        self.widths = [layer.width for layer in self.layers]
+        facts = self.family.layers(encoder)
+        self.widths = [layer.width for layer in facts]
         self.feature_width = self.family.feature_width(encoder)
         self.gradient_checkpointing = False
         """Recompute each layer and its prompts in the backward pass instead of keeping their activations."""
-        self._running: tuple[PromptProvider, Pool, list[Tensor | None]] | None = None
+        self._running: _Running | None = None
+        self._layers = [(layer.module, layer.attention) for layer in facts]
         # usually None: a library may have put a forward of its own on the object, in place of its class's
-        self._previous = [vars(layer.module).get("forward") for layer in self.layers]
-        for index, layer in enumerate(self.layers):
-            setattr(layer.attention, _SLOT, _Slot())
+        self._previous = [vars(module).get("forward") for module, _ in self._layers]
+        for index, (module, attention) in enumerate(self._layers):
+            setattr(attention, _SLOT, _Slot())
             # a bound method, not a closure: a deep copy of the model gets one of its own
-            layer.module.forward = functools.partial(self._layer_forward, index)
+            module.forward = functools.partial(self._layer_forward, index)
+        self._attached = True
+
+    @property
+    def layers(self) -> Sequence[PromptedLayer]:
+        """Facts of the layers as they are now: a projection may have got a LoRA since the encoder was wrapped."""
+        return self.family.layers(self.encoder)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -93,6 +118,9 @@ class PromptedEncoder(nn.Module):
         Args:
             inputs: the encoder's main input, or a dict of its keyword arguments.
             prompts: called once for each layer with its input; None for the plain encoder.
+
+        Raises:
+            RuntimeError: the encoder was given back, runs in another forward, or does not ask for its prompts any more.
         """
         if not self._attached:
             raise RuntimeError("this model was unwrapped and has given its encoder back: make a new one on it")
@@ -101,11 +129,11 @@ class PromptedEncoder(nn.Module):
         inputs = self.family.keyword_arguments(inputs)
         if prompts is None:
             return self.family.encode(self.encoder, inputs), []
-        slots = [getattr(layer.attention, _SLOT) for layer in self.layers]
+        slots = [getattr(attention, _SLOT) for _, attention in self._layers]
         for slot in slots:
             slot.read = False
         scores: list[Tensor | None] = []
-        self._running = prompts, self.family.pool(self.encoder, inputs), scores
+        self._running = _Running(prompts, self.family.pool(self.encoder, inputs), scores, _thread())
         try:
             feature = self.family.encode(self.encoder, inputs)
         finally:
@@ -121,7 +149,12 @@ class PromptedEncoder(nn.Module):
         """In place of the layer's own forward."""
         if self._running is None:
             return self._plain_layer(index, *args, **kwargs)
-        prompts, pool, scores = self._running
+        prompts, pool, scores = self._running.prompts, self._running.pool, self._running.scores
+        if self._running.thread != _thread() or len(scores) != index:
+            raise RuntimeError(
+                f"layer {index} of this {type(self.encoder).__name__} was called by another thread, or by another forward within "
+                "this one: run one at a time, or deep-copy the model"
+            )
         run = functools.partial(self._prompted_layer, index, prompts, pool)
         if self.gradient_checkpointing and torch.is_grad_enabled():
             # the frozen layer draws no random numbers; asking for the generator's state would break a graph capture
@@ -136,7 +169,9 @@ class PromptedEncoder(nn.Module):
         self, index: int, prompts: PromptProvider, pool: Pool, *args: Any, **kwargs: Any
     ) -> tuple[Any, Tensor | None]:
         """The layer's output and its scores; all it needs are arguments, because checkpointing calls it again after forward."""
-        slot = getattr(self.layers[index].attention, _SLOT)
+        slot = getattr(self._layers[index][1], _SLOT, None)
+        if slot is None:
+            raise RuntimeError("the model was unwrapped before the backward pass of its last step: call backward() first")
         slot.prefixes, scores = prompts(index, args[0] if args else kwargs["hidden_states"], pool)
         try:
             return self._plain_layer(index, *args, **kwargs), scores
@@ -144,7 +179,7 @@ class PromptedEncoder(nn.Module):
             slot.prefixes = ()
 
     def _plain_layer(self, index: int, *args: Any, **kwargs: Any) -> Any:
-        module, previous = self.layers[index].module, self._previous[index]
+        module, previous = self._layers[index][0], self._previous[index]
         return type(module).forward(module, *args, **kwargs) if previous is None else previous(*args, **kwargs)
 
     def train(self, mode: bool = True) -> "PromptedEncoder":
@@ -154,18 +189,17 @@ class PromptedEncoder(nn.Module):
     def detach(self) -> nn.Module:
         """Undo the wrapping and return the encoder as it was; this module can't be used afterwards."""
         if self._attached:
-            for layer, previous in zip(self.layers, self._previous, strict=True):
-                del layer.module.forward
-                if previous is not None:
-                    layer.module.forward = previous
-                delattr(layer.attention, _SLOT)
-            self._restore(self.encoder)
-            modes, requires_grad = self._before
-            for module, training in modes:
-                module.training = training
-            for parameter, flag in zip(self.encoder.parameters(), requires_grad, strict=True):
-                parameter.requires_grad_(flag)
             self._attached = False
+            for (module, attention), previous in zip(self._layers, self._previous, strict=True):
+                del module.forward
+                if previous is not None:
+                    module.forward = previous
+                delattr(attention, _SLOT)
+            self._restore(self.encoder)
+            for module, training in self._modes:
+                module.training = training
+            for parameter, flag in self._requires_grad:
+                parameter.requires_grad_(flag)
         return self.encoder
 
     def extra_repr(self) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..functional import prompt_attention
 from ..modules import PromptAttention
+from ..modules.rows import is_plain
 from .families import EncoderFamily, Inputs, PromptedLayer, register_encoder
 from .pooling import Pool, first_token, token_mean
 from .prompted import prefixes_of
@@ -26,7 +27,7 @@ def _layer(block: nn.Module, width: int) -> PromptedLayer:
 
 def _keys_and_values(qkv: nn.Module, rows: Tensor) -> Tensor:
     """(..., 2 * H * Dh) of a projection to queries, keys and values."""
-    if type(qkv) is nn.Linear and type(qkv.weight) is nn.Parameter and not (qkv._forward_hooks or qkv._forward_pre_hooks):
+    if type(qkv) is nn.Linear and type(qkv.weight) is nn.Parameter and is_plain(qkv):
         width = qkv.out_features // 3
         return F.linear(rows, qkv.weight[width:], None if qkv.bias is None else qkv.bias[width:])
     # whatever else it is (quantised, sharded, with a LoRA) is called, and its queries are dropped
@@ -92,6 +93,8 @@ def _vit_layers(encoder: nn.Module) -> Sequence[PromptedLayer]:
 
 def _vit_problem(encoder: nn.Module) -> str | None:
     for index, block in enumerate(encoder.blocks):
+        if "forward" in vars(block.attn) and not isinstance(block.attn, PromptAttention):
+            return f"the attention of its block {index} has a forward of its own on the object, which prompts would not pass"
         if _forward_of(block) != "timm.models.vision_transformer.Block":
             return f"its blocks are {type(block).__name__}s; timm's plain Block is supported"
         try:
@@ -172,6 +175,8 @@ def _swin_layers(encoder: nn.Module) -> Sequence[PromptedLayer]:
 
 def _swin_problem(encoder: nn.Module) -> str | None:
     for block in _swin_blocks(encoder):
+        if "forward" in vars(block.attn) and getattr(block.attn.forward, "func", None) is not _window_attention:
+            return "an attention of it has a forward of its own on the object, which prompts would not pass"
         for part, supported in ((block, "SwinTransformerBlock"), (block.attn, "WindowAttention")):
             if _forward_of(part) != f"timm.models.swin_transformer.{supported}":
                 return f"it has a {type(part).__name__} in place of timm's {supported}"

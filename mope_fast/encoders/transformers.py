@@ -4,6 +4,7 @@
 untouched: without one transformers passes no mask at all, and the stock ones build a 4-D mask and wait for the device.
 """
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -62,8 +63,10 @@ def _padding_mask(
     return attention_mask
 
 
-def _set_attention(implementation: str, encoder: nn.Module) -> None:
-    encoder.set_attn_implementation(implementation)
+def _set_config(config: Any, encoder: nn.Module) -> None:
+    """To the encoder and all its parts that have the encoder's."""
+    for module in [module for module in encoder.modules() if getattr(module, "config", None) is encoder.config]:
+        module.config = config
 
 
 def _register_interfaces() -> None:
@@ -74,9 +77,11 @@ def _register_interfaces() -> None:
 
 
 def _attach(encoder: nn.Module) -> Callable[[nn.Module], None]:
-    previous = encoder.config._attn_implementation
+    # a config of its own: the user's may be a decoder's or another encoder's too
+    config = encoder.config
+    _set_config(copy.copy(config), encoder)
     encoder.set_attn_implementation(NAME)
-    return functools.partial(_set_attention, previous)
+    return functools.partial(_set_config, config)
 
 
 def _packed_keys_and_values(projection: nn.Module, rows: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """A trained model folded for inference."""
 
+import copy
 from collections.abc import Callable
 
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ class FoldedModel(nn.Module):
     Args:
         main: the encoder.
         bank: the trained prompts; None for none.
-        head: features -> logits, or None.
+        head: features -> logits, or None; copied.
         complementary: where psi_y comes from, if prompts depend on it: a folded model, a callable, or None for features.
     """
 
@@ -35,9 +36,14 @@ class FoldedModel(nn.Module):
         super().__init__()
         self.main = main
         self.bank = None if bank is None else FoldedBank(bank, main.layers, main.dtype)
-        self.head = None if head is None else head.requires_grad_(False)
+        self.head = None if head is None else copy.deepcopy(head).requires_grad_(False)
         self.complementary = complementary
         self.eval()
+
+    @property
+    def feature_width(self) -> int:
+        """D of ``features``."""
+        return self.main.feature_width
 
     def forward(self, main_inputs: Inputs, complementary_inputs: Inputs | None = None) -> FusionOutput:
         """As :class:`MoPEFusion`'s or :class:`PromptTuned`'s, without labels: logits, scores and features."""

@@ -1,6 +1,5 @@
 """MoPEFusion: two modalities fused inside one frozen encoder (MoPE, arXiv 2403.10568)."""
 
-import copy
 import dataclasses
 import os
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from .output import FusionOutput
 from .prompt_tuned import PromptTuned
 from .prompting import Inputs, run_prompted
 from .sides import check_same_batch, complementary_feature, is_prompted_model
-from .task import TaskModel, apply_head, check_head, describe_encoder, prompted
+from .task import TaskModel, apply_head, check_head, describe_encoder, make_head, prompted
 
 
 class MoPEFusion(TaskModel):
@@ -55,6 +54,9 @@ class MoPEFusion(TaskModel):
         check_head(num_classes, head, problem_type)
         if complementary is not None and not callable(complementary):
             raise TypeError(f"complementary must be a supported encoder, a callable or None, got {type(complementary).__name__}")
+        if is_prompted_model(complementary) and not isinstance(complementary, (PromptTuned, FoldedModel)):
+            name = type(complementary).__name__
+            raise TypeError(f"complementary can't be a {name}: pass PromptTuned, a folded model, or a function of its features")
         config = MoPEConfig() if config is None else config
         if not isinstance(main, PromptedEncoder):
             family_of(main)
@@ -70,19 +72,14 @@ class MoPEFusion(TaskModel):
         self.config = dataclasses.replace(config, cross_dim=cross_dim)
         self.problem_type = problem_type
         self.main = prompted(main)
-        self._shared = self.main is main
+        self._wrapped = [] if self.main is main else [self.main]
+        self._black_box = None
         try:
-            if _is_encoder(complementary):
-                length = config.complementary_prompt_length
-                complementary = PromptTuned(complementary, length, dropout=config.dropout, prompt_init=config.prompt_init)
-            elif isinstance(complementary, nn.Module) and not is_prompted_model(complementary):
-                complementary.requires_grad_(False).eval()
-            self.complementary = complementary
+            self.complementary = self._make_side(complementary)
             self.bank = PromptBank(self.main.widths, cross_dim, self.config)
-            self.head = head if num_classes is None else nn.Linear(self.main.feature_width, num_classes)
+            self.head = make_head(self.main, num_classes, head)
         except BaseException:
-            if not self._shared:
-                self.main.detach()
+            self._give_back()
             raise
 
     def forward(
@@ -109,6 +106,29 @@ class MoPEFusion(TaskModel):
         loss = None if task_loss is None else task_loss + config.importance_weight * importance
         return FusionOutput(loss, logits, task_loss, importance, scores, features)
 
+    def _make_side(self, complementary: Any) -> Any:
+        if _is_encoder(complementary):
+            side = prompted(complementary)
+            if side is not complementary:
+                self._wrapped.append(side)
+            settings = {"dropout": self.config.dropout, "prompt_init": self.config.prompt_init}
+            return PromptTuned(side, self.config.complementary_prompt_length, **settings)
+        if isinstance(complementary, nn.Module) and not is_prompted_model(complementary):
+            modes = [(module, module.training) for module in complementary.modules()]
+            self._black_box = modes, [(parameter, parameter.requires_grad) for parameter in complementary.parameters()]
+            complementary.requires_grad_(False).eval()
+        return complementary
+
+    def _give_back(self) -> None:
+        """Undo what this model has done to encoders and to a black box; what came wrapped or tuned stays so."""
+        for encoder in self._wrapped:
+            encoder.detach()
+        modes, flags = self._black_box or ((), ())
+        for module, training in modes:
+            module.training = training
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
     def complementary_feature(self, inputs: Inputs | None) -> Tensor:
         """psi_y, (B, cross_dim)."""
         return complementary_feature(self.complementary, inputs)
@@ -130,7 +150,7 @@ class MoPEFusion(TaskModel):
         """
         side = self.complementary
         side = side.fold() if isinstance(side, PromptTuned) else side
-        return FoldedModel(self.main, self.bank, copy.deepcopy(self.head), side)
+        return FoldedModel(self.main, self.bank, self.head, side)
 
     def parameter_groups(
         self, main_lr: float, complementary_lr: float | None = None, weight_decay: float = 1e-3
@@ -150,14 +170,18 @@ class MoPEFusion(TaskModel):
 
     def frozen_parts(self) -> list[str]:
         """Names of the modules that are held and not trained."""
-        black_box = isinstance(self.complementary, nn.Module) and not is_prompted_model(self.complementary)
-        return [*super().frozen_parts(), *(["complementary"] if black_box else [])]
+        held = isinstance(self.complementary, nn.Module) and not isinstance(self.complementary, PromptTuned)
+        return [*super().frozen_parts(), *(["complementary"] if held else [])]
 
     def unwrap(self) -> tuple[nn.Module, nn.Module | Callable[..., Tensor] | None]:
-        """Give both encoders back as they were; this model can't be used afterwards. A shared encoder stays wrapped."""
+        """Give both encoders back as they were; this model can't be used afterwards.
+
+        A :class:`PromptedEncoder` or :class:`PromptTuned` that was passed in stays as it is: its owner detaches or unwraps it.
+        """
+        self._give_back()
         side = self.complementary
-        main = self.main.encoder if self._shared else self.main.detach()
-        return main, side.unwrap() if isinstance(side, PromptTuned) else side
+        wrapped = isinstance(side, PromptTuned) and side.main in self._wrapped
+        return self.main.encoder, side.main.encoder if wrapped else side
 
     def description(self) -> dict[str, Any]:
         side = self.complementary

@@ -1,10 +1,11 @@
 """What a fused model returns."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor
+from torch.utils._pytree import register_pytree_node
 
 
 @dataclass
@@ -36,3 +37,15 @@ class FusionOutput:
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.to_tuple())
+
+
+def _flatten(output: FusionOutput) -> tuple[list[Any], None]:
+    return [getattr(output, f.name) for f in fields(output)], None
+
+
+def _unflatten(values: Iterable[Any], context: None) -> FusionOutput:
+    return FusionOutput(*values)
+
+
+# without it DDP with static_graph=True finds no tensor in a forward's result, and never averages gradients
+register_pytree_node(FusionOutput, _flatten, _unflatten, serialized_type_name="mope_fast.FusionOutput")

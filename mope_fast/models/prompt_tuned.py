@@ -1,6 +1,5 @@
 """PromptTuned: one frozen encoder with trained prompts, no router."""
 
-import copy
 import os
 from typing import Any
 
@@ -11,7 +10,7 @@ from . import checkpoint
 from .folded import FoldedModel
 from .output import FusionOutput
 from .prompting import Inputs, run_prompted
-from .task import TaskModel, apply_head, check_head, describe_encoder, prompted
+from .task import TaskModel, apply_head, check_head, describe_encoder, make_head, prompted
 
 
 class PromptTuned(TaskModel):
@@ -56,7 +55,7 @@ class PromptTuned(TaskModel):
         self.main = prompted(encoder)
         self._shared = self.main is encoder
         self.bank = PromptBank(self.main.widths, None, config) if prompt_length else None
-        self.head = head if num_classes is None else nn.Linear(self.main.feature_width, num_classes)
+        self.head = make_head(self.main, num_classes, head)
 
     @property
     def feature_width(self) -> int:
@@ -77,7 +76,7 @@ class PromptTuned(TaskModel):
 
     def fold(self) -> FoldedModel:
         """For inference: a new model whose prompts' keys and values are computed already; see :meth:`MoPEFusion.fold`."""
-        return FoldedModel(self.main, self.bank, copy.deepcopy(self.head))
+        return FoldedModel(self.main, self.bank, self.head)
 
     def parameter_groups(self, lr: float, weight_decay: float = 1e-3) -> list[dict[str, Any]]:
         """Trained parameters for an optimiser."""

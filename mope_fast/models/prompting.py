@@ -42,11 +42,12 @@ def run_prompted(
     if bank is None:
         with torch.no_grad():
             return encoder(inputs)[0], None
+    layers = encoder.layers
     if isinstance(bank, PromptBank):
-        context = bank.prepare(cross, encoder.layers, encoder.dtype)
+        context = bank.prepare(cross, layers, encoder.dtype)
         if encoder.gradient_checkpointing:
             context.compute_shared()
     else:
         context = bank.prepare(cross)
-    feature, scores = encoder(inputs, BankPrompts(bank, context, encoder.layers))
+    feature, scores = encoder(inputs, BankPrompts(bank, context, layers))
     return feature, torch.stack(scores) if bank.config.use_dynamic else None

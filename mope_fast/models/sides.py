@@ -1,6 +1,6 @@
 """The complementary side of a fusion."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 
 import torch
@@ -24,7 +24,7 @@ def complementary_feature(complementary: nn.Module | Callable[..., Tensor] | Non
         return complementary(inputs).features
     # a black-box module is frozen; a plain function may train parameters of its own
     with torch.no_grad() if isinstance(complementary, nn.Module) else nullcontext():
-        return complementary(**inputs) if isinstance(inputs, dict) else complementary(inputs)
+        return complementary(**inputs) if isinstance(inputs, Mapping) else complementary(inputs)
 
 
 def is_prompted_model(complementary: object) -> bool:

@@ -31,13 +31,29 @@ def check_head(num_classes: int | None, head: nn.Module | None, problem_type: st
         raise ValueError(f"problem_type must be one of {list(TASK_LOSSES)}, got {problem_type!r}")
     if head is not None and num_classes is not None:
         raise ValueError("give num_classes for a linear head or head for one of your own, not both")
-    if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 1):
+    if num_classes is not None and (not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 1):
         raise ValueError(f"num_classes must be an integer >= 1, got {num_classes!r}")
 
 
 def apply_head(head: nn.Module | None, features: Tensor) -> Tensor | None:
     """Logits, in the head's dtype; None without a head."""
-    return None if head is None else head(features.to(next((p.dtype for p in head.parameters()), features.dtype)))
+    if head is None:
+        return None
+    return head(features.to(next((p.dtype for p in head.parameters() if p.is_floating_point()), features.dtype)))
+
+
+def make_head(main: PromptedEncoder, num_classes: int | None, head: nn.Module | None) -> nn.Module | None:
+    """The linear head, the given one, or None.
+
+    Raises:
+        ValueError: the given one is a part of the frozen encoder.
+    """
+    if num_classes is not None:
+        return nn.Linear(main.feature_width, num_classes)
+    frozen = {id(parameter) for parameter in main.parameters()}
+    if head is not None and any(id(parameter) in frozen for parameter in head.parameters()):
+        raise ValueError("head is a part of the frozen encoder and would not be trained: pass copy.deepcopy(head)")
+    return head
 
 
 def prompted(encoder: nn.Module) -> PromptedEncoder:
@@ -70,10 +86,14 @@ class TaskModel(nn.Module, ABC):
 
     def frozen_parts(self) -> list[str]:
         """Names of the modules that are held and not trained."""
-        return [name for name, module in self.named_modules() if isinstance(module, PromptedEncoder)]
+        modules = self.named_modules(remove_duplicate=False)
+        return [name for name, module in modules if isinstance(module, PromptedEncoder)]
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Keep one layer's input in place of its activations, and compute layer and prompts again in the backward pass.
+
+        It holds for all models that share the encoder. ``torch.compile`` needs
+        ``torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True``.
 
         Args:
             gradient_checkpointing_kwargs: for transformers' Trainer; ``{"use_reentrant": False}`` is what is done.

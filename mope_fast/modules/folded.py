@@ -192,7 +192,8 @@ class _Directions(nn.Module):
 
 def _problem(layer: FrozenLayer, bank: PromptBank) -> str | None:
     if layer.norm is not None and not is_layer_norm(layer.norm):
-        return f"its norm is {type(layer.norm).__name__}, not nn.LayerNorm" if bank.config.needs_cross else None
+        problem = f"its norm is {type(layer.norm).__name__}, not nn.LayerNorm, or it has hooks"
+        return problem if bank.config.needs_cross else None
     if layer.key_norm is not None and bank.config.use_dynamic:
         return "it norms its keys behind the projection, and a mixture of normed keys is not the normed key of a mixture"
     return None

@@ -39,12 +39,17 @@ class Rows:
 _LAYER_NORMS = ("torch.nn.modules.normalization.LayerNorm.forward", "timm.layers.norm.LayerNorm.forward")
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Whether a call of it is a call of its class's forward and nothing else: no hooks, no forward of its own."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
 def is_layer_norm(norm: nn.Module) -> bool:
     """Whether it computes what ``nn.LayerNorm`` does: that class, timm's of the same name, or one that inherits their forward."""
     forward = getattr(type(norm), "forward", None)
     name = f"{getattr(forward, '__module__', '')}.{getattr(forward, '__qualname__', '')}"
     # timm's fast norms round differently
-    return name in _LAYER_NORMS and not getattr(norm, "_fast_norm", False)
+    return name in _LAYER_NORMS and not getattr(norm, "_fast_norm", False) and is_plain(norm)
 
 
 def mixes_in_kv_space(config: MoPEConfig, batch: int, training: bool, norm: nn.Module | None, key_norm: Projection | None) -> bool:
@@ -55,7 +60,7 @@ def mixes_in_kv_space(config: MoPEConfig, batch: int, training: bool, norm: nn.M
     """
     problem = None
     if norm is not None and not is_layer_norm(norm):
-        problem = f"the layer's norm is {type(norm).__name__}, not nn.LayerNorm"
+        problem = f"the layer's norm is {type(norm).__name__}, not nn.LayerNorm, or it has hooks"
     elif key_norm is not None:
         problem = "the layer norms its keys behind the projection"
     elif config.dynamic_dropout > 0 and training:
@@ -78,10 +83,10 @@ def can_be_stacked(layers: Sequence[FrozenLayer]) -> bool:
 
 
 _LIFT = 16.0
-"""Experts go through a projection this much larger than a layer norm makes them: a power of two, so that nothing is rounded by it.
+"""Experts go through a projection about this much larger than a layer norm makes them.
 
-What is left of a projection's value less its value at zero has the rounding of both. With experts of the size of the bias and their
-mixture smaller by the root of K, bfloat16 would have few digits left.
+What is left of a projection's value less its value at zero has the rounding of both. With experts no larger than the bias, and a
+mixture that is smaller by the root of K, bfloat16 would have few digits left.
 """
 
 
@@ -110,8 +115,12 @@ def stacked_rows(
             zero = experts.new_zeros(layers, 1, experts.shape[-1])
             if affine is not None:
                 # a layer norm is affine in the centred row, up to its deviation: the mixture's is divided by after mixing
-                scales = (experts.var(-1, correction=0, keepdim=True) + affine.eps).sqrt() / _LIFT
-                experts = F.layer_norm(experts, experts.shape[-1:], eps=affine.eps) * (affine.weight * _LIFT)
+                experts = experts - experts.mean(-1, keepdim=True)
+                with torch.no_grad():
+                    deviations = (experts.square().mean(-1, keepdim=True) + affine.eps).sqrt()
+                    # powers of two: neither they nor their gradients change anything but the rounding
+                    scales = torch.exp2(torch.log2(deviations).round()) / _LIFT
+                experts = experts * affine.weight / scales
                 parts |= {"experts": experts, "zero": zero, "bias": zero + affine.bias}
             else:
                 parts["experts"] = experts

@@ -24,7 +24,9 @@ def prompt_attention(
     """scaled_dot_product_attention on concatenated keys; a mask tensor only where one is needed."""
     queries, tokens = q.shape[2], k.shape[2]
     prefix_length = sum(pk.shape[2] for pk, _ in prefixes)
-    if is_causal and queries == tokens and not prefix_length and key_padding_mask is None and bias is None:
+    # torch's own triangle gives NaN for scales that are not positive
+    plain = key_padding_mask is None and bias is None and (scale is None or scale > 0)
+    if is_causal and queries == tokens and not prefix_length and plain:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     # a triangle aligned to the last key would do for prefixes too, but torch's object for it (CausalBias) doesn't compile in 2.15
     k, v = concatenated(k, v, prefixes)

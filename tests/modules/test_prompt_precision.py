@@ -6,6 +6,8 @@ from prompt_setups import CROSS, DIM, HEADS, LENGTH, SETTINGS, close, make_input
 from torch import nn
 
 from mope_fast import MoPEConfig, MoPELayer, PromptBank
+from mope_fast.encoders import PromptedLayer
+from mope_fast.modules import FoldedBank
 
 
 def inputs(dtype, batch=6):
@@ -81,3 +83,37 @@ def test_kv_space_in_bfloat16_is_about_as_right_as_prompt_space(norm_first):
     prompt, kv = (torch.stack(errors[mixing]).mean() for mixing in ("prompt", "kv"))
     assert kv <= 2 * prompt
     assert truth.shape[-2] == LENGTH
+
+
+@pytest.mark.parametrize("prompt_init", [None, 0.02])
+@pytest.mark.parametrize("bias", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kv_space_and_folding_keep_their_digits_under_large_biases(dtype, bias, prompt_init):
+    width, heads, batch = 256, 4, 64
+    norm, k_proj, v_proj = nn.LayerNorm(width), nn.Linear(width, width), nn.Linear(width, width)
+    for proj in (k_proj, v_proj):
+        nn.init.normal_(proj.weight, std=0.05)
+        nn.init.normal_(proj.bias, std=bias)
+    low = nn.ModuleList([norm, k_proj, v_proj]).to(dtype).requires_grad_(False)
+    exact = copy.deepcopy(low).double()
+    x, cross = torch.randn(batch, width).to(dtype), torch.randn(batch, 32)
+
+    def bank(mixing):
+        torch.manual_seed(1)
+        return PromptBank([width], 32, MoPEConfig(mixing=mixing, prompt_init=prompt_init)).eval()
+
+    def facts(parts):
+        return PromptedLayer(None, None, width, *parts, heads)
+
+    def prefix(bank, parts, x, cross):
+        context = bank.prepare(cross) if isinstance(bank, FoldedBank) else bank.prepare(cross, [facts(parts)], x.dtype)
+        return torch.stack(bank.prefixes(0, facts(parts), x, context)[0][1])
+
+    with torch.no_grad():
+        truth = prefix(bank("prompt").double(), exact, x.double(), cross.double())
+        prompt, kv = (prefix(bank(mixing), low, x, cross) for mixing in ("prompt", "kv"))
+        folded = prefix(FoldedBank(bank("kv"), [facts(low)], dtype), low, x, cross)
+    for rows in (slice(0, 6), slice(6, 7)):  # dynamic, mapped
+        errors = [(got.double() - truth)[..., rows, :].square().mean().sqrt().item() for got in (prompt, kv, folded)]
+        assert errors[1] <= 2 * errors[0], f"K/V space {errors[1]:.1e}, prompt space {errors[0]:.1e}"
+        assert errors[2] <= 2 * errors[0], f"folded {errors[2]:.1e}, prompt space {errors[0]:.1e}"
