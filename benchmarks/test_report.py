@@ -7,9 +7,17 @@ import torch
 from benchmarks import report
 from benchmarks.cases import attention as attention_cases
 from benchmarks.cases.attention import AttentionCase
+from benchmarks.cases.fused_encoders import BERT_B, VIT_B, FusedCase
 from benchmarks.cases.route_and_mix import CUDA, Case
 from benchmarks.report import model, text
-from benchmarks.report.profiles import PROMPT_ATTENTION, RECEPTIVE_FIELD_ATTENTION, ROUTE_AND_MIX, over_eager, over_rivals
+from benchmarks.report.profiles import (
+    FUSED_ENCODERS,
+    PROMPT_ATTENTION,
+    RECEPTIVE_FIELD_ATTENTION,
+    ROUTE_AND_MIX,
+    over_eager,
+    over_rivals,
+)
 
 PAPER, LARGE = CUDA[0], CUDA[5]
 
@@ -17,6 +25,7 @@ PAPER, LARGE = CUDA[0], CUDA[5]
 GPU = torch.device("cuda")
 VIT = attention_cases.prompt_attention(GPU, smoke=False)[0]
 VLMO = attention_cases.receptive_field_attention(GPU, smoke=False)[0]
+FUSED, FUSED_BERT = (FusedCase(encoder, 64, torch.bfloat16) for encoder in (VIT_B, BERT_B))
 
 
 def entry(
@@ -33,6 +42,19 @@ def entry(
         "bytes": case.bytes(mode), "flops": case.flops(mode),
     }  # fmt: skip
     stats = {"median": seconds, "q1": 0.9 * seconds, "q3": 1.1 * seconds}
+    return {"extra_info": facts | case.describe() | info, "stats": stats}
+
+
+def tax_entry(provider: str, tax: float, case: FusedCase = FUSED, mode: str = "training", **info) -> dict:
+    """A record of ``tax`` ms, spread by 1 % over rounds, and a memory tax of 1.5."""
+    facts = {
+        "device": "GPU 1", "device_type": "cuda", "cpu_threads": 2, "python": "3", "torch": "2", "triton": "3", "mope_fast": "0",
+        "commit": "abc", "clock": "wall time", "date": "2026-01-01", "copy_bandwidth_gbps": 4000.0, "l2": "warm",
+        "implementation": "prompt_attention triton", "op": "fused_encoders", "mode": mode, "timing": "replay", "provider": provider,
+        "calls_per_iteration": 1, "peak_memory": 3 * 2**20, "memory_tax": 1.5, "flops": 1,
+        "tax": tax, "tax_low": 0.99 * tax, "tax_high": 1.01 * tax,
+    }  # fmt: skip
+    stats = {"median": tax * 1e-3, "q1": 0.99e-3 * tax, "q3": 1.01e-3 * tax}
     return {"extra_info": facts | case.describe() | info, "stats": stats}
 
 
@@ -144,9 +166,54 @@ def test_memory_beside_sdpa():
     assert [line.split(" | ")[-2] for line in lines] == ["-", "2.00"]
 
 
+def test_taxes_of_one_size_are_one_table():
+    entries = [
+        tax_entry("frozen", 1.0),
+        tax_entry("mope_fast", 1.04),
+        tax_entry("mope_fast", 1.2, timing="called", peak_memory=6 * 2**20, memory_tax=2.0),
+        tax_entry("folded", 1.02, mode="inference"),
+    ]
+    lines = text.tax_table(groups(*entries, profile=FUSED_ENCODERS), FUSED_ENCODERS).splitlines()
+    assert lines[0] == (
+        "| provider | training, replay: time | ms | training, called: time | ms | training: memory (MiB) "
+        "| inference: time | ms | inference: memory (MiB) |"
+    )
+    assert lines[3:] == [
+        "| mope_fast | 1.040 (1.030 - 1.050) | 1.04 | 1.200 (1.188 - 1.212) | 1.2 | 1.50 (3) | - | - | - |",
+        "| mope_fast folded | - | - | - | - | - | 1.020 (1.010 - 1.030) | 1.02 | 1.50 (3) |",
+    ]
+
+
+def test_repeated_runs_give_the_median_tax():
+    (row,) = rows(tax_entry("mope_fast", 1.1), tax_entry("mope_fast", 1.0), tax_entry("mope_fast", 1.3))
+    assert row.info["tax"] == 1.1
+    assert row.info["tax_low"] == pytest.approx(1.089)
+
+
+@pytest.mark.parametrize(("tax", "answer"), [(1.05, "met"), (1.059, "level (the spread reaches it)"), (1.26, "missed by 20.0%")])
+def test_goals_from_above(tax, answer):
+    (line,) = goal_lines(FUSED_ENCODERS, f"training, replay | {FUSED} |", tax_entry("mope_fast", tax))
+    assert line == f"| tax of mope_fast, ViT-B/16 B=64 | training, replay | {FUSED} | <= 1.05 | {tax:.3f} | {answer} |"
+
+
+def test_losses_are_to_other_methods_not_to_the_frozen_encoder():
+    entries = [tax_entry(name, tax) for name, tax in (("frozen", 1.0), ("lora", 1.02), ("mope_fast", 1.1), ("full", 1.5))]
+    (line,) = text.losses(groups(*entries, profile=FUSED_ENCODERS))
+    assert line.endswith("LoRA r=8 takes 1.020 times as long as the frozen encoder, mope_fast 1.100 times")
+
+
 @pytest.mark.parametrize(
     ("entries", "pictures", "line"),
     [
+        (
+            [
+                tax_entry("frozen", 1.0),
+                tax_entry("mope_fast", 1.04),
+                tax_entry("frozen", 1.0, FUSED_BERT),
+            ],
+            ("taxes_training_replay.png",),
+            "| mope_fast | 1.040 (1.030 - 1.050) | 1.04 | 1.50 (3) |",
+        ),
         (
             [entry("literal", 90.0), entry("matmul", 50.0), entry("mope_fast", 20.0)],
             ("times_forward_backward_replay.png", "speedup.png", "copy_share.png"),

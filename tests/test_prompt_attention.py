@@ -265,3 +265,13 @@ def test_a_masked_prefix_with_causality_needs_a_key_for_each_query():
     q, k, pair, mask = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 3, 8), torch.randn(2, 1, 2, 4, 8), torch.ones(1, 4).bool()
     with pytest.raises(ValueError, match="is_causal with a masked prefix needs at least as many keys as queries, got 3 and 5"):
         functional.prompt_attention(q, k, k, [(*pair, mask)], is_causal=True)
+
+
+@pytest.mark.parametrize("scale", [-0.5, 0.0])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_causal_attention_takes_any_finite_scale(impl, scale):
+    q, k, v = make_inputs()[:3]
+    out = functional.prompt_attention(q, k, v, is_causal=True, scale=scale, impl=impl)
+    visible = torch.ones(QUERIES, QUERIES).tril().bool()
+    expected = (q @ k.mT * scale).masked_fill(~visible, float("-inf")).softmax(-1) @ v
+    torch.testing.assert_close(out, expected, **TOLERANCE)

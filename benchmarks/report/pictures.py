@@ -33,7 +33,8 @@ def _finish(figure, axes, path: Path, title: str) -> str:
     from matplotlib import pyplot
 
     axes.set_title(title, fontsize=10)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+    columns = max(2, min(5, int(figure.get_figwidth() / 2.3)))
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return path.name
@@ -61,7 +62,7 @@ def _plot_providers(axes, groups: Sequence[Group], profile: Profile, bar: Callab
             drawn = axes.bar(places, heights, 0.92 * width, color=profile.colours[name], label=profile.labels[name])
             axes.errorbar(places, heights, whiskers, fmt="none", ecolor="#333333", elinewidth=0.8)
             if labelled:
-                axes.bar_label(drawn, fmt="%.2f", fontsize=6, padding=6, rotation=90)
+                axes.bar_label(drawn, fmt="%.3f", fontsize=6, padding=6, rotation=90)
 
 
 def plot_times(groups: Sequence[Group], profile: Profile, path: Path, device: str) -> str:

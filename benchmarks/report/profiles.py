@@ -237,12 +237,12 @@ def tax_of(provider: str) -> Callable[[Group], float | None]:
     return lambda group: group.rows[provider].info["tax"] if provider in group.rows else None
 
 
-def at_most(bound: float, provider: str, device_type: str, mode: str, timing: str, size: dict[str, Any]) -> Goal:
-    label = FUSED_LABELS[provider]
-    return Goal(
-        f"tax of {label}", device_type, mode, timing, like(**size), tax_of(provider), bound,
-        lambda group: group.rows[provider].info["tax_low"] <= bound, at_most=True,
-    )  # fmt: skip
+def at_most(bound: float, provider: str, device_type: str, mode: str, timing: str, model: str, batch: int) -> Goal:
+    def level(group: Group) -> bool:
+        return group.rows[provider].info["tax_low"] <= bound
+
+    text, fits = f"tax of {FUSED_LABELS[provider]}, {model} B={batch}", like(model=model, B=batch)
+    return Goal(text, device_type, mode, timing, fits, tax_of(provider), bound, level, at_most=True)
 
 
 FUSED_LABELS = {
@@ -259,7 +259,7 @@ FUSED_LABELS = {
     "full": "full fine-tuning",
     "side": "complementary encoder alone",
 }
-VIT_BERT = [{"model": model} for model in ("ViT-B/16", "BERT-B")]
+VIT_BERT = ("ViT-B/16", "BERT-B")
 FUSED_ENCODERS = Profile(
     op="fused_encoders",
     labels=FUSED_LABELS,
@@ -279,12 +279,12 @@ FUSED_ENCODERS = Profile(
     rivals=lambda group: ["concatenated", "lora"],
     columns={},
     goals=[
-        *(at_most(1.02, "folded", "cuda", INFERENCE, "replay", {**size, "B": 64}) for size in VIT_BERT),
-        *(at_most(1.05, "mope_fast", "cuda", INFERENCE, "replay", {**size, "B": 64}) for size in VIT_BERT),
-        *(at_most(1.05, "mope_fast", "cuda", TRAINING, "replay", {**size, "B": 64}) for size in VIT_BERT),
-        *(at_most(1.03, "folded", "cpu", INFERENCE, "called", {**size, "B": 8}) for size in VIT_BERT),
-        *(at_most(1.03, "mope_fast", "cpu", INFERENCE, "called", {**size, "B": 8}) for size in VIT_BERT),
-        *(at_most(1.05, "mope_fast", "cpu", TRAINING, "called", {**size, "B": 8}) for size in VIT_BERT),
+        *(at_most(1.02, "folded", "cuda", INFERENCE, "replay", model, 64) for model in VIT_BERT),
+        *(at_most(1.05, "mope_fast", "cuda", INFERENCE, "replay", model, 64) for model in VIT_BERT),
+        *(at_most(1.05, "mope_fast", "cuda", TRAINING, "replay", model, 64) for model in VIT_BERT),
+        *(at_most(1.03, "folded", "cpu", INFERENCE, "called", model, 8) for model in VIT_BERT),
+        *(at_most(1.03, "mope_fast", "cpu", INFERENCE, "called", model, 8) for model in VIT_BERT),
+        *(at_most(1.05, "mope_fast", "cpu", TRAINING, "called", model, 8) for model in VIT_BERT),
     ],
     notes="""\
 Time: over that of the frozen encoder, timed before and after every round; the median over rounds and, in brackets, the 20th and

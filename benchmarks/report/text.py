@@ -69,18 +69,32 @@ def tax_table(groups: Sequence[Group], profile: Profile) -> str:
 
 def losses(groups: Iterable[Group]) -> list[str]:
     """A sentence for every size at which some rival is faster than ours."""
-    lines = []
-    for each in groups:
-        rivals = each.profile.rivals(each)
-        best = each.best(rivals)
-        if best is None or each.ours is None or best.median >= each.ours.median:
-            continue
-        note = "; the quartiles overlap" if overlap(each, rivals) else ""
-        lines.append(
-            f"{each.mode}, {each.timing}, {each.case}: {each.profile.label(best)} takes {best.median * 1e6:.1f} us, "
-            f"{each.profile.label(each.ours)} {each.ours.median * 1e6:.1f} us ({each.ours.median / best.median - 1:.0%} more{note})"
-        )
-    return lines
+    return [line for each in groups if (line := (_loss if each.profile.baseline is None else _tax_loss)(each)) is not None]
+
+
+def _loss(group: Group) -> str | None:
+    rivals = group.profile.rivals(group)
+    best = group.best(rivals)
+    if best is None or group.ours is None or best.median >= group.ours.median:
+        return None
+    note = "; the quartiles overlap" if overlap(group, rivals) else ""
+    return (
+        f"{group.mode}, {group.timing}, {group.case}: {group.profile.label(best)} takes {best.median * 1e6:.1f} us, "
+        f"{group.profile.label(group.ours)} {group.ours.median * 1e6:.1f} us ({group.ours.median / best.median - 1:.0%} more{note})"
+    )
+
+
+def _tax_loss(group: Group) -> str | None:
+    rivals = [group.rows[name] for name in group.profile.rivals(group) if name in group.rows]
+    best = min(rivals, key=lambda row: row.info["tax"], default=None)
+    if best is None or group.ours is None or best.info["tax"] >= group.ours.info["tax"]:
+        return None
+    note = "; their spreads overlap" if group.ours.info["tax_low"] <= best.info["tax_high"] else ""
+    labels = group.profile.labels
+    return (
+        f"{group.mode}, {group.timing}, {group.case}: {labels[best.info['provider']]} takes {best.info['tax']:.3f} times as long as "
+        f"the {labels[group.profile.baseline]}, {labels[group.profile.ours]} {group.ours.info['tax']:.3f} times{note}"
+    )
 
 
 def verdict(goal: Goal, group: Group) -> tuple[float | None, str]:
@@ -91,7 +105,7 @@ def verdict(goal: Goal, group: Group) -> tuple[float | None, str]:
         return value, "met"
     if goal.level(group):
         return value, f"level ({'the spread reaches it' if goal.at_most else 'quartiles overlap'})"
-    return value, f"missed by {goal.excess(value):.0%}"
+    return value, f"missed by {goal.excess(value):{'.1%' if goal.at_most else '.0%'}}"
 
 
 def _worst(goal: Goal, groups: Sequence[Group]) -> tuple[str, float | None, str]:
@@ -121,7 +135,8 @@ def goals_table(groups: Sequence[Group], profile: Profile, device_type: str) -> 
         else:
             answers = [(each.case, *verdict(goal, each)) for each in fitting]
         name = [goal.text, f"{goal.mode}, {goal.timing}"]
-        lines += [[*name, case, goal.wanted(), optional(value, "{:.2f}"), answer] for case, value, answer in answers]
+        form = "{:.3f}" if goal.at_most else "{:.2f}"
+        lines += [[*name, case, goal.wanted(), optional(value, form), answer] for case, value, answer in answers]
     size = "size (the worst, if several)" if any(goal.summary for goal in profile.goals) else "size"
     return table(["goal", "mode", size, "wanted", "measured", "verdict"], lines)
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 KEY_BYTES = 16
 # settings of a transformers config that name a version, a path or an implementation, not a function
+SWITCHES = ("training", "fused_attn", "grad_checkpointing", "gradient_checkpointing")
+"""Of modules: how, not what they compute."""
 VOLATILE = ("transformers_version", "architectures", "dtype", "torch_dtype", "attn_implementation")
 
 
@@ -67,14 +69,14 @@ def _is_padding(data: memoryview, tensor: Tensor) -> bool:
 
 
 def encoder_fingerprint(encoder: nn.Module) -> str:
-    """A hash of an encoder's class, structure, configuration, parameters and buffers.
+    """A hash of an encoder's class, structure, settings, configuration, parameters and buffers.
 
-    Not of its device, its training mode, or of attributes that show in none of these.
+    Not of its device or training mode, or of attributes that are neither numbers nor texts.
     """
     digest = hashlib.blake2b(digest_size=KEY_BYTES)
     configs: list[Any] = []
     for name, module in encoder.named_modules():
-        digest.update(repr((name, type(module).__name__, module.extra_repr())).encode())
+        digest.update(repr((name, type(module).__name__, module.extra_repr(), _settings(module))).encode())
         config = getattr(module, "config", None)
         if hasattr(config, "to_dict") and not any(config is known for known in configs):
             configs.append(config)
@@ -83,6 +85,16 @@ def encoder_fingerprint(encoder: nn.Module) -> str:
         digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
         digest.update(raw_bytes(_on_host(tensor)))
     return digest.hexdigest()
+
+
+def _settings(module: nn.Module) -> list[tuple[str, Any]]:
+    """Plain public attributes: what shows in no parameter, as timm's way to pool."""
+    names = sorted(name for name in vars(module) if not name.startswith("_") and name not in SWITCHES)
+    return [(name, value) for name in names if _is_plain(value := vars(module)[name])]
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (bool, int, float, str)) or (isinstance(value, tuple) and all(map(_is_plain, value)))
 
 
 def _lasting(config: Any) -> Any:

@@ -93,10 +93,11 @@ class EncoderFamily:
         return dict(inputs)
 
     def batch_size(self, inputs: Mapping[str, Any]) -> int | None:
-        """Of the main input, or without it the largest of all tensors (positions may have one row for all)."""
+        """Of the main input; without it of the first tensor that doesn't have one row for all, as positions may."""
         main = inputs.get(self.input_name)
         tensors = [main] if isinstance(main, Tensor) else inputs.values()
-        return max((value.shape[0] for value in tensors if isinstance(value, Tensor) and value.dim()), default=None)
+        sizes = [value.shape[0] for value in tensors if isinstance(value, Tensor) and value.dim()]
+        return next((size for size in sizes if size != 1), sizes[0] if sizes else None)
 
     def encode(self, encoder: nn.Module, inputs: Inputs) -> Tensor:
         """The encoder's global feature (B, D)."""

@@ -87,7 +87,7 @@ class PromptedEncoder(nn.Module):
         self.family.setup()
         self.encoder = encoder.requires_grad_(False).eval()
         self._restore = self.family.attach(encoder)
-        facts = self.family.layers(encoder)
+        facts = self._facts = self.family.layers(encoder)
         self.widths = [layer.width for layer in facts]
         self.feature_width = self.family.feature_width(encoder)
         self.gradient_checkpointing = False
@@ -104,8 +104,13 @@ class PromptedEncoder(nn.Module):
 
     @property
     def layers(self) -> Sequence[PromptedLayer]:
-        """Facts of the layers as they are now: a projection may have got a LoRA since the encoder was wrapped."""
-        return self.family.layers(self.encoder)
+        """Facts of the layers as they are now: a projection may have got a LoRA since the encoder was wrapped.
+
+        While it compiles, as they were in the last call that wasn't: torch 2.11 can't make them in a graph.
+        """
+        if not torch.compiler.is_compiling():
+            self._facts = self.family.layers(self.encoder)
+        return self._facts
 
     @property
     def dtype(self) -> torch.dtype:

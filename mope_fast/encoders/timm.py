@@ -93,10 +93,10 @@ def _vit_layers(encoder: nn.Module) -> Sequence[PromptedLayer]:
 
 def _vit_problem(encoder: nn.Module) -> str | None:
     for index, block in enumerate(encoder.blocks):
-        if "forward" in vars(block.attn) and not isinstance(block.attn, PromptAttention):
-            return f"the attention of its block {index} has a forward of its own on the object, which prompts would not pass"
         if _forward_of(block) != "timm.models.vision_transformer.Block":
             return f"its blocks are {type(block).__name__}s; timm's plain Block is supported"
+        if "forward" in vars(block.attn) and not isinstance(block.attn, PromptAttention):
+            return f"the attention of its block {index} has a forward of its own on the object, which prompts would not pass"
         try:
             _as_prompt_attention(block.attn)
         except (TypeError, ValueError) as error:
@@ -175,11 +175,11 @@ def _swin_layers(encoder: nn.Module) -> Sequence[PromptedLayer]:
 
 def _swin_problem(encoder: nn.Module) -> str | None:
     for block in _swin_blocks(encoder):
-        if "forward" in vars(block.attn) and getattr(block.attn.forward, "func", None) is not _window_attention:
-            return "an attention of it has a forward of its own on the object, which prompts would not pass"
         for part, supported in ((block, "SwinTransformerBlock"), (block.attn, "WindowAttention")):
             if _forward_of(part) != f"timm.models.swin_transformer.{supported}":
                 return f"it has a {type(part).__name__} in place of timm's {supported}"
+        if "forward" in vars(block.attn) and getattr(block.attn.forward, "func", None) is not _window_attention:
+            return "an attention of it has a forward of its own on the object, which prompts would not pass"
     if not hasattr(encoder.head, "global_pool"):
         return (
             f"its head, which pools, was replaced by {type(encoder.head).__name__}: to drop the classifier call reset_classifier(0)"

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import time
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +17,13 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "mope_fast.json"
 FORMAT = 2
+LEFTOVER_AGE = 3600.0
+"""Seconds; no save takes so long: what is older, and named by nobody, is of a killed one."""
 KEYS = ("model", "main", "config", "head", "num_classes", "problem_type", "weights")
 
 
 def _write_atomically(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     with open(temporary, "wb") as file:
         file.write(data)
         file.flush()
@@ -32,18 +36,36 @@ def _weights_name(data: bytes) -> str:
 
 
 def save(path: str | os.PathLike[str], state: dict[str, Tensor], description: dict[str, Any]) -> None:
-    """Write the weights under a name made of their content, then the description that names them, then drop older weights."""
+    """Write the weights under a name made of their content, then the description that names them, then drop what it replaces.
+
+    Processes may save into one folder at the same time: the last one stays.
+    """
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file: give save_pretrained a folder")
     folder.mkdir(parents=True, exist_ok=True)
     data = serialize({key: value.detach().cpu().contiguous().clone() for key, value in state.items()}, {"format": "pt"})
-    weights = _weights_name(data)
+    weights, replaced = _weights_name(data), _named_weights(folder)
     _write_atomically(folder / weights, data)
     _write_atomically(folder / DESCRIPTION, json.dumps({"format": FORMAT, **description, "weights": weights}, indent=2).encode())
     for old in (*folder.glob("mope_fast-*.safetensors"), *folder.glob(".mope_fast*.tmp")):
-        if old.name != weights:
+        if old.name != weights and (old.name == replaced or _age(old) > LEFTOVER_AGE):
             old.unlink(missing_ok=True)
+
+
+def _named_weights(folder: Path) -> str | None:
+    """What the folder's description names, as far as it can be read."""
+    try:
+        return json.loads((folder / DESCRIPTION).read_bytes())["weights"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _age(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def read_description(path: str | os.PathLike[str], model: str, settings: set[str]) -> dict[str, Any]:
@@ -89,6 +111,8 @@ def load(path: str | os.PathLike[str], model: "TaskModel", description: dict[str
         if name in ("main", "complementary", "head") and description.get(name) != found
     ]
     weights = Path(path) / description["weights"]
+    if not weights.is_file() and (newer := _named_weights(Path(path))) is not None:  # replaced since the description was read
+        weights = Path(path) / Path(newer).name
     if not weights.is_file():
         raise FileNotFoundError(f"{weights} does not exist, but {DESCRIPTION} names it: copy the whole folder")
     data = weights.read_bytes()

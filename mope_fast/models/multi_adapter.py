@@ -7,17 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import functional
-from .._autocast import without_autocast
-from ..encoders import Pool, PromptedLayer
+from ..encoders import PromptedLayer
 from ..modules import FoldedBank
+from ..modules.folded import mix_tables
 from ..modules.output import split_heads
 from ..modules.rows import Prefix
 from .folded import FoldedModel
 from .fusion import MoPEFusion
 from .output import FusionOutput
 from .prompt_tuned import PromptTuned
-from .prompting import Inputs
+from .prompting import BankPrompts, Inputs
 from .sides import check_same_batch, complementary_feature
 from .task import apply_head
 
@@ -45,6 +44,9 @@ class MultiAdapter(nn.Module):
 
     def __init__(self, adapters: Mapping[str, MoPEFusion | PromptTuned | FoldedModel]):
         super().__init__()
+        kinds = (MoPEFusion, PromptTuned, FoldedModel)
+        if not isinstance(adapters, Mapping) or not all(isinstance(model, kinds) for model in adapters.values()):
+            raise TypeError("adapters must be a dict of names and MoPEFusion, PromptTuned or folded models")
         if not adapters:
             raise ValueError("adapters is empty: give at least one model")
         self.names = list(adapters)
@@ -58,7 +60,11 @@ class MultiAdapter(nn.Module):
                     "PromptedEncoder and make every model on it"
                 )
         banks = [model.bank for model in self.models]
-        self.stack = None if all(bank is None for bank in banks) else _Stack(banks)
+        self.stack = None if all(bank is None for bank in banks) else _StackedBanks(banks)
+        for model, given in zip(self.models, adapters.values(), strict=True):
+            if model is not given and model.bank is not None:
+                # folded here, for the stack only, which has its tables now
+                model.bank.tables = nn.ModuleList()
         self.eval()
 
     def forward(
@@ -71,8 +77,9 @@ class MultiAdapter(nn.Module):
 
         Args:
             main_inputs: the encoder's input for the whole batch.
-            adapters: each sample's adapter: B names, or their indices in ``names`` (B,) int64, whose range is not checked (that
-                would wait for the device).
+            adapters: each sample's adapter: B names, or their indices in ``names`` (B,) int64. Their values are not looked at,
+                which would wait for the device: a wrong one gives NaN or an error of the device, and all adapters count as in
+                use. ``torch.compile`` makes one graph for all indices, but one for each list of names.
             complementary_inputs: name -> complementary inputs or features, for each adapter in use that needs them. Each is for
                 the whole batch; what stands at other adapters' samples doesn't matter.
 
@@ -82,7 +89,9 @@ class MultiAdapter(nn.Module):
         """
         ids, used = self._ids(main_inputs, adapters)
         crosses = self._crosses(main_inputs, used, complementary_inputs or {})
-        prompts = None if self.stack is None else _SelectedPrompts(self.stack, self.stack.prepare(ids, crosses), self.main.layers)
+        prompts = None
+        if self.stack is not None:
+            prompts = BankPrompts(self.stack, self.stack.prepare(ids, crosses), self.main.layers)
         features, scores = self.main(main_inputs, prompts)
         routed = self.stack is not None and self.stack.routes
         return FusionOutput(
@@ -96,6 +105,10 @@ class MultiAdapter(nn.Module):
         batch = self.main.family.batch_size(inputs)
         used = set(self.names)
         if not isinstance(adapters, Tensor):
+            if isinstance(adapters, str) or not all(isinstance(name, str) for name in adapters):
+                raise TypeError(
+                    f"adapters must be a sequence of names, one for each sample, or a tensor of indices, got {adapters!r}"
+                )
             used = set(adapters)
             if unknown := sorted(used - set(self.names)):
                 raise ValueError(f"unknown adapters {unknown}: expected names out of {self.names}")
@@ -152,7 +165,7 @@ class _Context:
     there: Tensor | None  # (B, P): which rows of [static | dynamic | mapped] a sample has; None if all have all
 
 
-class _Stack(nn.Module):
+class _StackedBanks(nn.Module):
     """All adapters' tables side by side. The last expert is nobody's: samples whose adapter doesn't route get it."""
 
     def __init__(self, banks: Sequence[FoldedBank | None]):
@@ -167,7 +180,7 @@ class _Stack(nn.Module):
         lengths = torch.tensor([_lengths(bank) for bank in banks])  # (A, 3)
         longest = lengths.amax(0).tolist()
         self.dims = next(bank.dims for bank in banks if bank is not None)
-        self.layers = nn.ModuleList(_StackedLayer(index, banks, *longest[:2]) for index in range(len(self.dims)))
+        self.layers = nn.ModuleList(_SharedTables(index, banks, *longest[:2]) for index in range(len(self.dims)))
         there = torch.cat([torch.arange(most) < own[:, None] for most, own in zip(longest, lengths.T, strict=True)], dim=1)
         owners = [i for i, bank in enumerate(banks) for _ in range(_experts(bank))]
         device = next(self.layers[0].buffers()).device
@@ -182,20 +195,14 @@ class _Stack(nn.Module):
 
     def prefixes(self, index: int, layer: PromptedLayer, feature: Tensor, context: _Context) -> tuple[list[Prefix], Tensor | None]:
         """As :meth:`FoldedBank.prefixes`."""
-        tables: _StackedLayer = self.layers[index]
+        tables: _SharedTables = self.layers[index]
         parts, scores = [], None
         if tables.static is not None:
             # its keys are normed already
             parts.append(split_heads(tables.static[context.ids], layer.num_heads))
         if tables.experts is not None:
-            logits = context.logits[index]
-            with without_autocast(feature.device.type):
-                logits = torch.addmm(logits, feature.to(logits.dtype), tables.logit_map.to(logits.dtype))
-            mixed, scores = functional.route_and_mix(
-                logits, tables.experts, temperature=1.0, top_k=self.top_k, renormalize=self.renormalize,
-                gram=tables.gram, eps=tables.eps,
-            )  # fmt: skip
-            mixed = mixed if tables.shift is None else mixed + tables.shift.to(mixed.dtype)
+            gate = {"temperature": 1.0, "top_k": self.top_k, "renormalize": self.renormalize}
+            mixed, scores = mix_tables(tables, context.logits[index], feature, **gate)
             parts.append(split_heads(mixed, layer.num_heads))
         if context.mapped:
             parts.append(split_heads(context.mapped[index][:, None], layer.num_heads, layer.key_norm))
@@ -236,7 +243,7 @@ class _Stack(nn.Module):
         )  # fmt: skip
 
 
-class _StackedLayer(nn.Module):
+class _SharedTables(nn.Module):
     """One layer's tables of all adapters, padded to the longest prompt with zeros."""
 
     static: Tensor | None  # (A, P, 2 * H * Dh)
@@ -292,16 +299,3 @@ def _lengths(bank: FoldedBank | None) -> tuple[int, int, int]:
         return 0, 0, 0
     config = bank.config
     return config.prompt_length * config.use_static, config.prompt_length * config.use_dynamic, int(config.use_mapped)
-
-
-@dataclass  # not frozen: torch 2.11 can't compile a call of a frozen one
-class _SelectedPrompts:
-    """One forward's prompts, for :class:`PromptedEncoder`."""
-
-    stack: _Stack
-    context: _Context
-    layers: Sequence[PromptedLayer]
-
-    def __call__(self, index: int, hidden_states: Tensor, pool: Pool) -> tuple[Sequence[Prefix], Tensor | None]:
-        feature = pool(hidden_states) if self.stack.routes else hidden_states.flatten(1, -2)[:, 0]
-        return self.stack.prefixes(index, self.layers[index], feature, self.context)

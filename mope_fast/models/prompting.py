@@ -2,36 +2,43 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..encoders import Pool, PromptedEncoder, PromptedLayer
 from ..modules import FoldedBank, PromptBank
-from ..modules.folded import FoldedContext
-from ..modules.prompts import PromptContext
 from ..modules.rows import Prefix
 
 Inputs = Tensor | dict[str, Any]
+
+
+class Bank(Protocol):
+    """:class:`PromptBank`, :class:`FoldedBank`, or another source of prefixes."""
+
+    routes: bool
+
+    def prefixes(self, index: int, layer: PromptedLayer, feature: Tensor, context: Any) -> tuple[Sequence[Prefix], Tensor | None]:
+        """See :meth:`PromptBank.prefixes`."""
 
 
 @dataclass  # not frozen: torch 2.11 can't compile a call of a frozen one
 class BankPrompts:
     """One forward's prompts out of a bank, for :class:`PromptedEncoder`."""
 
-    bank: PromptBank | FoldedBank
-    context: PromptContext | FoldedContext
+    bank: Bank
+    context: Any
     layers: Sequence[PromptedLayer]
 
     @property
     def draws_random_numbers(self) -> bool:
         """Whether a layer's prompts are random beyond what is in the context."""
-        return self.bank.training and self.bank.config.dynamic_dropout > 0
+        return getattr(self.bank, "draws_random_numbers", False)
 
     def __call__(self, index: int, hidden_states: Tensor, pool: Pool) -> tuple[Sequence[Prefix], Tensor | None]:
         # who doesn't route doesn't look: any token tells batch and dtype
-        feature = pool(hidden_states) if self.bank.config.use_dynamic else hidden_states.flatten(1, -2)[:, 0]
+        feature = pool(hidden_states) if self.bank.routes else hidden_states.flatten(1, -2)[:, 0]
         return self.bank.prefixes(index, self.layers[index], feature, self.context)
 
 
@@ -50,4 +57,4 @@ def run_prompted(
     else:
         context = bank.prepare(cross)
     feature, scores = encoder(inputs, BankPrompts(bank, context, layers))
-    return feature, torch.stack(scores) if bank.config.use_dynamic else None
+    return feature, torch.stack(scores) if bank.routes else None

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +70,11 @@ class FoldedBank(nn.Module):
                     self.directions[str(width)] = _Directions(members, width, dtype, device)
         self.requires_grad_(False).eval()
 
+    @property
+    def routes(self) -> bool:
+        """Whether prompts depend on the layers' inputs."""
+        return self.config.use_dynamic
+
     def prepare(self, cross: Tensor | None = None) -> FoldedContext:
         """Everything that doesn't depend on a layer's input, once per forward; cross is (B, cross_dim)."""
         logits = mapped = [None] * len(self.dims)
@@ -106,14 +112,11 @@ class FoldedBank(nn.Module):
             # its keys are normed already
             prefixes.append(split_heads(tables.static, layer.num_heads))
         if tables.experts is not None:
-            cross_logits = context.cross_logits[index]
-            with without_autocast(feature.device.type):
-                logits = torch.addmm(cross_logits, feature.to(cross_logits.dtype), tables.logit_map.to(cross_logits.dtype))
-            mixed, scores = functional.route_and_mix(
-                logits, tables.experts, temperature=self.config.temperature, top_k=self.config.top_k,
-                renormalize=self.config.renormalize, gram=tables.gram, eps=tables.eps,
+            mixed, scores = mix_tables(
+                tables, context.cross_logits[index], feature, temperature=self.config.temperature,
+                top_k=self.config.top_k, renormalize=self.config.renormalize,
             )  # fmt: skip
-            per_sample.append(mixed if tables.shift is None else mixed + tables.shift.to(mixed.dtype))
+            per_sample.append(mixed)
         if context.mapped[index] is not None:
             per_sample.append(context.mapped[index][:, None])
         if per_sample:
@@ -124,6 +127,22 @@ class FoldedBank(nn.Module):
     def train(self, mode: bool = True) -> "FoldedBank":
         """Stays in eval mode."""
         return super().train(False)
+
+
+def mix_tables(tables: nn.Module, cross_logits: Tensor, feature: Tensor, **routing: Any) -> tuple[Tensor, Tensor]:
+    """Keys and values (B, L, 2 * H * Dh) of dynamic prompts, and their scores (B, K).
+
+    Args:
+        tables: with logit_map, experts, shift, gram and eps of one layer.
+        cross_logits: (B, K).
+        feature: the layer's pooled input (B, D).
+        **routing: settings of :func:`mope_fast.functional.route_and_mix`.
+    """
+    with without_autocast(feature.device.type):
+        dtype = cross_logits.dtype
+        logits = torch.addmm(cross_logits, feature.to(dtype), tables.logit_map.to(dtype))
+    mixed, scores = functional.route_and_mix(logits, tables.experts, gram=tables.gram, eps=tables.eps, **routing)
+    return mixed if tables.shift is None else mixed + tables.shift.to(mixed.dtype), scores
 
 
 class _Tables(nn.Module):

@@ -218,6 +218,16 @@ class PromptBank(nn.Module):
         if config.use_mapped:
             self.mapper = PromptMapper(cross_dim, self.dims, config.mapper_norm)
 
+    @property
+    def routes(self) -> bool:
+        """Whether prompts depend on the layers' inputs."""
+        return self.config.use_dynamic
+
+    @property
+    def draws_random_numbers(self) -> bool:
+        """Whether a layer's prompts are random beyond what :meth:`prepare` has drawn."""
+        return self.training and self.config.dynamic_dropout > 0
+
     def prepare(
         self, cross: Tensor | None = None, layers: Sequence[FrozenLayer] | None = None, dtype: torch.dtype = torch.float32
     ) -> PromptContext:

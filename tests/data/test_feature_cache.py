@@ -1034,3 +1034,19 @@ def test_a_fusion_infers_the_width_of_the_features_it_caches(tmp_path):
         MoPEFusion(make_bert(), unknown, 3)
     unknown(torch.ones(1, 3))
     assert MoPEFusion(make_bert(), unknown, 3).config.cross_dim == 5
+
+
+def test_a_setting_that_shows_in_no_parameter_makes_another_encoder(tmp_path):
+    class Pooled(torch.nn.Module):
+        def __init__(self, pool):
+            super().__init__()
+            self.linear, self.pool = torch.nn.Linear(4, 4), pool
+
+        def forward(self, x):
+            return self.linear(x)
+
+    mean, largest = Pooled("mean"), Pooled("max")
+    largest.load_state_dict(mean.state_dict())
+    FeatureCache(tmp_path, mean)(torch.ones(1, 4))
+    with pytest.raises(ValueError, match="another encoder"):
+        FeatureCache(tmp_path, largest)(torch.ones(1, 4))

@@ -1,5 +1,8 @@
 """A family of one's own, made of plain torch modules, takes prompts like the built-in ones."""
 
+import dataclasses
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -133,3 +136,26 @@ def test_unsupported_encoder_is_told_which_part_would_do(family):
     outer.add_module("backbone", Encoder())
     with pytest.raises(TypeError, match=r"expected one of .*Encoder; its part \.backbone is supported, pass that"):
         PromptedEncoder(outer)
+
+
+def test_the_family_of_the_most_specific_class_wins_and_of_two_the_later(family):
+    own = dataclasses.replace(family, name="derived", models=(f"{Derived.__module__}.Derived",))
+    register_encoder(own)
+    assert find_family(Derived()) is own
+    assert find_family(Encoder()) is family
+    later = dataclasses.replace(family, name="later")
+    register_encoder(later)
+    assert find_family(Encoder()) is later
+    assert find_family(Derived()) is own
+
+
+def test_only_families_are_registered():
+    with pytest.raises(TypeError, match="register_encoder takes an EncoderFamily, got str"):
+        register_encoder("bert")
+
+
+def test_an_unknown_family_in_a_pickle_is_named(family):
+    data = pickle.dumps(family)
+    del families._FAMILIES["own"]
+    with pytest.raises(RuntimeError, match="the encoder family 'own' is not registered: import the module"):
+        pickle.loads(data)

@@ -158,3 +158,18 @@ def test_bad_complementary_inputs_are_named():
         folded(make_text(3), torch.randn(4, 20, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"cross must be \(B, 20\), got \(3, 19\)"):
         folded(make_text(3), torch.randn(3, 19, dtype=torch.float64))
+
+
+def test_norms_that_differ_within_a_width_are_refused():
+    encoder = make_dinov2()
+    encoder.encoder.layer[1].norm1.eps = 1e-2
+    model = make_fusion(encoder, None, cross_dim=20)
+    images, features = make_images(6), torch.randn(6, 20, dtype=torch.float64)
+    twin = make_fusion(model.unwrap()[0], None, cross_dim=20, mixing="prompt")
+    twin.load_state_dict(model.trained_state_dict(), strict=False)
+    expected, encoder = twin(images, features).features, twin.unwrap()[0]
+    again = make_fusion(encoder, None, cross_dim=20, mixing="kv")
+    again.load_state_dict(model.trained_state_dict(), strict=False)
+    close(again(images, features).features, expected)
+    with pytest.raises(ValueError, match="layers of width 48 can't be folded: their norms differ; use the model as it is"):
+        again.fold()

@@ -161,3 +161,31 @@ def test_wrong_inputs_are_named(adapters, features, error, message):
     multi = MultiAdapter(build("bert", [fusion(), tuned(3)]))
     with pytest.raises(error, match=message):
         multi(make_text(3), adapters, features)
+
+
+@pytest.mark.parametrize(
+    ("adapters", "message"),
+    [
+        ([1], "adapters must be a dict of names and MoPEFusion, PromptTuned or folded models"),
+        ({"a": torch.nn.Linear(2, 2)}, "adapters must be a dict of names and MoPEFusion, PromptTuned or folded models"),
+    ],
+)
+def test_what_is_no_adapter_is_named(adapters, message):
+    with pytest.raises(TypeError, match=message):
+        MultiAdapter(adapters)
+
+
+@pytest.mark.parametrize("adapters", ["task0", [0, 1, 2]])
+def test_what_is_no_list_of_names_is_named(adapters):
+    multi = MultiAdapter(build("bert", [tuned(3), tuned(3)]))
+    with pytest.raises(TypeError, match="adapters must be a sequence of names, one for each sample, or a tensor of indices, got"):
+        multi(make_text(3), adapters)
+
+
+def test_a_folded_model_that_was_given_stays_usable():
+    models = build("bert", [fusion(), tuned(3)])
+    folded, text, features = models["task0"].fold(), make_text(4), torch.randn(4, CROSS, dtype=torch.float64)
+    expected = folded(text, features).logits
+    multi = MultiAdapter({"task0": folded, "task1": models["task1"]})
+    close(multi(text, ["task0"] * 4, {"task0": features}).logits, expected)
+    assert torch.equal(folded(text, features).logits, expected)

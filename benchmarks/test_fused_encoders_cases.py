@@ -1,0 +1,101 @@
+"""That whole models are compared fairly: what flows back, what is counted, and what the check would find."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from benchmarks import fused_encoders
+from benchmarks.baselines import fused_encoders as providers
+from benchmarks.cases.fused_encoders import INFERENCE, TINY, TRAINING, cases
+
+CPU = torch.device("cpu")
+CASES = cases(CPU, smoke=True)
+
+
+@pytest.fixture(params=CASES, ids=str)
+def case(request):
+    pytest.importorskip(request.param.encoder.library)
+    return request.param
+
+
+@pytest.fixture
+def vit():
+    pytest.importorskip("timm")
+    return CASES[0]
+
+
+def step(name, case, mode):
+    return providers.build(name, case, CPU, mode).step(fused_encoders.batch_of(case, CPU), mode)
+
+
+def test_flops_of_a_tiny_vit(vit):
+    tokens, width, hidden, layers = 10, 32, 4 * 32, 2
+    patches = 2 * (tokens - 1) * 3 * 4 * 4 * width
+    layer = 2 * tokens * (4 * width * width + 2 * width * hidden) + 4 * tokens * tokens * width
+    assert vit.flops(INFERENCE) == vit.batch * (patches + layers * layer)
+    # the same products again for gradients of activations, twice those of attention
+    backward = layer + 4 * tokens * tokens * width
+    assert vit.flops(TRAINING) == vit.batch * (patches + layers * (layer + backward))
+
+
+def test_the_frozen_encoders_gradients_reach_its_embedding_and_no_weight(case):
+    outputs = step("frozen", case, TRAINING)
+    assert set(outputs) == {"logits", "loss", "head.weight", "head.bias", "embedding"}
+    assert outputs["embedding"].shape[:2] == (case.batch, case.encoder.tokens)
+    assert outputs["embedding"].abs().amax((1, 2)).min() > 0
+
+
+def test_what_each_provider_trains(case):
+    head = {"logits", "loss", "head.weight", "head.bias"}
+    assert set(step("head-only", case, TRAINING)) == head
+    fused = set(step("mope_fast", case, TRAINING))
+    assert fused == set(step("concatenated", case, TRAINING)) == set(step("checkpointed", case, TRAINING))
+    assert fused > head
+    assert all(name in head or name.startswith("bank.") for name in fused)
+    encoder = providers.build("frozen", case, CPU, TRAINING).model["encoder"]
+    weights = [name for name, _ in encoder.named_parameters() if "embed_positions" not in name]
+    assert len(step("full", case, TRAINING)) == len(head) + len(weights)
+
+
+def test_lora_trains_its_adapters_only(case):
+    pytest.importorskip("peft")
+    names = set(step("lora", case, TRAINING)) - {"logits", "loss", "head.weight", "head.bias"}
+    assert all("lora_" in name for name in names)
+    assert len(names) == 2 * len(case.encoder.lora) * 2
+
+
+@pytest.mark.parametrize(("provider", "mode"), [("mope_fast", INFERENCE), ("mope_fast", TRAINING), ("folded", INFERENCE)])
+def test_another_samples_feature_is_found(case, provider, mode):
+    built, inputs = providers.build(provider, case, CPU, mode), fused_encoders.batch_of(case, CPU)
+    with built.without_randomness():
+        right = built.step(inputs, mode)
+        wrong = built.step(dataclasses.replace(inputs, cross=inputs.cross.roll(1, 0)), mode)
+    fused_encoders.check(built, case, mode, right, CPU)
+    with pytest.raises(AssertionError, match="error of logits"):
+        fused_encoders.check(built, case, mode, wrong, CPU)
+
+
+def test_a_lost_gradient_is_found(vit):
+    built = providers.build("mope_fast", vit, CPU, TRAINING)
+    with built.without_randomness():
+        outputs = built.step(fused_encoders.batch_of(vit, CPU), TRAINING)
+    (experts,) = [name for name in outputs if name.endswith("experts")]
+    with pytest.raises(AssertionError, match=r"error of gradient of bank.*experts"):
+        fused_encoders.check(built, vit, TRAINING, outputs | {experts: torch.zeros_like(outputs[experts])}, CPU)
+
+
+def test_random_steps_are_random_and_near_the_truth(vit):
+    built, inputs = providers.build("mope_fast", vit, CPU, TRAINING), fused_encoders.batch_of(vit, CPU)
+    one, other = (built.step(inputs, TRAINING) for _ in range(2))
+    assert not torch.equal(one["logits"], other["logits"])
+    fused_encoders.check_random(built, vit, TRAINING, one, CPU)
+    unrelated = {name: torch.randn_like(tensor) for name, tensor in one.items()}
+    with pytest.raises(AssertionError, match="little to do with"):
+        fused_encoders.check_random(built, vit, TRAINING, unrelated, CPU)
+
+
+def test_both_ways_of_mixing_are_measured():
+    experts = 16
+    assert {case.batch > experts for case in CASES} == {True, False}
+    assert [case.encoder for case in CASES] == TINY
