@@ -90,10 +90,11 @@ def _tax_loss(group: Group) -> str | None:
     if best is None or group.ours is None or best.info["tax"] >= group.ours.info["tax"]:
         return None
     note = "; their spreads overlap" if group.ours.info["tax_low"] <= best.info["tax_high"] else ""
-    labels = group.profile.labels
+    names = (best.info["provider"], group.profile.baseline, group.profile.ours)
+    rival, baseline, ours = (group.profile.labels[name] for name in names)
     return (
-        f"{group.mode}, {group.timing}, {group.case}: {labels[best.info['provider']]} takes {best.info['tax']:.3f} times as long as "
-        f"the {labels[group.profile.baseline]}, {labels[group.profile.ours]} {group.ours.info['tax']:.3f} times{note}"
+        f"{group.mode}, {group.timing}, {group.case}: {rival} takes {best.info['tax']:.3f} times as long as the {baseline}, "
+        f"{ours} {group.ours.info['tax']:.3f} times{note}"
     )
 
 
