@@ -681,9 +681,9 @@ def prefix(key_dtype=torch.float32, value_dtype=torch.float32, head_dim=HEAD_DIM
         ([prefix(), prefix(key_dtype=torch.int)], TypeError, "prefix 1 must have a floating-point dtype, got torch.int32"),
         ([prefix(heads=1)], ValueError, r"prefix 0 must be two tensors \(3 or 1, 2, P, 12\), got \(1, 1, 3, 12\)"),
         ([prefix(), prefix(head_dim=8)], ValueError, r"prefix 1 must be two tensors \(3 or 1, 2, P, 12\), got \(1, 2, 3, 8\)"),
-        ([prefix()[0]], TypeError, r"prefixes must be a sequence of \(key, value\) pairs, \(\) for none"),
-        (prefix(), TypeError, r"prefixes must be a sequence of \(key, value\) pairs, \(\) for none"),
-        (None, TypeError, r"prefixes must be a sequence of \(key, value\) pairs, \(\) for none"),
+        ([prefix()[0]], TypeError, r"prefixes must be a sequence of \(key, value\) pairs or \(key, value, mask\), \(\) for none"),
+        (prefix(), TypeError, r"prefixes must be a sequence of \(key, value\) pairs or \(key, value, mask\), \(\) for none"),
+        (None, TypeError, r"prefixes must be a sequence of \(key, value\) pairs or \(key, value, mask\), \(\) for none"),
     ],
 )  # fmt: skip
 def test_wrong_prefixes_are_named(prefixes, error, message):
