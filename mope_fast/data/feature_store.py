@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import json
 import os
-import time
 import uuid
 import zlib
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
+from .._files import is_leftover, write_atomically
 from .fingerprint import KEY_BYTES, raw_bytes
 
 META = "meta.json"
@@ -32,8 +32,6 @@ MANY = 16
 """So many small segments are merged when a store is opened."""
 SMALL = 64 << 20
 """Bytes; a smaller segment is small, and a merged one is closed at this size."""
-LEFTOVER_AGE = 3600.0
-"""Seconds; no process takes so long to write one segment."""
 
 
 def _damaged(path: Path, reason: object) -> ValueError:
@@ -169,10 +167,10 @@ class FeatureStore:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / META).exists():
-            self._write(META, json.dumps(self._meta(), indent=2).encode(), replace=False)
+            write_atomically(self.folder / META, json.dumps(self._meta(), indent=2).encode(), replace=False)
         self._read_meta()  # another process may have been first, with another encoder
         name = f"{PREFIX}{uuid.uuid4().hex}{SUFFIX}"
-        self._write(name, _pack(list(self.pending), torch.stack(list(self.pending.values())), self._meta()))
+        write_atomically(self.folder / name, _pack(list(self.pending), torch.stack(list(self.pending.values())), self._meta()))
         try:
             self._adopt(name, first=True)
         except FileNotFoundError:  # another process has merged it already
@@ -243,34 +241,11 @@ class FeatureStore:
             )
         self.width, self.dtype = meta["width"], dtype
 
-    def _write(self, name: str, data: bytes, *, replace: bool = True) -> None:
-        """Publish a whole, durable file; with ``replace`` False an existing one stays."""
-        path, temporary = self.folder / name, self.folder / f".{name}.{uuid.uuid4().hex}.tmp"
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            if replace:
-                os.replace(temporary, path)
-            else:
-                _publish_first(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        if os.name == "posix":  # the name too must outlast a power cut
-            descriptor = os.open(self.folder, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-
     def _remove_leftovers(self) -> None:
         for name in self._files():
             path = self.folder / name
-            if name.startswith((f".{PREFIX}", f".{META}")) and name.endswith(".tmp"):
-                with contextlib.suppress(FileNotFoundError):
-                    if time.time() - path.stat().st_mtime > LEFTOVER_AGE:
-                        path.unlink()
+            if name.startswith((f".{PREFIX}", f".{META}")) and name.endswith(".tmp") and is_leftover(path):
+                path.unlink(missing_ok=True)
 
     def _merge_small_segments(self) -> None:
         small = [s for _, s in sorted(self._segments.items()) if s.features.nbytes < SMALL]
@@ -294,18 +269,9 @@ class FeatureStore:
         # named after its sources: processes that merge the same ones write the same file
         digest = hashlib.blake2b(" ".join(s.path.name for s in group).encode(), digest_size=16).hexdigest()
         name = f"{PREFIX}{digest}{SUFFIX}"
-        self._write(name, _pack(list(rows), torch.stack(list(rows.values())), self._meta()))
+        write_atomically(self.folder / name, _pack(list(rows), torch.stack(list(rows.values())), self._meta()))
         with contextlib.suppress(FileNotFoundError):  # merged once more by another process; the sources stay mapped here
             self._adopt(name, first=True)
         for segment in group:
             segment.path.unlink(missing_ok=True)
             self._segments.pop(segment.path.name)
-
-
-def _publish_first(temporary: Path, path: Path) -> None:
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        pass
-    except OSError:  # a file system without hard links
-        os.replace(temporary, path)

@@ -4,8 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..modules.rows import is_plain
 from .pooling import Pool
 
 Inputs = dict[str, Any]
@@ -34,6 +36,16 @@ class PromptedLayer:
     v_proj: Callable[[Tensor], Tensor] | None
     num_heads: int
     key_norm: Callable[[Tensor], Tensor] | None = None
+
+
+def keys_and_values(qkv: nn.Module, rows: Tensor) -> Tensor:
+    """(..., 2 * H * Dh), side by side, of a projection to queries, keys and values: a ``k_proj`` without ``v_proj``."""
+    if type(qkv) is nn.Linear and type(qkv.weight) is nn.Parameter and is_plain(qkv):
+        width = qkv.out_features // 3
+        return F.linear(rows, qkv.weight[width:], None if qkv.bias is None else qkv.bias[width:])
+    # whatever else it is (quantised, sharded, with a LoRA) is called, and its queries are dropped
+    packed = qkv(rows)
+    return packed[..., packed.shape[-1] // 3 :]
 
 
 def _call(encoder: nn.Module, inputs: Inputs) -> Any:

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..modules.rows import Prefix
 from .families import Inputs, PromptedLayer, family_of
+from .frozen import freeze
 from .pooling import Pool
 
 _SLOT = "_mope_fast_slot"
@@ -73,19 +74,18 @@ class PromptedEncoder(nn.Module):
     def __init__(self, encoder: nn.Module):
         super().__init__()
         self.family = family_of(encoder)
-        if any(hasattr(layer.attention, _SLOT) for layer in self.family.layers(encoder)):
+        facts = self.family.layers(encoder)
+        if any(hasattr(layer.attention, _SLOT) for layer in facts):
             raise ValueError(
                 f"this {type(encoder).__name__} already takes prompts from another model: unwrap() that one first, "
                 "or let both share one PromptedEncoder"
             )
-        facts = self.family.layers(encoder)
         for what, parts in (("layers", [layer.module for layer in facts]), ("attentions", [layer.attention for layer in facts])):
             if len({id(part) for part in parts}) < len(parts):
                 raise ValueError(f"this {type(encoder).__name__} uses one module as several {what}: each needs prompts of its own")
-        self._modes = [(module, module.training) for module in encoder.modules()]
-        self._requires_grad = [(parameter, parameter.requires_grad) for parameter in encoder.parameters()]
         self.family.setup()
-        self.encoder = encoder.requires_grad_(False).eval()
+        self._thaw = freeze(encoder)
+        self.encoder = encoder
         self._restore = self.family.attach(encoder)
         facts = self._facts = self.family.layers(encoder)
         self.widths = [layer.width for layer in facts]
@@ -201,10 +201,7 @@ class PromptedEncoder(nn.Module):
                     module.forward = previous
                 delattr(attention, _SLOT)
             self._restore(self.encoder)
-            for module, training in self._modes:
-                module.training = training
-            for parameter, flag in self._requires_grad:
-                parameter.requires_grad_(flag)
+            self._thaw()
         return self.encoder
 
     def extra_repr(self) -> str:

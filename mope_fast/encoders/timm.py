@@ -4,13 +4,11 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional import prompt_attention
 from ..modules import PromptAttention
-from ..modules.rows import is_plain
-from .families import EncoderFamily, Inputs, PromptedLayer, register_encoder
+from .families import EncoderFamily, Inputs, PromptedLayer, keys_and_values, register_encoder
 from .pooling import Pool, first_token, token_mean
 from .prompted import prefixes_of
 
@@ -20,19 +18,9 @@ def _layer(block: nn.Module, width: int) -> PromptedLayer:
     key_norm = getattr(attention, "k_norm", None)
     return PromptedLayer(
         block, attention, width, block.norm1,
-        functools.partial(_keys_and_values, attention.qkv), None, attention.num_heads,
+        functools.partial(keys_and_values, attention.qkv), None, attention.num_heads,
         None if isinstance(key_norm, nn.Identity) else key_norm,
     )  # fmt: skip
-
-
-def _keys_and_values(qkv: nn.Module, rows: Tensor) -> Tensor:
-    """(..., 2 * H * Dh) of a projection to queries, keys and values."""
-    if type(qkv) is nn.Linear and type(qkv.weight) is nn.Parameter and is_plain(qkv):
-        width = qkv.out_features // 3
-        return F.linear(rows, qkv.weight[width:], None if qkv.bias is None else qkv.bias[width:])
-    # whatever else it is (quantised, sharded, with a LoRA) is called, and its queries are dropped
-    packed = qkv(rows)
-    return packed[..., packed.shape[-1] // 3 :]
 
 
 def _forward_of(module: nn.Module) -> str:

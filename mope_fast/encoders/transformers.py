@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import prompt_attention
-from .families import EncoderFamily, Inputs, PromptedLayer, register_encoder
+from .families import EncoderFamily, Inputs, PromptedLayer, keys_and_values, register_encoder
 from .pooling import Pool, first_token, last_real_token, masked_mean, token_at, token_mean
 from .prompted import prefixes_of
 
@@ -82,12 +82,6 @@ def _attach(encoder: nn.Module) -> Callable[[nn.Module], None]:
     _set_config(copy.copy(config), encoder)
     encoder.set_attn_implementation(NAME)
     return functools.partial(_set_config, config)
-
-
-def _packed_keys_and_values(projection: nn.Module, rows: Tensor) -> Tensor:
-    """(..., 2 * D) of a projection to queries, keys and values side by side."""
-    packed = projection(rows)
-    return packed[..., packed.shape[-1] // 3 :]
 
 
 def _hidden_size(encoder: nn.Module) -> int:
@@ -286,7 +280,7 @@ def _gpt2_layers(encoder: nn.Module) -> Sequence[PromptedLayer]:
     return [
         PromptedLayer(
             layer, layer.attn, encoder.config.hidden_size, layer.ln_1,
-            functools.partial(_packed_keys_and_values, layer.attn.c_attn), None, layer.attn.num_heads,
+            functools.partial(keys_and_values, layer.attn.c_attn), None, layer.attn.num_heads,
         )
         for layer in encoder.h
     ]  # fmt: skip

@@ -3,8 +3,6 @@
 import hashlib
 import json
 import os
-import time
-import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,23 +10,14 @@ from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor
 
+from .._files import is_leftover, write_atomically
+
 if TYPE_CHECKING:
     from .task import TaskModel
 
 DESCRIPTION = "mope_fast.json"
 FORMAT = 2
-LEFTOVER_AGE = 3600.0
-"""Seconds; no save takes so long: what is older, and named by nobody, is of a killed one."""
 KEYS = ("model", "main", "config", "head", "num_classes", "problem_type", "weights")
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _weights_name(data: bytes) -> str:
@@ -46,10 +35,10 @@ def save(path: str | os.PathLike[str], state: dict[str, Tensor], description: di
     folder.mkdir(parents=True, exist_ok=True)
     data = serialize({key: value.detach().cpu().contiguous().clone() for key, value in state.items()}, {"format": "pt"})
     weights, replaced = _weights_name(data), _named_weights(folder)
-    _write_atomically(folder / weights, data)
-    _write_atomically(folder / DESCRIPTION, json.dumps({"format": FORMAT, **description, "weights": weights}, indent=2).encode())
+    write_atomically(folder / weights, data)
+    write_atomically(folder / DESCRIPTION, json.dumps({"format": FORMAT, **description, "weights": weights}, indent=2).encode())
     for old in (*folder.glob("mope_fast-*.safetensors"), *folder.glob(".mope_fast*.tmp")):
-        if old.name != weights and (old.name == replaced or _age(old) > LEFTOVER_AGE):
+        if old.name != weights and (old.name == replaced or is_leftover(old)):
             old.unlink(missing_ok=True)
 
 
@@ -59,13 +48,6 @@ def _named_weights(folder: Path) -> str | None:
         return json.loads((folder / DESCRIPTION).read_bytes())["weights"]
     except (OSError, ValueError, TypeError, KeyError):
         return None
-
-
-def _age(path: Path) -> float:
-    try:
-        return time.time() - path.stat().st_mtime
-    except FileNotFoundError:
-        return 0.0
 
 
 def read_description(path: str | os.PathLike[str], model: str, settings: set[str]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..encoders import PromptedEncoder, family_of, find_family
+from ..encoders.frozen import freeze
 from ..modules import MoPEConfig, PromptBank
 from . import checkpoint
 from .folded import FoldedModel
@@ -73,7 +74,7 @@ class MoPEFusion(TaskModel):
         self.problem_type = problem_type
         self.main = prompted(main)
         self._wrapped = [] if self.main is main else [self.main]
-        self._black_box = None
+        self._thaw_black_box: Callable[[], None] | None = None
         try:
             self.complementary = self._make_side(complementary)
             self.bank = PromptBank(self.main.widths, cross_dim, self.config)
@@ -114,20 +115,15 @@ class MoPEFusion(TaskModel):
             settings = {"dropout": self.config.dropout, "prompt_init": self.config.prompt_init}
             return PromptTuned(side, self.config.complementary_prompt_length, **settings)
         if isinstance(complementary, nn.Module) and not is_prompted_model(complementary):
-            modes = [(module, module.training) for module in complementary.modules()]
-            self._black_box = modes, [(parameter, parameter.requires_grad) for parameter in complementary.parameters()]
-            complementary.requires_grad_(False).eval()
+            self._thaw_black_box = freeze(complementary)
         return complementary
 
     def _give_back(self) -> None:
         """Undo what this model has done to encoders and to a black box; what came wrapped or tuned stays so."""
         for encoder in self._wrapped:
             encoder.detach()
-        modes, flags = self._black_box or ((), ())
-        for module, training in modes:
-            module.training = training
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+        if self._thaw_black_box is not None:
+            self._thaw_black_box()
 
     def complementary_feature(self, inputs: Inputs | None) -> Tensor:
         """psi_y, (B, cross_dim)."""
@@ -136,7 +132,7 @@ class MoPEFusion(TaskModel):
     def train(self, mode: bool = True) -> "MoPEFusion":
         """Train or evaluate prompts, mapper and head; encoders stay in eval mode."""
         super().train(mode)
-        if isinstance(self.complementary, nn.Module) and not is_prompted_model(self.complementary):
+        if self._thaw_black_box is not None:
             self.complementary.eval()
         return self
 
@@ -159,9 +155,8 @@ class MoPEFusion(TaskModel):
 
         Defaults of the released code: 4e-4 (vision) and 5e-4 (text), weight decay 1e-3 on everything.
         """
-        side = (
-            [p for p in self.complementary.parameters() if p.requires_grad] if isinstance(self.complementary, PromptTuned) else []
-        )
+        side = self.complementary
+        side = [p for p in side.parameters() if p.requires_grad] if isinstance(side, PromptTuned) else []
         own = [p for module in (self.bank, self.head) if module is not None for p in module.parameters() if p.requires_grad]
         groups = [{"params": own, "lr": main_lr}]
         if side:

@@ -265,11 +265,8 @@ class _SharedTables(nn.Module):
                 none if table is None or table.static is None else _padded_rows(table.static, static_length) for table in tables
             ])  # fmt: skip
         self.register_buffer("static", static)
-        routing = [
-            (table, bank.config.temperature)
-            for table, bank in zip(tables, banks, strict=True)
-            if table is not None and _experts(bank)
-        ]
+        pairs = zip(tables, banks, strict=True)
+        routing = [(table, bank.config.temperature) for table, bank in pairs if _experts(bank)]
         logit_map = experts = shift = gram = None
         if routing:
             experts = torch.cat([_padded_rows(table.experts, dynamic_length) for table, _ in routing])

@@ -15,7 +15,7 @@ from .config import MoPEConfig
 from .output import expert_table, project, split_heads
 from .prompts import LayerRouter, PromptBank, check_input
 from .router import linear_fp32
-from .rows import FrozenLayer, Prefix, can_be_stacked, is_layer_norm, stacked_rows
+from .rows import FrozenLayer, Prefix, can_be_stacked, norm_problem, stacked_rows
 
 
 @dataclass
@@ -211,9 +211,8 @@ class _Directions(nn.Module):
 
 
 def _problem(layer: FrozenLayer, bank: PromptBank) -> str | None:
-    if layer.norm is not None and not is_layer_norm(layer.norm):
-        problem = f"its norm is {type(layer.norm).__name__}, not nn.LayerNorm, or it has hooks"
-        return problem if bank.config.needs_cross else None
+    if (reason := norm_problem(layer.norm)) is not None:
+        return f"its {reason}" if bank.config.needs_cross else None
     if layer.key_norm is not None and bank.config.use_dynamic:
         return "it norms its keys behind the projection, and a mixture of normed keys is not the normed key of a mixture"
     return None

@@ -52,6 +52,13 @@ def is_layer_norm(norm: nn.Module) -> bool:
     return name in _LAYER_NORMS and not getattr(norm, "_fast_norm", False) and is_plain(norm)
 
 
+def norm_problem(norm: nn.Module | None) -> str | None:
+    """Why mixing behind this norm is not exact, about "norm", or None."""
+    if norm is None or is_layer_norm(norm):
+        return None
+    return f"norm is {type(norm).__name__}, not nn.LayerNorm, or it has hooks"
+
+
 def mixes_in_kv_space(config: MoPEConfig, batch: int, training: bool, norm: nn.Module | None, key_norm: Projection | None) -> bool:
     """Whether a layer's experts are projected and then mixed.
 
@@ -59,8 +66,8 @@ def mixes_in_kv_space(config: MoPEConfig, batch: int, training: bool, norm: nn.M
         ValueError: ``config.mixing`` asks for it, and it would not be exact.
     """
     problem = None
-    if norm is not None and not is_layer_norm(norm):
-        problem = f"the layer's norm is {type(norm).__name__}, not nn.LayerNorm, or it has hooks"
+    if (reason := norm_problem(norm)) is not None:
+        problem = f"the layer's {reason}"
     elif key_norm is not None:
         problem = "the layer norms its keys behind the projection"
     elif config.dynamic_dropout > 0 and training:

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 import mope_fast
-from mope_fast import FeatureCache, MoPEConfig, MoPEFusion, encoders
+from mope_fast import FeatureCache, MoPEConfig, MoPEFusion, _files, encoders
 from mope_fast.data import feature_store
 from mope_fast.data.fingerprint import encoder_fingerprint
 
@@ -635,15 +635,16 @@ def test_a_segment_merged_by_another_process_at_once_is_found(tmp_path, monkeypa
     cache, x, spy = make_cache(tmp_path), torch.randn(3, 6), Spy()
     fill(tmp_path, 1)
     cache(x)
-    write = cache._store._write
+    write = feature_store.write_atomically
 
     def write_and_merge(*args, **keywords):
         write(*args, **keywords)
         with monkeypatch.context() as context:
             context.setattr(feature_store, "MANY", 2)
+            context.setattr(feature_store, "write_atomically", write)
             make_cache(tmp_path)
 
-    cache._store._write = write_and_merge
+    monkeypatch.setattr(feature_store, "write_atomically", write_and_merge)
     cache.flush()
     assert len(segments(tmp_path)) == 1
     cache.encoder = spy
@@ -657,7 +658,7 @@ def test_the_first_meta_file_stays(tmp_path, monkeypatch, links):
         monkeypatch.setattr(os, "link", refused)
     for name in ("a", "b"):
         (tmp_path / name).write_text(name)
-        feature_store._publish_first(tmp_path / name, tmp_path / "meta")
+        _files.publish_first(tmp_path / name, tmp_path / "meta")
     assert (tmp_path / "meta").read_text() == ("a" if links else "b")
 
 

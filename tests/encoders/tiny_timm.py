@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mope_fast import MoPEConfig, MoPEFusion
 
@@ -165,15 +164,3 @@ def gradients(model, *outputs):
     total = sum((out * torch.randn(out.shape, dtype=out.dtype, generator=generator)).sum() for out in outputs)
     parameters = trained(model)
     return dict(zip(parameters, torch.autograd.grad(total, list(parameters.values())), strict=True))
-
-
-class Recorder(TorchDispatchMode):
-    """Names of all ops that run below it, in forward and backward."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
