@@ -104,7 +104,63 @@ def check_prompt_attention(
 ) -> None:
     """See :func:`mope_fast.functional.prompt_attention`."""
     _check_attention(q, k, v, key_padding_mask, bias, scale, is_causal)
-    batch, heads, _, head_dim = q.shape
+    _check_prefixes(prefixes, q, "q", q.shape[0], q.shape[1], q.shape[3])
+    if is_causal and q.shape[2] > k.shape[2] and any(len(prefix) == 3 for prefix in prefixes):
+        raise ValueError(
+            f"is_causal with a masked prefix needs at least as many keys as queries, got {k.shape[2]} and {q.shape[2]}"
+        )
+
+
+def check_window_prompt_attention(
+    qkv: Tensor,
+    prefixes: Sequence,
+    relative_position_bias: Tensor,
+    window_size: object,
+    shift_size: object,
+    pad_qkv: Tensor | None,
+    scale: float | None,
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """See :func:`mope_fast.functional.window_prompt_attention`. Returns window and shift as pairs."""
+    _check_float("qkv", qkv)
+    if qkv.dim() != 6 or qkv.shape[3] != 3:
+        raise ValueError(f"qkv must be (B, Hi, Wi, 3, H, Dh), got {_shape(qkv)}: unflatten the last dimension of the projection")
+    batch, height, width, _, heads, head_dim = qkv.shape
+    if height == 0 or width == 0 or heads == 0:
+        raise ValueError(f"qkv must have at least one token and one head, got {_shape(qkv)}")
+    _check_head_dim(head_dim)
+    window, shift = _pair("window_size", window_size), _pair("shift_size", shift_size)
+    if min(window) < 1:
+        raise ValueError(f"window_size must be >= 1, got {window_size}")
+    if any(not 0 <= s < w for s, w in zip(shift, window, strict=True)):
+        raise ValueError(f"shift_size must be >= 0 and less than window_size {window}, got {shift_size}")
+    _check_prefixes(prefixes, qkv, "qkv", batch, heads, head_dim)
+    _check_float("relative_position_bias", relative_position_bias)
+    area = window[0] * window[1]
+    if relative_position_bias.shape != (heads, area, area):
+        raise ValueError(
+            f"relative_position_bias must be (H, W, W) = ({heads}, {area}, {area}), W the tokens of a window; "
+            f"got {_shape(relative_position_bias)}"
+        )
+    _check_same_device("qkv", qkv, "relative_position_bias", relative_position_bias)
+    if pad_qkv is not None:
+        _check_float("pad_qkv", pad_qkv)
+        if pad_qkv.shape != (3, heads, head_dim):
+            raise ValueError(f"pad_qkv must be (3, {heads}, {head_dim}), the projection's bias; got {_shape(pad_qkv)}")
+        _check_same_device("qkv", qkv, "pad_qkv", pad_qkv)
+    _check_scale(scale)
+    return window, shift
+
+
+def _pair(name: str, value: object) -> tuple[int, int]:
+    """An int for both axes, or (height, width)."""
+    pair = tuple(value) if isinstance(value, (list, tuple)) else (value, value)
+    if len(pair) != 2 or not all(isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool) for n in pair):
+        raise TypeError(f"{name} must be an integer or a pair (height, width), got {_kind(value)}")
+    return pair
+
+
+def _check_prefixes(prefixes: object, tokens: Tensor, name: str, batch: int, heads: int, head_dim: int) -> None:
+    """``name`` is that of ``tokens``, whose device they must be on."""
     members = (2, 3)
     if not isinstance(prefixes, (list, tuple)) or not all(isinstance(p, (list, tuple)) and len(p) in members for p in prefixes):
         raise TypeError("prefixes must be a sequence of (key, value) pairs or (key, value, mask), () for none")
@@ -113,7 +169,7 @@ def check_prompt_attention(
     for i, (pk, pv, *masks) in enumerate(prefixes):
         for tensor in (pk, pv):
             _check_float(f"prefix {i}", tensor)
-            _check_same_device("q", q, f"prefix {i}", tensor)
+            _check_same_device(name, tokens, f"prefix {i}", tensor)
         fits = pk.dim() == 4 and pk.shape[0] in (1, batch) and pk.shape[1] == heads and pk.shape[3] == head_dim
         if not fits or pk.shape != pv.shape:
             expected = f"({batch} or 1, {heads}, P, {head_dim})"
@@ -126,11 +182,7 @@ def check_prompt_attention(
                 raise TypeError(f"the mask of prefix {i} must be a bool tensor, got {got}")
             if mask.dim() != 2 or mask.shape[0] not in (1, batch) or mask.shape[1] != pk.shape[2]:
                 raise ValueError(f"the mask of prefix {i} must be ({batch} or 1, {pk.shape[2]}), True = there; got {_shape(mask)}")
-            _check_same_device("q", q, f"the mask of prefix {i}", mask)
-            if is_causal and q.shape[2] > k.shape[2]:
-                raise ValueError(
-                    f"is_causal with a masked prefix needs at least as many keys as queries, got {k.shape[2]} and {q.shape[2]}"
-                )
+            _check_same_device(name, tokens, f"the mask of prefix {i}", mask)
 
 
 def check_receptive_field_attention(
@@ -176,16 +228,12 @@ def _check_attention(
         raise ValueError(f"q, k and v must have the same number of heads: {got}")
     if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != head_dim:
         raise ValueError(f"k and v must be ({batch}, {heads}, Sk, {head_dim}) as q {_shape(q)}; got k {_shape(k)}, v {_shape(v)}")
-    if not 1 <= head_dim <= MAX_HEAD_DIM:
-        raise ValueError(f"the head dimension Dh must be 1 to {MAX_HEAD_DIM}, got {head_dim}")
+    _check_head_dim(head_dim)
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
     if not isinstance(is_causal, bool):
         raise TypeError(f"is_causal must be True or False, got {_kind(is_causal)}")
-    if scale is not None and (isinstance(scale, Tensor) or not isinstance(scale, (int, float, torch.SymFloat))):
-        raise TypeError(f"scale must be a Python float or None, got {_kind(scale)}: reading a tensor would wait for the device")
-    if scale is not None and not -float("inf") < scale < float("inf"):
-        raise ValueError(f"scale must be finite, got {scale}")
+    _check_scale(scale)
     if key_padding_mask is not None:
         mask = key_padding_mask
         if not isinstance(mask, Tensor):
@@ -201,3 +249,15 @@ def _check_attention(
         if not fits or bias.shape[2:] != (queries, tokens):
             raise ValueError(f"bias must be ({batch} or 1, {heads} or 1, {queries}, {tokens}), got {_shape(bias)}")
         _check_same_device("q", q, "bias", bias)
+
+
+def _check_head_dim(head_dim: int) -> None:
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"the head dimension Dh must be 1 to {MAX_HEAD_DIM}, got {head_dim}")
+
+
+def _check_scale(scale: object) -> None:
+    if scale is not None and (isinstance(scale, Tensor) or not isinstance(scale, (int, float, torch.SymFloat))):
+        raise TypeError(f"scale must be a Python float or None, got {_kind(scale)}: reading a tensor would wait for the device")
+    if scale is not None and not -float("inf") < scale < float("inf"):
+        raise ValueError(f"scale must be finite, got {scale}")

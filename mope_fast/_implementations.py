@@ -25,6 +25,8 @@ class Problem(NamedTuple):
     """Of attention: prefix and token keys."""
     masked: bool = False
     """Of attention: torch's kernels would need a mask tensor."""
+    head_dim: int = 0
+    """Of attention in windows."""
 
 
 Reason = Callable[[Problem], str | None]
@@ -86,6 +88,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Reason]] = {
     "route_and_mix": {"triton": _why_not_triton, "reference": _always},
     "prompt_attention": _ATTENTION,
     "receptive_field_attention": _ATTENTION,
+    "window_prompt_attention": {"sdpa": _always, "reference": _always},
     "importance_loss": {"reference": _always},
 }
 """For each function its implementations, with the reason why one can't run (None: it can)."""
@@ -94,6 +97,7 @@ _ORDER: dict[str, Callable[[Problem], tuple[str, ...]]] = {
     "route_and_mix": lambda problem: ("triton", "reference"),
     "prompt_attention": _attention_order,
     "receptive_field_attention": _attention_order,
+    "window_prompt_attention": lambda problem: ("sdpa", "reference"),
     "importance_loss": lambda problem: ("reference",),
 }
 """What ``auto`` tries, the best first: the one place for such rules."""

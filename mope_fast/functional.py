@@ -1,7 +1,7 @@
 """Public functions: check the arguments, choose an implementation, call it.
 
 Letters in shapes: B batch, S tokens, H heads, Dh head dim, D model dim, K experts, L prompt length, M table width, N layers,
-P prefix length.
+P prefix length, Hi and Wi height and width of an image in tokens, W tokens of a window.
 ``impl``: "auto" takes the best implementation that can run, a name takes that one or raises an error saying why it can't.
 """
 
@@ -14,15 +14,28 @@ from torch import Tensor
 
 from . import reference
 from ._autocast import autocast_dtype, without_autocast
-from ._checks import check_importance_loss, check_prompt_attention, check_receptive_field_attention, check_route_and_mix
+from ._checks import (
+    check_importance_loss,
+    check_prompt_attention,
+    check_receptive_field_attention,
+    check_route_and_mix,
+    check_window_prompt_attention,
+)
 from ._implementations import Problem, choose
-from .ops import sdpa_attention, xformers_attention
+from .ops import sdpa_attention, sdpa_window_attention, xformers_attention
 from .ops.prompt_attention import prompt_attention as _prompt_attention_op
 from .ops.route_and_mix import route_and_mix as _route_and_mix_op
 from .receptive_field import ReceptiveField
 from .reference.importance import importance_loss_of_sums
 
-__all__ = ["ReceptiveField", "importance_loss", "prompt_attention", "receptive_field_attention", "route_and_mix"]
+__all__ = [
+    "ReceptiveField",
+    "importance_loss",
+    "prompt_attention",
+    "receptive_field_attention",
+    "route_and_mix",
+    "window_prompt_attention",
+]
 
 
 def route_and_mix(
@@ -207,6 +220,53 @@ def receptive_field_attention(
         return _prompt_attention_op(q, k, v, (), field=field.lowered(q.device), is_causal=False, **masking)
     backend = sdpa_attention if impl == "sdpa" else xformers_attention
     return backend.receptive_field_attention(q, k, v, field, **masking)
+
+
+def window_prompt_attention(
+    qkv: Tensor,
+    prefixes: Sequence[tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]],
+    relative_position_bias: Tensor,
+    *,
+    window_size: int | tuple[int, int],
+    shift_size: int | tuple[int, int],
+    pad_qkv: Tensor | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Self-attention in shifted windows of an image (Swin, arXiv 2103.14030) whose queries also see prompts of their image.
+
+    Roll, padding, partition, their inverses and the mask between parts that the shift brought together are those of timm's
+    ``SwinTransformerBlock``. With ``impl="triton"`` they are index arithmetic inside one kernel: no copy is made of anything.
+
+    Args:
+        qkv: (B, Hi, Wi, 3, H, Dh), the packed projection of an image's tokens in their own order; any strides.
+        prefixes: as of :func:`prompt_attention`, of images: all windows of an image see them.
+        relative_position_bias: (H, W, W), W the tokens of a window in row order; any float dtype; gets a gradient on request.
+        window_size: side of the windows, or (height, width). Images of any size: they are padded at the bottom and right.
+        shift_size: 0 or more and less than ``window_size``. Where it is not 0, tokens from different sides of the image meet in
+            the last windows: -100 is added between them, as in Swin.
+        pad_qkv: (3, H, Dh), what padding has for q, k and v; it is not masked. timm pads in front of the projection, so it is that
+            one's bias. None for zeros. Gets a gradient on request.
+        scale: default ``Dh ** -0.5``.
+        impl: "auto", "triton", "sdpa" or "reference".
+
+    Returns:
+        (B, Hi, Wi, H * Dh), in image order, in the autocast dtype if autocast is on, else in that of ``qkv``.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, rank, size or value.
+        RuntimeError: ``impl`` can't run here.
+    """
+    window, shift = check_window_prompt_attention(qkv, prefixes, relative_position_bias, window_size, shift_size, pad_qkv, scale)
+    settings = {"window_size": window, "shift_size": shift, "pad_qkv": pad_qkv, "scale": scale}
+    keys = window[0] * window[1] + sum(prefix[0].shape[2] for prefix in prefixes)
+    impl = choose("window_prompt_attention", impl, Problem(qkv.device, qkv.dtype, keys, head_dim=qkv.shape[-1]))
+    if impl == "reference":
+        with without_autocast(qkv.device.type):
+            out = reference.window_prompt_attention(qkv, prefixes, relative_position_bias, **settings)
+        return out.to(autocast_dtype(qkv))
+    (qkv,) = _in_autocast_dtype(qkv)
+    return sdpa_window_attention.window_prompt_attention(qkv, prefixes, relative_position_bias, **settings)
 
 
 def _ragged_prefixes_as_tokens(

@@ -4,6 +4,7 @@ from .attention import prompt_attention, receptive_field_attention
 from .importance import importance_loss
 from .mope import dynamic_prompt, prompted_sequence, routing_scores
 from .route_and_mix import route_and_mix
+from .window_attention import window_prompt_attention
 
 __all__ = [
     "dynamic_prompt",
@@ -13,4 +14,5 @@ __all__ = [
     "receptive_field_attention",
     "route_and_mix",
     "routing_scores",
+    "window_prompt_attention",
 ]
