@@ -38,6 +38,16 @@ class AttentionLaunch(NamedTuple):
     num_stages: int
 
 
+class WindowLaunch(NamedTuple):
+    """``window_attention``: queries at a time, tiles of keys (first, size), windows of one program, warps, loads in flight."""
+
+    block_q: int
+    tiles: tuple[tuple[int, int], ...]
+    windows: int
+    num_warps: int
+    num_stages: int
+
+
 class RouterGradsLaunch(NamedTuple):
     """``router_grads_kernel``: partial sums and Gram rows a step, warps."""
 
@@ -148,3 +158,36 @@ def prefix_block(length: int) -> int:
 def prefix_splits(queries: int) -> int:
     """Parts of the queries that a prefix's gradient is summed over side by side."""
     return max(1, min(16, queries // 256))
+
+
+MAX_KEY_ELEMENTS = 16384
+"""Keys of a window and its prompts, times the padded head dim, that a program of ``window_attention`` can hold."""
+
+
+def key_tiles(keys: int) -> tuple[tuple[int, int], ...]:
+    """First key and size of tiles that hold this many with less than 16 to spare: powers of two, falling."""
+    rest = _round_up(keys, 16)
+    sizes = [1 << bit for bit in reversed(range(rest.bit_length())) if rest & (1 << bit)]
+    return tuple((sum(sizes[:i]), size) for i, size in enumerate(sizes))
+
+
+def fits_window_attention(keys: int, head_dim: int) -> bool:
+    """Whether the kernels can hold all keys of a window at once."""
+    return _round_up(keys, 16) * padded_head_dim(head_dim) <= MAX_KEY_ELEMENTS
+
+
+def window_launch(area: int, keys: int, windows: int, head_dim: int, itemsize: int) -> WindowLaunch:
+    """Of windows with ``area`` tokens that see ``keys`` keys, ``windows`` of them in an image.
+
+    The batch has no say in the number of windows a program sums a prompt's gradient over: a sample keeps its bits in any batch.
+    """
+    tiles = key_tiles(keys)
+    wide = _round_up(keys, 16) * padded_head_dim(head_dim) >= 4096 or itemsize > 2
+    # few queries at a time where their products with all keys would not fit the registers
+    block_q = _power_of_2_in(area, 16, 16 if wide else 64)
+    return WindowLaunch(block_q, tiles, 8 if windows >= 32 else 4, 8 if itemsize > 2 else 4, 1 if wide else 2)
+
+
+def window_splits(units: int, programs: int) -> int:
+    """Parts of the windows of all images that a bias' gradient is summed over side by side."""
+    return max(1, min(units, TARGET_PROGRAMS // programs))

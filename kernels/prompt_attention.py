@@ -22,14 +22,12 @@ over parts of the queries are written apart and added later. Arguments in the pl
 import triton
 import triton.language as tl
 
-from .products import dot
+from .products import LOG2_E, dot
 
 FULL: tl.constexpr = tl.constexpr(0)
 CAUSAL: tl.constexpr = tl.constexpr(1)
 INTERVALS: tl.constexpr = tl.constexpr(2)
 GROUPS: tl.constexpr = tl.constexpr(3)
-
-LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit

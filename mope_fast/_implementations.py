@@ -55,6 +55,16 @@ def _why_not_triton(problem: Problem) -> str | None:
     return None
 
 
+def _why_not_triton_in_windows(problem: Problem) -> str | None:
+    if (reason := _why_not_triton(problem)) is not None or not problem.keys:
+        return reason
+    from .kernels.launch import fits_window_attention
+
+    if fits_window_attention(problem.keys, problem.head_dim):
+        return None
+    return f"a window with its prompts has {problem.keys} keys of head dimension {problem.head_dim}, more than the kernel can hold"
+
+
 @torch.compiler.assume_constant_result
 def _why_not_loaded_xformers() -> str | None:
     return xformers_attention.why_not_loaded()
@@ -88,7 +98,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Reason]] = {
     "route_and_mix": {"triton": _why_not_triton, "reference": _always},
     "prompt_attention": _ATTENTION,
     "receptive_field_attention": _ATTENTION,
-    "window_prompt_attention": {"sdpa": _always, "reference": _always},
+    "window_prompt_attention": {"triton": _why_not_triton_in_windows, "sdpa": _always, "reference": _always},
     "importance_loss": {"reference": _always},
 }
 """For each function its implementations, with the reason why one can't run (None: it can)."""
@@ -97,7 +107,9 @@ _ORDER: dict[str, Callable[[Problem], tuple[str, ...]]] = {
     "route_and_mix": lambda problem: ("triton", "reference"),
     "prompt_attention": _attention_order,
     "receptive_field_attention": _attention_order,
-    "window_prompt_attention": lambda problem: ("sdpa", "reference"),
+    "window_prompt_attention": lambda problem: (
+        ("triton", "sdpa", "reference") if problem.device.type == "cuda" else ("sdpa", "triton", "reference")
+    ),
     "importance_loss": lambda problem: ("reference",),
 }
 """What ``auto`` tries, the best first: the one place for such rules."""

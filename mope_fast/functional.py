@@ -25,6 +25,7 @@ from ._implementations import Problem, choose
 from .ops import sdpa_attention, sdpa_window_attention, xformers_attention
 from .ops.prompt_attention import prompt_attention as _prompt_attention_op
 from .ops.route_and_mix import route_and_mix as _route_and_mix_op
+from .ops.window_attention import window_prompt_attention as _window_prompt_attention_op
 from .receptive_field import ReceptiveField
 from .reference.importance import importance_loss_of_sums
 
@@ -266,6 +267,8 @@ def window_prompt_attention(
             out = reference.window_prompt_attention(qkv, prefixes, relative_position_bias, **settings)
         return out.to(autocast_dtype(qkv))
     (qkv,) = _in_autocast_dtype(qkv)
+    if impl == "triton":
+        return _window_prompt_attention_op(qkv, prefixes, relative_position_bias, **settings)
     return sdpa_window_attention.window_prompt_attention(qkv, prefixes, relative_position_bias, **settings)
 
 

@@ -1,0 +1,280 @@
+"""``mope_fast::window_prompt_attention`` and its backward: CPU maths, Triton launches and the autograd function on top."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .._autocast import without_autocast
+from ._registration import define, once_differentiable
+from ._triton import INTERPRETED, product_dtypes, strides
+
+if TYPE_CHECKING:
+    from ..kernels.launch import WindowLaunch
+
+LOG2_E = math.log2(math.e)
+
+
+def _fake_forward(qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, window_size, shift_size, scale):
+    batch, height, width, _, heads, head_dim = qkv.shape
+    return qkv.new_empty((batch, height, width, heads * head_dim))
+
+
+def _empty_grads(qkv, pk0, pk1, bias, pad_qkv, needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """Of qkv, both prefixes (2, B or 1, H, P, Dh) with keys before values, bias, padding; without elements if not asked for."""
+    prefixes = [None if pk is None else (2, *pk.shape) for pk in (pk0, pk1)]
+    shapes = (qkv.shape, *prefixes, bias.shape, None if pad_qkv is None else pad_qkv.shape)
+    return tuple(
+        qkv.new_empty((0,)) if shape is None or not need else like.new_empty(shape)
+        for like, shape, need in zip((qkv, pk0, pk1, bias, pad_qkv), shapes, needs, strict=True)
+    )
+
+
+def _fake_backward(grad_out, qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, window_size, shift_size, scale, needs):
+    return _empty_grads(qkv, pk0, pk1, bias, pad_qkv, needs)
+
+
+def _reference(qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, window_size, shift_size, scale):
+    pairs = [(pk, pv) for pk, pv in ((pk0, pv0), (pk1, pv1)) if pk is not None]
+    if there is not None:
+        masks = there.split([pk.shape[2] for pk, _ in pairs], dim=1)
+        pairs = [(*pair, mask) for pair, mask in zip(pairs, masks, strict=True)]
+    return reference.window_prompt_attention(
+        qkv, pairs, bias, window_size=tuple(window_size), shift_size=tuple(shift_size), pad_qkv=pad_qkv, scale=scale
+    )
+
+
+def _reference_forward(*args):
+    return _reference(*args).contiguous()
+
+
+def _reference_backward(grad_out, qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, window_size, shift_size, scale, needs):
+    """The reference, differentiated."""
+    grads = _empty_grads(qkv, pk0, pk1, bias, pad_qkv, needs)
+    tensors = (qkv, pk0, pv0, pk1, pv1, bias, pad_qkv)
+    asked = (needs[0], needs[1], needs[1], needs[2], needs[2], needs[3], needs[4])
+    with torch.enable_grad():
+        qkv, pk0, pv0, pk1, pv1, bias, pad_qkv = leaves = [
+            None if t is None else t.detach().requires_grad_(need) for t, need in zip(tensors, asked, strict=True)
+        ]
+        out = _reference(qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, window_size, shift_size, scale)
+    wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+    got = iter(torch.autograd.grad(out, wanted, grad_out, materialize_grads=True) if wanted else ())
+    gqkv, gk0, gv0, gk1, gv1, gbias, gpad = (next(got) if leaf is not None and leaf.requires_grad else None for leaf in leaves)
+    pairs = [None if keys is None else torch.stack([keys, values]) for keys, values in ((gk0, gv0), (gk1, gv1))]
+    for target, source in zip(grads, (gqkv, *pairs, gbias, gpad), strict=True):
+        if source is not None:
+            target.copy_(source)
+    return grads
+
+
+def _for_each_image(tensor: Tensor | None, batch: int) -> Tensor | None:
+    """A stride of zero where images share the tensor."""
+    return tensor if tensor is None or tensor.shape[0] == batch else tensor.expand(batch, *tensor.shape[1:])
+
+
+def _not_empty(tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None or tensor.numel() else None
+
+
+def _in_tiles(bias: Tensor, rows: int, keys: int) -> Tensor:
+    """(H, W, W) with zeros around: (H, rows, keys)."""
+    tiles = bias.new_zeros((bias.shape[0], rows, keys))
+    tiles[:, : bias.shape[1], : bias.shape[2]] = bias
+    return tiles
+
+
+def _launch(qkv, pk0, pk1, window_size) -> "WindowLaunch":
+    from ..kernels.launch import window_launch
+
+    _, height, width, _, _, head_dim = qkv.shape
+    area = window_size[0] * window_size[1]
+    keys = area + sum(pk.shape[2] for pk in (pk0, pk1) if pk is not None)
+    windows = -(-height // window_size[0]) * -(-width // window_size[1])
+    return window_launch(area, keys, windows, head_dim, qkv.element_size())
+
+
+def _common_arguments(
+    launch: "WindowLaunch", qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, window_size, shift_size, scale
+) -> dict[str, Any]:
+    """What the kernels share, by the names of their parameters."""
+    from ..kernels.launch import padded_head_dim
+
+    batch, height, width, _, heads, head_dim = qkv.shape
+    area = window_size[0] * window_size[1]
+    rows, keys = -(-area // launch.block_q) * launch.block_q, sum(launch.tiles[-1])
+    lengths = tuple(0 if pk is None else pk.shape[2] for pk in (pk0, pk1))
+    pk0, pv0, pk1, pv1, there = (_not_empty(_for_each_image(t, batch)) for t in (pk0, pv0, pk1, pv1, there))
+    padded = height % window_size[0] or width % window_size[1]
+    pad_qkv = pad_qkv if padded else None
+    return {
+        "qkv": qkv, "pk0": pk0, "pv0": pv0, "pk1": pk1, "pv1": pv1, "there": there, "pad_qkv": pad_qkv,
+        "bias": _in_tiles(bias, rows, keys),
+        "H": heads, "windows": -(-height // window_size[0]) * -(-width // window_size[1]),
+        "image_size": (height, width), "shift": tuple(shift_size), "lengths": lengths,
+        "roll": (shift_size[0] % height, shift_size[1] % width), "scale_log2": scale * LOG2_E,
+        "qkv_strides": qkv.stride(), "pk0_strides": strides(pk0, 4), "pv0_strides": strides(pv0, 4),
+        "pk1_strides": strides(pk1, 4), "pv1_strides": strides(pv1, 4), "there_strides": strides(there, 2),
+        "pad_strides": strides(pad_qkv, 3),
+        "WINDOW": tuple(window_size), "AREA": area, "SHIFTED": any(shift_size),
+        "HEAD_DIM": head_dim, "BLOCK_D": padded_head_dim(head_dim),
+        "BLOCK_Q": launch.block_q, "ROWS": rows, "KEYS": keys, "TILES": launch.tiles,
+        "num_warps": launch.num_warps, "num_stages": launch.num_stages,
+        **product_dtypes(qkv.dtype, torch.promote_types(qkv.dtype, torch.float32)),
+    }  # fmt: skip
+
+
+def _triton_forward(qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, window_size, shift_size, scale):
+    from ..kernels import window_attention as kernels
+
+    out = _fake_forward(qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, window_size, shift_size, scale)
+    if out.numel() == 0:
+        return out
+    launch = _launch(qkv, pk0, pk1, window_size)
+    arguments = _common_arguments(launch, qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, window_size, shift_size, scale)
+    chunks = -(-arguments["windows"] // launch.windows)
+    kernels.window_attention_kernel[(chunks * arguments["H"] * qkv.shape[0],)](
+        **arguments, out=out, out_strides=out.stride(), chunks=chunks, per_chunk=launch.windows
+    )
+    return out
+
+
+def _triton_backward(grad_out, qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, window_size, shift_size, scale, needs):
+    from ..kernels import window_attention as kernels
+
+    grad_qkv, grads0, grads1, grad_bias, grad_pad = grads = _empty_grads(qkv, pk0, pk1, bias, pad_qkv, needs)
+    batch = qkv.shape[0]
+    if qkv.numel() == 0:
+        return tuple(grad.zero_() for grad in grads)
+    launch = _launch(qkv, pk0, pk1, window_size)
+    arguments = {
+        **_common_arguments(launch, qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, window_size, shift_size, scale),
+        "grad_out": grad_out, "grad_out_strides": grad_out.stride(),
+    }  # fmt: skip
+    heads, block_d, windows = arguments["H"], arguments["BLOCK_D"], arguments["windows"]
+    chunks = -(-windows // launch.windows)
+    acc = torch.promote_types(qkv.dtype, torch.float32)
+    targets: list[Tensor | None] = []
+    sums = []
+    for pk, grad, need in zip((pk0, pk1), (grads0, grads1), needs[1:3], strict=True):
+        if not need or grad.numel() == 0:
+            targets.append(None)
+        elif pk.shape[0] == batch and chunks == 1:
+            targets.append(grad.unsqueeze(2))
+        else:  # parts of a sum over images or windows are written apart, in float32
+            targets.append(qkv.new_empty((2, batch, chunks, *pk.shape[1:]), dtype=acc))
+            sums.append((grad, targets[-1]))
+    padding = None
+    if needs[4]:
+        padding = qkv.new_empty((batch * chunks, heads, 2, block_d), dtype=acc) if arguments["pad_qkv"] is not None else None
+    if needs[0] or targets[0] is not None or targets[1] is not None or padding is not None:
+        kernels.window_grads_kernel[(chunks * heads * batch,)](
+            **arguments, grad_qkv=grad_qkv if needs[0] else None, grads0=targets[0], grads1=targets[1], grad_pad=padding,
+            chunks=chunks, per_chunk=launch.windows, scale=scale,
+            grad_qkv_strides=strides(grad_qkv if needs[0] else None, 6),
+            grads0_strides=strides(targets[0], 6), grads1_strides=strides(targets[1], 6),
+        )  # fmt: skip
+    for grad, part in sums:
+        grad.copy_(part.sum((1, 2) if grad.shape[1] < batch else 2).view(grad.shape))
+    if needs[4]:
+        grad_pad.zero_()
+        if padding is not None:
+            grad_pad[1:] = padding.sum(0).transpose(0, 1)[..., : qkv.shape[-1]]
+    if needs[3]:
+        _bias_gradient(arguments, batch * windows, grad_bias)
+    return grads
+
+
+def _bias_gradient(arguments: dict[str, Any], units: int, grad_bias: Tensor) -> None:
+    """Of all ``units`` windows of all images, parts of the sum side by side."""
+    from ..kernels import window_attention as kernels
+    from ..kernels.launch import window_splits
+
+    heads, rows, keys = arguments["bias"].shape
+    programs = heads * rows // arguments["BLOCK_Q"]
+    splits = window_splits(units, programs)
+    parts = arguments["qkv"].new_empty(
+        (splits, heads, rows, keys), dtype=torch.promote_types(arguments["qkv"].dtype, torch.float32)
+    )
+    kernels.window_bias_grads_kernel[(splits * programs,)](**arguments, grad_bias=parts, units=units, per_split=-(-units // splits))
+    area = arguments["AREA"]
+    grad_bias.copy_(parts.sum(0)[:, :area, :area])
+
+
+_TENSORS = (
+    "Tensor qkv, Tensor? prefix_k0, Tensor? prefix_v0, Tensor? prefix_k1, Tensor? prefix_v1, Tensor? there, "
+    "Tensor relative_position_bias, Tensor? pad_qkv, int[] window_size, int[] shift_size, float scale"
+)
+window_attention_forward = define(
+    f"window_prompt_attention({_TENSORS}) -> Tensor",
+    cpu=_triton_forward if INTERPRETED else _reference_forward,
+    cuda=_triton_forward,
+    fake=_fake_forward,
+    use="mope_fast.functional.window_prompt_attention",
+)
+window_attention_backward = define(
+    f"window_prompt_attention_backward(Tensor grad_out, {_TENSORS}, bool[] needs) "
+    "-> (Tensor grad_qkv, Tensor grad_prefix0, Tensor grad_prefix1, Tensor grad_bias, Tensor grad_pad_qkv)",
+    cpu=_triton_backward if INTERPRETED else _reference_backward,
+    cuda=_triton_backward,
+    fake=_fake_backward,
+    use="mope_fast.functional.window_prompt_attention",
+)
+
+
+class _WindowAttention(torch.autograd.Function):
+    """Gradients for qkv, prefixes, bias and padding, each only if asked for. The arguments are all that is kept."""
+
+    @staticmethod
+    def forward(qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, window_size, shift_size, scale):
+        return window_attention_forward(qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, window_size, shift_size, scale)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.window_size, ctx.shift_size, ctx.scale = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out):
+        if grad_out is None:
+            return (None,) * 11
+        asked = ctx.needs_input_grad
+        needs = [asked[0], asked[1] or asked[2], asked[3] or asked[4], asked[6], asked[7]]
+        with without_autocast(grad_out.device.type):
+            grad_qkv, grads0, grads1, grad_bias, grad_pad = window_attention_backward(
+                grad_out, *ctx.saved_tensors, ctx.window_size, ctx.shift_size, ctx.scale, needs
+            )
+        both = [grads.unbind(0) if need else (None, None) for grads, need in ((grads0, needs[1]), (grads1, needs[2]))]
+        grads = (grad_qkv, *both[0], *both[1], None, grad_bias, grad_pad, None, None, None)
+        return tuple(grad if need else None for grad, need in zip(grads, asked, strict=True))
+
+
+def window_prompt_attention(
+    qkv: Tensor,
+    prefixes: Sequence[tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]],
+    relative_position_bias: Tensor,
+    *,
+    window_size: tuple[int, int],
+    shift_size: tuple[int, int],
+    pad_qkv: Tensor | None,
+    scale: float | None,
+) -> Tensor:
+    """Differentiable ``mope_fast::window_prompt_attention``, without checks: see :mod:`mope_fast.functional`."""
+    pairs = [t for prefix in prefixes for t in prefix[:2]] + [None] * (4 - 2 * len(prefixes))
+    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    return _WindowAttention.apply(
+        qkv, *pairs, _there(prefixes, qkv), relative_position_bias, pad_qkv, list(window_size), list(shift_size), scale
+    )
+
+
+def _there(prefixes: Sequence, qkv: Tensor) -> Tensor | None:
+    """(B, P) bool over the keys of all prefixes; None if none is masked."""
+    if all(len(prefix) == 2 for prefix in prefixes):
+        return None
+    masks = [prefix[2] if len(prefix) == 3 else qkv.new_ones((1, prefix[0].shape[2]), dtype=torch.bool) for prefix in prefixes]
+    return torch.cat([mask.expand(qkv.shape[0], -1) for mask in masks], dim=1)
