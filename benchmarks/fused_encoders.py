@@ -109,7 +109,7 @@ def implementation(case: FusedCase, device: torch.device) -> str:
     encoder = case.encoder
     masked = "attention_mask" in encoder.inputs(1, encoder.tokens, torch.device("cpu"), case.dtype)
     keys, head_dim = (encoder.window**2, SWIN_HEAD_DIM) if encoder.window else (encoder.tokens, 0)
-    problem = _implementations.Problem(device, case.dtype, keys + PROMPTS, masked, head_dim)
+    problem = _implementations.Problem(device, case.dtype, keys + PROMPTS, masked, head_dim=head_dim)
     attention = "window_prompt_attention" if encoder.window else "prompt_attention"
     return ", ".join(f"{op} {_implementations.choose(op, 'auto', problem)}" for op in (attention, "route_and_mix"))
 
