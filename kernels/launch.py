@@ -188,6 +188,11 @@ def window_launch(area: int, keys: int, windows: int, head_dim: int, itemsize: i
     return WindowLaunch(block_q, tiles, 8 if windows >= 32 else 4, 8 if itemsize > 2 else 4, 1 if wide else 2)
 
 
+def forward_windows(windows: int, units: int) -> int:
+    """Windows of one forward program, at most ``windows``: few enough that the ``units`` of all images and heads fill the GPU."""
+    return max(1, min(windows, units // TARGET_PROGRAMS))
+
+
 def window_splits(units: int, programs: int) -> int:
     """Parts of the windows of all images that a bias' gradient is summed over side by side."""
     return max(1, min(units, TARGET_PROGRAMS // programs))

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import reference
 from .._autocast import without_autocast
+from ..reference import window_attention as reference
+from ..reference.attention import softmax_or_zero
 from ._registration import define, once_differentiable
 from ._triton import INTERPRETED, product_dtypes, strides
 
@@ -37,37 +38,51 @@ def _fake_backward(grad_out, qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, wind
     return _empty_grads(qkv, pk0, pk1, bias, pad_qkv, needs)
 
 
-def _reference(qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, window_size, shift_size, scale):
+def _pairs(pk0, pv0, pk1, pv1, there) -> list[tuple[Tensor, ...]]:
+    """Prefixes as the reference takes them."""
     pairs = [(pk, pv) for pk, pv in ((pk0, pv0), (pk1, pv1)) if pk is not None]
-    if there is not None:
-        masks = there.split([pk.shape[2] for pk, _ in pairs], dim=1)
-        pairs = [(*pair, mask) for pair, mask in zip(pairs, masks, strict=True)]
-    return reference.window_prompt_attention(
-        qkv, pairs, bias, window_size=tuple(window_size), shift_size=tuple(shift_size), pad_qkv=pad_qkv, scale=scale
-    )
+    if there is None:
+        return pairs
+    masks = there.split([pk.shape[2] for pk, _ in pairs], dim=1)
+    return [(*pair, mask) for pair, mask in zip(pairs, masks, strict=True)]
 
 
-def _reference_forward(*args):
-    return _reference(*args).contiguous()
+def _reference_forward(qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, window_size, shift_size, scale):
+    sizes = {"window_size": tuple(window_size), "shift_size": tuple(shift_size)}
+    prefixes = _pairs(pk0, pv0, pk1, pv1, there)
+    return reference.window_prompt_attention(qkv, prefixes, bias, **sizes, pad_qkv=pad_qkv, scale=scale).contiguous()
 
 
 def _reference_backward(grad_out, qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, window_size, shift_size, scale, needs):
-    """The reference, differentiated."""
-    grads = _empty_grads(qkv, pk0, pk1, bias, pad_qkv, needs)
-    tensors = (qkv, pk0, pv0, pk1, pv1, bias, pad_qkv)
-    asked = (needs[0], needs[1], needs[1], needs[2], needs[2], needs[3], needs[4])
-    with torch.enable_grad():
-        qkv, pk0, pv0, pk1, pv1, bias, pad_qkv = leaves = [
-            None if t is None else t.detach().requires_grad_(need) for t, need in zip(tensors, asked, strict=True)
-        ]
-        out = _reference(qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, window_size, shift_size, scale)
-    wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
-    got = iter(torch.autograd.grad(out, wanted, grad_out, materialize_grads=True) if wanted else ())
-    gqkv, gk0, gv0, gk1, gv1, gbias, gpad = (next(got) if leaf is not None and leaf.requires_grad else None for leaf in leaves)
-    pairs = [None if keys is None else torch.stack([keys, values]) for keys, values in ((gk0, gv0), (gk1, gv1))]
-    for target, source in zip(grads, (gqkv, *pairs, gbias, gpad), strict=True):
-        if source is not None:
-            target.copy_(source)
+    """The formulas in the docstring of ``kernels/window_attention.py``, line by line."""
+    grad_qkv, grads0, grads1, grad_bias, grad_pad = grads = _empty_grads(qkv, pk0, pk1, bias, pad_qkv, needs)
+    height, width, _, heads, head_dim = qkv.shape[1:]
+    dtype = torch.promote_types(qkv.dtype, torch.float32)
+    tokens, regions = reference.windows_of(height, width, tuple(window_size), tuple(shift_size), qkv.device)
+    area, prefixes = tokens.shape[1], _pairs(pk0, pv0, pk1, pv1, there)
+    q, k, v = reference.in_windows(qkv, pad_qkv, tokens).to(dtype)
+    p = softmax_or_zero(reference.window_weights(q, k, prefixes, bias, regions, scale))
+    keys, values = reference.with_prompts(k, [p[0] for p in prefixes]), reference.with_prompts(v, [p[1] for p in prefixes])
+    g = reference.in_windows(grad_out.unflatten(-1, (1, heads, head_dim)), None, tokens)[0].to(dtype)
+    g_dot_v = g @ values.mT
+    ds = p * (g_dot_v - (p * g_dot_v).sum(-1, keepdim=True))
+    to_keys, to_values = scale * ds.mT @ q, p.mT @ g
+    of_tokens = torch.stack([scale * ds @ keys, to_keys[..., :area, :], to_values[..., :area, :]])
+    if needs[0]:
+        grad_qkv.copy_(reference.in_image(of_tokens, tokens, height, width))
+    start = area
+    for pk, grad, need in ((pk0, grads0, needs[1]), (pk1, grads1, needs[2])):
+        if pk is not None:
+            end = start + pk.shape[2]
+            if need:
+                both = torch.stack([to_keys[..., start:end, :], to_values[..., start:end, :]]).sum(2)
+                grad.copy_(both.sum(1, keepdim=True) if pk.shape[0] == 1 else both)
+            start = end
+    if needs[3]:
+        grad_bias.copy_(ds[..., :area].sum((0, 1)))
+    if pad_qkv is not None and needs[4]:
+        padding = (tokens == height * width)[:, None, :, None]
+        grad_pad.copy_((of_tokens * padding).sum((1, 2, 4)))
     return grads
 
 
@@ -129,15 +144,18 @@ def _common_arguments(
 
 def _triton_forward(qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, window_size, shift_size, scale):
     from ..kernels import window_attention as kernels
+    from ..kernels.launch import forward_windows
 
     out = _fake_forward(qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, window_size, shift_size, scale)
     if out.numel() == 0:
         return out
     launch = _launch(qkv, pk0, pk1, window_size)
     arguments = _common_arguments(launch, qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, window_size, shift_size, scale)
-    chunks = -(-arguments["windows"] // launch.windows)
-    kernels.window_attention_kernel[(chunks * arguments["H"] * qkv.shape[0],)](
-        **arguments, out=out, out_strides=out.stride(), chunks=chunks, per_chunk=launch.windows
+    windows, images_and_heads = arguments["windows"], qkv.shape[0] * arguments["H"]
+    per_chunk = forward_windows(launch.windows, images_and_heads * windows)
+    chunks = -(-windows // per_chunk)
+    kernels.window_attention_kernel[(chunks * images_and_heads,)](
+        **arguments, out=out, out_strides=out.stride(), chunks=chunks, per_chunk=per_chunk
     )
     return out
 

@@ -44,6 +44,37 @@ def window_bias(relative_position_bias: Tensor, regions: Tensor, seam: float = S
     return relative_position_bias + torch.zeros_like(apart, dtype=relative_position_bias.dtype).masked_fill(apart, seam)[:, None]
 
 
+def in_windows(image: Tensor, padding: Tensor | None, tokens: Tensor) -> Tensor:
+    """(B, Hi, Wi, N, H, Dh) -> (N, B, windows, H, W, Dh); padding holds (N, H, Dh), None for zeros."""
+    padding = image.new_zeros(image.shape[3:]) if padding is None else padding.to(image.dtype)
+    with_padding = torch.cat([image.flatten(1, 2), padding.expand(len(image), 1, *padding.shape)], dim=1)
+    return with_padding[:, tokens].permute(3, 0, 1, 4, 2, 5)
+
+
+def in_image(windows: Tensor, tokens: Tensor, height: int, width: int) -> Tensor:
+    """(N, B, windows, H, W, Dh) -> (B, Hi, Wi, N, H, Dh), without what padding gives."""
+    # padding has the largest number: the other positions, in the order of their tokens
+    back = tokens.flatten().argsort()[: height * width]
+    return windows.permute(1, 2, 4, 0, 3, 5).flatten(1, 2)[:, back].unflatten(1, (height, width))
+
+
+def window_weights(
+    q: Tensor, k: Tensor, prefixes: Sequence, relative_position_bias: Tensor, regions: Tensor, scale: float
+) -> Tensor:
+    """Products before the softmax with [tokens | prompts], (B, windows, H, W, W + P); q and k (B, windows, H, W, Dh)."""
+    weights = [scale * q @ k.mT + window_bias(relative_position_bias, regions)]
+    for pk, _, *there in prefixes:
+        to_prompts = scale * q @ pk.to(q.dtype)[:, None].mT
+        weights.append(to_prompts.masked_fill(~there[0][:, None, None, None], -math.inf) if there else to_prompts)
+    return torch.cat(weights, dim=-1)
+
+
+def with_prompts(tokens: Tensor, prompts: Sequence[Tensor]) -> Tensor:
+    """Keys or values of windows (B, windows, H, W, Dh), then those of prompts (B or 1, H, P, Dh)."""
+    others = [rows.to(tokens.dtype)[:, None].expand(*tokens.shape[:3], -1, -1) for rows in prompts]
+    return torch.cat([tokens, *others], dim=-2)
+
+
 def window_prompt_attention(
     qkv: Tensor,
     prefixes: Sequence[tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]],
@@ -55,21 +86,10 @@ def window_prompt_attention(
     scale: float | None = None,
 ) -> Tensor:
     """See :func:`mope_fast.functional.window_prompt_attention`. Softmax and sums in float32 (float64 for float64)."""
-    batch, height, width, _, heads, head_dim = qkv.shape
-    dtype = torch.promote_types(qkv.dtype, torch.float32)
-    scale = head_dim**-0.5 if scale is None else scale
+    height, width = qkv.shape[1:3]
+    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     tokens, regions = windows_of(height, width, window_size, shift_size, qkv.device)
-    padding = qkv.new_zeros(3, heads, head_dim) if pad_qkv is None else pad_qkv.to(qkv.dtype)
-    with_padding = torch.cat([qkv.flatten(1, 2), padding.expand(batch, 1, 3, heads, head_dim)], dim=1).to(dtype)
-    q, k, v = with_padding[:, tokens].permute(3, 0, 1, 4, 2, 5)  # (B, windows, H, W, Dh) each
-
-    weights = [scale * q @ k.mT + window_bias(relative_position_bias, regions)]
-    values = [v]
-    for pk, pv, *there in prefixes:
-        to_prompts = scale * q @ pk.to(dtype)[:, None].mT
-        weights.append(to_prompts.masked_fill(~there[0][:, None, None, None], -math.inf) if there else to_prompts)
-        values.append(pv.to(dtype)[:, None].expand(batch, len(tokens), -1, -1, -1))
-    out = softmax_or_zero(torch.cat(weights, dim=-1)) @ torch.cat(values, dim=-2)
-    # padding has the largest number: the other positions, in the order of their tokens
-    back = tokens.flatten().argsort()[: height * width]
-    return out.transpose(2, 3).flatten(3).flatten(1, 2)[:, back].unflatten(1, (height, width)).to(qkv.dtype)
+    q, k, v = in_windows(qkv, pad_qkv, tokens).to(torch.promote_types(qkv.dtype, torch.float32))
+    weights = window_weights(q, k, prefixes, relative_position_bias, regions, scale)
+    out = softmax_or_zero(weights) @ with_prompts(v, [prefix[1] for prefix in prefixes])
+    return in_image(out[None], tokens, height, width).flatten(3).to(qkv.dtype)
