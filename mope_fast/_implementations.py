@@ -78,6 +78,12 @@ def _why_not_xformers(problem: Problem) -> str | None:
     return _why_not_loaded_xformers()
 
 
+def _why_not_cpu(problem: Problem) -> str | None:
+    if problem.device.type != "cpu":
+        return f"it is for CPUs; the tensors are on {problem.device.type}"
+    return "TRITON_INTERPRET=1 runs the Triton kernels in its place" if INTERPRETED else None
+
+
 def _always(problem: Problem) -> str | None:
     return None
 
@@ -93,12 +99,22 @@ def _attention_order(problem: Problem) -> tuple[str, ...]:
     return "sdpa", "triton", "xformers", "reference"
 
 
+def _window_order(problem: Problem) -> tuple[str, ...]:
+    """Best first. ``cpu`` computes in float32: for 16 bits torch's kernels are better."""
+    if problem.device.type == "cuda":
+        return "triton", "sdpa", "reference"
+    if problem.dtype.itemsize > 2:
+        return "cpu", "sdpa", "triton", "reference"
+    return "sdpa", "cpu", "triton", "reference"
+
+
 _ATTENTION: dict[str, Reason] = {"triton": _why_not_triton, "xformers": _why_not_xformers, "sdpa": _always, "reference": _always}
+_WINDOWS: dict[str, Reason] = {"triton": _why_not_triton_in_windows, "cpu": _why_not_cpu, "sdpa": _always, "reference": _always}
 IMPLEMENTATIONS: dict[str, dict[str, Reason]] = {
     "route_and_mix": {"triton": _why_not_triton, "reference": _always},
     "prompt_attention": _ATTENTION,
     "receptive_field_attention": _ATTENTION,
-    "window_prompt_attention": {"triton": _why_not_triton_in_windows, "sdpa": _always, "reference": _always},
+    "window_prompt_attention": _WINDOWS,
     "importance_loss": {"reference": _always},
 }
 """For each function its implementations, with the reason why one can't run (None: it can)."""
@@ -107,9 +123,7 @@ _ORDER: dict[str, Callable[[Problem], tuple[str, ...]]] = {
     "route_and_mix": lambda problem: ("triton", "reference"),
     "prompt_attention": _attention_order,
     "receptive_field_attention": _attention_order,
-    "window_prompt_attention": lambda problem: (
-        ("triton", "sdpa", "reference") if problem.device.type == "cuda" else ("sdpa", "triton", "reference")
-    ),
+    "window_prompt_attention": _window_order,
     "importance_loss": lambda problem: ("reference",),
 }
 """What ``auto`` tries, the best first: the one place for such rules."""

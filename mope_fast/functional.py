@@ -249,7 +249,7 @@ def window_prompt_attention(
         pad_qkv: (3, H, Dh), what padding has for q, k and v; it is not masked. timm pads in front of the projection, so it is that
             one's bias. None for zeros. Gets a gradient on request.
         scale: default ``Dh ** -0.5``.
-        impl: "auto", "triton", "sdpa" or "reference".
+        impl: "auto", "triton", "cpu" (torch's own ops, some images at a time), "sdpa" or "reference".
 
     Returns:
         (B, Hi, Wi, H * Dh), in image order, in the autocast dtype if autocast is on, else in that of ``qkv``.
@@ -267,7 +267,7 @@ def window_prompt_attention(
             out = reference.window_prompt_attention(qkv, prefixes, relative_position_bias, **settings)
         return out.to(autocast_dtype(qkv))
     (qkv,) = _in_autocast_dtype(qkv)
-    if impl == "triton":
+    if impl in ("triton", "cpu"):
         return _window_prompt_attention_op(qkv, prefixes, relative_position_bias, **settings)
     return sdpa_window_attention.window_prompt_attention(qkv, prefixes, relative_position_bias, **settings)
 

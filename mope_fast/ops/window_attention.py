@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from .._autocast import without_autocast
-from ..reference import window_attention as reference
-from ..reference.attention import softmax_or_zero
+from . import cpu_window_attention
 from ._registration import define, once_differentiable
 from ._triton import INTERPRETED, product_dtypes, strides
 
@@ -38,52 +37,32 @@ def _fake_backward(grad_out, qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, wind
     return _empty_grads(qkv, pk0, pk1, bias, pad_qkv, needs)
 
 
-def _pairs(pk0, pv0, pk1, pv1, there) -> list[tuple[Tensor, ...]]:
-    """Prefixes as the reference takes them."""
+def _cpu_arguments(qkv, pk0, pv0, pk1, pv1, there, *rest) -> tuple:
     pairs = [(pk, pv) for pk, pv in ((pk0, pv0), (pk1, pv1)) if pk is not None]
-    if there is None:
-        return pairs
-    masks = there.split([pk.shape[2] for pk, _ in pairs], dim=1)
-    return [(*pair, mask) for pair, mask in zip(pairs, masks, strict=True)]
+    return qkv, pairs, there, *rest
 
 
-def _reference_forward(qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, window_size, shift_size, scale):
-    sizes = {"window_size": tuple(window_size), "shift_size": tuple(shift_size)}
-    prefixes = _pairs(pk0, pv0, pk1, pv1, there)
-    return reference.window_prompt_attention(qkv, prefixes, bias, **sizes, pad_qkv=pad_qkv, scale=scale).contiguous()
+def _cpu_forward(*arguments):
+    return cpu_window_attention.forward(*_cpu_arguments(*arguments)).to(arguments[0].dtype)
 
 
-def _reference_backward(grad_out, qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, window_size, shift_size, scale, needs):
-    """The formulas in the docstring of ``kernels/window_attention.py``, line by line."""
-    grad_qkv, grads0, grads1, grad_bias, grad_pad = grads = _empty_grads(qkv, pk0, pk1, bias, pad_qkv, needs)
-    height, width, _, heads, head_dim = qkv.shape[1:]
-    dtype = torch.promote_types(qkv.dtype, torch.float32)
-    tokens, regions = reference.windows_of(height, width, tuple(window_size), tuple(shift_size), qkv.device)
-    area, prefixes = tokens.shape[1], _pairs(pk0, pv0, pk1, pv1, there)
-    q, k, v = reference.in_windows(qkv, pad_qkv, tokens).to(dtype)
-    p = softmax_or_zero(reference.window_weights(q, k, prefixes, bias, regions, scale))
-    keys, values = reference.with_prompts(k, [p[0] for p in prefixes]), reference.with_prompts(v, [p[1] for p in prefixes])
-    g = reference.in_windows(grad_out.unflatten(-1, (1, heads, head_dim)), None, tokens)[0].to(dtype)
-    g_dot_v = g @ values.mT
-    ds = p * (g_dot_v - (p * g_dot_v).sum(-1, keepdim=True))
-    to_keys, to_values = scale * ds.mT @ q, p.mT @ g
-    of_tokens = torch.stack([scale * ds @ keys, to_keys[..., :area, :], to_values[..., :area, :]])
-    if needs[0]:
-        grad_qkv.copy_(reference.in_image(of_tokens, tokens, height, width))
-    start = area
-    for pk, grad, need in ((pk0, grads0, needs[1]), (pk1, grads1, needs[2])):
-        if pk is not None:
-            end = start + pk.shape[2]
-            if need:
-                both = torch.stack([to_keys[..., start:end, :], to_values[..., start:end, :]]).sum(2)
-                grad.copy_(both.sum(1, keepdim=True) if pk.shape[0] == 1 else both)
-            start = end
-    if needs[3]:
-        grad_bias.copy_(ds[..., :area].sum((0, 1)))
-    if pad_qkv is not None and needs[4]:
-        padding = (tokens == height * width)[:, None, :, None]
-        grad_pad.copy_((of_tokens * padding).sum((1, 2, 4)))
-    return grads
+def _cpu_backward(grad_out, *arguments):
+    *arguments, needs = arguments
+    qkv, pk0, _, pk1, _, _, bias, pad_qkv = arguments[:8]
+    asked = {"of_tokens": needs[0], "of_bias": needs[3], "of_padding": pad_qkv is not None and needs[4]}
+    got = cpu_window_attention.backward(grad_out, _cpu_arguments(*arguments), **asked)
+    prefixes = iter(got.prefixes)
+    prefixes = [None if pk is None else _summed(next(prefixes), pk) for pk in (pk0, pk1)]
+    grads = (got.qkv, *prefixes, got.bias, got.padding)
+    return tuple(
+        qkv.new_empty((0,)) if grad is None or not need else grad.to(like.dtype)
+        for grad, like, need in zip(grads, (qkv, pk0, pk1, bias, pad_qkv), needs, strict=True)
+    )
+
+
+def _summed(grads: Tensor, prefix: Tensor) -> Tensor:
+    """(2, B, H, P, Dh), summed over images that share the prefix; not a view of other gradients."""
+    return grads.sum(1, keepdim=True) if prefix.shape[0] < grads.shape[1] else grads.contiguous()
 
 
 def _for_each_image(tensor: Tensor | None, batch: int) -> Tensor | None:
@@ -228,7 +207,7 @@ _TENSORS = (
 )
 window_attention_forward = define(
     f"window_prompt_attention({_TENSORS}) -> Tensor",
-    cpu=_triton_forward if INTERPRETED else _reference_forward,
+    cpu=_triton_forward if INTERPRETED else _cpu_forward,
     cuda=_triton_forward,
     fake=_fake_forward,
     use="mope_fast.functional.window_prompt_attention",
@@ -236,7 +215,7 @@ window_attention_forward = define(
 window_attention_backward = define(
     f"window_prompt_attention_backward(Tensor grad_out, {_TENSORS}, bool[] needs) "
     "-> (Tensor grad_qkv, Tensor grad_prefix0, Tensor grad_prefix1, Tensor grad_bias, Tensor grad_pad_qkv)",
-    cpu=_triton_backward if INTERPRETED else _reference_backward,
+    cpu=_triton_backward if INTERPRETED else _cpu_backward,
     cuda=_triton_backward,
     fake=_fake_backward,
     use="mope_fast.functional.window_prompt_attention",
