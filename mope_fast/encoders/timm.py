@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..functional import window_prompt_attention
 from ..modules import PromptAttention
+from ..modules.rows import is_plain
 from .families import EncoderFamily, Inputs, PromptedLayer, keys_and_values, refuse_encoder, register_encoder
 from .pooling import Pool, first_token, token_mean
 from .prompted import prefixes_of
@@ -153,8 +154,9 @@ def _swin_problem(encoder: nn.Module) -> str | None:
         for part, supported in ((block, "SwinTransformerBlock"), (block.attn, "WindowAttention")):
             if _forward_of(part) != f"timm.models.swin_transformer.{supported}":
                 return f"it has a {type(part).__name__} in place of timm's {supported}"
-        if "forward" in vars(block.attn):
-            return "an attention of it has a forward of its own on the object, which prompts would not pass"
+        replaced = vars(block).get("_attn")
+        if not is_plain(block.attn) or (replaced is not None and getattr(replaced, "func", None) is not _shifted_windows):
+            return "an attention of it has hooks, or a forward of its own on the object, which prompts would not pass"
     if not hasattr(encoder.head, "global_pool"):
         return (
             f"its head, which pools, was replaced by {type(encoder.head).__name__}: to drop the classifier call reset_classifier(0)"

@@ -43,7 +43,8 @@ def _cpu_arguments(qkv, pk0, pv0, pk1, pv1, there, *rest) -> tuple:
 
 
 def _cpu_forward(*arguments):
-    return cpu_window_attention.forward(*_cpu_arguments(*arguments)).to(arguments[0].dtype)
+    with without_autocast("cpu"):
+        return cpu_window_attention.forward(*_cpu_arguments(*arguments)).to(arguments[0].dtype)
 
 
 def _cpu_backward(grad_out, *arguments):

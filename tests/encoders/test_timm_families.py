@@ -429,6 +429,18 @@ def with_hook():
     return encoder
 
 
+def with_hook_on_windows():
+    encoder = make_encoder("swin")
+    encoder.layers[0].blocks[1].attn.register_forward_hook(lambda module, args, out: 2 * out)
+    return encoder
+
+
+def with_own_shift():
+    encoder = make_encoder("swin")
+    encoder.layers[0].blocks[1]._attn = lambda x: x
+    return encoder
+
+
 def with_own_window_attention():
     encoder = make_encoder("swin")
     encoder.layers[1].blocks[0].attn.__class__ = OwnWindowAttention
@@ -468,6 +480,8 @@ REFUSED = {
     ),
     "rotary": (lambda: make_encoder("vit", attn_layer=layers.AttentionRope), "AttentionRope.forward takes rope, which"),
     "hooked": (with_hook, "that of its block 1 is not: Attention has hooks"),
+    "hooked windows": (with_hook_on_windows, "an attention of it has hooks, or a forward of its own"),
+    "own shift": (with_own_shift, "an attention of it has hooks, or a forward of its own"),
     "own window attention": (with_own_window_attention, "a OwnWindowAttention in place of timm's WindowAttention"),
     "vit without pooling": (lambda: make_encoder("vit", global_pool=""), UNPOOLED),
     "swin without pooling": (lambda: make_encoder("swin", global_pool=""), UNPOOLED),
