@@ -107,7 +107,7 @@ def expected(case: AttentionCase, mode: str, inputs: Inputs, dtype: torch.dtype)
     return out, *(grad for grad, need in zip(grads, needs, strict=True) if need)
 
 
-def check(case: AttentionCase, mode: str, got: measure.Outputs, inputs: Inputs) -> None:
+def check(provider: str, case: AttentionCase, mode: str, got: measure.Outputs, inputs: Inputs) -> None:
     # the reference sums in float32 whatever it is given: rounded at its end, it is the eager form in the case's dtype
     eager = tuple(t.to(case.dtype) for t in expected(case, mode, inputs, torch.float32))
     truth = expected(case, mode, inputs, torch.float64)

@@ -11,23 +11,25 @@ from torch import Tensor
 
 from benchmarks import measure, suite
 from benchmarks.baselines import fused_encoders as providers
-from benchmarks.cases.fused_encoders import TRAINING, FusedCase, cases
+from benchmarks.cases.fused_encoders import TRAINING, FusedCase
 from mope_fast import MoPEConfig, _implementations
 
 WIDER = {torch.bfloat16: torch.float32, torch.float32: torch.float64}
 LEAST_COSINE = 0.8
 """Seen: 0.95 to 1.00 for gradients behind dropout at the sizes measured, less at tiny ones; 1.00 for the others."""
 PROMPTS = 2 * MoPEConfig().prompt_length + 1
+SWIN_HEAD_DIM = 32  # of all but the tiny one
 Named = dict[str, Tensor]
 
 
 class FusedGroup(suite.Group):
     def providers_at(self, case: FusedCase, mode: str) -> Sequence[str]:
-        fitting = [name for name, (modes, _) in providers.PROVIDERS.items() if mode in modes]
+        fitting = [name for name in self.providers if mode in providers.PROVIDERS[name][0]]
         return [name for name in fitting if providers.is_compiled(name) == case.compiled]
 
 
-GROUP = FusedGroup("fused_encoders", list(providers.PROVIDERS), cases, providers.why_not)
+def group(name: str, cases: Callable[[torch.device, bool], Sequence[FusedCase]], without: Sequence[str] = ()) -> FusedGroup:
+    return FusedGroup(name, [provider for provider in providers.PROVIDERS if provider not in without], cases, providers.why_not)
 
 
 @functools.lru_cache(maxsize=1)
@@ -106,26 +108,28 @@ def implementation(case: FusedCase, device: torch.device) -> str:
     """What the fused model runs on."""
     encoder = case.encoder
     masked = "attention_mask" in encoder.inputs(1, encoder.tokens, torch.device("cpu"), case.dtype)
-    problem = _implementations.Problem(device, case.dtype, encoder.tokens + PROMPTS, masked)
-    return ", ".join(f"{op} {_implementations.choose(op, 'auto', problem)}" for op in ("prompt_attention", "route_and_mix"))
+    keys, head_dim = (encoder.window**2, SWIN_HEAD_DIM) if encoder.window else (encoder.tokens, 0)
+    problem = _implementations.Problem(device, case.dtype, keys + PROMPTS, masked, head_dim=head_dim)
+    attention = "window_prompt_attention" if encoder.window else "prompt_attention"
+    return ", ".join(f"{op} {_implementations.choose(op, 'auto', problem)}" for op in (attention, "route_and_mix"))
 
 
-def run(benchmark, point: suite.Point, session: suite.Session) -> None:
+def run(benchmark, group: suite.Group, point: suite.Point, session: suite.Session) -> None:
     mode, case, device = point.mode, point.case, session.device
-    reason = GROUP.why_not(point.provider, case, device, session.smoke)
+    reason = group.why_not(point.provider, case, device, session.smoke)
     if reason is None and case.compiled and device.type == "cpu" and not session.compile_on_cpu:
         reason = "on a CPU, where compiling takes minutes, only with --compile-on-cpu"
     if reason is not None:
-        session.skip(GROUP, point, reason)
-    with session.noting_failures(GROUP, point):
+        session.skip(group, point, reason)
+    with session.noting_failures(group, point):
         frozen_step, frozen = prepared(providers.FROZEN, point, device)
         step, target = prepared(point.provider, point, device)
     inputs = batch_of(case, device)
     memory, frozen_memory = (measure.peak_memory(lambda s=s: s(inputs), device) for s in (step, frozen_step))
-    benchmark.group = f"{GROUP.name} {mode} {point.timing} {case}"
+    benchmark.group = f"{group.name} {mode} {point.timing} {case}"
     benchmark.extra_info.update(session.facts | case.describe())
     benchmark.extra_info.update(
-        op=GROUP.name, mode=mode, timing=point.timing, provider=point.provider, l2="what the step before left",
+        op=group.name, mode=mode, timing=point.timing, provider=point.provider, l2="what the step before left",
         flops=case.flops(mode), peak_memory=memory, memory_tax=memory and memory / frozen_memory,
         implementation=implementation(case, device),
     )  # fmt: skip

@@ -58,8 +58,8 @@ class Op(Group):
     """One input set for a case and mode."""
     step: Callable[[str, Any, torch.device, str], Step]
     """A provider at a case and mode, as a function of an input set."""
-    check: Callable[[Any, str, measure.Outputs, Any], None]
-    """Fails if outputs at a case and mode are not what the input set gives."""
+    check: Callable[[str, Any, str, measure.Outputs, Any], None]
+    """Fails if a provider's outputs at a case and mode are not what the input set gives."""
     implementation: Callable[[str, Any, torch.device], str | None]
     """What a provider of ours that chooses has chosen."""
 
@@ -157,7 +157,7 @@ def run(benchmark, op: Op, point: Point, session: Session) -> None:
     sets = [op.random(case, device, mode) for _ in range(count)]
     step = op.step(point.provider, case, device, mode)
     with session.noting_failures(op, point):
-        target = prepare(step, point.timing, sets, lambda got, inputs: op.check(case, mode, got, inputs))
+        target = prepare(step, point.timing, sets, lambda got, inputs: op.check(point.provider, case, mode, got, inputs))
     calls = count if point.timing == "replay" else 1
     benchmark.group = f"{op.name} {mode} {point.timing} {case}"
     benchmark.extra_info.update(facts | case.describe())

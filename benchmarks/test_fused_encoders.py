@@ -3,12 +3,16 @@
 import pytest
 
 from benchmarks import fused_encoders, measure, suite
+from benchmarks.baselines.fused_encoders import FROZEN_WITH_SDPA
+from benchmarks.cases.fused_encoders import cases
+
+GROUP = fused_encoders.group("fused_encoders", cases, without=[FROZEN_WITH_SDPA])  # these encoders use it as they are
 
 
 def pytest_generate_tests(metafunc):
-    suite.parametrize(metafunc, fused_encoders.GROUP)
+    suite.parametrize(metafunc, GROUP)
 
 
 @pytest.mark.benchmark(timer=measure.synchronised_time)
 def test_fused_encoders(benchmark, point, session):
-    fused_encoders.run(benchmark, point, session)
+    fused_encoders.run(benchmark, GROUP, point, session)

@@ -1,16 +1,19 @@
 """That whole models are compared fairly: what flows back, what is counted, and what the check would find."""
 
 import dataclasses
+from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from benchmarks import fused_encoders
 from benchmarks.baselines import fused_encoders as providers
-from benchmarks.cases.fused_encoders import INFERENCE, TINY, TRAINING, cases
+from benchmarks.cases.fused_encoders import INFERENCE, TINY, TINY_SWIN, TRAINING, cases, swin_cases
+from mope_fast.encoders import family_of
 
 CPU = torch.device("cpu")
-CASES = cases(CPU, smoke=True)
+CASES = [*cases(CPU, smoke=True), *swin_cases(CPU, smoke=True)]
 
 
 @pytest.fixture(params=CASES, ids=str)
@@ -23,6 +26,12 @@ def case(request):
 def vit():
     pytest.importorskip("timm")
     return CASES[0]
+
+
+@pytest.fixture
+def swin():
+    pytest.importorskip("timm")
+    return CASES[-1]
 
 
 def step(name, case, mode):
@@ -42,8 +51,9 @@ def test_flops_of_a_tiny_vit(vit):
 def test_the_frozen_encoders_gradients_reach_its_embedding_and_no_weight(case):
     outputs = step("frozen", case, TRAINING)
     assert set(outputs) == {"logits", "loss", "head.weight", "head.bias", "embedding"}
-    assert outputs["embedding"].shape[:2] == (case.batch, case.encoder.tokens)
-    assert outputs["embedding"].abs().amax((1, 2)).min() > 0
+    embedding = outputs["embedding"].flatten(1, -2)
+    assert embedding.shape[:2] == (case.batch, case.encoder.tokens)
+    assert embedding.abs().amax((1, 2)).min() > 0
 
 
 def test_what_each_provider_trains(case):
@@ -62,7 +72,9 @@ def test_lora_trains_its_adapters_only(case):
     pytest.importorskip("peft")
     names = set(step("lora", case, TRAINING)) - {"logits", "loss", "head.weight", "head.bias"}
     assert all("lora_" in name for name in names)
-    assert len(names) == 2 * len(case.encoder.lora) * 2
+    encoder = case.encoder.make()
+    layers = family_of(encoder).layers(encoder)
+    assert len(names) == len(layers) * len(case.encoder.lora) * 2
 
 
 @pytest.mark.parametrize(("provider", "mode"), [("mope_fast", INFERENCE), ("mope_fast", TRAINING), ("folded", INFERENCE)])
@@ -98,4 +110,19 @@ def test_random_steps_are_random_and_near_the_truth(vit):
 def test_both_ways_of_mixing_are_measured():
     experts = 16
     assert {case.batch > experts for case in CASES} == {True, False}
-    assert [case.encoder for case in CASES] == TINY
+    assert [case.encoder for case in CASES] == [*TINY, TINY_SWIN]
+
+
+@pytest.mark.parametrize(("provider", "fused"), [("frozen", False), ("frozen-sdpa", True)])
+def test_timms_swin_is_on_sdpa_where_its_label_says_so(provider, fused, swin):
+    with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", wraps=F.scaled_dot_product_attention) as sdpa:
+        step(provider, swin, INFERENCE)
+    assert sdpa.called == fused
+
+
+def test_prompts_are_tokens_of_the_windows_of_their_image(swin):
+    """A sample's logits are what they are without the others."""
+    provider, inputs = providers.build("concatenated", swin, CPU, INFERENCE), fused_encoders.batch_of(swin, CPU)
+    together = provider.step(inputs, INFERENCE)["logits"]
+    one = dataclasses.replace(inputs, main={"x": inputs.main["x"][3:4]}, cross=inputs.cross[3:4])
+    torch.testing.assert_close(provider.step(one, INFERENCE)["logits"], together[3:4])

@@ -6,15 +6,19 @@ import torch
 
 from benchmarks import report
 from benchmarks.cases import attention as attention_cases
+from benchmarks.cases import window_attention as window_cases
 from benchmarks.cases.attention import AttentionCase
-from benchmarks.cases.fused_encoders import BERT_B, VIT_B, FusedCase
+from benchmarks.cases.fused_encoders import BERT_B, SWIN_B, VIT_B, FusedCase
 from benchmarks.cases.route_and_mix import CUDA, Case
+from benchmarks.cases.window_attention import WindowCase
 from benchmarks.report import model, text
 from benchmarks.report.profiles import (
     FUSED_ENCODERS,
+    FUSED_SWIN,
     PROMPT_ATTENTION,
     RECEPTIVE_FIELD_ATTENTION,
     ROUTE_AND_MIX,
+    WINDOW_PROMPT_ATTENTION,
     over_eager,
     over_rivals,
 )
@@ -25,11 +29,12 @@ PAPER, LARGE = CUDA[0], CUDA[5]
 GPU = torch.device("cuda")
 VIT = attention_cases.prompt_attention(GPU, smoke=False)[0]
 VLMO = attention_cases.receptive_field_attention(GPU, smoke=False)[0]
-FUSED, FUSED_BERT = (FusedCase(encoder, 64, torch.bfloat16) for encoder in (VIT_B, BERT_B))
+SWIN_STAGE, *_, FIRST_LAYER = sorted(window_cases.cases(GPU, smoke=False), key=lambda case: case.first_layer)
+FUSED, FUSED_BERT, FUSED_SWIN_B = (FusedCase(encoder, 64, torch.bfloat16) for encoder in (VIT_B, BERT_B, SWIN_B))
 
 
 def entry(
-    provider: str, microseconds: float, *, case: Case | AttentionCase = PAPER, mode: str = "forward+backward", **info
+    provider: str, microseconds: float, *, case: Case | AttentionCase | WindowCase = PAPER, mode: str = "forward+backward", **info
 ) -> dict:
     """A pytest-benchmark record of 10 calls an iteration on a made-up GPU that copies 4,000 GB/s and multiplies 1,000 TFLOP/s."""
     seconds = 10 * microseconds * 1e-6
@@ -160,6 +165,21 @@ def test_goals_of_attention_sizes():
     assert [line.split(" | ")[-1] for line in lines] == ["not measured |", "missed by 20% |"]
 
 
+def test_goals_in_windows_are_about_swin_without_prompts_too():
+    """Whoever has none is a rival where there is something to learn for it."""
+    others = [entry("timm", 40.0, case=SWIN_STAGE), entry("timm-eager", 90.0, case=SWIN_STAGE)]
+    entries = [*others, entry("sdpa-concat", 60.0, case=SWIN_STAGE), entry("auto", 50.0, case=SWIN_STAGE)]
+    first_layer = [entry("sdpa-concat", 60.0, case=FIRST_LAYER), entry("auto", 20.0, case=FIRST_LAYER)]
+    lines = goal_lines(WINDOW_PROMPT_ATTENTION, "forward+backward, replay", *entries, *first_layer)
+    assert [line.split(" | ", 4)[-1] for line in lines] == [
+        "1.20 | met at all 2 |",
+        "0.80 | missed at 1; worst: missed by 20% |",
+        "1.80 | met at all 1 |",
+    ]
+    (loss,) = text.losses(groups(*entries, profile=WINDOW_PROMPT_ATTENTION))
+    assert "timm on SDPA, no prompts takes 40.0 us" in loss
+
+
 def test_memory_beside_sdpa():
     entries = [entry("sdpa", 30.0, case=VIT, timing="called"), entry("auto", 20.0, case=VIT, timing="called", peak_memory=2**20)]
     lines = goal_lines(PROMPT_ATTENTION, "memory", *entries)
@@ -213,6 +233,19 @@ def test_losses_are_to_other_methods_not_to_the_frozen_encoder():
             ],
             ("taxes_training_replay.png",),
             "| mope_fast | 1.040 (1.030 - 1.050) | 1.04 | 1.50 (3) |",
+        ),
+        (
+            [
+                tax_entry(name, tax, FUSED_SWIN_B, op=FUSED_SWIN.op)
+                for name, tax in (("frozen", 1.0), ("frozen-sdpa", 0.8), ("mope_fast", 0.9))
+            ],
+            ("taxes_training_replay.png",),
+            "| frozen encoder with SDPA | 0.800 (0.792 - 0.808) | 0.8 | 1.50 (3) |",
+        ),
+        (
+            [entry("timm", 40.0, case=SWIN_STAGE), entry("flex", 50.0, case=SWIN_STAGE), entry("auto", 20.0, case=SWIN_STAGE)],
+            ("times_forward_backward_replay.png", "speedup.png", "speedup_timm.png", "roofline_share.png"),
+            "| mope_fast auto (triton) | 20.0 | 18.0 - 22.0 | 2.00x |",
         ),
         (
             [entry("literal", 90.0), entry("matmul", 50.0), entry("mope_fast", 20.0)],

@@ -66,7 +66,7 @@ def eager_reference(logits: Tensor, experts: Tensor, gram: Tensor | None) -> tup
     return reference.route_and_mix(logits, experts, temperature=providers.TEMPERATURE, gram=gram, eps=providers.EPS)
 
 
-def check(case: Case, mode: str, got: measure.Outputs, inputs: Inputs) -> None:
+def check(provider: str, case: Case, mode: str, got: measure.Outputs, inputs: Inputs) -> None:
     needs_grad = mode != "forward"
     eager = STEPS[mode](eager_reference, inputs.detached(needs_grad))
     truth = STEPS[mode](eager_reference, inputs.detached(needs_grad, torch.float64))

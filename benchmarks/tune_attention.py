@@ -60,7 +60,7 @@ class Graph(NamedTuple):
 def capture(case: AttentionCase, mode: str, sets: list[attention.Inputs], device: torch.device) -> Graph:
     graph, outputs = measure.capture(attention.build_step("triton", case, device, mode), sets)
     measure.replay_poisoned(graph, outputs)
-    attention.check(case, mode, outputs[-1], sets[-1])
+    attention.check("triton", case, mode, outputs[-1], sets[-1])
     return Graph(graph, len(sets))
 
 

@@ -26,7 +26,7 @@ def concatenated(k: Tensor, v: Tensor, prefixes: Prefixes) -> tuple[Tensor, Tens
     return torch.cat([*keys, k], dim=2), torch.cat([*values, v], dim=2)
 
 
-def _aligned(tensor: Tensor) -> Tensor:
+def aligned(tensor: Tensor) -> Tensor:
     """With zeros up to the next multiple in the last dimension: they change no product."""
     return F.pad(tensor, (0, -tensor.shape[-1] % ALIGNMENT)) if tensor.shape[-1] % ALIGNMENT else tensor
 
@@ -35,7 +35,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """On CUDA a mask and an odd head dim together would leave only plain products and softmax; without a mask torch pads itself."""
     head_dim = q.shape[-1]
     if mask is not None and q.is_cuda:
-        q, k, v = map(_aligned, (q, k, v))
+        q, k, v = map(aligned, (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=head_dim**-0.5)[..., :head_dim]
 
 
@@ -113,10 +113,10 @@ def xformers_bias(case: AttentionCase, device: torch.device) -> Provider:
     visible = case.visible(device)
     bias = torch.zeros(visible.shape, dtype=case.dtype, device=device).masked_fill(~visible, float("-inf"))
     # a view of rows that are a multiple of the alignment long
-    bias = _aligned(bias)[..., : case.keys].expand(case.batch, case.heads, -1, -1)
+    bias = aligned(bias)[..., : case.keys].expand(case.batch, case.heads, -1, -1)
 
     def attention(q: Tensor, k: Tensor, v: Tensor, prefixes: Prefixes) -> Tensor:
-        q, k, v = (_aligned(t).transpose(1, 2) for t in (q, *concatenated(k, v, prefixes)))
+        q, k, v = (aligned(t).transpose(1, 2) for t in (q, *concatenated(k, v, prefixes)))
         out = memory_efficient_attention(q, k, v, attn_bias=bias, scale=case.head_dim**-0.5)
         return out.transpose(1, 2)[..., : case.head_dim]
 

@@ -25,6 +25,8 @@ from mope_fast.models.folded import FoldedModel
 BOTH = (INFERENCE, TRAINING)
 FROZEN = "frozen"
 """What the others' time and memory are divided by."""
+FROZEN_WITH_SDPA = "frozen-sdpa"
+"""Where it isn't so without being asked."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,14 @@ class CompiledFrozen(Plain):
         return self._compiled(inputs, training)
 
 
+def _frozen_with_sdpa(parts: "Parts", case: FusedCase, mode: str) -> Frozen:
+    """timm has the switch, and leaves it off for attention in windows."""
+    for module in parts.encoder.modules():
+        if hasattr(module, "relative_position_bias_table"):
+            module.fused_attn = True
+    return Frozen(parts.encoder, parts.head)
+
+
 class HeadOnly(Plain):
     """The encoder without gradient: nothing flows back into it. Not the same task as the others'."""
 
@@ -187,9 +197,14 @@ class Concatenated(Provider):
         self.plain = Plain(encoder, head)
         self.bank = bank.train(mode == TRAINING)
         self.model = nn.ModuleDict({"bank": bank, "head": head})
+        # of each layer among those of its width
+        self.positions = [bank.dims[:index].count(width) for index, width in enumerate(bank.dims)]
         for index, layer in enumerate(self.plain.family.layers(encoder)):
-            layer.module.register_forward_pre_hook(functools.partial(self._put_prompts, index), with_kwargs=True)
-            layer.module.register_forward_hook(self._cut_prompts)
+            self.attach(index, layer.module)
+
+    def attach(self, index: int, layer: nn.Module) -> None:
+        layer.register_forward_pre_hook(functools.partial(self._put_prompts, index), with_kwargs=True)
+        layer.register_forward_hook(self._cut_prompts)
 
     def logits_and_loss(self, inputs: Inputs, training: bool) -> tuple[Tensor, Tensor | None]:
         config, family = self.bank.config, self.plain.family
@@ -197,8 +212,8 @@ class Concatenated(Provider):
         self.scores = []
         query = self.bank.cross_proj(inputs.cross)
         self.queries = query.unflatten(1, (len(self.bank.dims), -1)).unbind(1)
-        (self.mapped,) = self.bank.mapper(inputs.cross).values()
-        self.mapped = F.dropout(self.mapped, config.dropout, self.bank.training)
+        mapped = self.bank.mapper(inputs.cross)
+        self.mapped = {width: F.dropout(row, config.dropout, self.bank.training) for width, row in mapped.items()}
         logits, loss = self.plain.logits_and_loss(inputs, training)
         if training:
             importance = reference.importance_loss(torch.stack(self.scores), threshold=config.importance_threshold)
@@ -208,15 +223,16 @@ class Concatenated(Provider):
     def prompts(self, index: int, x: Tensor) -> Tensor:
         """(B, P, D), in the order [static | dynamic | mapped]."""
         config, training = self.bank.config, self.bank.training
-        (stack,) = self.bank.stacks.values()
-        own = self.pool(x).to(stack.inter_weight.dtype) @ stack.inter_weight[index].T + stack.inter_bias[index]
+        width, position = self.bank.dims[index], self.positions[index]
+        stack = self.bank.stacks[str(width)]
+        own = self.pool(x).to(stack.inter_weight.dtype) @ stack.inter_weight[position].T + stack.inter_bias[position]
         logits = torch.cat([own, self.queries[index]], dim=1) @ self.bank.keys[index].T / config.temperature
         if training and config.noise_std:
             logits = logits + torch.randn_like(logits) * config.noise_std
         self.scores.append(torch.softmax(logits, dim=-1))
-        static = F.dropout(stack.static_prompt[index], config.dropout, training)
-        dynamic = reference.dynamic_prompt(self.scores[-1], stack.experts[index])
-        return torch.cat([static.expand(len(x), -1, -1), dynamic, self.mapped[:, None]], dim=1).to(x.dtype)
+        static = F.dropout(stack.static_prompt[position], config.dropout, training)
+        dynamic = reference.dynamic_prompt(self.scores[-1], stack.experts[position])
+        return torch.cat([static.expand(len(x), -1, -1), dynamic, self.mapped[width][:, None]], dim=1).to(x.dtype)
 
     def _put_prompts(self, index: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         prompts = self.prompts(index, args[0])
@@ -232,6 +248,42 @@ class Concatenated(Provider):
 
     def _cut_prompts(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         return output[:, self.length :]
+
+
+class ConcatenatedInWindows(Concatenated):
+    """The same for a Swin Transformer: prompts are tokens of every window of their image, which puts them together by their mean.
+
+    As the released code, but for the order of windows: there most windows get prompts of another image.
+    """
+
+    def attach(self, index: int, layer: nn.Module) -> None:
+        layer.forward = functools.partial(self._block, index, layer)
+        layer.attn.forward = functools.partial(self._window_attention, layer.attn)
+
+    def _block(self, index: int, block: nn.Module, x: Tensor) -> Tensor:
+        """timm's, prompts before the tokens of the image."""
+        prompts, size = self.prompts(index, x), x.shape[1:3]
+        length = prompts.shape[1]
+        sequence = torch.cat([prompts, x.flatten(1, 2)], dim=1)
+        normed = block.norm1(sequence)
+        self.normed = normed[:, :length]
+        image = block._attn(normed[:, length:].unflatten(1, size)).flatten(1, 2)
+        sequence = sequence + torch.cat([self.attended, image], dim=1)
+        sequence = sequence + block.mlp(block.norm2(sequence))
+        return sequence[:, length:].unflatten(1, size)
+
+    def _window_attention(self, attention: nn.Module, windows: Tensor, mask: Tensor | None = None) -> Tensor:
+        batch, length, _ = self.normed.shape
+        prompts = self.normed[:, None].expand(-1, len(windows) // batch, -1, -1).flatten(0, 1)
+        sequence = torch.cat([prompts, windows], dim=1)
+        q, k, v = attention.qkv(sequence).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        weights = (q * attention.scale) @ k.mT + F.pad(attention._get_rel_pos_bias(), (length, 0, length, 0))
+        if mask is not None:
+            weights = weights.unflatten(0, (-1, len(mask))) + F.pad(mask, (length, 0, length, 0))[:, None]
+            weights = weights.flatten(0, 1)
+        out = attention.proj((weights.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        self.attended = out[:, :length].unflatten(0, (batch, -1)).mean(1)
+        return out[:, length:]
 
 
 class Fused(Provider):
@@ -288,6 +340,10 @@ def _compiled(function: Callable) -> Callable:
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
+def _concatenated(parts: Parts, case: FusedCase, mode: str) -> Concatenated:
+    return (ConcatenatedInWindows if case.encoder.window else Concatenated)(parts.encoder, parts.bank, parts.head, mode)
+
+
 def _lora(parts: Parts, case: FusedCase, mode: str) -> Provider:
     """Rank 8, not merged, in the encoder's dtype. Where q, k and v are one projection, one adapter is for all three."""
     from peft import LoraConfig, inject_adapter_in_model
@@ -314,7 +370,8 @@ def _checkpointed(parts: Parts, case: FusedCase, mode: str) -> Provider:
 PROVIDERS: dict[str, tuple[Sequence[str], Callable[[Parts, FusedCase, str], Provider]]] = {
     FROZEN: (BOTH, lambda parts, case, mode: Frozen(parts.encoder, parts.head)),
     "frozen-compiled": (BOTH, lambda parts, case, mode: CompiledFrozen(parts.encoder, parts.head, mode)),
-    "concatenated": (BOTH, lambda parts, case, mode: Concatenated(parts.encoder, parts.bank, parts.head, mode)),
+    FROZEN_WITH_SDPA: (BOTH, _frozen_with_sdpa),
+    "concatenated": (BOTH, _concatenated),
     "mope_fast": (BOTH, lambda parts, case, mode: Fused.of(parts, mode)),
     "mope_fast-compiled": (BOTH, lambda parts, case, mode: Fused.of(parts, mode, compiled=True)),
     "folded": ((INFERENCE,), lambda parts, case, mode: Folded(Fused.of(parts, mode).model.fold())),

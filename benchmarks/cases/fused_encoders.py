@@ -28,6 +28,8 @@ class Encoder:
     """Names of the projections that take LoRA."""
     side: str = ""
     """The encoder that such a feature would come from."""
+    window: int = 0
+    """Of attention in windows: tokens of a side."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,21 @@ def _timm(name: str, **settings: Any) -> nn.Module:
     return model
 
 
+def _swin(name: str, **settings: Any) -> nn.Module:
+    """On plain products and softmax, as timm has it by default."""
+    import timm
+
+    return timm.create_model(name, num_classes=0, **settings)
+
+
+def _tiny_swin() -> nn.Module:
+    """15 x 15 tokens, 8 x 8 in the second stage: windows of 4 are padded, and not."""
+    from timm.models.swin_transformer import SwinTransformer
+
+    settings = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4, "num_classes": 0}
+    return SwinTransformer(img_size=30, patch_size=2, **settings)
+
+
 def _tiny_vit() -> nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 
@@ -145,6 +162,17 @@ VIT_S = Encoder(
 )  # fmt: skip
 BERT_B, LONG_BERT_B = _text_encoder("BERT-B", 128), _text_encoder("BERT-B", 512)
 WHISPER = Encoder("Whisper-tiny", "transformers", _whisper, 1500, _spectrograms, 384, ("q_proj", "v_proj"), "MiniLM")
+
+
+def _swin_encoder(size: str, image: int) -> Encoder:
+    window, name = {224: 7, 384: 12}[image], {"T": "swin_tiny", "B": "swin_base"}[size]
+    settings = {} if image == 224 else {"img_size": image, "window_size": window}
+    make = functools.partial(_swin, f"{name}_patch4_window7_224", **settings)
+    return Encoder(f"Swin-{size}/{image}", "timm", make, (image // 4) ** 2, _images(image), 768, ("qkv",), "MiniLM", window)
+
+
+SWIN_T, SWIN_B, LARGE_SWIN_T, LARGE_SWIN_B = (_swin_encoder(size, image) for image in (224, 384) for size in "TB")
+TINY_SWIN = Encoder("tiny Swin", "timm", _tiny_swin, 225, _images(30), 24, ("qkv",), "tiny text", 4)
 TINY = [
     Encoder("tiny ViT", "timm", _tiny_vit, 10, _images(12), 24, ("qkv",), "tiny text"),
     Encoder("tiny BERT", "transformers", functools.partial(_bert, **TINY_TEXT), 9, _text, 24, ("query", "value"), "tiny image"),
@@ -190,4 +218,29 @@ def cases(device: torch.device, smoke: bool) -> list[FusedCase]:
         FusedCase(VIT_B, 1, dtype, modes=(INFERENCE,)),
         FusedCase(VIT_B, 8, dtype, compiled=True),
         FusedCase(BERT_B, 8, dtype, compiled=True),
+    ]
+
+
+def swin_cases(device: torch.device, smoke: bool) -> list[FusedCase]:
+    """In order of interest, as above."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if smoke:
+        return [FusedCase(TINY_SWIN, 17, dtype)]
+    if device.type == "cuda":
+        return [
+            FusedCase(SWIN_B, 64, dtype),
+            FusedCase(SWIN_T, 64, dtype),
+            FusedCase(SWIN_B, 64, dtype, compiled=True),
+            FusedCase(LARGE_SWIN_B, 64, dtype),  # 36 GB for the truth's step in float32, beside two graphs of half of it each
+            FusedCase(LARGE_SWIN_T, 64, dtype),
+            FusedCase(SWIN_B, 16, dtype),
+            FusedCase(SWIN_B, 1, dtype, modes=(INFERENCE,)),
+            FusedCase(SWIN_T, 1, dtype, modes=(INFERENCE,)),
+        ]
+    return [
+        FusedCase(SWIN_B, 8, dtype),
+        FusedCase(SWIN_T, 8, dtype),
+        FusedCase(LARGE_SWIN_T, 8, dtype),
+        FusedCase(SWIN_T, 1, dtype, modes=(INFERENCE,)),
+        FusedCase(SWIN_B, 8, dtype, compiled=True),
     ]

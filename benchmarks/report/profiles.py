@@ -1,5 +1,6 @@
 """Labels, colours, goals and pictures of every op."""
 
+import dataclasses
 import textwrap
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from benchmarks.baselines import route_and_mix
 from benchmarks.baselines.attention import PROVIDERS as ATTENTION_PROVIDERS
 from benchmarks.baselines.fused_encoders import FROZEN
+from benchmarks.baselines.window_attention import PROVIDERS as WINDOW_PROVIDERS
 from benchmarks.cases import MODES
 from benchmarks.cases.fused_encoders import INFERENCE, TRAINING
 from benchmarks.report.model import Goal, Group, Profile, Ratio, Row, optional, overlap, speed
@@ -104,7 +106,7 @@ once and each output written once; a share of copy above 100 % means that caches
 def attention_rivals(group: Group) -> list[str]:
     """All but ``auto`` and, by name, the implementation that it is at this size; its SDPA is not the one measured beside it."""
     itself = None if group.ours is None or group.ours.info["implementation"] == "sdpa" else group.ours.info["implementation"]
-    return [name for name in ATTENTION_PROVIDERS if name not in ("auto", itself)]
+    return [name for name in group.profile.labels if name not in ("auto", itself)]
 
 
 def over_rivals(group: Group) -> float | None:
@@ -233,6 +235,71 @@ RECEPTIVE_FIELD_ATTENTION = _attention(
 )  # fmt: skip
 
 
+def prompted_rivals(group: Group) -> list[str]:
+    return [name for name in attention_rivals(group) if WINDOW_PROVIDERS[name].prompted]
+
+
+def over_prompted(group: Group) -> float | None:
+    return speed(group, prompted_rivals(group))
+
+
+def over_timm(group: Group) -> float | None:
+    return speed(group, ["timm"])
+
+
+def not_slower_in_windows(mode: str, timing: str, device_type: str) -> list[Goal]:
+    """Than whatever has prompts too, and than what a frozen Swin runs without them."""
+    rivals: dict[str, Callable[[Group], list[str]]] = {
+        "auto not slower than the best other with prompts": prompted_rivals,
+        "auto not slower than timm on SDPA without prompts": lambda group: ["timm"],
+        "auto not slower than timm's default without prompts": lambda group: ["timm-eager"],
+    }
+
+    def goal(text: str, names: Callable[[Group], list[str]]) -> Goal:
+        def over(group: Group) -> float | None:
+            return speed(group, names(group))
+
+        def level(group: Group) -> bool:
+            return overlap(group, names(group))
+
+        def fits(info: dict[str, Any]) -> bool:
+            return info["gradients"] == "all" or names is prompted_rivals
+
+        return Goal(text, device_type, mode, timing, fits, over, 1.0, level, summary=True)
+
+    return [goal(*each) for each in rivals.items()]
+
+
+WINDOW_PROMPT_ATTENTION = dataclasses.replace(
+    PROMPT_ATTENTION,
+    op="window_prompt_attention",
+    labels={
+        "timm": "timm on SDPA, no prompts",
+        "timm-eager": "timm's default, no prompts",
+        "sdpa-concat": "SDPA, prompts in every window",
+        "flex": "FlexAttention, prompts in every window",
+        "triton": "mope_fast triton",
+        "auto": "mope_fast auto",
+    },
+    colours=dict(zip(WINDOW_PROVIDERS, ["#6b7a90", "#b0b7c3", "#e3c29b", "#c98a3c", "#8fb8de", "#1f6fb4"], strict=True)),
+    peers=("timm",),
+    peers_text="timm on SDPA",
+    goals=[
+        *(goal for mode in MODES for timing in ("replay", "called") for goal in not_slower_in_windows(mode, timing, "cuda")),
+        *(goal for mode in MODES for goal in not_slower_in_windows(mode, "called", "cpu")),
+    ],
+    notes=f"""\
+{PROMPT_ATTENTION.notes} What has no prompts does less: its rows
+are given the same counts. All but FlexAttention and mope_fast get the projection of windows, and move the image's tokens into
+windows in front of it.""",
+    ratios=[
+        Ratio("speedup.png", "Speed of mope_fast auto over the best other with prompts", "times its speed", over_prompted),
+        Ratio("speedup_timm.png", "Speed of mope_fast auto over timm on SDPA, without prompts", "times its speed", over_timm),
+        Ratio("roofline_share.png", "mope_fast auto: share of the roofline", "share of the roofline", _our_roofline_share),
+    ],
+)
+
+
 def tax_of(provider: str) -> Callable[[Group], float | None]:
     return lambda group: group.rows[provider].info["tax"] if provider in group.rows else None
 
@@ -248,6 +315,7 @@ def at_most(bound: float, provider: str, device_type: str, mode: str, timing: st
 FUSED_LABELS = {
     "frozen": "frozen encoder",
     "frozen-compiled": "frozen encoder compiled",
+    "frozen-sdpa": "frozen encoder with SDPA",
     "concatenated": "prompts as tokens, eager",
     "mope_fast": "mope_fast",
     "mope_fast-compiled": "mope_fast compiled",
@@ -267,8 +335,8 @@ FUSED_ENCODERS = Profile(
         zip(
             FUSED_LABELS,
             [
-                "#6b7a90", "#b0b7c3", "#8c6bb1", "#1f6fb4", "#8fb8de", "#2a9d8f", "#9bd5cc", "#5f9a57", "#dddddd", "#e3c29b",
-                "#c98a3c", "#eeeeaa",
+                "#6b7a90", "#b0b7c3", "#3d4757", "#8c6bb1", "#1f6fb4", "#8fb8de", "#2a9d8f", "#9bd5cc", "#5f9a57", "#dddddd",
+                "#e3c29b", "#c98a3c", "#eeeeaa",
             ],
             strict=True,
         )
@@ -298,4 +366,23 @@ complementary encoder is in none of the others.""",
     axis_label=lambda case: textwrap.fill(case, 14, break_on_hyphens=False),
     baseline=FROZEN,
 )  # fmt: skip
-PROFILES = {profile.op: profile for profile in (ROUTE_AND_MIX, PROMPT_ATTENTION, RECEPTIVE_FIELD_ATTENTION, FUSED_ENCODERS)}
+SWIN = "Swin-B/224"
+FUSED_SWIN = dataclasses.replace(
+    FUSED_ENCODERS,
+    op="fused_swin",
+    goals=[
+        *(at_most(1.0, name, "cuda", INFERENCE, "replay", SWIN, 64) for name in ("folded", "mope_fast")),
+        at_most(1.0, "mope_fast", "cuda", TRAINING, "replay", SWIN, 64),
+        *(at_most(0.95, name, "cpu", INFERENCE, "called", SWIN, 8) for name in ("folded", "mope_fast")),
+        at_most(1.05, "mope_fast", "cpu", TRAINING, "called", SWIN, 8),
+    ],
+    notes=f"""\
+{FUSED_ENCODERS.notes} **The frozen encoder is timm's as it comes: its attention in windows is
+plain products and softmax. It has a switch for SDPA, which is on in a row of its own.**""",
+)
+PROFILES = {
+    profile.op: profile
+    for profile in (
+        ROUTE_AND_MIX, PROMPT_ATTENTION, RECEPTIVE_FIELD_ATTENTION, WINDOW_PROMPT_ATTENTION, FUSED_ENCODERS, FUSED_SWIN,
+    )
+}  # fmt: skip

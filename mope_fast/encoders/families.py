@@ -75,6 +75,7 @@ class EncoderFamily:
         attach: make the encoder's attention call ours (see :func:`prefixes_of`); returns what undoes it, called with the encoder.
         run: (encoder, its keyword arguments) -> its output.
         problem: encoder -> why this one can't take prompts, or None.
+        feature_maps: (encoder, its keyword arguments) -> its output and, of each stage, the map (B, C, H, W); None for no stages.
         setup: makes the encoder's library ready, in this process; called before a model is wrapped and when one is unpickled.
     """
 
@@ -88,6 +89,7 @@ class EncoderFamily:
     attach: Callable[[nn.Module], Callable[[nn.Module], None]]
     run: Callable[[nn.Module, Inputs], Any] = _call
     problem: Callable[[nn.Module], str | None] = _no_problem
+    feature_maps: Callable[[nn.Module, Inputs], tuple[Any, Sequence[Tensor]]] | None = None
     setup: Callable[[], None] = _nothing
 
     def keyword_arguments(self, inputs: Tensor | Inputs) -> Inputs:
@@ -118,12 +120,25 @@ class EncoderFamily:
             raise ValueError(f"{type(encoder).__name__} gave a tuple: leave return_dict at its default")
         return self.feature(encoder, output, inputs)
 
+    def encode_with_maps(self, encoder: nn.Module, inputs: Inputs) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The global feature (B, D), and the maps (B, C, H, W) of the encoder's stages.
+
+        Raises:
+            ValueError: this family has none.
+        """
+        if self.feature_maps is None:
+            having = [name for name, family in _FAMILIES.items() if family.feature_maps is not None]
+            raise ValueError(f"{self.name} has no feature maps of several scales: they are there for {', '.join(having)}")
+        output, maps = self.feature_maps(encoder, inputs)
+        return self.feature(encoder, output, inputs), tuple(maps)
+
     def __reduce__(self):
         """Pickled by name: the process that loads it registers the family first."""
         return _registered, (self.name,)
 
 
 _FAMILIES: dict[str, EncoderFamily] = {}
+_REFUSED: dict[str, str] = {}
 
 
 def _registered(name: str) -> EncoderFamily:
@@ -144,6 +159,11 @@ def register_encoder(family: EncoderFamily) -> None:
     if not isinstance(family, EncoderFamily):
         raise TypeError(f"register_encoder takes an EncoderFamily, got {type(family).__name__}")
     _FAMILIES[family.name] = family
+
+
+def refuse_encoder(model: str, reason: str) -> None:
+    """Say why a model that looks supported can't be: ``"package.module.Class"``."""
+    _REFUSED[model] = reason
 
 
 def supported_encoders() -> dict[str, tuple[str, ...]]:
@@ -169,6 +189,9 @@ def family_of(encoder: object) -> EncoderFamily:
     """
     family = find_family(encoder)
     if family is None:
+        for name in _class_names(encoder):
+            if name in _REFUSED:
+                raise TypeError(f"{type(encoder).__name__} is not supported: {_REFUSED[name]}")
         models = [model.rpartition(".")[2] for models in supported_encoders().values() for model in models]
         parts = encoder.named_modules() if isinstance(encoder, nn.Module) else ()
         inner = [f".{name}" for name, part in parts if find_family(part)]

@@ -4,7 +4,7 @@ import functools
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,17 @@ class _Slot:
     def __init__(self):
         self.prefixes: Sequence[Prefix] = ()
         self.read = False
+
+
+class Encoded(NamedTuple):
+    """What a prompted encoder gives."""
+
+    feature: Tensor
+    """(B, D), over tokens only."""
+    scores: list[Tensor | None]
+    """Routing scores (B, K) of each layer, or None; without prompts there are none."""
+    feature_maps: tuple[Tensor, ...] | None = None
+    """(B, C, H, W) of each stage, if asked for."""
 
 
 @dataclass
@@ -117,14 +128,16 @@ class PromptedEncoder(nn.Module):
         """Of the encoder's weights."""
         return next(p.dtype for p in self.encoder.parameters() if p.is_floating_point())
 
-    def forward(self, inputs: Tensor | Inputs, prompts: PromptProvider | None = None) -> tuple[Tensor, list[Tensor | None]]:
-        """The encoder's global feature (B, D), over tokens only, and the routing scores (B, K) or None of each layer.
+    def forward(self, inputs: Tensor | Inputs, prompts: PromptProvider | None = None, *, feature_maps: bool = False) -> Encoded:
+        """The encoder's global feature, its layers' routing scores and, if asked for, the maps of its stages.
 
         Args:
             inputs: the encoder's main input, or a dict of its keyword arguments.
             prompts: called once for each layer with its input; None for the plain encoder.
+            feature_maps: see :class:`Encoded`.
 
         Raises:
+            ValueError: feature maps of an encoder that has none.
             RuntimeError: the encoder was given back, runs in another forward, or does not ask for its prompts any more.
         """
         if not self._attached:
@@ -133,14 +146,14 @@ class PromptedEncoder(nn.Module):
             raise RuntimeError("this model is in another forward (of another thread?): run one at a time, or deep-copy the model")
         inputs = self.family.keyword_arguments(inputs)
         if prompts is None:
-            return self.family.encode(self.encoder, inputs), []
+            return self._encode(inputs, [], feature_maps)
         slots = [getattr(attention, _SLOT) for _, attention in self._layers]
         for slot in slots:
             slot.read = False
         scores: list[Tensor | None] = []
         self._running = _Running(prompts, self.family.pool(self.encoder, inputs), scores, _thread())
         try:
-            feature = self.family.encode(self.encoder, inputs)
+            encoded = self._encode(inputs, scores, feature_maps)
         finally:
             self._running = None
         if not all(slot.read for slot in slots):
@@ -148,7 +161,14 @@ class PromptedEncoder(nn.Module):
                 f"prompts did not reach layer {[slot.read for slot in slots].index(False)} of {type(self.encoder).__name__}: its "
                 "attention was changed after wrapping (set_attn_implementation?), or this is a replica (use DDP)"
             )
-        return feature, scores
+        return encoded
+
+    def _encode(self, inputs: Inputs, scores: list[Tensor | None], feature_maps: bool) -> Encoded:
+        """``scores`` are filled by the layers on the way."""
+        if feature_maps:
+            feature, maps = self.family.encode_with_maps(self.encoder, inputs)
+            return Encoded(feature, scores, maps)
+        return Encoded(self.family.encode(self.encoder, inputs), scores)
 
     def _layer_forward(self, index: int, *args: Any, **kwargs: Any) -> Any:
         """In place of the layer's own forward."""

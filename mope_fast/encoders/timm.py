@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..functional import prompt_attention
+from ..functional import window_prompt_attention
 from ..modules import PromptAttention
-from .families import EncoderFamily, Inputs, PromptedLayer, keys_and_values, register_encoder
+from .families import EncoderFamily, Inputs, PromptedLayer, keys_and_values, refuse_encoder, register_encoder
 from .pooling import Pool, first_token, token_mean
 from .prompted import prefixes_of
 
@@ -30,9 +30,7 @@ def _forward_of(module: nn.Module) -> str:
 
 
 def _run(encoder: nn.Module, inputs: Inputs) -> Tensor:
-    if _checkpoints(encoder):
-        # it would compute layers again after the forward, when their prompts are gone
-        raise RuntimeError(_CHECKPOINTING)
+    _check_not_checkpointing(encoder)
     return encoder.forward_features(**inputs)
 
 
@@ -50,6 +48,12 @@ _CHECKPOINTING = "timm's gradient checkpointing is on: call set_grad_checkpointi
 def _checkpoints(encoder: nn.Module) -> bool:
     """Whether timm's own checkpointing is on; a Swin Transformer has the switch in its stages."""
     return any(getattr(part, "grad_checkpointing", False) for part in (encoder, *getattr(encoder, "layers", ())))
+
+
+def _check_not_checkpointing(encoder: nn.Module) -> None:
+    if _checkpoints(encoder):
+        # it would compute layers again after the forward, when their prompts are gone
+        raise RuntimeError(_CHECKPOINTING)
 
 
 def _problem(encoder: nn.Module, pooling: str) -> str | None:
@@ -113,44 +117,27 @@ def _detach_vit(own: list[nn.Module], encoder: nn.Module) -> None:
 # SwinTransformer
 
 
-def _window_attention(attention: nn.Module, x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """timm's ``WindowAttention.forward`` on windows (B * windows, W, D) that see the prompts of their image.
+def _shifted_windows(block: nn.Module, x: Tensor) -> Tensor:
+    """timm's ``SwinTransformerBlock._attn`` on normed tokens (B, Hi, Wi, D), whose windows see the prompts of their image.
 
-    Args:
-        attention: timm's module.
-        x: the windows, those of an image one after the other.
-        mask: (windows, W, W), added to the scaled products: -100 between parts of the image that the shift put together.
+    The projections run on the image as it is: what timm rolls, pads and partitions before them is the attention's business.
     """
-    prefixes = prefixes_of(attention)
+    attention, prefixes = block.attn, prefixes_of(block.attn)
     if not prefixes:
-        return type(attention).forward(attention, x, mask)
-    q, k, v = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
-    bias = attention._get_rel_pos_bias()
-    if mask is None:
-        prefixes = [tuple(_for_windows_as_samples(part, len(x)) for part in prefix) for prefix in prefixes]
-    else:
-        # windows as heads of their image: every image has the same mask, which is not repeated for each then
-        windows = len(mask)
-        q, k, v = (part.unflatten(0, (-1, windows)).flatten(1, 2) for part in (q, k, v))
-        bias = (bias + mask[:, None]).flatten(0, 1)[None]
-        prefixes = [
-            (_for_windows_as_heads(keys, windows), _for_windows_as_heads(values, windows), *there)
-            for keys, values, *there in prefixes
-        ]
-    out = prompt_attention(q, k, v, prefixes, bias=bias, scale=attention.scale)
-    return attention.proj(out.reshape(len(x), attention.num_heads, x.shape[1], -1).transpose(1, 2).flatten(2))
-
-
-def _for_windows_as_samples(part: Tensor, samples: int) -> Tensor:
-    """(B or 1, ...) of a prefix, an image's once for each of its windows: (B * windows or 1, ...)."""
-    if len(part) == 1:
-        return part
-    return part[:, None].expand(-1, samples // len(part), *part.shape[1:]).flatten(0, 1)
-
-
-def _for_windows_as_heads(part: Tensor, windows: int) -> Tensor:
-    """(B or 1, H, P, Dh) -> (B or 1, windows * H, P, Dh)."""
-    return part[:, None].expand(-1, windows, -1, -1, -1).flatten(1, 2)
+        return type(block)._attn(block, x)
+    padded = any(size % window for size, window in zip(x.shape[1:3], block.window_size, strict=True))
+    # padding is zeros behind the norm
+    padding = attention.qkv(x.new_zeros(x.shape[-1])).unflatten(-1, (3, attention.num_heads, -1)) if padded else None
+    out = window_prompt_attention(
+        attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)),
+        prefixes,
+        attention._get_rel_pos_bias()[0],
+        window_size=block.window_size,
+        shift_size=block.shift_size,
+        pad_qkv=padding,
+        scale=attention.scale,
+    )
+    return attention.proj(out)
 
 
 def _swin_blocks(encoder: nn.Module) -> list[nn.Module]:
@@ -166,7 +153,7 @@ def _swin_problem(encoder: nn.Module) -> str | None:
         for part, supported in ((block, "SwinTransformerBlock"), (block.attn, "WindowAttention")):
             if _forward_of(part) != f"timm.models.swin_transformer.{supported}":
                 return f"it has a {type(part).__name__} in place of timm's {supported}"
-        if "forward" in vars(block.attn) and getattr(block.attn.forward, "func", None) is not _window_attention:
+        if "forward" in vars(block.attn):
             return "an attention of it has a forward of its own on the object, which prompts would not pass"
     if not hasattr(encoder.head, "global_pool"):
         return (
@@ -181,13 +168,18 @@ def _swin_pool(encoder: nn.Module, inputs: Inputs) -> Pool:
 
 def _attach_swin(encoder: nn.Module) -> Callable[[nn.Module], None]:
     for block in _swin_blocks(encoder):
-        block.attn.forward = functools.partial(_window_attention, block.attn)
+        block._attn = functools.partial(_shifted_windows, block)
     return _detach_swin
 
 
 def _detach_swin(encoder: nn.Module) -> None:
     for block in _swin_blocks(encoder):
-        del block.attn.forward
+        del block._attn
+
+
+def _swin_feature_maps(encoder: nn.Module, inputs: Inputs) -> tuple[Tensor, list[Tensor]]:
+    _check_not_checkpointing(encoder)
+    return encoder.forward_intermediates(**inputs)
 
 
 _COMMON: dict[str, Any] = {"input_name": "x", "feature": _feature, "feature_width": _feature_width, "run": _run}
@@ -210,6 +202,12 @@ register_encoder(
         pool=_swin_pool,
         attach=_attach_swin,
         problem=_swin_problem,
+        feature_maps=_swin_feature_maps,
         **_COMMON,
     )
+)
+refuse_encoder(
+    "timm.models.swin_transformer_v2.SwinTransformerV2",
+    "Swin v2 compares queries and keys by their cosine, with a learned scale for each head, and norms behind its layers, where "
+    "prompts as keys and values have no place of their own; take timm's SwinTransformer",
 )

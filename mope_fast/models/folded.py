@@ -45,14 +45,16 @@ class FoldedModel(nn.Module):
         """D of ``features``."""
         return self.main.feature_width
 
-    def forward(self, main_inputs: Inputs, complementary_inputs: Inputs | None = None) -> FusionOutput:
-        """As :class:`MoPEFusion`'s or :class:`PromptTuned`'s, without labels: logits, scores and features."""
+    def forward(
+        self, main_inputs: Inputs, complementary_inputs: Inputs | None = None, *, feature_maps: bool = False
+    ) -> FusionOutput:
+        """As :class:`MoPEFusion`'s or :class:`PromptTuned`'s, without labels: logits, scores, features and feature maps."""
         cross = None
         if self.bank is not None and self.bank.config.needs_cross:
             cross = complementary_feature(self.complementary, complementary_inputs)
             check_same_batch(self.main, main_inputs, cross)
-        features, scores = run_prompted(self.main, self.bank, main_inputs, cross)
-        return FusionOutput(logits=apply_head(self.head, features), scores=scores, features=features)
+        features, scores, maps = run_prompted(self.main, self.bank, main_inputs, cross, feature_maps=feature_maps)
+        return FusionOutput(logits=apply_head(self.head, features), scores=scores, features=features, feature_maps=maps)
 
     def train(self, mode: bool = True) -> "FoldedModel":
         """Stays in eval mode."""

@@ -84,7 +84,12 @@ class MoPEFusion(TaskModel):
             raise
 
     def forward(
-        self, main_inputs: Inputs, complementary_inputs: Inputs | None = None, labels: Tensor | None = None
+        self,
+        main_inputs: Inputs,
+        complementary_inputs: Inputs | None = None,
+        labels: Tensor | None = None,
+        *,
+        feature_maps: bool = False,
     ) -> FusionOutput:
         """One pass.
 
@@ -93,19 +98,20 @@ class MoPEFusion(TaskModel):
             complementary_inputs: likewise; or the features (B, cross_dim) where ``complementary`` is None; None where no prompt
                 needs them.
             labels: see ``problem_type``; gives ``loss``.
+            feature_maps: give those of the main encoder's stages too, for dense prediction (Swin).
         """
         config, cross = self.config, None
         if config.needs_cross:
             cross = self.complementary_feature(complementary_inputs)
             check_same_batch(self.main, main_inputs, cross)
-        features, scores = run_prompted(self.main, self.bank, main_inputs, cross)
+        features, scores, maps = run_prompted(self.main, self.bank, main_inputs, cross, feature_maps=feature_maps)
         logits = apply_head(self.head, features)
         importance = features.new_zeros(())
         if scores is not None:
             importance = functional.importance_loss(scores, threshold=config.importance_threshold)
         task_loss = self.task_loss(logits, labels)
         loss = None if task_loss is None else task_loss + config.importance_weight * importance
-        return FusionOutput(loss, logits, task_loss, importance, scores, features)
+        return FusionOutput(loss, logits, task_loss, importance, scores, features, maps)
 
     def _make_side(self, complementary: Any) -> Any:
         if _is_encoder(complementary):

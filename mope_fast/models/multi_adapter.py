@@ -92,7 +92,7 @@ class MultiAdapter(nn.Module):
         prompts = None
         if self.stack is not None:
             prompts = BankPrompts(self.stack, self.stack.prepare(ids, crosses), self.main.layers)
-        features, scores = self.main(main_inputs, prompts)
+        features, scores, _ = self.main(main_inputs, prompts)
         routed = self.stack is not None and self.stack.routes
         return FusionOutput(
             logits=self._logits(features, ids), scores=torch.stack(scores)[..., :-1] if routed else None, features=features

@@ -23,6 +23,8 @@ class FusionOutput:
     """(N, B, K) routing scores of each layer; None without dynamic prompts."""
     features: Tensor | None = None
     """(B, D), the main encoder's global feature."""
+    feature_maps: tuple[Tensor, ...] | None = None
+    """(B, C, H, W) of each stage of the main encoder, prompts seen, before any last norm; None unless asked for."""
 
     def to_tuple(self) -> tuple[Tensor, ...]:
         """All that is not None, in order."""

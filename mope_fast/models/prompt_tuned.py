@@ -62,17 +62,18 @@ class PromptTuned(TaskModel):
         """D of ``features``."""
         return self.main.feature_width
 
-    def forward(self, inputs: Inputs, labels: Tensor | None = None) -> FusionOutput:
+    def forward(self, inputs: Inputs, labels: Tensor | None = None, *, feature_maps: bool = False) -> FusionOutput:
         """One pass.
 
         Args:
             inputs: the encoder's main input, or a dict of its keyword arguments.
             labels: see ``problem_type``; gives ``loss``.
+            feature_maps: give those of the encoder's stages too (Swin).
         """
-        features, _ = run_prompted(self.main, self.bank, inputs)
+        features, _, maps = run_prompted(self.main, self.bank, inputs, feature_maps=feature_maps)
         logits = apply_head(self.head, features)
         loss = self.task_loss(logits, labels)
-        return FusionOutput(loss, logits, loss, None, None, features)
+        return FusionOutput(loss, logits, loss, None, None, features, maps)
 
     def fold(self) -> FoldedModel:
         """For inference: a new model whose prompts' keys and values are computed already; see :meth:`MoPEFusion.fold`."""

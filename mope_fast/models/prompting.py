@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -42,13 +42,29 @@ class BankPrompts:
         return self.bank.prefixes(index, self.layers[index], feature, self.context)
 
 
+class Run(NamedTuple):
+    """One forward of a prompted encoder."""
+
+    features: Tensor
+    """(B, D)"""
+    scores: Tensor | None
+    """(N, B, K)"""
+    feature_maps: tuple[Tensor, ...] | None
+
+
 def run_prompted(
-    encoder: PromptedEncoder, bank: PromptBank | FoldedBank | None, inputs: Inputs, cross: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """The encoder's feature (B, D), and the routing scores (N, B, K) or None."""
+    encoder: PromptedEncoder,
+    bank: PromptBank | FoldedBank | None,
+    inputs: Inputs,
+    cross: Tensor | None = None,
+    *,
+    feature_maps: bool = False,
+) -> Run:
+    """An encoder's forward with a bank's prompts; without gradient if there is none."""
     if bank is None:
         with torch.no_grad():
-            return encoder(inputs)[0], None
+            encoded = encoder(inputs, feature_maps=feature_maps)
+        return Run(encoded.feature, None, encoded.feature_maps)
     layers = encoder.layers
     if isinstance(bank, PromptBank):
         context = bank.prepare(cross, layers, encoder.dtype)
@@ -56,5 +72,5 @@ def run_prompted(
             context.compute_shared()
     else:
         context = bank.prepare(cross)
-    feature, scores = encoder(inputs, BankPrompts(bank, context, layers))
-    return feature, torch.stack(scores) if bank.routes else None
+    encoded = encoder(inputs, BankPrompts(bank, context, layers), feature_maps=feature_maps)
+    return Run(encoded.feature, torch.stack(encoded.scores) if bank.routes else None, encoded.feature_maps)

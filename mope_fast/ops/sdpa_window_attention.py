@@ -1,13 +1,17 @@
 """``window_prompt_attention`` on torch's own attention kernels."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..reference.window_attention import window_bias, windows_of
+from ..reference.window_attention import SEAM, window_bias, windows_of
 from .sdpa_attention import in_range
+
+KEY_MULTIPLE = 16
+"""Keys are padded to a multiple of this: on a CPU 64 of them take torch's kernels half the time of 62."""
 
 
 def window_prompt_attention(
@@ -20,28 +24,87 @@ def window_prompt_attention(
     pad_qkv: Tensor | None,
     scale: float | None,
 ) -> Tensor:
-    """scaled_dot_product_attention, windows as heads: the bias with its seams is the same for every image."""
+    """scaled_dot_product_attention on windows cut out of the packed projection, their keys [tokens | prompts | nothing].
+
+    Windows are samples; where a mask differs between them, heads of their image: it is the same for all images.
+    """
     batch, height, width, _, heads, head_dim = qkv.shape
-    tokens, regions = windows_of(height, width, window_size, shift_size, qkv.device)
-    flat = qkv.flatten(1, 2)
-    if tokens.numel() > height * width:
-        padding = qkv.new_zeros(3, heads, head_dim) if pad_qkv is None else pad_qkv.to(qkv.dtype)
-        flat = torch.cat([flat, padding.expand(batch, 1, 3, heads, head_dim)], dim=1)
-    # (B, windows * H, W, Dh) each
-    q, k, v = flat[:, tokens].permute(3, 0, 1, 4, 2, 5).flatten(2, 3)
-    windows = len(tokens)
-    keys, values, masks = [], [], []
-    for pk, pv, *there in prefixes:
-        keys.append(pk.to(qkv.dtype)[:, None].expand(batch, windows, -1, -1, -1).flatten(1, 2))
-        values.append(pv.to(qkv.dtype)[:, None].expand(batch, windows, -1, -1, -1).flatten(1, 2))
-        mask = there[0] if there else torch.ones(1, pk.shape[2], dtype=torch.bool, device=qkv.device)
-        masks.append(torch.zeros_like(mask, dtype=qkv.dtype).masked_fill(~mask, float("-inf"))[:, None, None])
-    bias = in_range(window_bias(relative_position_bias, regions).flatten(0, 1)[None], qkv.dtype)
-    if prefixes:
-        k, v = torch.cat([*keys, k], dim=2), torch.cat([*values, v], dim=2)
-        samples = max(len(mask) for mask in masks)
-        parts = [mask.expand(samples, *bias.shape[1:3], -1) for mask in masks]
-        bias = torch.cat([*parts, bias.expand(samples, -1, -1, -1)], dim=-1)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-    out = out.unflatten(1, (windows, heads)).transpose(2, 3).flatten(3).flatten(1, 2)
-    return out[:, tokens.flatten().argsort()[: height * width]].unflatten(1, (height, width))
+    q, k, v = _in_windows(qkv, pad_qkv, window_size, shift_size).unbind()
+    windows, area = q.shape[1], q.shape[3]
+    prompts = sum(prefix[0].shape[2] for prefix in prefixes)
+    spare = -(area + prompts) % KEY_MULTIPLE
+    mask = _mask(qkv, prefixes, relative_position_bias, window_size, shift_size, spare)
+    if prompts or spare:
+        nothing = qkv.new_zeros(1, heads, spare, head_dim)
+        k = _beside(k, [*(prefix[0] for prefix in prefixes), nothing])
+        v = _beside(v, [*(prefix[1] for prefix in prefixes), nothing])
+    blind = None
+    if all(len(prefix) == 3 for prefix in prefixes):  # then a bias can hide all keys there are
+        blind = (mask == -math.inf).all(-1, keepdim=True)
+        mask = mask.masked_fill(blind, 0.0)
+    first = 0
+    if len(mask) > 1 or mask.shape[1] > 1:
+        first, mask = 1, mask.expand(-1, windows, -1, -1, -1)
+    out = F.scaled_dot_product_attention(
+        *(part.flatten(first, first + 1) for part in (q, k, v)), attn_mask=mask.flatten(first, first + 1), scale=scale
+    )
+    out = out.view(batch, windows, heads, area, head_dim)
+    if blind is not None:
+        out = out.masked_fill(blind, 0.0)
+    return _in_image(out, (height, width), window_size, shift_size)
+
+
+def _beside(tokens: Tensor, rows: Sequence[Tensor]) -> Tensor:
+    """Keys or values of every window (B, windows, H, W, Dh), then ``rows`` (B or 1, H, P, Dh) of their image."""
+    others = [part.to(tokens.dtype)[:, None].expand(*tokens.shape[:3], -1, -1) for part in rows]
+    return torch.cat([tokens, *others], dim=3)
+
+
+def _padded_size(size: tuple[int, int], window: tuple[int, int]) -> tuple[int, int]:
+    return -(-size[0] // window[0]) * window[0], -(-size[1] // window[1]) * window[1]
+
+
+def _in_windows(qkv: Tensor, pad_qkv: Tensor | None, window: tuple[int, int], shift: tuple[int, int]) -> Tensor:
+    """(B, Hi, Wi, 3, H, Dh) -> (3, B, windows, H, W, Dh)."""
+    if any(shift):
+        qkv = qkv.roll((-shift[0], -shift[1]), (1, 2))
+    height, width = qkv.shape[1:3]
+    rows, columns = _padded_size((height, width), window)
+    if (rows, columns) != (height, width):
+        padding = qkv.new_zeros(qkv.shape[3:]) if pad_qkv is None else pad_qkv.to(qkv.dtype)
+        below = padding.expand(len(qkv), rows - height, width, -1, -1, -1)
+        right = padding.expand(len(qkv), rows, columns - width, -1, -1, -1)
+        qkv = torch.cat([torch.cat([qkv, below], dim=1), right], dim=2)
+    cut = qkv.unflatten(2, (-1, window[1])).unflatten(1, (-1, window[0]))  # (B, rows, h, columns, w, 3, H, Dh)
+    return cut.permute(5, 0, 1, 3, 6, 2, 4, 7).flatten(2, 3).flatten(4, 5)
+
+
+def _in_image(out: Tensor, size: tuple[int, int], window: tuple[int, int], shift: tuple[int, int]) -> Tensor:
+    """(B, windows, H, W, Dh) -> (B, Hi, Wi, H * Dh)."""
+    rows, _ = _padded_size(size, window)
+    cut = out.unflatten(3, window).unflatten(1, (rows // window[0], -1))  # (B, rows, columns, H, h, w, Dh)
+    image = cut.permute(0, 1, 4, 2, 5, 3, 6).flatten(1, 2).flatten(2, 3).flatten(3)[:, : size[0], : size[1]]
+    return image.roll(shift, (1, 2)) if any(shift) else image.contiguous()
+
+
+def _mask(
+    qkv: Tensor, prefixes: Sequence, relative_position_bias: Tensor, window: tuple[int, int], shift: tuple[int, int], spare: int
+) -> Tensor:
+    """What is added to the products with [tokens | prompts | nothing], (1 or B, 1 or windows, H, W, keys)."""
+    bias = relative_position_bias[None]
+    if any(shift):
+        _, regions = windows_of(qkv.shape[1], qkv.shape[2], window, shift, qkv.device)
+        # exp(-100) is a denormal float32: with such numbers a CPU takes three times as long for a backward pass
+        hides = qkv.device.type == "cpu" and qkv.dtype != torch.float64
+        bias = window_bias(relative_position_bias, regions, -math.inf if hides else SEAM)
+    bias = in_range(bias, qkv.dtype)[None]
+    prompts = sum(prefix[0].shape[2] for prefix in prefixes)
+    if all(len(prefix) == 2 for prefix in prefixes):
+        bias = F.pad(bias, (0, prompts)) if prompts else bias
+    else:
+        there = [prefix[2] if len(prefix) == 3 else qkv.new_ones((1, prefix[0].shape[2]), dtype=torch.bool) for prefix in prefixes]
+        there = torch.cat([mask.expand(len(qkv), -1) for mask in there], dim=1)[:, None, None, None]
+        to_prompts = torch.where(there, 0.0, -math.inf).to(qkv.dtype)
+        sizes = (len(qkv), *bias.shape[1:4], -1)
+        bias = torch.cat([bias.expand(sizes), to_prompts.expand(sizes)], dim=-1)
+    return F.pad(bias, (0, spare), value=-math.inf) if spare else bias

@@ -38,10 +38,10 @@ def _axis(size: int, window: int, shift: int, device: torch.device) -> tuple[Ten
     return positions.unflatten(0, (-1, window)), regions.unflatten(0, (-1, window))
 
 
-def window_bias(relative_position_bias: Tensor, regions: Tensor) -> Tensor:
+def window_bias(relative_position_bias: Tensor, regions: Tensor, seam: float = SEAM) -> Tensor:
     """Relative position bias (H, W, W) with the seams of ``windows_of``: (windows, H, W, W)."""
     apart = regions[:, :, None] != regions[:, None, :]
-    return relative_position_bias + (SEAM * apart.to(relative_position_bias.dtype))[:, None]
+    return relative_position_bias + torch.zeros_like(apart, dtype=relative_position_bias.dtype).masked_fill(apart, seam)[:, None]
 
 
 def window_prompt_attention(

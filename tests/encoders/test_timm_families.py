@@ -18,6 +18,7 @@ from tiny_timm import (
     make_encoder,
     make_fusion,
     make_images,
+    swin_maps,
     swin_transformer,
     timm,
     trained,
@@ -117,6 +118,46 @@ def test_folding_and_checkpointing_change_no_result(kind, settings):
     output = model(images, cross)
     for name, gradient in gradients(model, output.features, output.scores).items():
         close(gradient, before[name])
+
+
+@pytest.mark.parametrize("settings", [SWINS["windows that fit"], SWINS["padding"]], ids=["fits", "padding"])
+def test_feature_maps_are_those_of_timms_stages_with_prompts(settings):
+    encoder = make_encoder("swin", **settings)
+    plain, model = make_plain(encoder), make_fusion(encoder)
+    images, cross = make_images(3, "swin", settings), make_cross(3)
+    context = model.bank.prepare(cross)
+    expected = swin_maps(plain, images, lambda i, pooled: model.bank.layer(i, pooled, context).prompts)
+    output = model(images, cross, feature_maps=True)
+    assert len(output.feature_maps) == len(encoder.layers)
+    for got, stage in zip(output.feature_maps, expected, strict=True):
+        close(got, stage.permute(0, 3, 1, 2))
+    close(output.features, model(images, cross).features)
+    close(gradients(model, *output.feature_maps), gradients(model, *(stage.permute(0, 3, 1, 2) for stage in expected)))
+    for maps in (model.fold()(images, cross, feature_maps=True).feature_maps, model(images, cross, feature_maps=True).feature_maps):
+        close(list(maps), list(output.feature_maps))
+    assert model(images, cross).feature_maps is None
+
+
+def test_feature_maps_of_prompt_tuning_and_of_no_prompts():
+    encoder = make_encoder("swin").eval()
+    images = make_images(2, "swin", {})
+    close(list(PromptTuned(encoder, 0)(images, feature_maps=True).feature_maps), encoder.forward_intermediates(images)[1])
+    tuned = PromptTuned(make_encoder("swin"), 3).double().eval()
+    maps = tuned(images, feature_maps=True).feature_maps
+    assert [tuple(m.shape[1:]) for m in maps] == [tuple(m.shape[1:]) for m in encoder.forward_intermediates(images)[1]]
+    assert all(g.norm() > 0 for g in gradients(tuned, *maps).values())
+
+
+def test_a_vision_transformer_has_no_feature_maps():
+    model = make_fusion(make_encoder("vit"))
+    with pytest.raises(ValueError, match="timm_vit has no feature maps of several scales: they are there for timm_swin"):
+        model(make_images(2, "vit", {}), make_cross(2), feature_maps=True)
+
+
+def test_swin_v2_is_refused_with_the_reason():
+    model = timm.models.SwinTransformerV2(img_size=32, patch_size=4, window_size=4, embed_dim=8, depths=(1,), num_heads=(2,))
+    with pytest.raises(TypeError, match=r"SwinTransformerV2 is not supported: .*cosine.*timm's SwinTransformer"):
+        make_fusion(model)
 
 
 def test_shifts_and_padding_are_all_among_the_cases():
@@ -453,9 +494,6 @@ UNLISTED = {
     "Eva": lambda: timm.models.eva.Eva(**SMALL),
     "Beit": lambda: timm.models.beit.Beit(**SMALL),
     "NaFlexVit": lambda: timm.models.naflexvit.NaFlexVit(timm.models.naflexvit.NaFlexVitCfg(embed_dim=32, depth=1, num_heads=4)),
-    "SwinTransformerV2": lambda: timm.models.swin_transformer_v2.SwinTransformerV2(
-        img_size=16, patch_size=4, embed_dim=16, depths=(1,), num_heads=(2,), window_size=4
-    ),
 }
 
 

@@ -108,9 +108,9 @@ def vit_feature(encoder, images, prompts_of_layer):
     return encoder.forward_head(encoder.norm(x), pre_logits=True)
 
 
-def swin_feature(encoder, images, prompts_of_layer):
-    """timm's own block, its windows concatenated with the prompts of their image."""
-    x, index = encoder.patch_embed(images), 0
+def swin_maps(encoder, images, prompts_of_layer):
+    """(B, H, W, C) behind each stage of timm's own blocks, windows concatenated with the prompts of their image."""
+    x, index, maps = encoder.patch_embed(images), 0, []
     for stage in encoder.layers:
         x = stage.downsample(x)
         for block in stage.blocks:
@@ -118,7 +118,12 @@ def swin_feature(encoder, images, prompts_of_layer):
             x = x + block.drop_path1(shifted_windows(block, block.norm1(x), block.norm1(prompts)))
             x = x + block.drop_path2(block.mlp(block.norm2(x)))
             index += 1
-    return encoder.forward_head(encoder.norm(x), pre_logits=True)
+        maps.append(x)
+    return maps
+
+
+def swin_feature(encoder, images, prompts_of_layer):
+    return encoder.forward_head(encoder.norm(swin_maps(encoder, images, prompts_of_layer)[-1]), pre_logits=True)
 
 
 FEATURE = {"vit": vit_feature, "swin": swin_feature}

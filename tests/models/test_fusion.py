@@ -147,8 +147,9 @@ def test_output_is_read_by_attribute_name_and_position():
     model = make_fusion()
     output = model(make_text(3), make_images(3), torch.zeros(3, dtype=torch.long))
     names = [f.name for f in dataclasses.fields(FusionOutput)]
-    assert names == ["loss", "logits", "task_loss", "importance_loss", "scores", "features"]
-    for position, name in enumerate(names):
+    assert names == ["loss", "logits", "task_loss", "importance_loss", "scores", "features", "feature_maps"]
+    assert output.feature_maps is output["feature_maps"] is None
+    for position, name in enumerate(names[:-1]):
         assert output[name] is getattr(output, name) is output[position]
     loss, logits, *_ = output
     assert (loss is output.loss, logits is output.logits) == (True, True)

@@ -1,0 +1,17 @@
+"""The MoPE tax on Swin Transformers, whose attention is in windows. Each provider is checked, then timed."""
+
+import pytest
+
+from benchmarks import fused_encoders, measure, suite
+from benchmarks.cases.fused_encoders import swin_cases
+
+GROUP = fused_encoders.group("fused_swin", swin_cases)
+
+
+def pytest_generate_tests(metafunc):
+    suite.parametrize(metafunc, GROUP)
+
+
+@pytest.mark.benchmark(timer=measure.synchronised_time)
+def test_fused_swin(benchmark, point, session):
+    fused_encoders.run(benchmark, GROUP, point, session)
