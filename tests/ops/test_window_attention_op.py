@@ -1,5 +1,6 @@
 """The registered op of window_prompt_attention on the CPU: schema, fakes, autograd, compile, and what it refuses."""
 
+import functools
 import math
 
 import pytest
@@ -237,27 +238,22 @@ def check_compiled(function, problem, warm, others):
                 torch.testing.assert_close(a, b)
 
 
-FUNCTIONS = {
-    "op": through_op,
-    "auto": lambda inputs: through_functional(inputs, "auto"),
-    "sdpa": lambda inputs: through_functional(inputs, "sdpa"),
-    "reference": lambda inputs: through_functional(inputs, "reference"),
-}
-functions = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
-some_problems = pytest.mark.parametrize("name", ["no prefixes", "both prefixes", "everything"])
+# sizes that no other dimension has, or torch takes them for one: the first warms up
+PADDED = [(4, (7, 9)), (9, (7, 9)), (32, (10, 13)), (5, (13, 7))]
+FITTING = [(9, (9, 8)), (11, (12, 7)), (7, (10, 14))]
 
 
-@functions
-@some_problems
-def test_it_compiles_in_one_graph_without_recompiling_for_a_new_batch(name, function):
-    check_compiled(function, PROBLEMS[name], [(4, IMAGE)], [(7, IMAGE), (32, IMAGE)])
+@pytest.mark.parametrize("name", ["no prefixes", "both prefixes", "everything"])
+@pytest.mark.parametrize("impl", ["op", "reference"])
+def test_it_compiles_in_one_graph_without_recompiling_for_a_new_batch_or_image_size(impl, name):
+    function = through_op if impl == "op" else functools.partial(through_functional, impl=impl)
+    check_compiled(function, PROBLEMS[name], PADDED[:1], PADDED[1:] + FITTING)
 
 
-@functions
-@some_problems
-def test_it_compiles_in_one_graph_without_recompiling_for_another_image_size(name, function):
-    """One size with padding warms up for all with padding."""
-    check_compiled(function, PROBLEMS[name], [(4, (5, 7))], [(4, (7, 5)), (3, (10, 9)), (5, (11, 13))])
+@pytest.mark.parametrize(("impl", "name"), [("sdpa", "no prefixes"), ("auto", "both prefixes"), ("sdpa", "everything")])
+def test_on_torchs_attention_another_batch_or_padded_image_size_compiles_nothing_anew(impl, name):
+    """That has no padding to concatenate below, or on the right, where an image fits."""
+    check_compiled(functools.partial(through_functional, impl=impl), PROBLEMS[name], PADDED[:1], PADDED[1:])
 
 
 def test_raw_ops_refuse_inputs_that_require_grad():
