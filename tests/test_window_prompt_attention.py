@@ -376,7 +376,7 @@ def test_a_very_low_bias_hides_a_token_as_minus_infinity_does(value, dtype, impl
 
 
 @impls
-@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("value", [-1e9, -1e38, "lowest"])
 def test_where_all_tokens_are_equally_low_all_count_the_same(value, bias_dtype, impl):
     """Next to such numbers logits vanish, without prompts."""

@@ -30,7 +30,7 @@ def make_inputs(
     *,
     image=(5, 4),
     window=(3, 4),
-    shift=(1, 2),
+    shift=(2, 2),
     batch=2,
     heads=1,
     head_dim=8,
@@ -41,7 +41,7 @@ def make_inputs(
     """Random leaves, rounded to dtype: qkv, pk0 to pv1, bias, pad; masks there0 and there1; window and shift.
 
     ``prefixes`` has (batch, length) pairs, or (batch, length, rows of its mask). Logits have a standard deviation of 1/2, as in
-    the tests of ``prompt_attention``.
+    the tests of ``prompt_attention``. Padding shares its side of the seam with tokens: across it there is next to no gradient.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -181,7 +181,7 @@ def recording(kernel, name, launches):
 PROBLEMS = {
     "no prefixes": {},
     "a shared prefix": {"prefixes": [(1, 6)], "shift": (0, 0)},
-    "a prefix for each image": {"prefixes": [(2, 6)], "shift": (1, 0)},
+    "a prefix for each image": {"prefixes": [(2, 6)], "shift": (2, 0)},
     "both prefixes": {"prefixes": [(2, 9), (1, 1)], "shift": (0, 2)},
     "a masked prefix": {"prefixes": [(2, 6, 2)], "pad": False},
     "everything": {"prefixes": [(1, 6, 1), (2, 7, 2)]},
@@ -218,7 +218,7 @@ def test_16_bit_output_and_gradients_are_as_good_as_eager(name, dtype, device):
 def test_the_tables_launches_of_swins_windows_are_as_good_as_eager(side, prompts, tiles, dtype, device, monkeypatch):
     launches = recorded(monkeypatch)
     shared = prompts // 2
-    sizes = {"window": (side, side), "image": (side, side - 1), "shift": (side // 2, side // 2), "batch": 1, "head_dim": 32}
+    sizes = {"window": (side, side), "image": (side, side - 1), "shift": ((side - 1) // 2,) * 2, "batch": 1, "head_dim": 32}
     inputs = make_inputs(dtype, device, **sizes, prefixes=[(1, shared), (1, prompts - shared)] if prompts else [])
     check_against_truth(inputs, dtype)
     assert [name for name, _ in launches] == KERNELS
@@ -402,7 +402,7 @@ def test_views_inside_nan_and_other_strides_give_the_same_bits(view, device):
 
 @pytest.mark.parametrize("dim", [0, 1, 3])
 def test_expanded_tensors_give_the_same_bits(dim, device):
-    inputs = make_inputs(torch.float32, device, image=(3, 3), window=(3, 2), shift=(1, 1), heads=2, prefixes=[(2, 3), (2, 4)])
+    inputs = make_inputs(torch.float32, device, image=(3, 3), window=(3, 4), shift=(1, 1), heads=2, prefixes=[(2, 3), (2, 4)])
     upstream = random_upstream(inputs)
 
     def one(name, t):
@@ -449,7 +449,7 @@ ASKED = [("qkv",), ("pk0",), ("pv1",), ("bias",), ("pad",), ("pk0", "pv0", "pk1"
 
 @pytest.mark.parametrize("needs", ASKED, ids=" ".join)
 def test_only_asked_for_gradients_are_computed(needs, device, monkeypatch):
-    inputs = make_inputs(torch.float32, device, image=(3, 2), window=(2, 2), shift=(1, 1), prefixes=[(1, 3), (2, 2)])
+    inputs = make_inputs(torch.float32, device, image=(2, 1), window=(2, 2), shift=(1, 0), prefixes=[(1, 3), (2, 2)])
     upstream = random_upstream(inputs)
     full = run(inputs, upstream)
     launches = recorded(monkeypatch)
@@ -553,7 +553,7 @@ def test_garbage_in_hidden_rows_of_a_prefix_changes_no_bit(dtype, device):
     upstream = random_upstream(inputs)
     hidden = ~inputs["there1"][:, None, :, None]
     clean = run(inputs, upstream)
-    garbage = torch.finfo(dtype).max
+    garbage = min(1e30, torch.finfo(dtype).max)
     spoilt = changed(inputs, lambda name, t: t.masked_fill(hidden, garbage) if name in ("pk1", "pv1") else t)
     assert_same_bits(run(spoilt, upstream), clean)
     for name in ("pk1", "pv1"):
@@ -586,8 +586,7 @@ def test_nan_of_a_token_stays_in_its_window(device):
     assert got[:, :3].isnan().all()
 
 
-@pytest.mark.parametrize("windows", [1, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("windows", "dtype"), [(1, torch.float32), (4, torch.bfloat16)], ids=str)
 def test_an_image_has_the_same_bits_alone_and_in_a_batch(windows, dtype, device, monkeypatch):
     set_launch(monkeypatch, windows=windows)
     inputs = make_inputs(dtype, device, batch=3, prefixes=[(3, 2), (3, 3, 3)])
@@ -621,7 +620,7 @@ def test_programs_may_run_in_any_order_and_twice(monkeypatch):
     import triton.runtime.interpreter as interpreter
 
     set_launch(monkeypatch, windows=1)
-    inputs = make_inputs(torch.float32, CPU, heads=2, **EVERYTHING)
+    inputs = make_inputs(torch.float32, CPU, **EVERYTHING)
     upstream = random_upstream(inputs)
     plain = run(inputs, upstream)
     orders = []
