@@ -280,7 +280,8 @@ def test_prefixes_longer_than_the_window_are_as_good_as_eager(lengths, dtype, de
     ids=str,
 )
 def test_any_head_dim_is_as_good_as_eager(head_dim, dtype, device):
-    inputs = make_inputs(dtype, device, batch=1, head_dim=head_dim, prefixes=[(1, 3), (1, 2)])
+    # a gradient of one number is a matter of luck
+    inputs = make_inputs(dtype, device, batch=1, head_dim=head_dim, prefixes=[(1, 3), (1, 2)], pad=head_dim > 1)
     check_against_truth(inputs, dtype)
 
 
