@@ -56,13 +56,14 @@ def _reference_backward(grad_out, qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv,
     grads = _empty_grads(qkv, pk0, pk1, bias, pad_qkv, needs)
     tensors = (qkv, pk0, pv0, pk1, pv1, bias, pad_qkv)
     asked = (needs[0], needs[1], needs[1], needs[2], needs[2], needs[3], needs[4])
-    with torch.enable_grad():
+    # inside an op autograd is switched off as a whole, not only its gradients
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False), torch.enable_grad():
         qkv, pk0, pv0, pk1, pv1, bias, pad_qkv = leaves = [
             None if t is None else t.detach().requires_grad_(need) for t, need in zip(tensors, asked, strict=True)
         ]
         out = _reference(qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, window_size, shift_size, scale)
-    wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
-    got = iter(torch.autograd.grad(out, wanted, grad_out, materialize_grads=True) if wanted else ())
+        wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+        got = iter(torch.autograd.grad(out, wanted, grad_out, materialize_grads=True) if wanted else ())
     gqkv, gk0, gv0, gk1, gv1, gbias, gpad = (next(got) if leaf is not None and leaf.requires_grad else None for leaf in leaves)
     pairs = [None if keys is None else torch.stack([keys, values]) for keys, values in ((gk0, gv0), (gk1, gv1))]
     for target, source in zip(grads, (gqkv, *pairs, gbias, gpad), strict=True):
