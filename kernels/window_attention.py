@@ -69,7 +69,7 @@ def _image_rows(tensor, y, x, strides):
 @triton.jit
 def _part(tensor, image, part, head, strides):
     """Where the queries (part 0), keys (1) or values (2) of one image and head begin."""
-    return tensor + image.to(tl.int64) * strides[0] + part * strides[3] + head.to(tl.int64) * strides[4]
+    return tensor + image.to(tl.int64) * strides[0] + tl.full([], part, tl.int64) * strides[3] + head.to(tl.int64) * strides[4]
 
 
 @triton.jit

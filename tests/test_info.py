@@ -23,12 +23,21 @@ def run(**environment) -> str:
     [
         (
             {"TRITON_INTERPRET": "0"},
-            ["route_and_mix (float32): reference", "prompt_attention (float32): sdpa", "not triton: the tensors are on cpu"],
+            [
+                "route_and_mix (float32): reference",
+                "  prompt_attention (float32): sdpa",
+                "  window_prompt_attention (float32): sdpa",
+                "not triton: the tensors are on cpu",
+            ],
         ),
         ({"TRITON_INTERPRET": "1"}, ["route_and_mix (float32): triton"]),
         (
             {"TRITON_INTERPRET": "0", "MOPE_FAST_IMPL": "triton"},
-            ["route_and_mix (float32): none (", "importance_loss (float32): reference"],
+            [
+                "route_and_mix (float32): none (",
+                "window_prompt_attention (bfloat16): none (",
+                "importance_loss (float32): reference",
+            ],
         ),
     ],
 )

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
+from timm_windows import shifted_windows
 from torch import nn
 
 from mope_fast import MoPEConfig, MoPEFusion
@@ -115,7 +115,7 @@ def swin_maps(encoder, images, prompts_of_layer):
         x = stage.downsample(x)
         for block in stage.blocks:
             prompts = prompts_of_layer(index, x.sum((1, 2)) / (x.shape[1] * x.shape[2]))
-            x = x + block.drop_path1(_shifted_windows(block, block.norm1(x), block.norm1(prompts)))
+            x = x + block.drop_path1(shifted_windows(block, block.norm1(x), block.norm1(prompts)))
             x = x + block.drop_path2(block.mlp(block.norm2(x)))
             index += 1
         maps.append(x)
@@ -124,31 +124,6 @@ def swin_maps(encoder, images, prompts_of_layer):
 
 def swin_feature(encoder, images, prompts_of_layer):
     return encoder.forward_head(encoder.norm(swin_maps(encoder, images, prompts_of_layer)[-1]), pre_logits=True)
-
-
-def _shifted_windows(block, x, prompts):
-    """``SwinTransformerBlock._attn``: roll, pad, partition, attend, reverse, cut, roll back."""
-    height, width = x.shape[1:3]
-    shifted = torch.roll(x, [-s for s in block.shift_size], dims=(1, 2))
-    shifted = F.pad(shifted, (0, 0, 0, -width % block.window_size[1], 0, -height % block.window_size[0]))
-    windows = swin_transformer.window_partition(shifted, block.window_size).flatten(1, 2)
-    mask = block.get_attn_mask(shifted) if block.dynamic_mask else block.attn_mask
-    windows = _eager_window_attention(block.attn, windows, prompts, mask)
-    windows = windows.unflatten(1, block.window_size)
-    shifted = swin_transformer.window_reverse(windows, block.window_size, *shifted.shape[1:3])[:, :height, :width]
-    return torch.roll(shifted, block.shift_size, dims=(1, 2))
-
-
-def _eager_window_attention(attention, windows, prompts, mask):
-    """``WindowAttention.forward`` without fused kernels on [prompts | window]; outputs of prompts are cut."""
-    length, per_image = prompts.shape[1], windows.shape[0] // prompts.shape[0]
-    sequence = torch.stack([torch.cat([prompts[i // per_image], window]) for i, window in enumerate(windows)])
-    q, k, v = attention.qkv(sequence).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    weights = attention.scale * q @ k.mT + F.pad(attention._get_rel_pos_bias(), (length, 0, length, 0))
-    if mask is not None:
-        weights = weights.unflatten(0, (-1, mask.shape[0])) + F.pad(mask, (length, 0, length, 0))[:, None]
-        weights = weights.flatten(0, 1)
-    return attention.proj((weights.softmax(-1) @ v).transpose(1, 2).flatten(2))[:, length:]
 
 
 FEATURE = {"vit": vit_feature, "swin": swin_feature}
