@@ -105,50 +105,54 @@ def _load_upstream(
 def _padded(tile, qkv, pad_qkv, part, head, padding, strides, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Keys or values with those of padding in the rows ``padding``."""
     columns = tl.arange(0, BLOCK_D)
-    at = pad_qkv + part * strides[0] + head * strides[1] + columns * strides[2]
+    at = pad_qkv + tl.full([], part, tl.int64) * strides[0] + head.to(tl.int64) * strides[1] + columns.to(tl.int64) * strides[2]
     row = tl.load(at, mask=columns < HEAD_DIM, other=0.0).to(qkv.dtype.element_ty)  # as the projection rounds it
     return tl.where(padding[:, None], row.to(tile.dtype)[None, :], tile)
 
 
 @triton.jit
 def _prefix_rows(
-    prompts, image, head, rows, length, strides, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr
+    prompts, image, head, rows, present, length, strides, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr
 ):  # fmt: skip
-    columns, mask = _columns((rows >= 0) & (rows < length), HEAD_DIM, BLOCK_D)
+    columns, mask = _columns(present & (rows >= 0) & (rows < length), HEAD_DIM, BLOCK_D)
     start = prompts + image.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
     return tl.load(start + rows[:, None].to(tl.int64) * strides[2] + columns * strides[3], mask=mask, other=0.0).to(COMPUTE)
 
 
 @triton.jit
 def _prompt_tile(
-    prompts0, prompts1, image, head, strides0, strides1, lengths,
+    prompts0, prompts1, there, image, head, strides0, strides1, there_strides, lengths,
     START: tl.constexpr, SIZE: tl.constexpr, AREA: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Keys or values of an image's prompts at their positions behind a window's tokens; zeros elsewhere."""
+    """Keys or values of those of an image's prompts that are there, behind a window's tokens; zeros elsewhere."""
     if START + SIZE <= AREA:
         tile = tl.zeros([1, 1], COMPUTE)  # nobody reads it
     else:
         rows = START - AREA + tl.arange(0, SIZE)
+        present = rows >= 0
+        if there is not None:
+            at = there + image.to(tl.int64) * there_strides[0] + rows.to(tl.int64) * there_strides[1]
+            present = tl.load(at, mask=present & (rows < lengths[0] + lengths[1]), other=0).to(tl.int1)
         tile = tl.zeros([SIZE, BLOCK_D], COMPUTE)
         if prompts0 is not None:
-            tile = _prefix_rows(prompts0, image, head, rows, lengths[0], strides0, HEAD_DIM, BLOCK_D, COMPUTE)
+            tile = _prefix_rows(prompts0, image, head, rows, present, lengths[0], strides0, HEAD_DIM, BLOCK_D, COMPUTE)
         if prompts1 is not None:
             behind = rows - lengths[0]
-            second = _prefix_rows(prompts1, image, head, behind, lengths[1], strides1, HEAD_DIM, BLOCK_D, COMPUTE)
+            second = _prefix_rows(prompts1, image, head, behind, present, lengths[1], strides1, HEAD_DIM, BLOCK_D, COMPUTE)
             tile = tl.where((behind >= 0)[:, None], second, tile)
     return tile
 
 
 @triton.jit
 def _prompt_tiles(
-    prompts0, prompts1, image, head, strides0, strides1, lengths,
+    prompts0, prompts1, there, image, head, strides0, strides1, there_strides, lengths,
     AREA: tl.constexpr, TILES: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     tiles = ()
     for i in tl.static_range(len(TILES)):
         tile = _prompt_tile(
-            prompts0, prompts1, image, head, strides0, strides1, lengths,
+            prompts0, prompts1, there, image, head, strides0, strides1, there_strides, lengths,
             TILES[i][0], TILES[i][1], AREA, HEAD_DIM, BLOCK_D, COMPUTE,
         )  # fmt: skip
         tiles = tiles + (tile,)
@@ -291,8 +295,12 @@ def window_attention_kernel(
     """One program: every window in a chunk of them, of one image and head."""
     pid = tl.program_id(0)
     chunk, head, image = pid % chunks, pid // chunks % H, pid // chunks // H
-    prompt_keys = _prompt_tiles(pk0, pk1, image, head, pk0_strides, pk1_strides, lengths, AREA, TILES, HEAD_DIM, BLOCK_D, COMPUTE)
-    prompt_values = _prompt_tiles(pv0, pv1, image, head, pv0_strides, pv1_strides, lengths, AREA, TILES, HEAD_DIM, BLOCK_D, COMPUTE)
+    prompt_keys = _prompt_tiles(
+        pk0, pk1, there, image, head, pk0_strides, pk1_strides, there_strides, lengths, AREA, TILES, HEAD_DIM, BLOCK_D, COMPUTE
+    )
+    prompt_values = _prompt_tiles(
+        pv0, pv1, there, image, head, pv0_strides, pv1_strides, there_strides, lengths, AREA, TILES, HEAD_DIM, BLOCK_D, COMPUTE
+    )
     # where all queries are one block, its bias stays in registers
     biases = _bias_tiles(bias, there, image, head, tl.arange(0, BLOCK_Q), there_strides, lengths, AREA, ROWS, KEYS, TILES, ACC)
     for window in range(chunk * per_chunk, tl.minimum(windows, (chunk + 1) * per_chunk)):
@@ -354,8 +362,12 @@ def window_grads_kernel(
     """
     pid = tl.program_id(0)
     chunk, head, image = pid % chunks, pid // chunks % H, pid // chunks // H
-    prompt_keys = _prompt_tiles(pk0, pk1, image, head, pk0_strides, pk1_strides, lengths, AREA, TILES, HEAD_DIM, BLOCK_D, COMPUTE)
-    prompt_values = _prompt_tiles(pv0, pv1, image, head, pv0_strides, pv1_strides, lengths, AREA, TILES, HEAD_DIM, BLOCK_D, COMPUTE)
+    prompt_keys = _prompt_tiles(
+        pk0, pk1, there, image, head, pk0_strides, pk1_strides, there_strides, lengths, AREA, TILES, HEAD_DIM, BLOCK_D, COMPUTE
+    )
+    prompt_values = _prompt_tiles(
+        pv0, pv1, there, image, head, pv0_strides, pv1_strides, there_strides, lengths, AREA, TILES, HEAD_DIM, BLOCK_D, COMPUTE
+    )
     grads_k, grads_v = _key_zeros(TILES, BLOCK_D, ACC), _key_zeros(TILES, BLOCK_D, ACC)
     pad_grad_k, pad_grad_v = tl.zeros([BLOCK_D], ACC), tl.zeros([BLOCK_D], ACC)
     for window in range(chunk * per_chunk, tl.minimum(windows, (chunk + 1) * per_chunk)):
@@ -440,10 +452,10 @@ def window_bias_grads_kernel(
     for unit in range(split * per_split, tl.minimum(units, (split + 1) * per_split)):
         image, window = unit // windows, unit % windows
         prompt_keys = _prompt_tiles(
-            pk0, pk1, image, head, pk0_strides, pk1_strides, lengths, AREA, TILES, HEAD_DIM, BLOCK_D, COMPUTE
+            pk0, pk1, there, image, head, pk0_strides, pk1_strides, there_strides, lengths, AREA, TILES, HEAD_DIM, BLOCK_D, COMPUTE
         )
         prompt_values = _prompt_tiles(
-            pv0, pv1, image, head, pv0_strides, pv1_strides, lengths, AREA, TILES, HEAD_DIM, BLOCK_D, COMPUTE
+            pv0, pv1, there, image, head, pv0_strides, pv1_strides, there_strides, lengths, AREA, TILES, HEAD_DIM, BLOCK_D, COMPUTE
         )
         keys, values, key_sides = _window_keys(
             qkv, pad_qkv, prompt_keys, prompt_values, image, head, window, image_size, shift, roll, qkv_strides, pad_strides,

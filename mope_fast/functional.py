@@ -245,7 +245,8 @@ def window_prompt_attention(
         relative_position_bias: (H, W, W), W the tokens of a window in row order; any float dtype; gets a gradient on request.
         window_size: side of the windows, or (height, width). Images of any size: they are padded at the bottom and right.
         shift_size: 0 or more and less than ``window_size``. Where it is not 0, tokens from different sides of the image meet in
-            the last windows: -100 is added between them, as in Swin.
+            the last windows: -100 is added between them, as in Swin. (On a CPU in 32 bits and fewer they don't see each other at
+            all: exp(-100) is a denormal number there.)
         pad_qkv: (3, H, Dh), what padding has for q, k and v; it is not masked. timm pads in front of the projection, so it is that
             one's bias. None for zeros. Gets a gradient on request.
         scale: default ``Dh ** -0.5``.
@@ -259,6 +260,8 @@ def window_prompt_attention(
         RuntimeError: ``impl`` can't run here.
     """
     window, shift = check_window_prompt_attention(qkv, prefixes, relative_position_bias, window_size, shift_size, pad_qkv, scale)
+    if relative_position_bias.dtype == torch.float64 != qkv.dtype:
+        relative_position_bias = sdpa_attention.in_range(relative_position_bias, torch.float32)
     settings = {"window_size": window, "shift_size": shift, "pad_qkv": pad_qkv, "scale": scale}
     keys = window[0] * window[1] + sum(prefix[0].shape[2] for prefix in prefixes)
     impl = choose("window_prompt_attention", impl, Problem(qkv.device, qkv.dtype, keys, head_dim=qkv.shape[-1]))

@@ -26,7 +26,7 @@ def run(**environment) -> str:
             [
                 "route_and_mix (float32): reference",
                 "  prompt_attention (float32): sdpa",
-                "  window_prompt_attention (float32): sdpa",
+                "  window_prompt_attention (float32): cpu",
                 "not triton: the tensors are on cpu",
             ],
         ),

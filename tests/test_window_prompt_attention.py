@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from mope_fast import _implementations, functional
 from mope_fast.functional import window_prompt_attention
+from mope_fast.reference import window_attention
 
 BATCH, HEADS, HEAD_DIM = 3, 2, 6
-IMPLS = ("sdpa", "reference")
+IMPLS = ("cpu", "sdpa", "reference")
 impls = pytest.mark.parametrize("impl", IMPLS)
 # float64 on both sides: only the order of sums differs
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10}
@@ -376,7 +377,7 @@ def test_a_very_low_bias_hides_a_token_as_minus_infinity_does(value, dtype, impl
 
 
 @impls
-@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("value", [-1e9, -1e38, "lowest"])
 def test_where_all_tokens_are_equally_low_all_count_the_same(value, bias_dtype, impl):
     """Next to such numbers logits vanish, without prompts."""
@@ -388,6 +389,36 @@ def test_where_all_tokens_are_equally_low_all_count_the_same(value, bias_dtype, 
     out = window_prompt_attention(**inputs, impl=impl)
     v = inputs["qkv"][:, :, :, 2].flatten(3).flatten(1, 2)
     torch.testing.assert_close(out.flatten(1, 2)[:, 4], v.mean(1), rtol=1e-5, atol=1e-5)
+
+
+def make_large_products(dtype):
+    """Inputs whose products differ by more than 100."""
+    inputs = changed(make_inputs(pad=False), lambda t: t.to(dtype))
+    with torch.no_grad():
+        inputs["qkv"][:, :, :, :2] *= 40
+    return inputs
+
+
+@pytest.mark.parametrize(
+    ("impl", "dtype"),
+    [(impl, torch.float64) for impl in IMPLS] + [("reference", torch.float32)],  # the others hide in float32, as documented
+    ids=str,
+)
+def test_a_product_that_is_larger_by_more_than_100_sees_over_a_seam(impl, dtype):
+    inputs = make_large_products(dtype)
+    expected = window_prompt_attention(**changed(inputs, lambda t: t.double()), impl="reference")
+    torch.testing.assert_close(window_prompt_attention(**inputs, impl=impl).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "sdpa"])
+def test_on_a_cpu_in_float32_nothing_is_seen_over_a_seam(impl, monkeypatch):
+    inputs = make_large_products(torch.float32)
+    out, doubled = window_prompt_attention(**inputs, impl=impl).double(), changed(inputs, lambda t: t.double())
+    expected = window_prompt_attention(**doubled, impl="reference")
+    assert (out - expected).abs().max() > 0.1, "the reference sees over seams here"
+    # with a seam so deep that no product reaches over it, both are the same
+    monkeypatch.setattr(window_attention, "SEAM", -1e9)
+    torch.testing.assert_close(out, window_prompt_attention(**doubled, impl="reference"), rtol=1e-4, atol=1e-4)
 
 
 @impls
@@ -564,7 +595,7 @@ PAIRS = r"prefixes must be a sequence of \(key, value\) pairs or \(key, value, m
         ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
         (
             {"impl": "xformers"}, ValueError,
-            r"window_prompt_attention got impl='xformers', expected one of \['auto', 'triton', 'sdpa', 'reference'\]",
+            r"window_prompt_attention got impl='xformers', expected one of \['auto', 'triton', 'cpu', 'sdpa', 'reference'\]",
         ),
     ],
 )  # fmt: skip
@@ -581,7 +612,7 @@ def test_triton_without_a_gpu_says_what_to_do():
     with pytest.raises(
         RuntimeError,
         match=r"window_prompt_attention got impl='triton', which can't run on float32 tensors on cpu: .*(GPU|not installed).*"
-        r"Here it can run as \['sdpa', 'reference'\]; impl='auto' chooses 'sdpa'",
+        r"Here it can run as \['cpu', 'sdpa', 'reference'\]; impl='auto' chooses 'cpu'",
     ):
         call(impl="triton")
 
@@ -612,12 +643,13 @@ def test_prompts_count_as_keys_that_the_kernels_must_hold(on_an_able_gpu):
         call(prefixes=[long], impl="triton")
 
 
-def test_auto_on_a_cpu_is_sdpa_or_what_the_environment_names(monkeypatch):
+def test_auto_on_a_cpu_is_its_own_form_or_what_the_environment_names(monkeypatch):
     ran = []
     for name, module in (("sdpa", functional.sdpa_window_attention), ("reference", functional.reference)):
         monkeypatch.setattr(module, "window_prompt_attention", recording(module.window_prompt_attention, name, ran))
+    monkeypatch.setattr(functional, "_window_prompt_attention_op", recording(functional._window_prompt_attention_op, "cpu", ran))
     # one that only other functions have stands for no other here
-    for chosen, expected in (("auto", "sdpa"), ("reference", "reference"), ("sdpa", "sdpa"), ("xformers", "sdpa")):
+    for chosen, expected in (("auto", "cpu"), ("reference", "reference"), ("sdpa", "sdpa"), ("xformers", "cpu")):
         monkeypatch.setattr(_implementations, "DEFAULT_IMPL", chosen)
         call()
         assert ran.pop() == expected

@@ -93,20 +93,22 @@ class _Call:
         self.windows, self.area = tokens.shape
         self.lengths = [pk.shape[2] for pk, _ in prefixes]
         self.keys = -(-(self.area + sum(self.lengths)) // KEY_MULTIPLE) * KEY_MULTIPLE
-        self.qkv = qkv.to(dtype).reshape(batch, -1, head_dim)
+        self.qkv = qkv.to(dtype).reshape(batch, height * width * 3 * heads, head_dim)
         self.pad_rows = None if pad_qkv is None else pad_qkv.to(qkv.dtype).to(dtype).reshape(-1, head_dim)
         self.prompts = self.qkv.new_zeros(2, batch, heads, self.keys - self.area, head_dim)
         for side in range(2):
             parts = self.prompts[side, :, :, : sum(self.lengths)].split(self.lengths, dim=2) if prefixes else ()
             for part, prefix in zip(parts, prefixes, strict=True):
                 part.copy_(prefix[side])
+        if there is not None:
+            self.prompts[:, :, :, : sum(self.lengths)].masked_fill_(~there[:, None, :, None], 0.0)
         mask = bias.to(dtype)[None]
         if any(self.shift):
             mask = window_bias(mask[0], regions, SEAM if dtype == torch.float64 else -math.inf)
         mask = F.pad(mask, (0, sum(self.lengths)))
         self.mask = F.pad(mask, (0, self.keys - mask.shape[-1]), value=-math.inf)  # (1 or windows, H, W, keys)
         # only a bias can hide all keys there are
-        self.may_be_blind = not self.lengths or there is not None
+        self.may_be_blind = not sum(self.lengths) or there is not None
 
     def chunks(self) -> Iterator[tuple[slice, _Scratch, Tensor]]:
         """Images, their rows in scratch memory, and memory for their logits (images * windows * H, W, keys)."""
@@ -173,7 +175,7 @@ class Gradients(NamedTuple):
 def backward(grad_out: Tensor, arguments: tuple, *, of_tokens: bool, of_bias: bool, of_padding: bool) -> Gradients:
     call = _Call(*arguments)
     heads, head_dim = call.shape[-2:]
-    upstream = grad_out.to(call.qkv.dtype).reshape(call.shape[0], -1, head_dim)
+    upstream = grad_out.to(call.qkv.dtype).reshape(call.shape[0], call.shape[1] * call.shape[2] * heads, head_dim)
     to_qkv = call.qkv.new_empty(call.shape) if of_tokens else None
     to_prompts = torch.empty_like(call.prompts)
     to_bias = call.qkv.new_zeros(heads, call.area, call.area) if of_bias else None

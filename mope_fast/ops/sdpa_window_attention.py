@@ -36,10 +36,10 @@ def window_prompt_attention(
     mask = _mask(qkv, prefixes, relative_position_bias, window_size, shift_size, spare)
     if prompts or spare:
         nothing = qkv.new_zeros(1, heads, spare, head_dim)
-        k = _beside(k, [*(prefix[0] for prefix in prefixes), nothing])
-        v = _beside(v, [*(prefix[1] for prefix in prefixes), nothing])
+        k = _beside(k, [*(_present(prefix, 0) for prefix in prefixes), nothing])
+        v = _beside(v, [*(_present(prefix, 1) for prefix in prefixes), nothing])
     blind = None
-    if all(len(prefix) == 3 for prefix in prefixes):  # then a bias can hide all keys there are
+    if not any(len(prefix) == 2 and prefix[0].shape[2] for prefix in prefixes):  # then a bias can hide all keys there are
         blind = (mask == -math.inf).all(-1, keepdim=True)
         mask = mask.masked_fill(blind, 0.0)
     first = 0
@@ -52,6 +52,11 @@ def window_prompt_attention(
     if blind is not None:
         out = out.masked_fill(blind, 0.0)
     return _in_image(out, (height, width), window_size, shift_size)
+
+
+def _present(prefix: Sequence[Tensor], side: int) -> Tensor:
+    """Keys or values of a prefix; zeros where there is none, whatever is there."""
+    return prefix[side] if len(prefix) == 2 else prefix[side].masked_fill(~prefix[2][:, None, :, None], 0.0)
 
 
 def _beside(tokens: Tensor, rows: Sequence[Tensor]) -> Tensor:

@@ -38,8 +38,9 @@ def _axis(size: int, window: int, shift: int, device: torch.device) -> tuple[Ten
     return positions.unflatten(0, (-1, window)), regions.unflatten(0, (-1, window))
 
 
-def window_bias(relative_position_bias: Tensor, regions: Tensor, seam: float = SEAM) -> Tensor:
-    """Relative position bias (H, W, W) with the seams of ``windows_of``: (windows, H, W, W)."""
+def window_bias(relative_position_bias: Tensor, regions: Tensor, seam: float | None = None) -> Tensor:
+    """Relative position bias (H, W, W) with the seams of ``windows_of``, SEAM unless told: (windows, H, W, W)."""
+    seam = SEAM if seam is None else seam
     apart = regions[:, :, None] != regions[:, None, :]
     return relative_position_bias + torch.zeros_like(apart, dtype=relative_position_bias.dtype).masked_fill(apart, seam)[:, None]
 

@@ -537,6 +537,13 @@ def test_a_row_with_the_same_large_bias_everywhere_keeps_its_output_and_gradient
         torch.testing.assert_close(result, eager[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
+def test_a_row_of_the_lowest_float64_biases_keeps_its_output(device):
+    inputs = make_inputs(torch.float32, device, image=(3, 4), shift=(0, 0), batch=1)
+    inputs["bias"] = inputs["bias"].detach().double()
+    inputs["bias"][:, 4] = torch.finfo(torch.float64).min
+    torch.testing.assert_close(attend(inputs)[0, 1, 0], inputs["qkv"][0, :, :, 2, 0].mean((0, 1)))
+
+
 @pytest.mark.parametrize("value", [-1e9, torch.finfo(torch.float32).min])
 def test_with_prompts_a_row_of_low_biases_sees_prompts_alone(value, device):
     inputs = make_inputs(torch.float32, device, image=(3, 4), batch=1, prefixes=[(1, 3)])
@@ -554,7 +561,7 @@ def test_garbage_in_hidden_rows_of_a_prefix_changes_no_bit(dtype, device):
     upstream = random_upstream(inputs)
     hidden = ~inputs["there1"][:, None, :, None]
     clean = run(inputs, upstream)
-    garbage = min(1e30, torch.finfo(dtype).max)
+    garbage = torch.finfo(dtype).max
     spoilt = changed(inputs, lambda name, t: t.masked_fill(hidden, garbage) if name in ("pk1", "pv1") else t)
     assert_same_bits(run(spoilt, upstream), clean)
     for name in ("pk1", "pv1"):

@@ -12,7 +12,10 @@ from mope_fast.functional import window_prompt_attention
 from mope_fast.ops.window_attention import INTERPRETED
 
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-implementations = pytest.mark.parametrize("impl", ["reference", "sdpa", pytest.param("triton", marks=pytest.mark.kernel)])
+on_cpus = pytest.mark.skipif(INTERPRETED or DEVICE != "cpu", reason="for CPU tensors, outside of the interpreter")
+implementations = pytest.mark.parametrize(
+    "impl", ["reference", "sdpa", pytest.param("cpu", marks=on_cpus), pytest.param("triton", marks=pytest.mark.kernel)]
+)
 SMALL = 7 if INTERPRETED else 20
 """Largest image; the interpreter takes 30 ms for a window."""
 
