@@ -160,8 +160,9 @@ def prefix_splits(queries: int) -> int:
     return max(1, min(16, queries // 256))
 
 
-MAX_KEY_ELEMENTS = 16384
-"""Keys of a window and its prompts, times the padded head dim, that a program of ``window_attention`` can hold."""
+MAX_WINDOW_KEYS = 384
+MAX_KEY_BYTES = {2: 24576, 4: 32768, 8: 65536}
+"""By itemsize: keys of a window and its prompts, times padded head dim and itemsize, whose programs fit into 99 KiB."""
 
 
 def key_tiles(keys: int) -> tuple[tuple[int, int], ...]:
@@ -171,9 +172,10 @@ def key_tiles(keys: int) -> tuple[tuple[int, int], ...]:
     return tuple((sum(sizes[:i]), size) for i, size in enumerate(sizes))
 
 
-def fits_window_attention(keys: int, head_dim: int) -> bool:
-    """Whether the kernels can hold all keys of a window at once."""
-    return _round_up(keys, 16) * padded_head_dim(head_dim) <= MAX_KEY_ELEMENTS
+def fits_window_attention(keys: int, head_dim: int, itemsize: int) -> bool:
+    """Whether the kernels can hold all keys of a window at once, on any supported GPU."""
+    keys = _round_up(keys, 16)
+    return keys <= MAX_WINDOW_KEYS and keys * padded_head_dim(head_dim) * itemsize <= MAX_KEY_BYTES[itemsize]
 
 
 def window_launch(area: int, keys: int, windows: int, head_dim: int, itemsize: int) -> WindowLaunch:

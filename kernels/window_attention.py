@@ -12,9 +12,9 @@ Backward, with g the gradient of ``out``:
 Roll, padding and partition are index arithmetic (``_locate``). The keys at hand are a window's AREA tokens, then its image's
 prompts, in tiles of ``TILES`` keys, powers of two, as few as hold them all: prompts ride in what the tokens' last tile has to
 spare, so 13 prompts beside 49 tokens make no product larger. A row's softmax is therefore whole: nothing but the arguments is
-kept for the backward pass, and there one pass over a window gives all its gradients. A token is in one window, so its gradient
-is written once. Prompts are in all of them: their gradients are summed over the windows of a program and written apart, to be
-added later. No kernel uses atomics.
+kept for the backward pass, and there one pass over a window gives all its gradients but the bias'. A token is in one window, so
+its gradient is written once. Prompts are in all of them: their gradients are summed over the windows of a program and written
+apart, to be added later. No kernel uses atomics.
 
 ``bias`` (H, ROWS, sum(TILES)) has zeros around (H, AREA, AREA), so that it is read without a mask. ``there`` (B, P0 + P1) says
 which prompts are there, ``pad_qkv`` (3, H, Dh) what padding holds; either may be None, and so may a prefix. Exponents are in
@@ -188,8 +188,9 @@ def _bias_tiles(
     for i in tl.static_range(len(TILES)):
         positions = _positions(TILES[i][0], TILES[i][1])
         b = tl.load(bias + (head.to(tl.int64) * ROWS + rows[:, None]) * KEYS + positions[None, :]).to(ACC)
-        # in base 2 the least float32 would become -inf, which hides a key
-        b = tl.where((b < -2e38) & (b > float("-inf")), -2e38, b) * LOG2_E
+        # in base 2 the least float32 would become -inf, which hides a key, and the largest inf
+        b = tl.where((b < -2e38) & (b > float("-inf")), -2e38, b)
+        b = tl.where((b > 2e38) & (b < float("inf")), 2e38, b) * LOG2_E
         present = positions < AREA + lengths[0] + lengths[1]
         if there is not None:
             at = there + image.to(tl.int64) * there_strides[0] + (positions - AREA).to(tl.int64) * there_strides[1]

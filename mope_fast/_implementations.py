@@ -60,7 +60,7 @@ def _why_not_triton_in_windows(problem: Problem) -> str | None:
         return reason
     from .kernels.launch import fits_window_attention
 
-    if fits_window_attention(problem.keys, problem.head_dim):
+    if fits_window_attention(problem.keys, problem.head_dim, problem.dtype.itemsize):
         return None
     return f"a window with its prompts has {problem.keys} keys of head dimension {problem.head_dim}, more than the kernel can hold"
 
@@ -100,12 +100,8 @@ def _attention_order(problem: Problem) -> tuple[str, ...]:
 
 
 def _window_order(problem: Problem) -> tuple[str, ...]:
-    """Best first. ``cpu`` computes in float32: for 16 bits torch's kernels are better."""
-    if problem.device.type == "cuda":
-        return "triton", "sdpa", "reference"
-    if problem.dtype.itemsize > 2:
-        return "cpu", "sdpa", "triton", "reference"
-    return "sdpa", "cpu", "triton", "reference"
+    """Best first."""
+    return ("triton", "sdpa", "reference") if problem.device.type == "cuda" else ("cpu", "sdpa", "triton", "reference")
 
 
 _ATTENTION: dict[str, Reason] = {"triton": _why_not_triton, "xformers": _why_not_xformers, "sdpa": _always, "reference": _always}

@@ -237,7 +237,7 @@ def window_prompt_attention(
     """Self-attention in shifted windows of an image (Swin, arXiv 2103.14030) whose queries also see prompts of their image.
 
     Roll, padding, partition, their inverses and the mask between parts that the shift brought together are those of timm's
-    ``SwinTransformerBlock``. With ``impl="triton"`` they are index arithmetic inside one kernel: no copy is made of anything.
+    ``SwinTransformerBlock``. With ``impl="triton"`` they are index arithmetic inside one kernel: no copy is made of the image.
 
     Args:
         qkv: (B, Hi, Wi, 3, H, Dh), the packed projection of an image's tokens in their own order; any strides.
@@ -245,8 +245,9 @@ def window_prompt_attention(
         relative_position_bias: (H, W, W), W the tokens of a window in row order; any float dtype; gets a gradient on request.
         window_size: side of the windows, or (height, width). Images of any size: they are padded at the bottom and right.
         shift_size: 0 or more and less than ``window_size``. Where it is not 0, tokens from different sides of the image meet in
-            the last windows: -100 is added between them, as in Swin. (On a CPU in 32 bits and fewer they don't see each other at
-            all: exp(-100) is a denormal number there.)
+            the last windows: -100 is added between them, as in Swin. (With "cpu" and "sdpa" on a CPU they don't see each
+            other at all in 32 bits and fewer, because exp(-100) is a denormal number there: the same, unless a hidden product
+            is more than 80 above all others.)
         pad_qkv: (3, H, Dh), what padding has for q, k and v; it is not masked. timm pads in front of the projection, so it is that
             one's bias. None for zeros. Gets a gradient on request.
         scale: default ``Dh ** -0.5``.

@@ -624,9 +624,19 @@ def on_an_able_gpu(monkeypatch):
     monkeypatch.setattr(_implementations, "DEFAULT_IMPL", "auto")
 
 
-@pytest.mark.parametrize(("keys", "head_dim", "fits"), [(1024, 16, True), (1025, 16, False), (512, 32, True), (513, 17, False)])
-def test_more_keys_than_the_kernels_hold_are_left_to_sdpa(keys, head_dim, fits, on_an_able_gpu):
-    problem = _implementations.Problem(torch.device("cuda"), torch.bfloat16, keys, head_dim=head_dim)
+@pytest.mark.parametrize(
+    ("dtype", "keys", "head_dim", "fits"),
+    [
+        (torch.bfloat16, 384, 32, True),
+        (torch.bfloat16, 385, 16, False),
+        (torch.bfloat16, 192, 64, True),
+        (torch.bfloat16, 193, 33, False),
+        (torch.float32, 256, 32, True),
+        (torch.float32, 257, 17, False),
+    ],
+)
+def test_more_keys_than_the_kernels_hold_are_left_to_sdpa(dtype, keys, head_dim, fits, on_an_able_gpu):
+    problem = _implementations.Problem(torch.device("cuda"), dtype, keys, head_dim=head_dim)
     assert _implementations.choose("window_prompt_attention", "auto", problem) == ("triton" if fits else "sdpa")
     if not fits:
         with pytest.raises(

@@ -128,7 +128,7 @@ def _shifted_windows(block: nn.Module, x: Tensor) -> Tensor:
         return type(block)._attn(block, x)
     padded = any(size % window for size, window in zip(x.shape[1:3], block.window_size, strict=True))
     # padding is zeros behind the norm
-    padding = attention.qkv(x.new_zeros(x.shape[-1])).unflatten(-1, (3, attention.num_heads, -1)) if padded else None
+    padding = attention.qkv(x.new_zeros(1, x.shape[-1]))[0].unflatten(-1, (3, attention.num_heads, -1)) if padded else None
     out = window_prompt_attention(
         attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)),
         prefixes,
@@ -151,8 +151,9 @@ def _swin_layers(encoder: nn.Module) -> Sequence[PromptedLayer]:
 
 def _swin_problem(encoder: nn.Module) -> str | None:
     for block in _swin_blocks(encoder):
+        own_shift = type(block)._attn.__qualname__ != "SwinTransformerBlock._attn"
         for part, supported in ((block, "SwinTransformerBlock"), (block.attn, "WindowAttention")):
-            if _forward_of(part) != f"timm.models.swin_transformer.{supported}":
+            if _forward_of(part) != f"timm.models.swin_transformer.{supported}" or (part is block and own_shift):
                 return f"it has a {type(part).__name__} in place of timm's {supported}"
         replaced = vars(block).get("_attn")
         if not is_plain(block.attn) or (replaced is not None and getattr(replaced, "func", None) is not _shifted_windows):
@@ -184,6 +185,10 @@ def _swin_feature_maps(encoder: nn.Module, inputs: Inputs) -> tuple[Tensor, list
     return encoder.forward_intermediates(**inputs)
 
 
+_SWIN_V2 = (
+    "Swin v2 compares queries and keys by their cosine, with a learned scale for each head, and norms behind its layers, where "
+    "prompts as keys and values have no place of their own; take timm's SwinTransformer"
+)
 _COMMON: dict[str, Any] = {"input_name": "x", "feature": _feature, "feature_width": _feature_width, "run": _run}
 register_encoder(
     EncoderFamily(
@@ -208,8 +213,15 @@ register_encoder(
         **_COMMON,
     )
 )
-refuse_encoder(
+for _model in (
     "timm.models.swin_transformer_v2.SwinTransformerV2",
-    "Swin v2 compares queries and keys by their cosine, with a learned scale for each head, and norms behind its layers, where "
-    "prompts as keys and values have no place of their own; take timm's SwinTransformer",
-)
+    "timm.models.swin_transformer_v2_cr.SwinTransformerV2Cr",
+    "transformers.models.swinv2.modeling_swinv2.Swinv2Model",
+):
+    refuse_encoder(_model, _SWIN_V2)
+for _model in ("FeatureListNet", "FeatureGetterNet", "FeatureHookNet", "FeatureDictNet"):
+    refuse_encoder(
+        f"timm.models._features.{_model}",
+        "it is a model made with features_only=True; pass the model itself (features_only=False) and ask for "
+        "feature_maps=True in the forward",
+    )

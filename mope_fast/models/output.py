@@ -26,7 +26,7 @@ class FusionOutput:
     feature_maps: tuple[Tensor, ...] | None = None
     """(B, C, H, W) of each stage of the main encoder, prompts seen, before any last norm; None unless asked for."""
 
-    def to_tuple(self) -> tuple[Tensor, ...]:
+    def to_tuple(self) -> tuple[Any, ...]:
         """All that is not None, in order."""
         return tuple(value for value in (getattr(self, f.name) for f in fields(self)) if value is not None)
 
@@ -37,7 +37,7 @@ class FusionOutput:
             return getattr(self, key)
         return self.to_tuple()[key]
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Any]:
         return iter(self.to_tuple())
 
 

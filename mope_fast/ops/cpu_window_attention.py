@@ -1,7 +1,7 @@
 """``mope_fast::window_prompt_attention`` and its backward on a CPU, in torch's own ops.
 
-Some images at a time go through scratch memory that fits a cache and is used again, so that hardly a page is touched for the first
-time. One gather of rows of Dh numbers rolls, pads, partitions and puts heads first, all at once. Keys of a window are
+Some images at a time (one, if it is large) go through scratch memory that is used again, so that hardly a page is touched for the
+first time. One gather of rows of Dh numbers rolls, pads, partitions and puts heads first, all at once. Keys of a window are
 [tokens | prompts | nothing], a multiple of 16: softmax and products are fast with such lengths. Formulas are those of
 ``kernels/window_attention.py``; in float32 seams hide, because exp(-100) is a denormal number there, which CPUs are slow with.
 """
@@ -26,13 +26,13 @@ CPU = torch.device("cpu")
 class _Rows(NamedTuple):
     """Which row of Dh numbers goes where, for some images. Scratch is [queries | keys | values], by image, window and head."""
 
-    wanted: Tensor
+    gather_qkv: Tensor
     """Of packed qkv, for each row of scratch; 0 where no token belongs."""
-    back: Tensor
+    scatter_qkv: Tensor
     """Of scratch, for each row of packed qkv."""
-    out_wanted: Tensor
+    gather_out: Tensor
     """Of the image (tokens, H), for each row of the queries; 0 where no token belongs."""
-    out_back: Tensor
+    scatter_out: Tensor
     """Of the queries, for each row of the image."""
     padding: Tensor
     """Of scratch, where padding belongs."""
@@ -40,7 +40,7 @@ class _Rows(NamedTuple):
     """Of ``pad_qkv`` (3, H), for each row of padding."""
 
 
-@functools.lru_cache(maxsize=128)
+@functools.lru_cache(maxsize=32)  # a Swin has up to 14 for one size of image, of 1 to 20 MB each
 def _rows(
     size: tuple[int, int], window: tuple[int, int], shift: tuple[int, int], heads: int, keys: int, images: int
 ) -> _Rows:  # fmt: skip
@@ -57,13 +57,14 @@ def _rows(
         places.append(place[..., :area])
         sources.append(source)
         start += place.numel()
-    back, out_back = (torch.empty(images * number * heads * parts, dtype=torch.int64, device=CPU) for parts in (3, 1))
+    back, scatter_out = (torch.empty(images * number * heads * parts, dtype=torch.int64, device=CPU) for parts in (3, 1))
     for place, source in zip(places, sources, strict=True):
         back[source[here]] = place[here]
-    out_back[in_image[here]] = places[0][here]
+    scatter_out[in_image[here]] = places[0][here]
     of_padding = [(part * heads + head).expand(images, windows, -1, area)[~here] for part in range(3)]
     padding = torch.cat([place[~here] for place in places])
-    return _Rows(torch.cat(wanted), back, in_image.where(here, 0).flatten(), out_back, padding, torch.cat(of_padding))
+    of_tokens = (torch.cat(wanted), back, in_image.where(here, 0).flatten(), scatter_out)
+    return _Rows(*(rows.int() for rows in of_tokens), padding, torch.cat(of_padding))
 
 
 class _Scratch:
@@ -73,13 +74,18 @@ class _Scratch:
         _, height, width, _, heads, head_dim = call.shape
         each = (images, call.windows, heads)
         self.at = _rows((height, width), call.window, call.shift, heads, call.keys, images)
-        self.rows = call.qkv.new_empty(len(self.at.wanted), head_dim)
+        self.rows = call.qkv.new_empty(len(self.at.gather_qkv), head_dim)
         products = math.prod(each)
         sizes = [products * call.area, products * call.keys, products * call.keys]
         self.q, self.k, self.v = (part.view(products, -1, head_dim) for part in self.rows.split(sizes))
         self.queries = self.rows[: sizes[0]]
         # (2, images, windows, H, keys - W, Dh)
         self.prompts = self.rows[sizes[0] :].view(2, *each, call.keys, head_dim)[..., call.area :, :]
+
+
+def _images_at_once(batch: int, logits: int) -> int:
+    """Of ``batch``, with so many logits each."""
+    return max(1, min(batch, round(LOGITS_AT_ONCE * torch.get_num_threads() / logits)))
 
 
 class _Call:
@@ -113,8 +119,7 @@ class _Call:
     def chunks(self) -> Iterator[tuple[slice, _Scratch, Tensor]]:
         """Images, their rows in scratch memory, and memory for their logits (images * windows * H, W, keys)."""
         batch, heads = self.shape[0], self.shape[4]
-        logits = self.windows * heads * self.area * self.keys
-        images = max(1, min(batch, round(LOGITS_AT_ONCE * torch.get_num_threads() / logits)))
+        images = _images_at_once(batch, self.windows * heads * self.area * self.keys)
         scratch = None
         for start in range(0, batch, images):
             own = slice(start, min(batch, start + images))
@@ -127,7 +132,7 @@ class _Call:
 
     def _load(self, own: slice, scratch: _Scratch) -> None:
         at = scratch.at
-        torch.index_select(self.qkv[own].flatten(0, 1), 0, at.wanted, out=scratch.rows)
+        torch.index_select(self.qkv[own].flatten(0, 1), 0, at.gather_qkv, out=scratch.rows)
         if len(at.padding) and self.pad_rows is None:
             scratch.rows.index_fill_(0, at.padding, 0.0)
         elif len(at.padding):
@@ -158,7 +163,7 @@ def forward(*arguments) -> Tensor:
         if windows is None or len(windows) != len(weights):
             windows = torch.empty_like(scratch.q)
         torch.bmm(weights, scratch.v, out=windows)
-        torch.index_select(windows.view(-1, head_dim), 0, scratch.at.out_back, out=out[own].view(-1, head_dim))
+        torch.index_select(windows.view(-1, head_dim), 0, scratch.at.scatter_out, out=out[own].view(-1, head_dim))
     return out
 
 
@@ -186,7 +191,7 @@ def backward(grad_out: Tensor, arguments: tuple, *, of_tokens: bool, of_bias: bo
             grads, grad_logits, g = _Scratch(call, own.stop - own.start), torch.empty_like(weights), torch.empty_like(scratch.q)
             padded_queries = scratch.at.padding[scratch.at.padding < len(scratch.queries)]
         g_rows = g.view_as(scratch.queries)
-        torch.index_select(upstream[own].flatten(0, 1), 0, scratch.at.out_wanted, out=g_rows)
+        torch.index_select(upstream[own].flatten(0, 1), 0, scratch.at.gather_out, out=g_rows)
         g_rows.index_fill_(0, padded_queries, 0.0)  # what they give is cut off
         torch.bmm(weights.mT, g, out=grads.v)
         torch.bmm(g, scratch.v.mT, out=grad_logits)
@@ -195,7 +200,7 @@ def backward(grad_out: Tensor, arguments: tuple, *, of_tokens: bool, of_bias: bo
         torch.sum(grads.prompts, 2, out=to_prompts[:, own])
         if of_tokens:
             torch.baddbmm(grads.q, ds, scratch.k, beta=0, alpha=call.scale, out=grads.q)
-            torch.index_select(grads.rows, 0, scratch.at.back, out=to_qkv[own].view(-1, head_dim))
+            torch.index_select(grads.rows, 0, scratch.at.scatter_qkv, out=to_qkv[own].view(-1, head_dim))
         if of_bias:
             to_bias += ds.view(-1, heads, call.area, call.keys)[..., : call.area].sum(0)
         if of_padding:  # queries of padding ask nothing

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..reference.window_attention import SEAM, window_bias, windows_of
+from ..reference.window_attention import SEAM, window_bias, windows_of, with_prompts
 from .sdpa_attention import in_range
 
 KEY_MULTIPLE = 16
@@ -36,8 +36,8 @@ def window_prompt_attention(
     mask = _mask(qkv, prefixes, relative_position_bias, window_size, shift_size, spare)
     if prompts or spare:
         nothing = qkv.new_zeros(1, heads, spare, head_dim)
-        k = _beside(k, [*(_present(prefix, 0) for prefix in prefixes), nothing])
-        v = _beside(v, [*(_present(prefix, 1) for prefix in prefixes), nothing])
+        k = with_prompts(k, [*(_present(prefix, 0) for prefix in prefixes), nothing])
+        v = with_prompts(v, [*(_present(prefix, 1) for prefix in prefixes), nothing])
     blind = None
     if not any(len(prefix) == 2 and prefix[0].shape[2] for prefix in prefixes):  # then a bias can hide all keys there are
         blind = (mask == -math.inf).all(-1, keepdim=True)
@@ -57,12 +57,6 @@ def window_prompt_attention(
 def _present(prefix: Sequence[Tensor], side: int) -> Tensor:
     """Keys or values of a prefix; zeros where there is none, whatever is there."""
     return prefix[side] if len(prefix) == 2 else prefix[side].masked_fill(~prefix[2][:, None, :, None], 0.0)
-
-
-def _beside(tokens: Tensor, rows: Sequence[Tensor]) -> Tensor:
-    """Keys or values of every window (B, windows, H, W, Dh), then ``rows`` (B or 1, H, P, Dh) of their image."""
-    others = [part.to(tokens.dtype)[:, None].expand(*tokens.shape[:3], -1, -1) for part in rows]
-    return torch.cat([tokens, *others], dim=3)
 
 
 def _padded_size(size: tuple[int, int], window: tuple[int, int]) -> tuple[int, int]:

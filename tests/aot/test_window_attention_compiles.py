@@ -52,10 +52,16 @@ OTHERS = [
     Case("window 2", window=2, shift=1, image=(4, 4)),
     Case("window 7, Dh=34", head_dim=34),
     Case("window 12, Dh=64", window=12, shift=6, image=(24, 24), head_dim=64),
-    Case("window 7, Dh=256", head_dim=256),
     Case("window 7, fp32", dtype=FP32),
     Case("window 12, fp32", window=12, shift=6, image=(24, 24), dtype=FP32),
-    Case("window 7, Dh=256, fp32", head_dim=256, dtype=FP32),
+]
+# as many keys as are let in
+LIMITS = [
+    Case("19 x 19, Dh=32", window=19, shift=9, image=(38, 38)),
+    Case("13 x 13, Dh=64", window=13, shift=6, image=(26, 26), head_dim=64),
+    Case("5 x 5, Dh=256", window=5, shift=2, image=(10, 10), head_dim=256),
+    Case("15 x 15, Dh=32, fp32", window=15, shift=7, image=(30, 30), dtype=FP32),
+    Case("4 x 4, Dh=256, fp32", window=4, shift=2, image=(8, 8), head_dim=256, dtype=FP32),
 ]
 
 
@@ -93,7 +99,7 @@ def record(monkeypatch):
 
 @pytest.mark.parametrize(
     ("case", "capability"),
-    [(case, capability) for case in COMMON for capability in SHARED_MEMORY] + [(case, 90) for case in OTHERS],
+    [(case, capability) for case in [*COMMON, *LIMITS] for capability in SHARED_MEMORY] + [(case, 90) for case in OTHERS],
     ids=str,
 )
 def test_compiles_and_fits(case, capability, record):

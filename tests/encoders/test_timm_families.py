@@ -154,6 +154,31 @@ def test_a_vision_transformer_has_no_feature_maps():
         model(make_images(2, "vit", {}), make_cross(2), feature_maps=True)
 
 
+class RowsOnly(nn.Linear):
+    """Takes rows, not a single vector, as quantised projections do."""
+
+    def forward(self, x):
+        assert x.dim() > 1
+        return super().forward(x)
+
+
+def test_padding_asks_a_projection_of_any_kind():
+    encoder = make_encoder("swin", **SWINS["padding"])
+    model, other = make_fusion(copy.deepcopy(encoder)), make_fusion(encoder)
+    other.load_state_dict(model.trained_state_dict(), strict=False)
+    for stage in encoder.layers:
+        for block in stage.blocks:
+            block.attn.qkv.__class__ = RowsOnly
+    images, cross = make_images(2, "swin", SWINS["padding"]), make_cross(2)
+    close(other(images, cross).features, model(images, cross).features)
+
+
+def test_a_model_made_for_feature_maps_only_is_told_of_ours():
+    model = timm.create_model("swin_tiny_patch4_window7_224", features_only=True, embed_dim=8, num_heads=(1, 1, 1, 1))
+    with pytest.raises(TypeError, match=r"not supported: it is a model made with features_only=True; .* feature_maps=True"):
+        make_fusion(model)
+
+
 def test_swin_v2_is_refused_with_the_reason():
     model = timm.models.SwinTransformerV2(img_size=32, patch_size=4, window_size=4, embed_dim=8, depths=(1,), num_heads=(2,))
     with pytest.raises(TypeError, match=r"SwinTransformerV2 is not supported: .*cosine.*timm's SwinTransformer"):
@@ -441,6 +466,17 @@ def with_own_shift():
     return encoder
 
 
+class ShiftingBlock(swin_transformer.SwinTransformerBlock):
+    def _attn(self, x):
+        return 2 * super()._attn(x)
+
+
+def with_own_shifting_block():
+    encoder = make_encoder("swin")
+    encoder.layers[0].blocks[1].__class__ = ShiftingBlock
+    return encoder
+
+
 def with_own_window_attention():
     encoder = make_encoder("swin")
     encoder.layers[1].blocks[0].attn.__class__ = OwnWindowAttention
@@ -482,6 +518,7 @@ REFUSED = {
     "hooked": (with_hook, "that of its block 1 is not: Attention has hooks"),
     "hooked windows": (with_hook_on_windows, "an attention of it has hooks, or a forward of its own"),
     "own shift": (with_own_shift, "an attention of it has hooks, or a forward of its own"),
+    "own shifting block": (with_own_shifting_block, "a ShiftingBlock in place of timm's SwinTransformerBlock"),
     "own window attention": (with_own_window_attention, "a OwnWindowAttention in place of timm's WindowAttention"),
     "vit without pooling": (lambda: make_encoder("vit", global_pool=""), UNPOOLED),
     "swin without pooling": (lambda: make_encoder("swin", global_pool=""), UNPOOLED),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mope_fast import functional
+from mope_fast.ops import cpu_window_attention
 from mope_fast.ops import window_attention as ops
 
 pytestmark = pytest.mark.skipif(
@@ -90,14 +91,27 @@ def gradients(out, inputs, upstream):
 
 
 @problems
+@pytest.mark.parametrize("images", [1, 2, BATCH], ids="{} at once".format)
 @pytest.mark.parametrize("scale", [None, 0.7])
-def test_op_and_its_backward_equal_the_differentiated_reference(problem, scale):
+def test_op_and_its_backward_equal_the_differentiated_reference(problem, scale, images, monkeypatch):
+    monkeypatch.setattr(cpu_window_attention, "_images_at_once", lambda batch, logits: images)
     inputs = make_inputs(**problem)
     got, expected = through_op(inputs, scale), through_functional(inputs, "reference", scale)
     torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
     upstream = torch.randn_like(expected)
     for a, b in zip(gradients(got, inputs, upstream), gradients(expected, inputs, upstream), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_what_inference_mode_has_cached_serves_training_too():
+    cpu_window_attention._rows.cache_clear()
+    inputs = make_inputs(**EVERYTHING)
+    with torch.inference_mode():
+        expected = through_op(inputs)
+    with torch.device("meta"):
+        out = through_op(inputs)
+    torch.testing.assert_close(out, expected.clone(), rtol=0, atol=0)
+    assert all(grad.isfinite().all() for grad in gradients(out, inputs, torch.randn_like(out)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
