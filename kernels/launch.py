@@ -175,7 +175,7 @@ def key_tiles(keys: int) -> tuple[tuple[int, int], ...]:
 def fits_window_attention(keys: int, head_dim: int, itemsize: int) -> bool:
     """Whether the kernels can hold all keys of a window at once, on any supported GPU."""
     keys = _round_up(keys, 16)
-    return keys <= MAX_WINDOW_KEYS and keys * padded_head_dim(head_dim) * itemsize <= MAX_KEY_BYTES[itemsize]
+    return keys <= MAX_WINDOW_KEYS and keys * padded_head_dim(head_dim) * itemsize <= MAX_KEY_BYTES.get(itemsize, 0)
 
 
 def window_launch(area: int, keys: int, windows: int, head_dim: int, itemsize: int) -> WindowLaunch:

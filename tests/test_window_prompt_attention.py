@@ -239,12 +239,12 @@ def test_a_masked_prefix_is_as_if_its_hidden_rows_were_not_there(geometry, impl)
 
 
 @impls
-@pytest.mark.filterwarnings("ignore:overflow encountered")
-def test_garbage_in_hidden_rows_of_a_prefix_changes_no_bit(impl):
+@pytest.mark.parametrize("value", [1e30, float("inf"), float("nan")])
+def test_garbage_in_hidden_rows_of_a_prefix_changes_no_bit(value, impl):
     inputs = make_inputs(prefixes=[(BATCH, 4, BATCH)])
     pk, pv, there = inputs["prefixes"][0]
     clean = window_prompt_attention(**inputs, impl=impl)
-    garbage = [t.detach().masked_fill(~there[:, None, :, None], 1e30) for t in (pk, pv)]
+    garbage = [t.detach().masked_fill(~there[:, None, :, None], value) for t in (pk, pv)]
     assert torch.equal(window_prompt_attention(**{**inputs, "prefixes": [(*garbage, there)]}, impl=impl), clean)
 
 

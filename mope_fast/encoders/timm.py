@@ -24,10 +24,10 @@ def _layer(block: nn.Module, width: int) -> PromptedLayer:
     )  # fmt: skip
 
 
-def _forward_of(module: nn.Module) -> str:
-    """Full name of the class whose ``forward`` this module runs: its own, or one that it inherits from."""
-    forward = type(module).forward
-    return f"{forward.__module__}.{forward.__qualname__}".removesuffix(".forward")
+def _method(module: nn.Module, name: str) -> str:
+    """Full name of a method as its class has it: its own, or one that it inherits."""
+    method = getattr(type(module), name, None)
+    return f"{method.__module__}.{method.__qualname__}" if method is not None else ""
 
 
 def _run(encoder: nn.Module, inputs: Inputs) -> Tensor:
@@ -86,7 +86,7 @@ def _vit_layers(encoder: nn.Module) -> Sequence[PromptedLayer]:
 
 def _vit_problem(encoder: nn.Module) -> str | None:
     for index, block in enumerate(encoder.blocks):
-        if _forward_of(block) != "timm.models.vision_transformer.Block":
+        if _method(block, "forward") != "timm.models.vision_transformer.Block.forward":
             return f"its blocks are {type(block).__name__}s; timm's plain Block is supported"
         if "forward" in vars(block.attn) and not isinstance(block.attn, PromptAttention):
             return f"the attention of its block {index} has a forward of its own on the object, which prompts would not pass"
@@ -118,6 +118,9 @@ def _detach_vit(own: list[nn.Module], encoder: nn.Module) -> None:
 # SwinTransformer
 
 
+_HOOKED = "an attention of it has hooks, or a forward of its own on the object, which prompts would not pass"
+
+
 def _shifted_windows(block: nn.Module, x: Tensor) -> Tensor:
     """timm's ``SwinTransformerBlock._attn`` on normed tokens (B, Hi, Wi, D), whose windows see the prompts of their image.
 
@@ -126,6 +129,8 @@ def _shifted_windows(block: nn.Module, x: Tensor) -> Tensor:
     attention, prefixes = block.attn, prefixes_of(block.attn)
     if not prefixes:
         return type(block)._attn(block, x)
+    if not is_plain(attention):
+        raise RuntimeError(f"this Swin Transformer can't take prompts any more: {_HOOKED}; put hooks on the block, qkv or proj")
     padded = any(size % window for size, window in zip(x.shape[1:3], block.window_size, strict=True))
     # padding is zeros behind the norm
     padding = attention.qkv(x.new_zeros(1, x.shape[-1]))[0].unflatten(-1, (3, attention.num_heads, -1)) if padded else None
@@ -138,7 +143,7 @@ def _shifted_windows(block: nn.Module, x: Tensor) -> Tensor:
         pad_qkv=padding,
         scale=attention.scale,
     )
-    return attention.proj(out)
+    return attention.proj_drop(attention.proj(out))
 
 
 def _swin_blocks(encoder: nn.Module) -> list[nn.Module]:
@@ -151,13 +156,13 @@ def _swin_layers(encoder: nn.Module) -> Sequence[PromptedLayer]:
 
 def _swin_problem(encoder: nn.Module) -> str | None:
     for block in _swin_blocks(encoder):
-        own_shift = type(block)._attn.__qualname__ != "SwinTransformerBlock._attn"
-        for part, supported in ((block, "SwinTransformerBlock"), (block.attn, "WindowAttention")):
-            if _forward_of(part) != f"timm.models.swin_transformer.{supported}" or (part is block and own_shift):
+        parts = ((block, "SwinTransformerBlock", "_attn"), (getattr(block, "attn", block), "WindowAttention", "forward"))
+        for part, supported, other in parts:
+            if any(_method(part, name) != f"timm.models.swin_transformer.{supported}.{name}" for name in ("forward", other)):
                 return f"it has a {type(part).__name__} in place of timm's {supported}"
         replaced = vars(block).get("_attn")
         if not is_plain(block.attn) or (replaced is not None and getattr(replaced, "func", None) is not _shifted_windows):
-            return "an attention of it has hooks, or a forward of its own on the object, which prompts would not pass"
+            return _HOOKED
     if not hasattr(encoder.head, "global_pool"):
         return (
             f"its head, which pools, was replaced by {type(encoder.head).__name__}: to drop the classifier call reset_classifier(0)"

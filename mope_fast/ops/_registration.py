@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import function
 
 library = torch.library.Library("mope_fast", "DEF")
 
@@ -50,14 +49,37 @@ def define(schema: str, *, cpu: Callable[..., Any], cuda: Callable[..., Any], fa
     return overload
 
 
+class _OnceOnly(torch.autograd.Function):
+    """Hands the first ``count`` tensors on; a derivative of them with respect to any of the tensors raises."""
+
+    @staticmethod
+    def forward(count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if tensor is None else tensor.detach() for tensor in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        raise RuntimeError(
+            "a second derivative was asked for of an op whose backward is once_differentiable: impl='reference' has one"
+        )
+
+
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """As torch's, but a second derivative raises for constant incoming gradients too; there torch's lets it pass as zero."""
-    once = function.once_differentiable(backward)
+    """A second derivative raises, whatever it is taken with respect to.
+
+    torch's decorator of this name gives zero, or a part of it, for one with respect to what the op itself was given: it raises only
+    where a gradient is taken of everything at once.
+    """
 
     @functools.wraps(backward)
     def call(ctx: Any, *grads: Tensor | None) -> Any:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grads = tuple(grad if grad is None or grad.requires_grad else grad.detach().requires_grad_() for grad in grads)
-        return once(ctx, *grads)
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return results
+        return _OnceOnly.apply(len(results), *results, *grads, *ctx.saved_tensors)
 
     return call

@@ -63,7 +63,7 @@ def _cpu_backward(grad_out, *arguments):
 
 def _summed(grads: Tensor, prefix: Tensor) -> Tensor:
     """(2, B, H, P, Dh), summed over images that share the prefix; not a view of other gradients."""
-    return grads.sum(1, keepdim=True) if prefix.shape[0] < grads.shape[1] else grads.contiguous()
+    return grads.sum(1, keepdim=True) if prefix.shape[0] != grads.shape[1] else grads.clone(memory_format=torch.contiguous_format)
 
 
 def _for_each_image(tensor: Tensor | None, batch: int) -> Tensor | None:

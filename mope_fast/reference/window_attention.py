@@ -92,5 +92,6 @@ def window_prompt_attention(
     tokens, regions = windows_of(height, width, window_size, shift_size, qkv.device)
     q, k, v = in_windows(qkv, pad_qkv, tokens).to(torch.promote_types(qkv.dtype, torch.float32))
     weights = window_weights(q, k, prefixes, relative_position_bias, regions, scale)
-    out = softmax_or_zero(weights) @ with_prompts(v, [prefix[1] for prefix in prefixes])
+    values = [pv.masked_fill(~there[0][:, None, :, None], 0.0) if there else pv for _, pv, *there in prefixes]
+    out = softmax_or_zero(weights) @ with_prompts(v, values)
     return in_image(out[None], tokens, height, width).flatten(3).to(qkv.dtype)

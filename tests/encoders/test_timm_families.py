@@ -162,6 +162,26 @@ class RowsOnly(nn.Linear):
         return super().forward(x)
 
 
+def test_a_hook_that_comes_later_is_not_passed_by_in_silence():
+    encoder = make_encoder("swin")
+    model, images, cross = make_fusion(encoder), make_images(2, "swin", {}), make_cross(2)
+    handle = encoder.layers[0].blocks[1].attn.register_forward_hook(lambda module, args, out: 0 * out)
+    with pytest.raises(RuntimeError, match="can't take prompts any more: an attention of it has hooks"):
+        model(images, cross)
+    handle.remove()
+    model(images, cross)
+
+
+def test_parameters_that_took_others_place_are_given_back_as_those_were():
+    encoder = make_encoder("swin")
+    encoder.patch_embed.requires_grad_(False)
+    flags = {name: p.requires_grad for name, p in encoder.named_parameters()}
+    model = make_fusion(encoder)
+    encoder.set_input_size((48, 48), window_size=6)
+    model.unwrap()
+    assert {name: p.requires_grad for name, p in encoder.named_parameters()} == flags
+
+
 def test_padding_asks_a_projection_of_any_kind():
     encoder = make_encoder("swin", **SWINS["padding"])
     model, other = make_fusion(copy.deepcopy(encoder)), make_fusion(encoder)
@@ -477,6 +497,12 @@ def with_own_shifting_block():
     return encoder
 
 
+def without_a_block():
+    encoder = make_encoder("swin")
+    encoder.layers[0].blocks[1] = nn.Identity()
+    return encoder
+
+
 def with_own_window_attention():
     encoder = make_encoder("swin")
     encoder.layers[1].blocks[0].attn.__class__ = OwnWindowAttention
@@ -518,6 +544,7 @@ REFUSED = {
     "hooked": (with_hook, "that of its block 1 is not: Attention has hooks"),
     "hooked windows": (with_hook_on_windows, "an attention of it has hooks, or a forward of its own"),
     "own shift": (with_own_shift, "an attention of it has hooks, or a forward of its own"),
+    "no block": (without_a_block, "it has a Identity in place of timm's SwinTransformerBlock"),
     "own shifting block": (with_own_shifting_block, "a ShiftingBlock in place of timm's SwinTransformerBlock"),
     "own window attention": (with_own_window_attention, "a OwnWindowAttention in place of timm's WindowAttention"),
     "vit without pooling": (lambda: make_encoder("vit", global_pool=""), UNPOOLED),

@@ -326,6 +326,8 @@ def test_an_empty_batch_gives_empty_outputs_and_zero_gradients(problem):
     for leaf, grad in zip(leaves(inputs), gradients(out, inputs, torch.randn_like(out)), strict=True):
         assert grad.shape == leaf.shape
         assert torch.count_nonzero(grad) == 0
+    arguments = (*detached(inputs), *map(list, (WINDOW, SHIFT)), 0.4)
+    torch.library.opcheck(ops.window_attention_backward, (out.detach(), *arguments, [True] * 5))
 
 
 @pytest.mark.parametrize("impl", ["op", "sdpa", "reference"])
