@@ -748,19 +748,19 @@ def test_auto_takes_sdpa_on_a_cpu_and_triton_on_request(device, monkeypatch):
 
 
 def test_more_keys_than_fit_are_refused(device):
-    inputs = make_inputs(torch.float32, device, batch=1, head_dim=64, prefixes=[(1, 244)])
+    inputs = make_inputs(torch.float32, device, batch=1, head_dim=64, prefixes=[(1, 116)])
     check_equals_truth(inputs)
-    with pytest.raises(RuntimeError, match="a window with its prompts has 257 keys of head dimension 64, more than the kernel"):
-        attend(make_inputs(torch.float32, device, batch=1, head_dim=64, prefixes=[(1, 245)]))
+    with pytest.raises(RuntimeError, match="a window with its prompts has 129 keys of head dimension 64, more than the kernel"):
+        attend(make_inputs(torch.float32, device, batch=1, head_dim=64, prefixes=[(1, 117)]))
 
 
 @pytest.mark.gpu
 def test_auto_takes_the_kernels_while_keys_fit(device, monkeypatch):
     monkeypatch.setattr(_implementations, "DEFAULT_IMPL", "auto")
     launches = recorded(monkeypatch)
-    attend(make_inputs(torch.bfloat16, device, batch=1, head_dim=64, prefixes=[(1, 244)]), "auto")
+    attend(make_inputs(torch.bfloat16, device, batch=1, head_dim=64, prefixes=[(1, 180)]), "auto")
     assert [name for name, _ in launches] == KERNELS[:1]
-    attend(make_inputs(torch.bfloat16, device, batch=1, head_dim=64, prefixes=[(1, 245)]), "auto")
+    attend(make_inputs(torch.bfloat16, device, batch=1, head_dim=64, prefixes=[(1, 181)]), "auto")
     assert len(launches) == 1
 
 
