@@ -3,7 +3,7 @@
 from . import functional
 from .data import FeatureCache
 from .encoders import PromptedEncoder, register_encoder, supported_encoders
-from .models import FoldedModel, FusionOutput, MoPEFusion, MultiAdapter, PromptTuned
+from .models import FoldedModel, FusionOutput, MoPEFusion, MultiAdapter, PromptTuned, VLMo, VLMoConfig, VLMoProcessor
 from .modules import MoPEConfig, MoPELayer, MoPEOutput, PromptAttention, PromptBank, PromptMapper
 from .receptive_field import ReceptiveField
 
@@ -23,6 +23,9 @@ __all__ = [
     "PromptTuned",
     "PromptedEncoder",
     "ReceptiveField",
+    "VLMo",
+    "VLMoConfig",
+    "VLMoProcessor",
     "functional",
     "register_encoder",
     "supported_encoders",

@@ -5,5 +5,16 @@ from .fusion import MoPEFusion
 from .multi_adapter import MultiAdapter
 from .output import FusionOutput
 from .prompt_tuned import PromptTuned
+from .vlmo import VLMo, VLMoConfig, VLMoOutput, VLMoProcessor
 
-__all__ = ["FoldedModel", "FusionOutput", "MoPEFusion", "MultiAdapter", "PromptTuned"]
+__all__ = [
+    "FoldedModel",
+    "FusionOutput",
+    "MoPEFusion",
+    "MultiAdapter",
+    "PromptTuned",
+    "VLMo",
+    "VLMoConfig",
+    "VLMoOutput",
+    "VLMoProcessor",
+]

@@ -1,0 +1,158 @@
+"""What VLMo is made of: shared attention, one feed-forward expert for each modality."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ... import functional
+from ...receptive_field import ReceptiveField
+from .config import VLMoConfig
+
+NORM_EPS = 1e-6
+
+
+class Visibility(NamedTuple):
+    """What the queries of one layer see, and with which bias."""
+
+    key_padding_mask: Tensor | None = None
+    """bool (B, S), True = a real token."""
+    field: ReceptiveField | None = None
+    """None: everything."""
+    bias: Tensor | None = None
+    """(1, H, S, S)."""
+
+
+class VLMoAttention(nn.Module):
+    """Self-attention of all modalities; queries and values have a bias, keys have none.
+
+    Parameters and names are those of timm's BEiT ``Attention``. There is no dropout.
+    """
+
+    def __init__(self, config: VLMoConfig, impl: str):
+        super().__init__()
+        width = config.hidden_size
+        self.num_heads, self.impl = config.num_heads, impl
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.register_buffer("k_bias", torch.zeros(width), persistent=False)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, sees: Visibility) -> Tensor:
+        """(B, S, D) -> (B, S, D)."""
+        q, k, v = self._project(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        return self.proj(self.attend(q, k, v, sees).transpose(1, 2).flatten(2))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, sees: Visibility) -> Tensor:
+        """(B, H, S, Dh) each -> (B, H, S, Dh)."""
+        masking = {"key_padding_mask": sees.key_padding_mask, "bias": sees.bias, "impl": self.impl}
+        if sees.field is None:
+            return functional.prompt_attention(q, k, v, **masking)
+        return functional.receptive_field_attention(q, k, v, sees.field, **masking)
+
+    def _project(self, x: Tensor) -> Tensor:
+        bias = torch.cat([self.q_bias, self.k_bias, self.v_bias])
+        if type(self.qkv) is nn.Linear:
+            return F.linear(x, self.qkv.weight, bias)
+        return self.qkv(x) + bias  # a LoRA or another module in its place is called, not read
+
+
+class VLMoBlock(nn.Module):
+    """A pre-norm transformer layer whose feed-forward expert depends on the modality of the token.
+
+    Args:
+        config: see there.
+        drop_path: probability that a sample skips a branch, in training mode.
+        fusion: has a vision-language expert beside those of text and image.
+        impl: of attention.
+    """
+
+    def __init__(self, config: VLMoConfig, drop_path: float, fusion: bool, impl: str):
+        from timm.layers import DropPath, Mlp
+
+        def expert() -> tuple[nn.Module, nn.Module]:
+            return nn.LayerNorm(width, eps=NORM_EPS), Mlp(width, config.mlp_ratio * width)
+
+        super().__init__()
+        width = config.hidden_size
+        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.attn = VLMoAttention(config, impl)
+        self.norm2_text, self.mlp_text = expert()
+        self.norm2_imag, self.mlp_imag = expert()
+        if fusion:
+            self.norm2_vl, self.mlp_vl = expert()
+        self.fusion = fusion
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        if config.layer_scale is None:
+            self.gamma_1 = self.gamma_2 = None
+        else:
+            self.gamma_1, self.gamma_2 = (nn.Parameter(torch.full((width,), config.layer_scale)) for _ in range(2))
+
+    def forward(self, x: Tensor, sees: Visibility, experts: dict[str, int]) -> Tensor:
+        """One layer.
+
+        Args:
+            x: (B, S, D).
+            sees: of attention.
+            experts: "text", "imag" or "vl" -> how many tokens it takes, in the order of the sequence; together S.
+        """
+        x = x + self._scaled(self.attn(self.norm1(x), sees), self.gamma_1)
+        return x + self._scaled(self._feed_forward(x, experts), self.gamma_2)
+
+    def _feed_forward(self, x: Tensor, experts: dict[str, int]) -> Tensor:
+        parts = zip(experts, x.split(list(experts.values()), dim=1), strict=True)
+        out = [getattr(self, f"mlp_{name}")(getattr(self, f"norm2_{name}")(part)) for name, part in parts]
+        return out[0] if len(out) == 1 else torch.cat(out, dim=1)
+
+    def _scaled(self, branch: Tensor, gamma: Tensor | None) -> Tensor:
+        return self.drop_path(branch if gamma is None else gamma * branch)
+
+
+class TextEmbeddings(nn.Module):
+    """BERT's embeddings, whose positions can be left out: of "rel_pos" models the table is saved and not added."""
+
+    def __init__(self, config: VLMoConfig):
+        super().__init__()
+        width = config.hidden_size
+        self.absolute_positions = config.absolute_positions
+        self.word_embeddings = nn.Embedding(config.vocab_size, width)
+        self.position_embeddings = nn.Embedding(config.max_text_length, width)
+        self.token_type_embeddings = nn.Embedding(2, width)
+        self.LayerNorm = nn.LayerNorm(width, eps=1e-12)
+        self.dropout = nn.Dropout(config.drop_path_rate)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """int64 (B, T) -> (B, T, D)."""
+        x = self.word_embeddings(input_ids) + self.token_type_embeddings.weight[0]
+        if self.absolute_positions:
+            x = x + self.position_embeddings.weight[: input_ids.shape[1]]
+        return self.dropout(self.LayerNorm(x))
+
+
+class Pooler(nn.Module):
+    """What the pre-training reads the text's class token with."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D) -> (B, D)."""
+        return self.dense(x).tanh()
+
+
+class MaskedWords(nn.Module):
+    """The pre-training's head for masked words: BERT's, whose decoder has a bias of its own."""
+
+    def __init__(self, config: VLMoConfig):
+        super().__init__()
+        width = config.hidden_size
+        self.transform = nn.ModuleDict({"dense": nn.Linear(width, width), "LayerNorm": nn.LayerNorm(width, eps=1e-12)})
+        self.decoder = nn.Linear(width, config.vocab_size, bias=False)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., vocabulary)."""
+        return self.decoder(self.transform["LayerNorm"](F.gelu(self.transform["dense"](x)))) + self.bias

@@ -1,0 +1,264 @@
+"""VLMo: one transformer for text, images and both, with a feed-forward expert for each (arXiv 2111.02358)."""
+
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .config import VLMoConfig
+from .layers import NORM_EPS, MaskedWords, Pooler, TextEmbeddings, Visibility, VLMoBlock
+from .positions import position_index, table_rows
+
+_INIT_STD = 0.02
+
+
+class VLMoOutput(NamedTuple):
+    """Hidden states behind the last norm; None of a modality that wasn't given."""
+
+    text: Tensor | None
+    """(B, T, D), class token first."""
+    image: Tensor | None
+    """(B, I, D), class token first, then patches in row order."""
+    pooled: Tensor | None
+    """(B, D), the pooler on the text's class token; of a joint pass only."""
+
+
+class VLMo(nn.Module):
+    """A VLMo encoder whose state dict has the official checkpoints' names, so that they load as they are.
+
+    Attention is :mod:`mope_fast.functional`'s. In training mode it is trained like any module; drop path and the dropout of text
+    embeddings are on then.
+
+    Args:
+        config: the architecture, see :meth:`from_config`.
+        impl: of attention: "auto", or an implementation of :func:`mope_fast.functional.prompt_attention`.
+
+    Example:
+        >>> vlmo = VLMo.from_checkpoint("vlmo_base_plus_patch16_224.pt")        # or VLMo.from_config("base_plus")
+        >>> inputs = VLMoProcessor(tokenizer)(texts, images)
+        >>> vlmo(**inputs).pooled                                               # (B, 544)
+    """
+
+    def __init__(self, config: VLMoConfig, *, impl: str = "auto"):
+        super().__init__()
+        self.config = config
+        width = config.hidden_size
+        self.transformer = _Transformer(config, impl)
+        self.text_embeddings = TextEmbeddings(config)
+        self.token_type_embeddings = nn.Embedding(2, width)
+        self.pooler = Pooler(width)
+        self.mlm_score = MaskedWords(config) if config.mlm_head else None
+        self.relative_position_bias_table = None
+        if not config.absolute_positions:
+            columns = config.num_heads * config.num_layers
+            self.relative_position_bias_table = nn.Parameter(torch.zeros(table_rows(config), columns))
+            self.register_buffer("position_index", position_index(config), persistent=False)
+        self.gradient_checkpointing = False
+        """Keep the input of each layer in place of its activations, and compute it again in the backward pass."""
+        self.apply(_initialize)
+
+    @classmethod
+    def from_config(cls, name: str, *, impl: str = "auto", **overrides: Any) -> "VLMo":
+        """A random one of a known size.
+
+        Args:
+            name: "base" (175 M parameters), "base_plus" (167 M) or "large" (562 M).
+            impl: see the class.
+            overrides: fields of :class:`VLMoConfig`.
+
+        Raises:
+            ValueError: another name, or values that don't go together.
+        """
+        return cls(VLMoConfig.named(name, **overrides), impl=impl)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | os.PathLike[str],
+        config: VLMoConfig | None = None,
+        *,
+        impl: str = "auto",
+        strict: bool = True,
+        **overrides: Any,
+    ) -> "VLMo":
+        """Read an official checkpoint, or BEiT's of the image side.
+
+        Positions are interpolated to another image size, those of text cut to ``max_text_length``; heads of the pre-training are
+        left out, but for ``mlm_score`` with ``mlm_head=True``. Only tensors are read from the file, never code.
+
+        Args:
+            path: a file of ``torch.save`` or a safetensors file, its tensors at the top or under "state_dict", "module" or "model".
+            config: the architecture; None to find it by the width and the number of layers of the file.
+            impl: see the class.
+            strict: refuse a file that lacks something or has something unknown; else warn, and keep what is missing random.
+            overrides: fields of :class:`VLMoConfig` in which the model shall differ from its size's, as ``image_size``.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged, has more than tensors in it, is no VLMo's, or doesn't fit; with every difference.
+        """
+        from .checkpoint import load_into, read_state_dict, recognised
+
+        state = read_state_dict(path)
+        model = cls(recognised(state, path, config, overrides), impl=impl)
+        load_into(model, state, path, strict=strict)
+        return model
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        *,
+        vl_experts: bool = False,
+    ) -> VLMoOutput:
+        """A joint pass with both modalities, else a pass of one of them.
+
+        Args:
+            input_ids: int64 (B, T), T at most ``max_text_length``.
+            attention_mask: (B, T), 1 or True for real tokens; None if all are.
+            pixel_values: (B, 3, image_size, image_size).
+            vl_experts: of one modality: the layers that have a vision-language expert take that one (the second path of the
+                pre-training) in place of the modality's own. A joint pass always does.
+
+        Raises:
+            TypeError, ValueError: inputs of wrong types or shapes, or none at all.
+        """
+        parts = []
+        if input_ids is not None:
+            parts.append(("text", self.embed_text(input_ids)))
+        if pixel_values is not None:
+            parts.append(("imag", self.embed_image(pixel_values)))
+        if not parts:
+            raise ValueError("VLMo got neither input_ids nor pixel_values: give one of them, or both for a joint pass")
+        text = 0 if input_ids is None else input_ids.shape[1]
+        image = 0 if pixel_values is None else self.config.image_tokens
+        check_same_batch(input_ids, pixel_values)
+        mask = self.key_padding_mask(attention_mask, input_ids, after=image)
+        biases = self.position_biases(text, image)
+        x = torch.cat([part for _, part in parts], dim=1)
+        joint = len(parts) == 2
+        own, fused = {name: part.shape[1] for name, part in parts}, {"vl": x.shape[1]}
+        for block, bias in zip(self.transformer.blocks, biases, strict=True):
+            x = self.run_block(block, x, Visibility(mask, bias=bias), fused if block.fusion and (joint or vl_experts) else own)
+        x = self.transformer.norm(x)
+        return VLMoOutput(
+            text=x[:, :text] if text else None,
+            image=x[:, text:] if image else None,
+            pooled=self.pooler(x[:, 0]) if joint else None,
+        )
+
+    def embed_text(self, input_ids: Tensor) -> Tensor:
+        """int64 (B, T) -> (B, T, D), as the first layer takes it."""
+        _check_text(input_ids, self.config)
+        return self.text_embeddings(input_ids) + self.token_type_embeddings.weight[0]
+
+    def embed_image(self, pixel_values: Tensor) -> Tensor:
+        """(B, 3, image_size, image_size) -> (B, I, D), as the first layer takes it."""
+        _check_image(pixel_values, self.config)
+        return self.transformer.embed(pixel_values) + self.token_type_embeddings.weight[1]
+
+    def key_padding_mask(
+        self, attention_mask: Tensor | None, input_ids: Tensor | None, *, before: int = 0, after: int
+    ) -> Tensor | None:
+        """bool (B, before + T + after): the text's mask among keys that are all real; None if all are."""
+        if attention_mask is None:
+            return None
+        if input_ids is None:
+            raise ValueError("attention_mask is of the text: give input_ids with it, or leave it out")
+        if attention_mask.shape != input_ids.shape:
+            got = f"{tuple(attention_mask.shape)} and input_ids {tuple(input_ids.shape)}"
+            raise ValueError(f"attention_mask must have the shape of input_ids (B, T), got {got}")
+        return F.pad(attention_mask.bool(), (before, after), value=True)
+
+    def position_biases(self, text: int, image: int, *, before: int = 0, after: int = 0) -> Sequence[Tensor | None]:
+        """(1, H, S, S) of each layer for ``text`` and ``image`` tokens, of other tokens before and behind them zero.
+
+        None for each layer of a model with absolute positions.
+        """
+        table, config = self.relative_position_bias_table, self.config
+        if table is None:
+            return [None] * config.num_layers
+        parts = slice(text), slice(config.max_text_length, config.max_text_length + image)
+        index = torch.cat([torch.cat([self.position_index[rows, columns] for columns in parts], dim=1) for rows in parts])
+        # without an entry for prompts, their rows and columns are looked up behind the table's last row
+        index = F.pad(index, (before, after, before, after), value=len(table))
+        bias = F.embedding(index, F.pad(table, (0, 0, 0, 1))).permute(2, 0, 1).contiguous()
+        return bias.unflatten(0, (config.num_layers, 1, config.num_heads)).unbind()
+
+    def run_block(self, block: VLMoBlock, x: Tensor, sees: Visibility, experts: dict[str, int]) -> Tensor:
+        """A layer, with or without its activations kept."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, sees, experts, use_reentrant=False)
+        return block(x, sees, experts)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.config.to_dict().items())
+
+
+class _Transformer(nn.Module):
+    """Patch embedding, layers and last norm, under their names in official checkpoints."""
+
+    def __init__(self, config: VLMoConfig, impl: str):
+        from timm.layers import PatchEmbed
+
+        super().__init__()
+        width, layers = config.hidden_size, config.num_layers
+        self.patch_embed = PatchEmbed(config.image_size, config.patch_size, embed_dim=width)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.empty(1, config.image_tokens, width)) if config.absolute_positions else None
+        rates = [config.drop_path_rate * index / max(1, layers - 1) for index in range(layers)]
+        self.blocks = nn.ModuleList(
+            VLMoBlock(config, rate, index >= config.first_fusion_layer, impl) for index, rate in enumerate(rates)
+        )
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
+        for parameter in (self.cls_token, self.pos_embed):
+            if parameter is not None:
+                nn.init.trunc_normal_(parameter, std=_INIT_STD)
+
+    def embed(self, pixel_values: Tensor) -> Tensor:
+        patches = self.patch_embed(pixel_values)
+        x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
+        return x if self.pos_embed is None else x + self.pos_embed
+
+
+def _initialize(module: nn.Module) -> None:
+    """As VLMo: layers truncated at two standard deviations, embeddings not."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=_INIT_STD)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=_INIT_STD)
+
+
+def check_same_batch(input_ids: Tensor | None, pixel_values: Tensor | None) -> None:
+    """Raises ValueError for two modalities of different numbers of samples."""
+    if input_ids is not None and pixel_values is not None and len(input_ids) != len(pixel_values):
+        raise ValueError(f"text and image must have the same number of samples, got {len(input_ids)} and {len(pixel_values)}")
+
+
+def _check_text(input_ids: Tensor, config: VLMoConfig) -> None:
+    if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int32, torch.int64):
+        got = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise TypeError(f"input_ids must be an int64 tensor (B, T), got {got}: VLMoProcessor makes it from text")
+    if input_ids.dim() != 2 or not 1 <= input_ids.shape[1] <= config.max_text_length:
+        raise ValueError(
+            f"input_ids must be (B, T) with 1 to {config.max_text_length} tokens, got {tuple(input_ids.shape)}: truncate them"
+        )
+
+
+def _check_image(pixel_values: Tensor, config: VLMoConfig) -> None:
+    if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():
+        got = pixel_values.dtype if isinstance(pixel_values, Tensor) else type(pixel_values).__name__
+        raise TypeError(f"pixel_values must be a float tensor (B, 3, H, W), got {got}: VLMoProcessor makes it from images")
+    side = config.image_size
+    if pixel_values.dim() != 4 or pixel_values.shape[1:] != (3, side, side):
+        raise ValueError(
+            f"pixel_values must be (B, 3, {side}, {side}), got {tuple(pixel_values.shape)}: resize the images, or load the "
+            "checkpoint with image_size=..."
+        )
