@@ -3,15 +3,28 @@
 from . import functional
 from .data import FeatureCache
 from .encoders import PromptedEncoder, register_encoder, supported_encoders
-from .models import FoldedModel, FusionOutput, MoPEFusion, MultiAdapter, PromptTuned, VLMo, VLMoConfig, VLMoProcessor
+from .models import (
+    BAFConfig,
+    FoldedModel,
+    FusionOutput,
+    MoPEBAF,
+    MoPEFusion,
+    MultiAdapter,
+    PromptTuned,
+    VLMo,
+    VLMoConfig,
+    VLMoProcessor,
+)
 from .modules import MoPEConfig, MoPELayer, MoPEOutput, PromptAttention, PromptBank, PromptMapper
 from .receptive_field import ReceptiveField
 
 __version__ = "0.1.0"
 __all__ = [
+    "BAFConfig",
     "FeatureCache",
     "FoldedModel",
     "FusionOutput",
+    "MoPEBAF",
     "MoPEConfig",
     "MoPEFusion",
     "MoPELayer",

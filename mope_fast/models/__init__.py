@@ -2,14 +2,17 @@
 
 from .folded import FoldedModel
 from .fusion import MoPEFusion
+from .mope_baf import BAFConfig, MoPEBAF
 from .multi_adapter import MultiAdapter
 from .output import FusionOutput
 from .prompt_tuned import PromptTuned
 from .vlmo import VLMo, VLMoConfig, VLMoOutput, VLMoProcessor
 
 __all__ = [
+    "BAFConfig",
     "FoldedModel",
     "FusionOutput",
+    "MoPEBAF",
     "MoPEFusion",
     "MultiAdapter",
     "PromptTuned",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..encoders import PromptedEncoder
 from . import checkpoint
+from .vlmo import VLMo
 
 
 def _regression_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -108,7 +109,7 @@ class TaskModel(nn.Module, ABC):
 
     def _set_gradient_checkpointing(self, value: bool) -> None:
         for module in self.modules():
-            if isinstance(module, PromptedEncoder):
+            if isinstance(module, (PromptedEncoder, VLMo)):
                 module.gradient_checkpointing = value
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

@@ -2,72 +2,59 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass
+
+from .._settings import Settings, setting
 
 _PAPER = "MoPE v1 (arXiv 2403.10568), section 4.1"
 _CODE = "the authors' released code"
 _OURS = "ours"
 
 
-_KINDS = {"int": int, "float": (int, float), "bool": bool, "str": str}
-
-
-def _setting(default: Any, meaning: str, source: str) -> Any:
-    return field(default=default, metadata={"meaning": meaning, "source": source})
-
-
 @dataclass(frozen=True, kw_only=True)
-class MoPEConfig:
+class MoPEConfig(Settings):
     """Settings of :class:`PromptBank` and :class:`MoPEFusion`; ``MoPEConfig.describe()`` prints them with meaning and source."""
 
-    num_experts: int = _setting(16, "K, prompt experts a layer routes over", _PAPER)
-    prompt_length: int = _setting(6, "L, rows of the static and of the dynamic prompt", _PAPER)
-    cross_routing_dim: int = _setting(8, "d_c, router dimensions taken from the complementary feature", _PAPER)
-    inter_routing_dim: int = _setting(2, "d_i, router dimensions taken from the layer's own class token", _PAPER)
-    temperature: float = _setting(0.1, "tau, the router softmax is over logits / tau", _PAPER)
-    noise_std: float = _setting(1 / 256, "standard deviation of the noise on logits / tau, in training only", _CODE)
-    top_k: int | None = _setting(None, "keep the k largest scores, None keeps all (the paper's sparse gate is 1 and worse)", _PAPER)
-    renormalize: bool = _setting(False, "divide kept scores by their sum; only with top_k", _OURS)
-    learn_keys: bool = _setting(
+    num_experts: int = setting(16, "K, prompt experts a layer routes over", _PAPER)
+    prompt_length: int = setting(6, "L, rows of the static and of the dynamic prompt", _PAPER)
+    cross_routing_dim: int = setting(8, "d_c, router dimensions taken from the complementary feature", _PAPER)
+    inter_routing_dim: int = setting(2, "d_i, router dimensions taken from the layer's own class token", _PAPER)
+    temperature: float = setting(0.1, "tau, the router softmax is over logits / tau", _PAPER)
+    noise_std: float = setting(1 / 256, "standard deviation of the noise on logits / tau, in training only", _CODE)
+    top_k: int | None = setting(None, "keep the k largest scores, None keeps all (the paper's sparse gate is 1 and worse)", _PAPER)
+    renormalize: bool = setting(False, "divide kept scores by their sum; only with top_k", _OURS)
+    learn_keys: bool = setting(
         False, "train the routing keys; they are frozen from an orthogonal start (ablation: learned is worse)", _PAPER
     )
-    dropout: float = _setting(
+    dropout: float = setting(
         0.1,
         "on static prompts (one mask a step) and the mapped prompt",
         _CODE + ", which spares static ones behind the first",
     )
-    dynamic_dropout: float = _setting(
+    dynamic_dropout: float = setting(
         0.0, "on dynamic prompts; the paper's text has it, the code does not; rules out K/V-space mixing in training", _CODE
     )
-    use_static: bool = _setting(True, "static prompts, P_s (ablation of table 2)", _PAPER)
-    use_dynamic: bool = _setting(True, "routed prompts, P_d (ablation of table 2)", _PAPER)
-    use_mapped: bool = _setting(True, "the complementary feature as one prompt, P_m (ablation of table 2)", _PAPER)
-    mapper_norm: str = _setting(
+    use_static: bool = setting(True, "static prompts, P_s (ablation of table 2)", _PAPER)
+    use_dynamic: bool = setting(True, "routed prompts, P_d (ablation of table 2)", _PAPER)
+    use_mapped: bool = setting(True, "the complementary feature as one prompt, P_m (ablation of table 2)", _PAPER)
+    mapper_norm: str = setting(
         "batch", "norm in the mapper's bottleneck: 'batch', 'layer' or 'none'", _PAPER + ", appendix A: batch norm"
     )
-    prompt_init: float | None = _setting(
+    prompt_init: float | None = setting(
         None,
         "static prompts and experts start uniform in +-prompt_init; None: sqrt(6 / (3 * 16 * 16 + D)), VPT's rule at 16 px patches",
         _CODE,
     )
-    mixing: str = _setting("auto", "'prompt', 'kv', or 'auto': K/V space where it is exact and K < B", _OURS)
-    importance_weight: float = _setting(0.01, "weight of the importance loss", _PAPER)
-    importance_threshold: float = _setting(
+    mixing: str = setting("auto", "'prompt', 'kv', or 'auto': K/V space where it is exact and K < B", _OURS)
+    importance_weight: float = setting(0.01, "weight of the importance loss", _PAPER)
+    importance_threshold: float = setting(
         0.1, "a layer whose squared coefficient of variation is at most this has no importance loss", _PAPER
     )
-    complementary_prompt_length: int = _setting(4, "l', rows of vanilla prompts in a supported complementary encoder", _PAPER)
-    cross_dim: int | None = _setting(None, "width of the complementary feature where it can't be inferred", _OURS)
+    complementary_prompt_length: int = setting(4, "l', rows of vanilla prompts in a supported complementary encoder", _PAPER)
+    cross_dim: int | None = setting(None, "width of the complementary feature where it can't be inferred", _OURS)
 
     def __post_init__(self):
-        for setting in fields(self):
-            value, kind = (
-                getattr(self, setting.name),
-                _KINDS[setting.type.removesuffix(" | None")],
-            )
-            optional = setting.type.endswith("None")
-            if not (value is None and optional) and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)):
-                raise TypeError(f"MoPEConfig.{setting.name} must be {setting.type}, got {value!r}")
+        self.check_types()
         for name, least in (
             ("num_experts", 1), ("prompt_length", 1), ("cross_routing_dim", 1), ("inter_routing_dim", 1),
             ("noise_std", 0), ("importance_weight", 0), ("importance_threshold", 0), ("complementary_prompt_length", 0),
@@ -105,13 +92,3 @@ class MoPEConfig:
     def init_bound(self, width: int) -> float:
         """Bound of the uniform start of prompts of this width."""
         return (6 / (3 * 16 * 16 + width)) ** 0.5 if self.prompt_init is None else self.prompt_init
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def describe(cls) -> str:
-        """One line a setting: name, default, meaning, source."""
-        fields = cls.__dataclass_fields__.values()
-        return "\n".join(f"{f.name} = {f.default!r}: {f.metadata['meaning']} [{f.metadata['source']}]" for f in fields)

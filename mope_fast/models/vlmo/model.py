@@ -175,20 +175,24 @@ class VLMo(nn.Module):
             raise ValueError(f"attention_mask must have the shape of input_ids (B, T), got {got}")
         return F.pad(attention_mask.bool(), (before, after), value=True)
 
-    def position_biases(self, text: int, image: int, *, before: int = 0, after: int = 0) -> Sequence[Tensor | None]:
+    def position_biases(
+        self, text: int, image: int, *, before: int = 0, after: int = 0, layers: range | None = None
+    ) -> Sequence[Tensor | None]:
         """(1, H, S, S) of each layer for ``text`` and ``image`` tokens, of other tokens before and behind them zero.
 
-        None for each layer of a model with absolute positions.
+        None for each layer of a model with absolute positions; ``layers`` are consecutive ones, None all.
         """
         table, config = self.relative_position_bias_table, self.config
+        layers = range(config.num_layers) if layers is None else layers
         if table is None:
-            return [None] * config.num_layers
+            return [None] * len(layers)
+        table = table[:, layers.start * config.num_heads : layers.stop * config.num_heads]
         parts = slice(text), slice(config.max_text_length, config.max_text_length + image)
         index = torch.cat([torch.cat([self.position_index[rows, columns] for columns in parts], dim=1) for rows in parts])
         # without an entry for prompts, their rows and columns are looked up behind the table's last row
         index = F.pad(index, (before, after, before, after), value=len(table))
         bias = F.embedding(index, F.pad(table, (0, 0, 0, 1))).permute(2, 0, 1).contiguous()
-        return bias.unflatten(0, (config.num_layers, 1, config.num_heads)).unbind()
+        return bias.unflatten(0, (len(layers), 1, config.num_heads)).unbind()
 
     def run_block(self, block: VLMoBlock, x: Tensor, sees: Visibility, experts: dict[str, int]) -> Tensor:
         """A layer, with or without its activations kept."""

@@ -1,0 +1,211 @@
+"""The settings of MoPE-BAF. The paper's equations were not at hand: every choice here is a reading, and says so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass
+
+from ..._settings import Settings, setting
+from ...modules.block_fusion import FORMS
+
+GROUPS = ("unified_prompt", "text_prompt", "text", "image", "image_prompt")
+"""Groups of the sequence in their order; an absent one takes no place."""
+_PAPER = "arXiv 2403.11311"
+_OURS = "ours"
+
+
+def _reading(why: str) -> str:
+    return f"a reading of {_PAPER}: {why}"
+
+
+PARTITIONS = {
+    "experts": "the layers in front of the fusion layers, in blocks as equal as can be",
+    "all": "all layers, in blocks as equal as can be",
+    "stages": "two blocks: the layers in front of the fusion layers, and these",
+}
+POOLINGS = {
+    "unified": "mean of the unified prompt's outputs",
+    "pooler": "VLMo's pooler on the text's class token",
+    "auto": "'unified' if there is such a prompt, else 'pooler'",
+}
+HEADS = {
+    "linear": "one linear layer",
+    "mlp": "as VLMo's for questions: D -> 2 D, LayerNorm, GELU, 2 D -> classes",
+    "verbalizer": "VLMo's head for masked words on the text's mask token: mean logit of each class' words",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BAFConfig(Settings):
+    """Settings of :class:`MoPEBAF`; ``BAFConfig.describe()`` prints them with meaning and source.
+
+    Raises:
+        TypeError, ValueError: a value of a wrong type or out of range, or values that don't go together.
+    """
+
+    text_prompt_length: int = setting(MISSING, "n_l, rows of the L-Prompt; 0 for none", _PAPER + "; its lengths are unknown")
+    image_prompt_length: int = setting(MISSING, "n_v, rows of the V-Prompt; 0 for none", _PAPER + "; its lengths are unknown")
+    unified_prompt_length: int = setting(MISSING, "n_vl, rows of the VL-Prompt; 0 for none", _PAPER + "; its lengths are unknown")
+    per_block_prompts: bool = setting(
+        False,
+        "each block has L- and V-Prompts of its own; else those put in at the start are carried through all blocks",
+        _reading("prompts are put before the embeddings, once"),
+    )
+    prompt_init_std: float = setting(
+        0.02, "prompts start normal with this deviation; set_prompt starts them from text", _reading("as all embeddings of VLMo")
+    )
+    restricted: bool = setting(True, "prompts have restricted receptive fields; False: every group sees every other", _PAPER)
+    tokens_see_other_prompts: bool = setting(
+        False,
+        "text sees the V-Prompt and images the L-Prompt: then only what prompts themselves see is restricted",
+        _reading("the V-Prompt is 'dedicated to image input only', taken for both directions, and the same for text"),
+    )
+    prompts_see_themselves: bool = setting(
+        True, "L- and V-Prompt see their own rows", _reading("'image input only' speaks against text, not against itself")
+    )
+    modalities_see_each_other: bool = setting(
+        True,
+        "text and image see each other in front of the fusion layers",
+        _PAPER + " has images see text; that text sees images is VLMo's",
+    )
+    unified_from_start: bool = setting(
+        False,
+        "the VL-Prompt is there from the first layer, sees everything and goes through the text's expert",
+        _reading("it is for the multi-modal stage, as the vision-language experts are"),
+    )
+    unified_visible: bool = setting(True, "with unified_from_start: others see it in front of the fusion layers", _OURS)
+    keep_modality_prompts: bool = setting(
+        False,
+        "L- and V-Prompt stay in the fusion layers, where all see all; else they end there",
+        _reading("the unified prompt takes over, as the vision-language expert does"),
+    )
+    visible: Mapping[str, Sequence[str]] | None = setting(
+        None, "in front of the fusion layers: group -> groups that it sees, in place of the table of the settings above", _OURS
+    )
+    fusion_visible: Mapping[str, Sequence[str]] | None = setting(
+        None, "the same for the fusion layers", _OURS + "; there all see all, as in VLMo"
+    )
+    num_blocks: int = setting(
+        2, "N, blocks of layers, with a fusion of prompts between them; 1 for no fusion", _PAPER + ", which finds 2 the best"
+    )
+    partition: str = setting(
+        "experts",
+        "what is cut into blocks: " + "; ".join(f"'{name}', {meaning}" for name, meaning in PARTITIONS.items()),
+        _reading("the prompts that are fused are those of these layers"),
+    )
+    boundaries: tuple[int, ...] | None = setting(
+        None, "the first layer of each block but the first, in place of num_blocks and partition", _OURS
+    )
+    fusion_form: str = setting(
+        "A",
+        "; ".join(f"'{name}', {meaning}" for name, meaning in FORMS.items()),
+        _reading("'cross-modal prompt attention', with norm and residual as in VLMo's layers"),
+    )
+    fusion_heads: int | None = setting(None, "heads of the fusion's attention; None: as many as VLMo's", _OURS)
+    share_directions: bool = setting(False, "one set of weights for text to image and image to text", _reading("none is mentioned"))
+    share_boundaries: bool = setting(False, "one set of weights for all boundaries", _reading("none is mentioned"))
+    widen_next_only: bool = setting(False, "form E: prompts see each other in the next layer only, not in all later ones", _OURS)
+    pooling: str = setting(
+        "auto",
+        "; ".join(f"'{name}', {meaning}" for name, meaning in POOLINGS.items()),
+        _reading("the VL-Prompt's representation is what is classified; that it is the mean is a guess"),
+    )
+    head: str = setting(
+        "linear", "; ".join(f"'{name}', {meaning}" for name, meaning in HEADS.items()), _reading("the least; none is described")
+    )
+    verbalizer: tuple[tuple[int, ...], ...] | None = setting(None, "for head='verbalizer': each class' token ids", _OURS)
+    mask_token_id: int | None = setting(None, "for head='verbalizer': id of the mask token, 103 in bert-base-uncased", _OURS)
+    freeze_backbone: bool = setting(
+        False,
+        "hold VLMo frozen and in eval mode; else it is trained",
+        _reading("its learning rate, 3e-5, is VLMo's own for training everything"),
+    )
+
+    def __post_init__(self):
+        self.check_types()
+        self._freeze_lists()
+        for name, least in (
+            ("text_prompt_length", 0), ("image_prompt_length", 0), ("unified_prompt_length", 0), ("prompt_init_std", 0),
+            ("num_blocks", 1), ("fusion_heads", 1),
+        ):  # fmt: skip
+            if getattr(self, name) is not None and not least <= getattr(self, name) < float("inf"):
+                raise ValueError(f"BAFConfig.{name} must be >= {least}, got {getattr(self, name)}")
+        for name, choices in (("partition", PARTITIONS), ("fusion_form", FORMS), ("pooling", POOLINGS), ("head", HEADS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"BAFConfig.{name} must be one of {list(choices)}, got {getattr(self, name)!r}")
+        if self.partition == "stages" and self.num_blocks > 2:
+            raise ValueError(f"BAFConfig.partition='stages' has at most 2 blocks, got num_blocks={self.num_blocks}")
+        if self.boundaries is not None and (
+            any(isinstance(b, bool) or not isinstance(b, int) for b in self.boundaries)
+            or list(self.boundaries) != sorted(set(self.boundaries))
+        ):
+            raise ValueError(f"BAFConfig.boundaries must be rising indices of layers, got {self.boundaries}")
+        if self.fusion_form == "C" and self.text_prompt_length != self.image_prompt_length:
+            raise ValueError(
+                "BAFConfig.fusion_form='C' adds what one prompt queries to the other: text_prompt_length and image_prompt_length "
+                f"must be equal, got {self.text_prompt_length} and {self.image_prompt_length}"
+            )
+        if self.fusion_form == "G" and not self.unified_prompt_length:
+            raise ValueError("BAFConfig.fusion_form='G' makes the unified prompt, got unified_prompt_length=0: use form 'A'")
+        if self.pooling == "unified" and not self.unified_prompt_length:
+            raise ValueError("BAFConfig.pooling='unified' needs unified_prompt_length >= 1: use 'pooler'")
+        self._check_visible("visible", self.visible)
+        self._check_visible("fusion_visible", self.fusion_visible)
+        self._check_verbalizer()
+
+    def _freeze_lists(self) -> None:
+        """Lists, as JSON has them, to tuples."""
+        if self.boundaries is not None:
+            object.__setattr__(self, "boundaries", tuple(self.boundaries))
+        if self.verbalizer is not None:
+            object.__setattr__(self, "verbalizer", tuple(tuple(words) for words in self.verbalizer))
+
+    def _check_visible(self, name: str, visible: Mapping[str, Sequence[str]] | None) -> None:
+        if visible is None:
+            return
+        if not isinstance(visible, Mapping):
+            raise TypeError(f"BAFConfig.{name} must be a dict of lists, got {type(visible).__name__}")
+        for group, seen in visible.items():
+            if isinstance(seen, str) or not isinstance(seen, Sequence):
+                raise TypeError(f"BAFConfig.{name}[{group!r}] must be a list of groups, got {seen!r}")
+            if unknown := [other for other in (group, *seen) if other not in GROUPS]:
+                raise ValueError(f"BAFConfig.{name} has group {unknown[0]!r}: the groups are {list(GROUPS)}")
+
+    def _check_verbalizer(self) -> None:
+        if (self.head == "verbalizer") != (self.verbalizer is not None) or (self.verbalizer is None) != (
+            self.mask_token_id is None
+        ):
+            raise ValueError("BAFConfig.head='verbalizer' goes with verbalizer=[[token ids of a class], ...] and mask_token_id")
+        if self.verbalizer is not None and not all(self.verbalizer):
+            raise ValueError(f"BAFConfig.verbalizer must have at least one token for each class, got {self.verbalizer}")
+
+    def lengths(self, text: int, image: int) -> dict[str, int]:
+        """Group -> rows, all five in their order."""
+        lengths = self.unified_prompt_length, self.text_prompt_length, text, image, self.image_prompt_length
+        return dict(zip(GROUPS, lengths, strict=True))
+
+    def block_starts(self, num_layers: int, first_fusion_layer: int) -> tuple[int, ...]:
+        """The first layer of each block but the first.
+
+        Raises:
+            ValueError: there are more blocks than layers, or a boundary where there are no prompts to fuse.
+        """
+        if self.boundaries is not None:
+            starts = self.boundaries
+        elif self.partition == "stages":
+            starts = (first_fusion_layer,) * (self.num_blocks - 1)
+        else:
+            layers = num_layers if self.partition == "all" else first_fusion_layer
+            if self.num_blocks > layers:
+                raise ValueError(
+                    f"BAFConfig.num_blocks={self.num_blocks} is more than the {layers} layers that are cut into blocks"
+                )
+            starts = tuple(-(-layers * block // self.num_blocks) for block in range(1, self.num_blocks))
+        last = num_layers if self.keep_modality_prompts else first_fusion_layer - (self.fusion_form != "G")
+        last = min(last, num_layers - 1)
+        if any(not 1 <= start <= last for start in starts):
+            raise ValueError(
+                f"MoPE-BAF can fuse prompts in front of layers 1 to {last} here, got boundaries {starts}: from layer "
+                f"{first_fusion_layer} on, text and image have no prompts left unless keep_modality_prompts=True"
+            )
+        return starts

@@ -1,0 +1,287 @@
+"""MoPEBAF: VLMo with prompts of text, image and both, restricted receptive fields and block-aware fusion (arXiv 2403.11311)."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...encoders.frozen import freeze
+from ...modules.block_fusion import BlockAwareFusion, PromptFusion
+from .. import checkpoint
+from ..output import FusionOutput
+from ..task import TaskModel, apply_head, check_head
+from ..vlmo import VLMo
+from ..vlmo.layers import Visibility
+from ..vlmo.model import check_same_batch
+from .config import GROUPS, BAFConfig
+from .heads import MlpHead, Verbalizer
+from .plan import Segment, check_fits, make_plan
+
+Groups = dict[str, Tensor]
+PROMPTS = tuple(name for name in GROUPS if name.endswith("_prompt"))
+
+
+class MoPEBAF(TaskModel):
+    """Three groups of prompts on a VLMo: L- and V-Prompt in the layers with an expert for each modality, the VL-Prompt behind them.
+
+    The sequence is [L-Prompt | text | image | V-Prompt], so that every group sees consecutive rows and attention needs no mask;
+    where the fusion layers begin it becomes [VL-Prompt | text | image]. Prompts are carried as tokens: each layer reads what the
+    one before made of them. With prompts of length zero and one block it is the plain VLMo.
+
+    Args:
+        vlmo: the backbone; trained too, unless ``config.freeze_backbone``: then it is held frozen and in eval mode.
+        num_classes: outputs of the head; None for no head (``logits`` is None, use ``features``).
+        config: see :class:`BAFConfig`; the lengths of the prompts have no default.
+        head: a head of your own, (B, D) -> (B, num_classes), in place of ``config.head``.
+        problem_type: as for :class:`MoPEFusion`.
+
+    Raises:
+        TypeError, ValueError: settings that don't go together, or don't fit this VLMo.
+
+    Example:
+        >>> config = BAFConfig(text_prompt_length=10, image_prompt_length=10, unified_prompt_length=10)
+        >>> model = MoPEBAF(VLMo.from_checkpoint("vlmo_base_plus_patch16_224.pt"), num_classes=2, config=config)
+        >>> model(**processor(texts, images), labels=labels).loss.backward()
+    """
+
+    def __init__(
+        self,
+        vlmo: VLMo,
+        num_classes: int | None = None,
+        config: BAFConfig | None = None,
+        *,
+        head: nn.Module | None = None,
+        problem_type: str = "single_label_classification",
+    ):
+        super().__init__()
+        check_head(num_classes, head, problem_type)
+        if not isinstance(vlmo, VLMo):
+            raise TypeError(f"MoPEBAF takes a VLMo, got {type(vlmo).__name__}: VLMo.from_checkpoint or VLMo.from_config makes one")
+        if config is None:
+            raise ValueError(
+                "MoPEBAF needs config=BAFConfig(text_prompt_length=..., image_prompt_length=..., unified_prompt_length=...)"
+            )
+        check_fits(config, vlmo.config)
+        self.config, self.problem_type = config, problem_type
+        self._starts = config.block_starts(vlmo.config.num_layers, vlmo.config.first_fusion_layer)
+        self._plans: dict[int, tuple[Segment, ...]] = {}
+        self._make_prompts(vlmo)
+        self._make_fusions(vlmo)
+        self._num_classes = num_classes
+        self.head = self._make_head(vlmo, num_classes) if head is None else head
+        self._thaw: Callable[[], None] | None = None
+        self.backbone = vlmo
+        self._plan(vlmo.config.max_text_length)
+        if config.freeze_backbone:
+            self._thaw = freeze(vlmo)
+
+    def _make_prompts(self, vlmo: VLMo) -> None:
+        """(1 or blocks, rows, D) each; None for no rows."""
+        config, width = self.config, vlmo.config.hidden_size
+        self._blocks_own_prompts = config.per_block_prompts or config.fusion_form == "B"
+        for name in PROMPTS:
+            length = getattr(config, f"{name}_length")
+            sets = 1 + len(self._starts) if self._blocks_own_prompts and name != "unified_prompt" else 1
+            start = torch.randn(sets, length, width) * config.prompt_init_std
+            self.register_parameter(name, nn.Parameter(start) if length else None)
+
+    def _make_fusions(self, vlmo: VLMo) -> None:
+        """One for each boundary, as far as there are prompts to fuse; for form G one more."""
+        config, width = self.config, vlmo.config.hidden_size
+        heads = vlmo.config.num_heads if config.fusion_heads is None else config.fusion_heads
+        lengths = config.text_prompt_length, config.image_prompt_length
+        count = len(self._starts) if all(lengths) and config.fusion_form != "E" else 0
+        self.fusions = nn.ModuleList(
+            BlockAwareFusion(width, heads, config.fusion_form, share_directions=config.share_directions)
+            for _ in range(min(count, 1) if config.share_boundaries else count)
+        )
+        makes_unified = config.fusion_form == "G" and self._starts and any(lengths)
+        self.unified_fusion = PromptFusion(width, heads) if makes_unified else None
+
+    def _make_head(self, vlmo: VLMo, num_classes: int | None) -> nn.Module | None:
+        config, width = self.config, vlmo.config.hidden_size
+        if num_classes is None:
+            return None
+        if config.head == "verbalizer":
+            if vlmo.mlm_score is None:
+                raise ValueError("head='verbalizer' reads VLMo's head for masked words: make the VLMo with mlm_head=True")
+            if len(config.verbalizer) != num_classes:
+                raise ValueError(
+                    f"BAFConfig.verbalizer has words of {len(config.verbalizer)} classes, num_classes is {num_classes}"
+                )
+            return Verbalizer(config.verbalizer, vlmo.config.vocab_size)
+        return MlpHead(width, num_classes) if config.head == "mlp" else nn.Linear(width, num_classes)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> FusionOutput:
+        """One joint pass.
+
+        Args:
+            input_ids: int64 (B, T), T at most VLMo's ``max_text_length``.
+            attention_mask: (B, T), 1 or True for real tokens; None if all are.
+            pixel_values: (B, 3, image_size, image_size).
+            labels: see ``problem_type``; gives ``loss``.
+
+        Returns:
+            ``loss``, ``logits`` and ``features`` (B, D), what the head reads.
+        """
+        if pixel_values is None:
+            raise ValueError("MoPEBAF got no pixel_values: its passes are joint, of text and image")
+        groups = self.hidden_states(input_ids, attention_mask, pixel_values)
+        features = self._pooled(groups, input_ids)
+        read = self.backbone.mlm_score(features) if isinstance(self.head, Verbalizer) else features
+        logits = apply_head(self.head, read)
+        loss = self.task_loss(logits, labels)
+        return FusionOutput(loss=loss, logits=logits, task_loss=loss, features=features)
+
+    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None, pixel_values: Tensor) -> Groups:
+        """Outputs behind the last norm, (B, rows, D) of each group that is left there: "text", "image", "unified_prompt", ..."""
+        vlmo = self.backbone
+        groups = {"text": vlmo.embed_text(input_ids), "image": vlmo.embed_image(pixel_values)}
+        check_same_batch(input_ids, pixel_values)
+        groups |= {name: self._prompt(name, 0, groups["text"]) for name in GROUPS if name not in groups}
+        for segment in self._plan(input_ids.shape[1]):
+            groups |= self._entered(segment.layers.start, groups)
+            before, after = segment.around_tokens
+            image = segment.lengths["image"]
+            mask = vlmo.key_padding_mask(attention_mask, input_ids, before=before, after=image + after)
+            biases = vlmo.position_biases(input_ids.shape[1], image, before=before, after=after, layers=segment.layers)
+            x = torch.cat([groups[name] for name in segment.lengths], dim=1)
+            for index, field, bias in zip(segment.layers, segment.fields, biases, strict=True):
+                x = vlmo.run_block(vlmo.transformer.blocks[index], x, Visibility(mask, field, bias), segment.experts)
+            groups |= _split(x, segment.lengths)
+        return _split(vlmo.transformer.norm(x), segment.lengths)
+
+    def _plan(self, text: int) -> tuple[Segment, ...]:
+        if text not in self._plans:
+            self._plans[text] = make_plan(self.config, self.backbone.config, text)
+        return self._plans[text]
+
+    def _prompt(self, name: str, block: int, like: Tensor) -> Tensor:
+        """(B, rows, D) of a group of prompts as a block starts with it."""
+        prompt = getattr(self, name)
+        if prompt is None:
+            return like[:, :0]
+        return prompt[block if len(prompt) > 1 else 0].to(like.dtype).expand(len(like), -1, -1)
+
+    def _entered(self, layer: int, groups: Groups) -> Groups:
+        """The prompts that change in front of this layer."""
+        changed = self._fused(1 + self._starts.index(layer), groups) if layer in self._starts else {}
+        if layer == self.backbone.config.first_fusion_layer and self.unified_fusion is not None:
+            prompts = [(groups | changed)[name] for name in ("text_prompt", "image_prompt")]
+            own = groups["unified_prompt"]
+            changed["unified_prompt"] = self.unified_fusion(own, own, torch.cat(prompts, dim=1))
+        return changed
+
+    def _fused(self, block: int, groups: Groups) -> Groups:
+        """Prompts of text and image as a block starts with them, behind the first."""
+        names = ("text_prompt", "image_prompt")
+        prompts = own = [groups[name] for name in names]
+        if self._blocks_own_prompts:
+            own = [self._prompt(name, block, groups["text"]) for name in names]
+        if self.fusions:
+            own = self.fusions[0 if self.config.share_boundaries else block - 1](*prompts, *own)
+        return dict(zip(names, own, strict=True))
+
+    def _pooled(self, groups: Groups, input_ids: Tensor) -> Tensor:
+        """(B, D), what the head reads."""
+        config, text = self.config, groups["text"]
+        if config.head == "verbalizer":
+            masks = input_ids == config.mask_token_id
+            feature = text.gather(1, masks.byte().argmax(1)[:, None, None].expand(-1, -1, text.shape[-1]))[:, 0]
+            # loud, and without a wait for the device
+            return feature.masked_fill(~masks.any(1, keepdim=True), float("nan"))
+        unified = config.pooling == "unified" or (config.pooling == "auto" and config.unified_prompt_length)
+        return groups["unified_prompt"].mean(1) if unified else self.backbone.pooler(text[:, 0])
+
+    @torch.no_grad()
+    def set_prompt(self, group: str, source: Tensor) -> None:
+        """Start a prompt from text or from embeddings in place of random numbers; rows are repeated or cut to its length.
+
+        Args:
+            group: "text_prompt", "image_prompt" or "unified_prompt".
+            source: int64 (n,) token ids, taken as VLMo embeds them as a text; or float (n, D) rows.
+
+        Raises:
+            ValueError: another group, one of length zero, or a source of another shape.
+        """
+        prompt = getattr(self, group, None) if group in PROMPTS else None
+        if prompt is None:
+            there = [name for name in PROMPTS if getattr(self, name) is not None]
+            raise ValueError(f"set_prompt got {group!r}: expected one of {there}")
+        rows = source
+        if not source.is_floating_point() and source.dim() == 1:
+            embeddings = self.backbone.text_embeddings
+            training = embeddings.training
+            embeddings.eval()
+            rows = self.backbone.embed_text(source[None])[0]
+            embeddings.train(training)
+        if rows.dim() != 2 or not len(rows) or rows.shape[1] != prompt.shape[-1]:
+            raise ValueError(f"source must be token ids (n,) or embeddings (n, {prompt.shape[-1]}), got {tuple(source.shape)}")
+        index = torch.arange(prompt.shape[1], device=rows.device) % len(rows)
+        prompt.copy_(rows[index])
+
+    def train(self, mode: bool = True) -> "MoPEBAF":
+        """Train or evaluate; a frozen VLMo stays in eval mode."""
+        super().train(mode)
+        if self._thaw is not None:
+            self.backbone.eval()
+        return self
+
+    def parameter_groups(self, lr: float, weight_decay: float = 0.01, head_lr_multiplier: float = 1.0) -> list[dict[str, Any]]:
+        """Trained parameters for an optimiser: biases and norms without decay, as VLMo's; the head with a rate of its own."""
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                rate = lr * head_lr_multiplier if name.startswith("head.") else lr
+                groups.setdefault((rate, 0.0 if parameter.dim() == 1 else weight_decay), []).append(parameter)
+        return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+
+    def frozen_parts(self) -> list[str]:
+        """Names of the modules that are held and not trained."""
+        return ["backbone"] if self.config.freeze_backbone else []
+
+    def unwrap(self) -> VLMo:
+        """Give the VLMo back, trainable and in the mode in which it came; this model can't be used afterwards."""
+        if self._thaw is not None:
+            self._thaw()
+        return self.backbone
+
+    def description(self) -> dict[str, Any]:
+        architecture = self.backbone.config.to_dict()
+        del architecture["drop_path_rate"]  # how it is trained, not what it is
+        return {
+            "model": "MoPEBAF",
+            "main": {"family": "VLMo", **architecture},
+            "config": self.config.to_dict(),
+            **self._head_description(),
+            "num_classes": self._num_classes,
+        }
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], vlmo: VLMo, *, head: nn.Module | None = None) -> "MoPEBAF":
+        """Read a folder of :meth:`save_pretrained` onto a VLMo of the same sizes; ``head`` only if it was saved with one of yours.
+
+        If the VLMo was trained too, all of its weights were saved, and replace those of ``vlmo``.
+
+        Raises:
+            FileNotFoundError, ValueError: no such save, or it doesn't fit; the message says what doesn't.
+        """
+        known = {field.name for field in dataclasses.fields(BAFConfig)}
+        saved = checkpoint.read_description(path, "MoPEBAF", known)
+        classes, config = None if head is not None else saved["num_classes"], BAFConfig(**saved["config"])
+        model = cls(vlmo, classes, config, head=head, problem_type=saved["problem_type"])
+        model._load(path, saved)
+        return model
+
+
+def _split(x: Tensor, lengths: dict[str, int]) -> Groups:
+    return dict(zip(lengths, x.split(list(lengths.values()), dim=1), strict=True))
