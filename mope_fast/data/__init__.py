@@ -1,5 +1,13 @@
-"""Features of frozen encoders, computed once and kept on disk."""
+"""Features of frozen encoders, computed once and kept on disk; few-shot splits, training and metrics; readers of posts."""
 
 from .feature_cache import FeatureCache
+from .few_shot import FewShotSplit
+from .metrics import Summary, classification_metrics, summarize
 
-__all__ = ["FeatureCache"]
+__all__ = [
+    "FeatureCache",
+    "FewShotSplit",
+    "Summary",
+    "classification_metrics",
+    "summarize",
+]
