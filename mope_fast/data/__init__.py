@@ -3,6 +3,8 @@
 from .feature_cache import FeatureCache
 from .few_shot import FewShotSplit
 from .metrics import Summary, classification_metrics, summarize
+from .posts import Post, Posts
+from .readers import read_mvsa_single, read_twitter_sarcasm
 from .recipe import FewShotRecipe, FewShotRun, predict
 
 __all__ = [
@@ -10,8 +12,12 @@ __all__ = [
     "FewShotRecipe",
     "FewShotRun",
     "FewShotSplit",
+    "Post",
+    "Posts",
     "Summary",
     "classification_metrics",
     "predict",
+    "read_mvsa_single",
+    "read_twitter_sarcasm",
     "summarize",
 ]
