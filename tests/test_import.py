@@ -24,8 +24,8 @@ def run(program):
 
 def test_import_loads_no_optional_package_and_touches_no_gpu():
     program = """
-import sys, mope_fast, torch
-print(*({"transformers", "timm", "xformers", "mope_fast.kernels", "mope_fast.kernels.launch"} & set(sys.modules)))
+import sys, mope_fast, mope_fast.data, torch
+print(*({"transformers", "timm", "xformers", "sklearn", "PIL", "mope_fast.kernels", "mope_fast.kernels.launch"} & set(sys.modules)))
 assert not torch.cuda.is_initialized()
 assert set(mope_fast.__all__) <= set(dir(mope_fast))
 assert {"bert", "dinov2"} <= set(mope_fast.supported_encoders())

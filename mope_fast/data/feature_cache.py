@@ -221,7 +221,7 @@ class FeatureCache:
         batch = {name: tensor.to(home) for name, tensor in batch.items()}
         inputs = batch.get("", batch)
         supported = encoders.find_family(self.encoder) is not None
-        frozen = _evaluating(self.encoder) if isinstance(self.encoder, nn.Module) else nullcontext()
+        frozen = evaluating(self.encoder) if isinstance(self.encoder, nn.Module) else nullcontext()
         with torch.no_grad(), torch.autocast(next(iter(batch.values())).device.type, enabled=False), frozen:
             if supported:
                 features = encoders.encode(self.encoder, inputs)
@@ -259,7 +259,7 @@ def _versions(encoder: object) -> list[tuple[Any, ...]]:
 
 
 @contextmanager
-def _evaluating(encoder: nn.Module) -> Iterator[None]:
+def evaluating(encoder: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in encoder.modules()]
     encoder.eval()
     try:

@@ -1,0 +1,113 @@
+"""Metrics of a classification, and their mean and spread over runs."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def classification_metrics(predictions: Tensor, labels: Tensor, num_classes: int) -> dict[str, float]:
+    """Accuracy and F1 of predicted classes, by scikit-learn with ``zero_division=0``.
+
+    MoPE-BAF reports accuracy and F1 but which F1 is not known, so here is each: ``f1_macro`` is the mean over all ``num_classes``
+    (one that neither occurs nor is predicted counts as 0), ``f1_weighted`` that mean weighted by how often a class occurs, and
+    ``f1_binary``, with two classes only, the F1 of class 1.
+
+    Args:
+        predictions: (N, num_classes) floating-point logits, or (N,) integer classes; a tensor, array or list.
+        labels: (N,) integer classes.
+        num_classes: at least 2.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+        TypeError: labels or predictions of a wrong dtype.
+        ValueError: no sample, shapes that don't fit, classes out of range, NaN in logits.
+    """
+    if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 2:
+        raise ValueError(f"num_classes must be an integer >= 2, got {num_classes!r}")
+    predictions, labels = _tensor("predictions", predictions), _tensor("labels", labels)
+    if predictions.is_floating_point():
+        if predictions.dim() != 2 or predictions.shape[1] != num_classes:
+            raise ValueError(f"logits must be (N, {num_classes}), got {tuple(predictions.shape)}; predicted classes are integers")
+        if (bad := predictions.isnan().any(1)).any():
+            raise ValueError(f"logits of {int(bad.sum())} of {len(bad)} samples have NaN: there is nothing to measure")
+        predictions = predictions.argmax(1)
+    if labels.shape != predictions.shape or labels.dim() != 1 or not len(labels):
+        raise ValueError(
+            f"predictions and labels must be of the same N >= 1 samples, got {tuple(predictions.shape)} and {tuple(labels.shape)}"
+        )
+    for name, classes in (("predictions", predictions), ("labels", labels)):
+        if classes.is_floating_point() or classes.is_complex() or classes.dtype == torch.bool:
+            raise TypeError(f"{name} must be integer classes, got {classes.dtype}")
+        if not 0 <= classes.min() <= classes.max() < num_classes:
+            got = f"{int(classes.min())} to {int(classes.max())}"
+            raise ValueError(f"{name} must be 0 to {num_classes - 1} for {num_classes} classes, got {got}")
+    try:
+        from sklearn.metrics import accuracy_score, f1_score
+    except ImportError as error:
+        raise ImportError("classification_metrics needs scikit-learn: pip install 'mope_fast[few-shot]'") from error
+    truth, guess = labels.numpy(), predictions.numpy()
+
+    def f1(average: str, classes: Sequence[int]) -> float:
+        return float(f1_score(truth, guess, labels=classes, average=average, zero_division=0))
+
+    metrics = {
+        "accuracy": float(accuracy_score(truth, guess)),
+        "f1_macro": f1("macro", range(num_classes)),
+        "f1_weighted": f1("weighted", range(num_classes)),
+    }
+    if num_classes == 2:
+        metrics["f1_binary"] = f1("macro", [1])
+    return metrics
+
+
+def _tensor(name: str, values: object) -> Tensor:
+    try:
+        return torch.as_tensor(values).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be a tensor, array or list of numbers, got {values!r:.80}") from error
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Mean and sample standard deviation (ddof=1; NaN for one run) of each metric; ``str()`` is a table."""
+
+    runs: int
+    mean: dict[str, float]
+    std: dict[str, float]
+
+    def __str__(self) -> str:
+        width = max(map(len, self.mean))
+        runs = f"{self.runs} run{'s' * (self.runs > 1)}"
+        rows = [f"{name:{width}}  {self.mean[name]:.4f} ± {self.std[name]:.4f}" for name in self.mean]
+        return "\n".join([f"{'':{width}}  mean ± std of {runs}", *rows])
+
+
+def summarize(runs: Sequence[Mapping[str, float]]) -> Summary:
+    """Mean and spread of the metrics of several runs, such as those of :func:`classification_metrics` for five seeds.
+
+    Raises:
+        TypeError: not a sequence of dicts of numbers.
+        ValueError: no run, no metric, runs with different metrics, or a value that isn't finite.
+    """
+    if isinstance(runs, Mapping) or not all(isinstance(run, Mapping) for run in runs):
+        raise TypeError(f"runs must be a list of dicts of metrics, one for each run, got {runs!r:.80}")
+    if not runs or not runs[0]:
+        raise ValueError("there is nothing to summarize: give one dict of metrics for each run")
+    for i, run in enumerate(runs):
+        if run.keys() != runs[0].keys():
+            raise ValueError(f"all runs must have the same metrics, but run 0 has {list(runs[0])} and run {i} {list(run)}")
+        for name, value in run.items():
+            if not isinstance(value, (int, float)):
+                raise TypeError(f"{name} of run {i} must be a number, got {type(value).__name__}")
+            if not math.isfinite(value):
+                raise ValueError(f"{name} of run {i} is {value}: leave out a run that failed and say so")
+    columns = {name: [run[name] for run in runs] for name in runs[0]}
+    return Summary(
+        runs=len(runs),
+        mean={name: statistics.fmean(values) for name, values in columns.items()},
+        std={name: statistics.stdev(values) if len(values) > 1 else math.nan for name, values in columns.items()},
+    )

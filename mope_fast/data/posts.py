@@ -1,0 +1,87 @@
+"""Posts: an image and a text each, with a label."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, overload
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+@dataclass(frozen=True, slots=True)
+class Post:
+    """A text, the path of its image, and a class."""
+
+    id: str
+    text: str
+    image: Path
+    label: int
+
+    def open_image(self) -> "Image.Image":
+        """The whole image, decoded, in RGB.
+
+        Raises:
+            ImportError: pillow is not installed.
+            OSError: the file is missing (FileNotFoundError), truncated or no image; the message names it.
+        """
+        try:
+            from PIL import Image
+        except ImportError as error:
+            raise ImportError("open_image needs pillow: pip install 'mope_fast[few-shot]'") from error
+        try:
+            with Image.open(self.image) as image:
+                return image.convert("RGB")
+        except FileNotFoundError:
+            raise FileNotFoundError(f"the image of post {self.id} is missing: {self.image}") from None
+        except Exception as error:  # decoders raise whatever they like: SyntaxError, struct.error, DecompressionBombError
+            reason = f"({type(error).__name__}: {error}); get it again or leave the post out"
+            raise OSError(f"the image of post {self.id} can't be read: {self.image} {reason}") from error
+
+
+@dataclass(frozen=True, repr=False)
+class Posts(Sequence[Post]):
+    """Posts of one set, in its order. An integer index gives a :class:`Post`, a slice or an index tensor gives ``Posts``.
+
+    Attributes:
+        class_names: name of class 0, 1, ...
+        dropped: why the reader left samples out, and the ids of these; empty for a part of a set.
+    """
+
+    posts: tuple[Post, ...]
+    class_names: tuple[str, ...]
+    dropped: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.posts)
+
+    @overload
+    def __getitem__(self, index: int) -> Post: ...
+    @overload
+    def __getitem__(self, index: slice | Tensor) -> "Posts": ...
+    def __getitem__(self, index: int | slice | Tensor) -> "Post | Posts":
+        if isinstance(index, slice):
+            return Posts(self.posts[index], self.class_names)
+        if isinstance(index, Tensor) and index.dim():
+            chosen = torch.arange(len(self))[index.cpu()].tolist()
+            return Posts(tuple(self.posts[i] for i in chosen), self.class_names)
+        return self.posts[index]
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """(N,) int64."""
+        return torch.tensor([post.label for post in self.posts], dtype=torch.int64)
+
+    @cached_property
+    def texts(self) -> list[str]:
+        return [post.text for post in self.posts]
+
+    def __repr__(self) -> str:
+        counts = torch.bincount(self.labels, minlength=len(self.class_names)).tolist()
+        classes = ", ".join(f"{name}: {count}" for name, count in zip(self.class_names, counts, strict=True))
+        dropped = "".join(f"; dropped, {reason}: {len(ids)}" for reason, ids in self.dropped.items())
+        return f"Posts({len(self)}; {classes}{dropped})"

@@ -1,0 +1,188 @@
+"""Readers of published sets of posts, in the files they are published in. Nothing is downloaded and no image is opened."""
+
+import ast
+import os
+import re
+from pathlib import Path
+
+from .posts import Post, Posts
+
+_TWITTER = "Cai et al. 2019, https://github.com/headacheboy/data-of-multimodal-sarcasm-detection"
+_MVSA = "Niu et al. 2016, http://mcrlab.net/research/mvsa-sentiment-analysis-on-multi-view-social-data"
+_SPLITS = {"train": "train.txt", "valid": "valid2.txt", "test": "test2.txt"}
+_CUES = {"exgag", "sarcasm", "sarcastic", "reposting", "<url>", "joke", "humour", "humor", "jokes", "irony", "ironic"}
+_SENTIMENTS = ("negative", "neutral", "positive")
+_LONGEST = 10_000
+"""Characters of a line; the longest of the sarcasm set has 695, and literal_eval's time and stack grow with the line."""
+
+
+def read_twitter_sarcasm(
+    folder: str | os.PathLike[str], split: str, *, images: str | os.PathLike[str] = "dataset_image", missing_images: str = "error"
+) -> Posts:
+    """The image-text tweets of Cai et al. 2019: 0 is not sarcastic, 1 sarcastic.
+
+    The files are those of https://github.com/headacheboy/data-of-multimodal-sarcasm-detection, a Python list in each line:
+    ``text/train.txt`` with ``[id, text, label]``, ``text/valid2.txt`` and ``text/test2.txt`` with ``[id, text, label by hashtag,
+    label by an annotator]``. As in the authors' ``codes/loadData.py`` the last label counts, and posts with a word that gives the
+    answer away (sarcasm, irony, joke, ``<url>``, ...) are left out, into ``dropped["tells the label"]``: their images are not
+    published. With all images there, train, valid and test have 19816, 2410 and 2409 posts.
+
+    Args:
+        folder: that holds ``text`` and the images.
+        split: "train", "valid" or "test".
+        images: folder of ``<id>.jpg``, absolute or relative to ``folder``.
+        missing_images: "error", or "skip" to leave out posts whose image is gone, into ``dropped["no image"]``.
+
+    Raises:
+        FileNotFoundError: the file or the folder of images is not there.
+        ValueError: another ``split`` or ``missing_images``, or problems in the set: lines that are not of that form, ids that occur
+            twice or are not digits, missing images. One exception has the first ten with file and line, and their number.
+    """
+    _check_choice("split", split, tuple(_SPLITS))
+    path, pictures = Path(folder) / "text" / _SPLITS[split], Path(folder) / images
+    lines = _lines(path, _TWITTER)
+    available = _images(pictures, _TWITTER, missing_images)
+    form = ["id of digits", "text", *["label 0 or 1"] * (1 if split == "train" else 2)]
+    problems, posts, seen = [], [], set()
+    dropped: dict[str, list[str]] = {"tells the label": [], "no image": []}
+    for number, line in lines:
+        row = _literal(line)
+        if not _is_tweet(row, len(form)):
+            problems.append(f"{path}, line {number}: expected [{', '.join(form)}], got {line!r:.120}")
+            continue
+        post, text, *labels = row
+        if post in seen:
+            problems.append(f"{path}, line {number}: id {post} occurs twice")
+            continue
+        seen.add(post)
+        if not _CUES.isdisjoint(text.split()):
+            dropped["tells the label"].append(post)
+        elif f"{post}.jpg" in available:
+            posts.append(Post(post, text, pictures / f"{post}.jpg", labels[-1]))
+        elif missing_images == "skip":
+            dropped["no image"].append(post)
+        else:
+            problems.append(_missing(path, number, pictures / f"{post}.jpg"))
+    return _finish(path, problems, posts, ("not sarcastic", "sarcastic"), dropped)
+
+
+def read_mvsa_single(folder: str | os.PathLike[str], *, missing_images: str = "error") -> Posts:
+    """The image-text tweets of MVSA-Single (Niu et al. 2016): 0 is negative, 1 neutral, 2 positive.
+
+    ``labelResultAll.txt`` has a header, ``ID<tab>text,image``, and for each post a sentiment of the text and one of the image,
+    ``1<tab>neutral,positive``; ``data`` has ``<id>.jpg`` and ``<id>.txt``. The two are combined as by Xu and Mao 2017
+    (https://github.com/xunan0812/MultiSentiNet): equal ones stay, neutral gives way to the other, and a post that is positive in
+    one and negative in the other is left out, into ``dropped["positive against negative"]``.
+
+    Not all texts are UTF-8: those that are not are read as Windows-1252, with U+FFFD for bytes it doesn't have. White space around
+    a text is removed.
+
+    Args:
+        folder: that holds ``labelResultAll.txt`` and ``data``.
+        missing_images: "error", or "skip" to leave out posts whose image is gone, into ``dropped["no image"]``.
+
+    Raises:
+        FileNotFoundError: the file or the folder ``data`` is not there.
+        ValueError: another ``missing_images``, or problems in the set: lines that are not of that form, ids twice, missing texts or
+            images. One exception has the first ten with file and line, and their number.
+    """
+    path, data = Path(folder) / "labelResultAll.txt", Path(folder) / "data"
+    lines = _lines(path, _MVSA)
+    available = _images(data, _MVSA, missing_images)
+    problems, posts, seen = [], [], set()
+    dropped: dict[str, list[str]] = {"positive against negative": [], "no image": []}
+    header, *rows = lines or [(1, "")]
+    if header[1].split() != ["ID", "text,image"]:
+        problems.append(f"{path}, line {header[0]}: expected MVSA-Single's header, ID<tab>text,image; got {header[1]!r:.120}")
+    form = re.compile("([0-9]+)\t({0}),({0})".format("|".join(_SENTIMENTS)))
+    for number, line in rows:
+        match = form.fullmatch(line.strip())
+        if match is None:
+            problems.append(f"{path}, line {number}: expected id<tab>sentiment,sentiment of {_SENTIMENTS}; got {line!r:.120}")
+            continue
+        post, *sentiments = match.groups()
+        if post in seen:
+            problems.append(f"{path}, line {number}: id {post} occurs twice")
+            continue
+        seen.add(post)
+        image, text, label = data / f"{post}.jpg", data / f"{post}.txt", _combine(*map(_SENTIMENTS.index, sentiments))
+        if label is None:
+            dropped["positive against negative"].append(post)
+        elif image.name not in available and missing_images == "skip":
+            dropped["no image"].append(post)
+        elif image.name not in available:
+            problems.append(_missing(path, number, image))
+        elif text.name not in available:
+            problems.append(f"{path}, line {number}: its text is missing, {text}")
+        else:
+            posts.append(Post(post, _decoded(text.read_bytes()), image, label))
+    return _finish(path, problems, posts, _SENTIMENTS, dropped)
+
+
+def _literal(line: str) -> object:
+    """What a line of Python says, None for one that isn't a plain literal."""
+    try:
+        return ast.literal_eval(line) if len(line) <= _LONGEST else None
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return None
+
+
+def _is_tweet(row: object, fields: int) -> bool:
+    if not isinstance(row, list) or len(row) != fields or not all(isinstance(value, str) for value in row[:2]):
+        return False
+    # digits only: an id becomes a path
+    return re.fullmatch("[0-9]+", row[0]) is not None and all(type(label) is int and label in (0, 1) for label in row[2:])
+
+
+def _combine(text: int, image: int) -> int | None:
+    """Of two sentiments, None if they contradict each other."""
+    neutral = _SENTIMENTS.index("neutral")
+    if text == image or image == neutral:
+        return text
+    return image if text == neutral else None
+
+
+def _decoded(data: bytes) -> str:
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = data.decode("cp1252", errors="replace")
+    return text.strip()
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
+def _lines(path: Path, source: str) -> list[tuple[int, str]]:
+    """Lines that aren't blank, with their numbers; bytes that aren't UTF-8 are kept as surrogates."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there: expected the file of that name of {source}")
+    text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
+    return [(number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def _images(folder: Path, source: str, missing_images: str) -> set[str]:
+    """Names of the files, listed once: a look at each of thousands takes long on a network disk."""
+    _check_choice("missing_images", missing_images, ("error", "skip"))
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not there: expected a folder with the images <id>.jpg of {source}")
+    return set(os.listdir(folder))
+
+
+def _missing(path: Path, number: int, image: Path) -> str:
+    return f"{path}, line {number}: its image is missing, {image}; missing_images='skip' leaves such posts out"
+
+
+def _finish(
+    path: Path, problems: list[str], posts: list[Post], class_names: tuple[str, ...], dropped: dict[str, list[str]]
+) -> Posts:
+    if not posts and not problems:
+        counts = ", ".join(f"{reason}: {len(ids)}" for reason, ids in dropped.items())
+        problems = [f"{path}: no post is left; dropped: {counts}"]
+    if problems:
+        more = f"\n... and {len(problems) - 10} more" if len(problems) > 10 else ""
+        count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+        raise ValueError(f"{count} in {path}:\n" + "\n".join(problems[:10]) + more)
+    return Posts(tuple(posts), class_names, dropped)
