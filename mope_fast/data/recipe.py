@@ -5,14 +5,14 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..modules.config import _setting
+from .._settings import Settings, setting
 from .feature_cache import evaluating
 
 Batch = Callable[[Tensor], Mapping[str, Any]]
@@ -40,7 +40,7 @@ class FewShotRun:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FewShotRecipe:
+class FewShotRecipe(Settings):
     """Settings of few-shot training; ``FewShotRecipe.describe()`` prints them with meaning and source.
 
     Raises:
@@ -52,39 +52,38 @@ class FewShotRecipe:
         >>> classification_metrics(predict(model, batch, split.rest), labels[split.rest], num_classes=2)
     """
 
-    lr: float = _setting(3e-5, "peak learning rate", _PAPER)
-    batch_size: int = _setting(8, "samples of each step", _PAPER)
-    steps: int = _setting(200, "optimiser steps in all, whatever the size of the set", _PAPER)
-    betas: tuple[float, float] = _setting((0.9, 0.98), "of AdamW", _VLMO)
-    eps: float = _setting(1e-8, "of AdamW", _VLMO)
-    weight_decay: float = _setting(0.01, "of AdamW, not on biases and norms", _VLMO)
-    warmup: float = _setting(0.1, "share of the steps in which the rate rises from 0; then it falls linearly to 0", _VLMO)
-    head_lr_multiplier: float = _setting(1.0, "the head learns at this times lr; VLMo has such a factor for its heads", _OURS)
-    max_grad_norm: float | None = _setting(None, "gradients are scaled down to this norm, None: they are not", _OURS)
-    evaluate_every: int | None = _setting(None, "steps between evaluations on dev, None: only after the last", _OURS)
+    lr: float = setting(3e-5, "peak learning rate", _PAPER)
+    batch_size: int = setting(8, "samples of each step", _PAPER)
+    steps: int = setting(200, "optimiser steps in all, whatever the size of the set", _PAPER)
+    betas: tuple[float, float] = setting((0.9, 0.98), "of AdamW", _VLMO)
+    eps: float = setting(1e-8, "of AdamW", _VLMO)
+    weight_decay: float = setting(0.01, "of AdamW, not on biases and norms", _VLMO)
+    warmup: float = setting(0.1, "share of the steps in which the rate rises from 0; then it falls linearly to 0", _VLMO)
+    head_lr_multiplier: float = setting(1.0, "the head learns at this times lr; VLMo has such a factor for its heads", _OURS)
+    max_grad_norm: float | None = setting(None, "gradients are scaled down to this norm, None: they are not", _OURS)
+    evaluate_every: int | None = setting(None, "steps between evaluations on dev, None: only after the last", _OURS)
 
     def __post_init__(self):
-        optional = ("max_grad_norm", "evaluate_every")
-        for setting in fields(self):
-            name, value = setting.name, getattr(self, setting.name)
-            if name == "betas" or (value is None and name in optional):
-                continue
-            whole = setting.type.startswith("int")
-            if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-                raise TypeError(f"FewShotRecipe.{name} must be {setting.type}, got {value!r}")
-            zero_is_fine = name in ("weight_decay", "warmup")
-            if not (value >= 0 if zero_is_fine else value > 0) or not value < math.inf:
+        self.check_types()
+        for name in (
+            "lr",
+            "batch_size",
+            "steps",
+            "eps",
+            "weight_decay",
+            "warmup",
+            "head_lr_multiplier",
+            "max_grad_norm",
+            "evaluate_every",
+        ):
+            value, zero_is_fine = getattr(self, name), name in ("weight_decay", "warmup")
+            if value is not None and (not (value >= 0 if zero_is_fine else value > 0) or not value < math.inf):
                 raise ValueError(f"FewShotRecipe.{name} must be {'>= 0' if zero_is_fine else '> 0'} and finite, got {value}")
         numbers = isinstance(self.betas, (tuple, list)) and all(isinstance(beta, (int, float)) for beta in self.betas)
         if not numbers or len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"FewShotRecipe.betas must be two numbers in [0, 1), got {self.betas!r}")
         if self.warmup > 1:
             raise ValueError(f"FewShotRecipe.warmup is a share of the steps, at most 1, got {self.warmup}")
-
-    @classmethod
-    def describe(cls) -> str:
-        """One line a setting: name, default, meaning, source."""
-        return "\n".join(f"{f.name} = {f.default!r}: {f.metadata['meaning']} [{f.metadata['source']}]" for f in fields(cls))
 
     def optimizer(self, model: nn.Module) -> torch.optim.AdamW:
         """AdamW over the parameters that require grad.
