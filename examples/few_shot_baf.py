@@ -1,0 +1,261 @@
+"""MoPE-BAF from a few samples: which of its parts help, on data that needs no download service.
+
+A small VLMo is trained from scratch on two types of Easy-VQA's questions. Then it is adapted to a third one from 32 samples of each
+answer, in several ways and from several seeds, and tested on the official test questions of that type:
+
+    python examples/few_shot_baf.py                          # about a quarter of an hour on two CPU cores
+    python examples/few_shot_baf.py --held-out what-shape    # three answers in place of eleven
+    python examples/few_shot_baf.py --seeds 1 --steps 20 --pretrain-steps 50 --test-samples 100
+
+What is done is kept in the output folder: started again with the same settings, it goes on where it was.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import matplotlib
+import torch
+import torch.nn.functional as F
+from question_types import LONGEST, SIZE, TYPES, Questions, load
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mope_fast import BAFConfig, MoPEBAF, VLMo, VLMoConfig
+from mope_fast.data import FewShotRecipe, FewShotSplit, classification_metrics, predict, summarize
+
+matplotlib.use("Agg")
+
+ROWS = 4
+"""Of each group of prompts."""
+
+
+def prompts(text: int = ROWS, image: int = ROWS, unified: int = ROWS, **settings) -> dict:
+    return {"text_prompt_length": text, "image_prompt_length": image, "unified_prompt_length": unified, **settings}
+
+
+METHODS = {
+    "no prompts": prompts(0, 0, 0, num_blocks=1),
+    "plain prompts": prompts(3 * ROWS, 0, 0, num_blocks=1, restricted=False),
+    "three prompts, unrestricted": prompts(num_blocks=1, restricted=False),
+    "restricted (1 block)": prompts(num_blocks=1),
+    "restricted + BAF, 2 blocks": prompts(num_blocks=2),
+    "restricted + BAF, 3 blocks": prompts(num_blocks=3),
+    "restricted + BAF, 4 blocks": prompts(num_blocks=4),
+    "2 blocks without L-Prompt": prompts(text=0),
+    "2 blocks without V-Prompt": prompts(image=0),
+    "2 blocks without VL-Prompt": prompts(unified=0),
+}
+"""Settings of BAFConfig. Without prompts it is VLMo itself; plain prompts are as many rows in front of the text, seen by all.
+
+Without L- or V-Prompt there is nothing to fuse between the blocks.
+"""
+BACKBONES = {"trained": False, "frozen": True}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--held-out", choices=TYPES, default="what-is", help="; ".join(f"{k}: {v}" for k, v in TYPES.items()))
+    parser.add_argument("--shots", type=int, default=32, help="training samples of each answer; as many to choose the step by")
+    parser.add_argument("--seeds", type=int, default=5, help="of the samples, of new parameters and of the order")
+    parser.add_argument("--steps", type=int, default=200, help="of adaptation, with 8 samples each")
+    parser.add_argument("--lr", type=float, default=1e-3, help="of adaptation, if the backbone is trained")
+    parser.add_argument("--frozen-lr", type=float, default=1e-2, help="of adaptation, if it is frozen")
+    parser.add_argument("--pretrain-steps", type=int, default=3000, help="with 64 samples each")
+    parser.add_argument("--pretrain-lr", type=float, default=1.5e-3)
+    parser.add_argument("--test-samples", type=int, default=None, help="use so many test questions")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, default=Path("outputs/few_shot_baf"), help="folder for everything this writes")
+    args = parser.parse_args()
+    for name in ("shots", "seeds", "steps", "pretrain_steps", "test_samples"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if args.output.exists() and not args.output.is_dir():
+        parser.error(f"--output must be a folder, {args.output} is a file")
+    return args
+
+
+def progress() -> Progress:
+    return Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+    )  # fmt: skip
+
+
+def architecture(vocabulary: int) -> VLMoConfig:
+    """1.3 M parameters: four layers with experts of each modality, two with the joint one."""
+    return VLMoConfig(
+        hidden_size=96, num_layers=6, num_heads=4, first_fusion_layer=4, image_size=SIZE, patch_size=8, vocab_size=vocabulary,
+        max_text_length=LONGEST, drop_path_rate=0.0,
+    )  # fmt: skip
+
+
+def pretrained(data: Questions, vocabulary: int, args: argparse.Namespace) -> Path:
+    """A file with a VLMo that was trained to answer; made if it isn't there."""
+    settings = f"{args.held_out}-{args.pretrain_steps}-{args.pretrain_lr}"
+    file = args.output / f"vlmo-{settings}.safetensors"
+    if file.exists():
+        return file
+    torch.manual_seed(0)
+    model = MoPEBAF(VLMo(architecture(vocabulary)), len(data.names), BAFConfig(**METHODS["no prompts"])).to(args.device)
+    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.pretrain_lr, args.pretrain_steps + 1, pct_start=0.1)
+    model.train()
+    with progress() as bar:
+        task = bar.add_task("training a VLMo", total=args.pretrain_steps, note="")
+        total = torch.zeros((), device=args.device)
+        for step, index in enumerate(balanced(data, args.pretrain_steps, 64, generator), start=1):
+            batch = data.batch(index)
+            batch["pixel_values"] = moved(batch["pixel_values"], generator)
+            loss = model(**batch).loss
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            total += loss.detach()
+            note = {"note": f"loss {total / 50:.3f}"} if step % 50 == 0 else {}
+            if note:
+                total.zero_()
+            bar.update(task, advance=1, **note)
+    part = file.with_suffix(".part")
+    save_file(model.backbone.state_dict(), part)
+    os.replace(part, file)
+    return file
+
+
+def balanced(data: Questions, steps: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Index batches in which every type is as frequent as the others, and every answer within its type."""
+    kinds, counts = data.kinds.unique(return_counts=True)
+    types = kinds // len(data.names)
+    of_type = torch.bincount(types)[types]
+    weights = (1 / (counts * of_type))[torch.searchsorted(kinds, data.kinds)]
+    for _ in range(steps):
+        yield torch.multinomial(weights, size, replacement=True, generator=generator)
+
+
+def moved(pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """All by up to a tenth of their side, and half of the time mirrored: no answer depends on it."""
+    reach = SIZE // 10
+    x, y, mirrored = (int(torch.randint(size, (), generator=generator)) for size in (2 * reach + 1, 2 * reach + 1, 2))
+    pictures = F.pad(pictures, [reach] * 4, mode="replicate")[:, :, y : y + SIZE, x : x + SIZE]
+    return pictures.flip(3) if mirrored else pictures
+
+
+def adapt(method: str, backbone: str, file: Path, vocabulary: int, train: Questions, test: Questions, seed: int, args) -> dict:
+    """One run: few shots, the paper's recipe but for the learning rate, the step that is best on as many other samples."""
+    split = FewShotSplit(train.labels, shots=args.shots, seed=seed)
+    torch.manual_seed(seed)
+    frozen = BACKBONES[backbone]
+    config = BAFConfig(**METHODS[method], freeze_backbone=frozen)
+    model = MoPEBAF(VLMo.from_checkpoint(file, architecture(vocabulary)), len(train.names), config).to(args.device)
+    recipe = FewShotRecipe(
+        lr=args.frozen_lr if frozen else args.lr, steps=args.steps, evaluate_every=max(1, args.steps // 10), max_grad_norm=1.0
+    )
+    run = recipe.fit(model, train.batch, split.train, dev=split.dev, seed=seed, progress=False)
+    index = torch.arange(len(test))[: args.test_samples]
+    logits = predict(model, test.batch, index, batch_size=256)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    metrics = classification_metrics(logits, test.labels[index.to(test.labels.device)], len(test.names))
+    return {**metrics, "dev": run.best_accuracy, "parameters": trained}
+
+
+class Runs:
+    """Finished runs on disk, whole after each: a run that was stopped goes on behind the last."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.file = args.output / "runs.json"
+        self.settings = {key: value for key, value in vars(args).items() if key not in ("output", "seeds", "device")}
+        kept = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.results: dict[str, dict] = kept["results"] if kept.get("settings") == self.settings else {}
+
+    def add(self, key: str, result: dict) -> None:
+        self.results[key] = result
+        part = self.file.with_suffix(".part")
+        part.write_text(json.dumps({"settings": self.settings, "results": self.results}, indent=1))
+        os.replace(part, self.file)
+
+    def of(self, method: str, backbone: str, seeds: int) -> list[dict]:
+        return [self.results[f"{backbone} | {method} | {seed}"] for seed in range(seeds)]
+
+
+def table(runs: Runs, args: argparse.Namespace) -> Table:
+    title = (
+        f"{args.held_out} from {args.shots} shots a class, {args.seeds} seeds: test accuracy and macro F1 in %, mean ± deviation"
+    )
+    result = Table("", title=title, title_justify="left")
+    for backbone in BACKBONES:
+        for heading in (f"{backbone} VLMo", "F1", "trained"):
+            result.add_column(heading, justify="right")
+    for method in METHODS:
+        cells = []
+        for backbone in BACKBONES:
+            results = runs.of(method, backbone, args.seeds)
+            summary = summarize([{name: result[name] for name in ("accuracy", "f1_macro")} for result in results])
+            cells += [f"{100 * summary.mean[name]:.1f} ± {100 * summary.std[name]:.1f}" for name in summary.mean]
+            cells.append(f"{results[0]['parameters']:,}")
+        result.add_row(method, *cells)
+    return result
+
+
+def draw(runs: Runs, args: argparse.Namespace, chance: float, file: Path) -> None:
+    """A row for each method: every seed a dot, mean and deviation a bar."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(BACKBONES), figsize=(11, 4.5), sharey=True, sharex=True, layout="constrained")
+    for axis, backbone in zip(axes, BACKBONES, strict=True):
+        for row, method in enumerate(METHODS):
+            values = torch.tensor([100 * result["accuracy"] for result in runs.of(method, backbone, args.seeds)])
+            deviation = values.std().item() if len(values) > 1 else 0.0
+            axis.errorbar(values.mean().item(), row, xerr=deviation, fmt="s", color="C0", capsize=4)
+            axis.plot(values, [row + 0.22] * len(values), "o", color="C1", markersize=3)
+        axis.axvline(100 * chance, color="0.6", linestyle="--", linewidth=1)
+        axis.set(title=f"{backbone} VLMo", xlabel="test accuracy in %, dashed: the commonest answer")
+        axis.grid(axis="x", color="0.92")
+    axes[0].set_yticks(range(len(METHODS)), METHODS)
+    axes[0].invert_yaxis()
+    figure.suptitle(f"{args.held_out} from {args.shots} shots a class: {args.seeds} seeds (dots), mean and deviation")
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    args = parse_arguments()
+    start = time.perf_counter()
+    args.output.mkdir(parents=True, exist_ok=True)
+    pretraining, train, test, vocabulary = load(args.held_out, args.device)
+    counts = f"{len(pretraining):,} questions of other types, {len(train):,} to take shots from, {len(test):,} to test"
+    print(f"{args.held_out}: {', '.join(train.names)}; {counts}")
+    file = pretrained(pretraining, vocabulary, args)
+    runs = Runs(args)
+    todo = [
+        (backbone, method, seed)
+        for seed in range(args.seeds)
+        for backbone in BACKBONES
+        for method in METHODS
+        if f"{backbone} | {method} | {seed}" not in runs.results
+    ]
+    with progress() as bar:
+        task = bar.add_task("adapting it", total=len(todo), note="")
+        for backbone, method, seed in todo:
+            bar.update(task, note=f"{backbone}: {method}, seed {seed}")
+            runs.add(f"{backbone} | {method} | {seed}", adapt(method, backbone, file, vocabulary, train, test, seed, args))
+            bar.advance(task)
+    answers = test.labels[: args.test_samples]
+    chance = torch.bincount(answers).max().item() / len(answers)
+    Console(width=130).print(table(runs, args))
+    print(f"the commonest answer is right in {100 * chance:.1f} %")
+    draw(runs, args, chance, args.output / "few_shot.png")
+    print(f"{args.output / 'few_shot.png'} and {runs.file}; {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
