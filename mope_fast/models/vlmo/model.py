@@ -44,6 +44,8 @@ class VLMo(nn.Module):
     """
 
     def __init__(self, config: VLMoConfig, *, impl: str = "auto"):
+        if not isinstance(config, VLMoConfig):
+            raise TypeError(f"config must be a VLMoConfig, got {config!r}: VLMo.from_config takes names")
         super().__init__()
         self.config = config
         width = config.hidden_size
@@ -99,6 +101,7 @@ class VLMo(nn.Module):
 
         Raises:
             FileNotFoundError: there is no such file.
+            TypeError: ``config`` is none.
             ValueError: the file is damaged, has more than tensors in it, is no VLMo's, or doesn't fit; with every difference.
         """
         from .checkpoint import load_into, read_state_dict, recognised
@@ -170,6 +173,8 @@ class VLMo(nn.Module):
             return None
         if input_ids is None:
             raise ValueError("attention_mask is of the text: give input_ids with it, or leave it out")
+        if not isinstance(attention_mask, Tensor):
+            raise TypeError(f"attention_mask must be a tensor (B, T), got {type(attention_mask).__name__}")
         if attention_mask.shape != input_ids.shape:
             got = f"{tuple(attention_mask.shape)} and input_ids {tuple(input_ids.shape)}"
             raise ValueError(f"attention_mask must have the shape of input_ids (B, T), got {got}")
