@@ -1,7 +1,7 @@
 """VLMo: one transformer for text, images and both, with a feed-forward expert for each (arXiv 2111.02358)."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -200,6 +200,12 @@ class VLMo(nn.Module):
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, x, sees, experts, use_reentrant=False)
         return block(x, sees, experts)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "VLMo":
+        super()._apply(fn, recurse)
+        if not self.config.absolute_positions:  # to_empty leaves it at random, and it is in no state dict
+            self.position_index = position_index(self.config).to(self.position_index.device)
+        return self
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.config.to_dict().items())
