@@ -1,9 +1,7 @@
 """VLMos of a few thousand parameters with weights large enough to matter, and inputs for them."""
 
-import pytest
 import torch
 
-pytest.importorskip("timm")
 from mope_fast import VLMo, VLMoConfig
 
 SIZES = {"num_layers": 3, "first_fusion_layer": 2, "mlp_ratio": 2, "patch_size": 4, "image_size": 12}
