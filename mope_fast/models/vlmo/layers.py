@@ -54,9 +54,9 @@ class VLMoAttention(nn.Module):
 
     def _project(self, x: Tensor) -> Tensor:
         qkv, bias = self.qkv, torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        if type(qkv) is nn.Linear and type(qkv.weight) is nn.Parameter and qkv.bias is None and is_plain(qkv):
+        if type(qkv) is nn.Linear and qkv.bias is None and is_plain(qkv):
             return F.linear(x, qkv.weight, bias)
-        return qkv(x) + bias  # whatever else it is (quantised, sharded, with a LoRA or hooks) is called, not read
+        return qkv(x) + bias  # whatever else it is (with a LoRA, hooks or a bias of its own) is called, not read
 
 
 class VLMoBlock(nn.Module):
