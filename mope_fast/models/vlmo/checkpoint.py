@@ -69,15 +69,15 @@ def _first_line(error: Exception) -> str:
 
 
 def _unwrapped(content: Any, path: Path) -> State:
-    wrapper = next((name for name in _WRAPPERS if isinstance(content, dict) and isinstance(content.get(name), dict)), None)
-    state = content if wrapper is None else content[wrapper]
+    wrapped = [content[name] for name in _WRAPPERS if isinstance(content, dict) and isinstance(content.get(name), dict)]
+    state = wrapped[0] if wrapped else content
     expected = f"expected a dict of tensors, or one under {', '.join(_WRAPPERS)}"
     if not isinstance(state, dict) or not state:
         raise ValueError(f"{path} holds {'nothing' if state == {} else type(state).__name__}: {expected}")
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise ValueError(f"{path} has {key!r} of type {type(value).__name__}: {expected}, with their names")
-    return {key.removeprefix("module.") if wrapper == "module" else key: value for key, value in state.items()}
+    return {key.removeprefix("module."): value for key, value in state.items()}
 
 
 def _from_beit(state: State) -> State:
