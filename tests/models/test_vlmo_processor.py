@@ -76,6 +76,9 @@ def test_arrays_and_tensors_are_images_too(processor):
         torch.testing.assert_close(processor(images=images)["pixel_values"], expected)
     for image in (arrays[0], tensors[0], Image.fromarray(arrays[0])):
         torch.testing.assert_close(processor("a", image)["pixel_values"], expected[:1])
+    narrow = make_array(3, 3)  # channels first, where it could be either
+    expected = by_pillow(Image.fromarray(np.ascontiguousarray(narrow.transpose(1, 2, 0)))).float()
+    torch.testing.assert_close(processor(images=narrow)["pixel_values"][0], expected)
 
 
 ARRAY = make_array()
