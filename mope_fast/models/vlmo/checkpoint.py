@@ -1,16 +1,19 @@
 """Official VLMo checkpoints: reading, recognising, fitting to another image size or text length."""
 
+import math
 import os
 import pickle
+import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .config import TEXT_RANGE, VLMoConfig
-from .positions import image_rows
+from .config import VLMoConfig
+from .positions import TEXT_ROWS, image_rows
 
 if TYPE_CHECKING:
     from .model import VLMo
@@ -29,6 +32,8 @@ _TABLE, _POSITIONS, _TEXT_POSITIONS = (
     "relative_position_bias_table", "transformer.pos_embed", "text_embeddings.position_embeddings.weight",
 )  # fmt: skip
 _TYPES = "token_type_embeddings.weight"
+"""A model of two images has a third one, for the second image."""
+_HINTS = {_TEXT_POSITIONS: " (max_text_length can be as long as the file's at most)"}
 State = dict[str, Tensor]
 
 
@@ -40,63 +45,71 @@ def read_state_dict(path: str | os.PathLike[str]) -> State:
 
 def _read(path: Path) -> Any:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: expected a VLMo checkpoint (vlmo_base_plus_patch16_224.pt, for example)")
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged: {error}") from None
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"{path} {what}: expected a file of a VLMo (vlmo_base_plus_patch16_224.pt, for example)")
     try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
+    except (PermissionError, MemoryError):
+        raise
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} has more than tensors in it, or is no file of torch.save ({str(error).splitlines()[0]}). It is not loaded, "
+            f"{path} has more than tensors in it, or is no file of torch.save ({_first_line(error)}). It is not loaded, "
             "because that could run code. If you trust it, load it with weights_only=False and save its state_dict alone"
         ) from None
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is damaged: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
+    except Exception as error:  # torch.load has no type of its own for a file that is cut or no checkpoint at all
+        raise ValueError(f"{path} is damaged, or is no file of torch.save or safetensors: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _unwrapped(content: Any, path: Path) -> State:
-    wrapper = next((name for name in _WRAPPERS if isinstance(content, dict) and isinstance(content.get(name), dict)), None)
-    state = content if wrapper is None else content[wrapper]
-    if not isinstance(state, dict) or not state or not all(isinstance(key, str) for key in state):
-        raise ValueError(f"{path} holds {type(state).__name__}: expected a dict of tensors, or one under {', '.join(_WRAPPERS)}")
-    if other := [key for key, value in state.items() if not isinstance(value, Tensor)]:
-        raise ValueError(f"{path} has {other[0]!r} of type {type(state[other[0]]).__name__}: expected tensors only")
-    return {key.removeprefix("module.") if wrapper == "module" else key: value for key, value in state.items()}
+    wrapped = [content[name] for name in _WRAPPERS if isinstance(content, dict) and isinstance(content.get(name), dict)]
+    state = wrapped[0] if wrapped else content
+    expected = f"expected a dict of tensors, or one under {', '.join(_WRAPPERS)}"
+    if not isinstance(state, dict) or not state:
+        raise ValueError(f"{path} holds {'nothing' if state == {} else type(state).__name__}: {expected}")
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise ValueError(f"{path} has {key!r} of type {type(value).__name__}: {expected}, with their names")
+    return {key.removeprefix("module."): value for key, value in state.items()}
 
 
 def _from_beit(state: State) -> State:
     """BEiT's image encoder as the image side of a VLMo. Its bias tables, one a layer, become the first rows of VLMo's."""
-    tables, renamed = [], {}
+    tables, renamed = {}, {}
     for key, value in state.items():
-        if key.endswith("attn.relative_position_bias_table"):
-            tables.append((int(key.split(".")[1]), value))
+        if match := re.fullmatch(r"blocks\.(\d+)\.attn\.relative_position_bias_table", key):
+            tables[int(match[1])] = value
         elif not key.endswith("relative_position_index"):
             key = key.replace(".mlp.", ".mlp_imag.").replace(".norm2.", ".norm2_imag.")
             renamed[key if key.startswith(_HEADS) else f"transformer.{key}"] = value
-    if tables:
-        table = torch.cat([value for _, value in sorted(tables, key=lambda pair: pair[0])], dim=1)
-        renamed[_TABLE] = torch.cat([table, table.new_zeros(2 * TEXT_RANGE + 2, table.shape[1])])
+    if len({table.shape for table in tables.values()}) == 1 and next(iter(tables.values())).dim() == 2:
+        table = torch.cat([tables[layer] for layer in sorted(tables)], dim=1)
+        renamed[_TABLE] = torch.cat([table, table.new_zeros(TEXT_ROWS, table.shape[1])])
     return renamed
 
 
 def recognised(state: State, path: str | os.PathLike[str], config: VLMoConfig | None, overrides: dict[str, Any]) -> VLMoConfig:
     """The configuration of a state dict, with other values for some fields."""
     if config is not None:
-        return VLMoConfig(**{**config.to_dict(), **overrides})
-    width = state["transformer.cls_token"].shape[-1] if "transformer.cls_token" in state else None
-    layers = 1 + max((int(key.split(".")[2]) for key in state if key.startswith("transformer.blocks.")), default=-1)
+        if not isinstance(config, VLMoConfig):
+            raise TypeError(f"config must be a VLMoConfig or None, got {config!r}")
+        return replace(config, **overrides)
+    token = state.get("transformer.cls_token")
+    width = token.shape[-1] if token is not None and token.dim() else None
+    layers = {int(match[1]) for key in state if (match := re.match(r"transformer\.blocks\.(\d+)\.", key))}
     for name in ("base", "base_plus", "large"):
-        known = VLMoConfig.named(name, **overrides)
-        if (known.hidden_size, known.num_layers) == (width, layers):
-            return known
+        known = VLMoConfig.named(name)
+        if (known.hidden_size, set(range(known.num_layers))) == (width, layers):
+            return replace(known, **overrides)
     raise ValueError(
-        f"{path} has {layers} layers of width {width}, which is none of VLMo's sizes: pass config=VLMoConfig(...) if it is a VLMo"
+        f"{path} has {len(layers)} layers of width {width}, none of VLMo's sizes: pass config=VLMoConfig(...) if it is a VLMo"
     )
 
 
@@ -104,38 +117,41 @@ def load_into(model: "VLMo", state: State, path: str | os.PathLike[str], *, stri
     """Fit the state dict to the model and load it, or say everything that doesn't fit."""
     config, expected = model.config, model.state_dict()
     kept = {key: value for key, value in state.items() if key in expected or not (key.startswith(_HEADS) or key in _INDICES)}
-    problems = _fit(kept, config)
+    _fit(kept, config)
     missing = [f"missing: {key}" for key in expected if key not in kept]
     unexpected = [f"unexpected: {key} {tuple(value.shape)}" for key, value in kept.items() if key not in expected]
-    problems += [
-        f"{key}: the file has {tuple(kept[key].shape)}, the model {tuple(value.shape)}"
+    unfit = [
+        f"{key}: the file has {tuple(kept[key].shape)}, the model {tuple(value.shape)}{_HINTS.get(key, '')}"
         for key, value in expected.items()
         if key in kept and kept[key].shape != value.shape
     ]
-    if problems or (strict and missing + unexpected):
-        hint = "" if problems else "\nstrict=False loads the rest and leaves what is missing random"
-        raise ValueError(f"{path} doesn't fit this VLMo:\n  " + "\n  ".join(problems + missing + unexpected) + hint)
+    if unfit or (strict and missing + unexpected):
+        hint = "" if unfit else "\nstrict=False loads the rest and leaves what is missing random"
+        raise ValueError(f"{path} doesn't fit this VLMo:\n  " + "\n  ".join(unfit + missing + unexpected) + hint)
     if missing + unexpected:
         warnings.warn(f"{path} was loaded in part:\n  " + "\n  ".join(missing + unexpected), stacklevel=3)
     model.load_state_dict(kept, strict=False)
 
 
-def _fit(state: State, config: VLMoConfig) -> list[str]:
-    """Positions to the configuration's sizes, in place; returns what can't be fitted."""
+def _fit(state: State, config: VLMoConfig) -> None:
+    """Positions to the configuration's sizes, in place, where they are positions; what they are else is found later."""
     from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 
-    problems, grid = [], config.grid
-    if (positions := state.get(_POSITIONS)) is not None and positions.shape[1] != config.image_tokens:
-        state[_POSITIONS] = resample_abs_pos_embed(positions, [grid, grid], antialias=False)
-    if (table := state.get(_TABLE)) is not None:
-        image, text = table.split([len(table) - 2 * TEXT_RANGE - 2, 2 * TEXT_RANGE + 2])
-        if len(image) != image_rows(config):
-            resized = resize_rel_pos_bias_table(image, [grid, grid], torch.Size([image_rows(config), image.shape[1]]))
-            state[_TABLE] = torch.cat([resized, text])
-    if (positions := state.get(_TEXT_POSITIONS)) is not None:
-        if len(positions) < config.max_text_length:
-            problems.append(f"the file has {len(positions)} text positions: set max_text_length to at most that")
-        state[_TEXT_POSITIONS] = positions[: config.max_text_length]
-    if (types := state.get(_TYPES)) is not None:
-        state[_TYPES] = types[:2]  # a model of two images has a third one, for the second image
-    return problems
+    grid = [config.grid, config.grid]
+    positions = state.get(_POSITIONS)
+    if positions is not None and positions.dim() == 3 and _side(positions.shape[1] - 1) not in (None, config.grid):
+        state[_POSITIONS] = resample_abs_pos_embed(positions, grid, antialias=False)
+    table = state.get(_TABLE)
+    if table is not None and table.dim() == 2 and _side(len(table) - TEXT_ROWS - 3) not in (None, 1, 2 * config.grid - 1):
+        image, text = table[:-TEXT_ROWS], table[-TEXT_ROWS:]
+        shape = torch.Size([image_rows(config), table.shape[1]])
+        state[_TABLE] = torch.cat([resize_rel_pos_bias_table(image, grid, shape), text])
+    for key, rows in ((_TEXT_POSITIONS, config.max_text_length), (_TYPES, 2)):
+        if key in state and state[key].dim():
+            state[key] = state[key][:rows]
+
+
+def _side(count: int) -> int | None:
+    """Of a square of so many positions; None if they make none."""
+    side = math.isqrt(max(0, count))
+    return side if side and side**2 == count else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 
@@ -11,6 +11,7 @@ class VLMoConfig:
     """An architecture. Defaults are those of VLMo-Base-plus; :meth:`named` gives all three.
 
     Raises:
+        TypeError: a size that isn't an integer.
         ValueError: sizes that don't go together.
     """
 
@@ -37,12 +38,17 @@ class VLMoConfig:
     """The head for masked words of the pre-training (``mlm_score``), which a verbaliser needs."""
 
     def __post_init__(self):
-        for name in ("hidden_size", "num_layers", "num_heads", "mlp_ratio", "patch_size", "vocab_size", "max_text_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"VLMoConfig.{name} must be >= 1, got {getattr(self, name)}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type != "int":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"VLMoConfig.{field.name} must be an integer, got {value!r}")
+            if value < 1 and field.name != "first_fusion_layer":
+                raise ValueError(f"VLMoConfig.{field.name} must be >= 1, got {value}")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size={self.hidden_size} must be a multiple of num_heads={self.num_heads}")
-        if self.image_size < self.patch_size or self.image_size % self.patch_size:
+        if self.image_size % self.patch_size:
             raise ValueError(f"image_size={self.image_size} must be a multiple of patch_size={self.patch_size}")
         if not 0 <= self.first_fusion_layer <= self.num_layers:
             raise ValueError(f"first_fusion_layer must be 0 to num_layers={self.num_layers}, got {self.first_fusion_layer}")

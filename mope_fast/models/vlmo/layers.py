@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import functional
+from ...modules.rows import is_plain
 from ...receptive_field import ReceptiveField
 from .config import VLMoConfig
 
@@ -37,7 +38,6 @@ class VLMoAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
-        self.register_buffer("k_bias", torch.zeros(width), persistent=False)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, sees: Visibility) -> Tensor:
@@ -53,10 +53,10 @@ class VLMoAttention(nn.Module):
         return functional.receptive_field_attention(q, k, v, sees.field, **masking)
 
     def _project(self, x: Tensor) -> Tensor:
-        bias = torch.cat([self.q_bias, self.k_bias, self.v_bias])
-        if type(self.qkv) is nn.Linear:
-            return F.linear(x, self.qkv.weight, bias)
-        return self.qkv(x) + bias  # a LoRA or another module in its place is called, not read
+        qkv, bias = self.qkv, torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        if type(qkv) is nn.Linear and qkv.bias is None and is_plain(qkv):
+            return F.linear(x, qkv.weight, bias)
+        return qkv(x) + bias  # whatever else it is (with a LoRA, hooks or a bias of its own) is called, not read
 
 
 class VLMoBlock(nn.Module):
@@ -99,12 +99,13 @@ class VLMoBlock(nn.Module):
             experts: "text", "imag" or "vl" -> how many tokens it takes, in the order of the sequence; together S.
         """
         x = x + self._scaled(self.attn(self.norm1(x), sees), self.gamma_1)
-        return x + self._scaled(self._feed_forward(x, experts), self.gamma_2)
-
-    def _feed_forward(self, x: Tensor, experts: dict[str, int]) -> Tensor:
         parts = zip(experts, x.split(list(experts.values()), dim=1), strict=True)
-        out = [getattr(self, f"mlp_{name}")(getattr(self, f"norm2_{name}")(part)) for name, part in parts]
+        out = [part + self._expert(name, part) for name, part in parts]
         return out[0] if len(out) == 1 else torch.cat(out, dim=1)
+
+    def _expert(self, name: str, x: Tensor) -> Tensor:
+        # drop path draws for each modality on its own, as in the official code
+        return self._scaled(getattr(self, f"mlp_{name}")(getattr(self, f"norm2_{name}")(x)), self.gamma_2)
 
     def _scaled(self, branch: Tensor, gamma: Tensor | None) -> Tensor:
         return self.drop_path(branch if gamma is None else gamma * branch)

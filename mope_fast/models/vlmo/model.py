@@ -1,7 +1,7 @@
 """VLMo: one transformer for text, images and both, with a feed-forward expert for each (arXiv 2111.02358)."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +44,8 @@ class VLMo(nn.Module):
     """
 
     def __init__(self, config: VLMoConfig, *, impl: str = "auto"):
+        if not isinstance(config, VLMoConfig):
+            raise TypeError(f"config must be a VLMoConfig, got {config!r}: VLMo.from_config takes names")
         super().__init__()
         self.config = config
         width = config.hidden_size
@@ -99,6 +101,7 @@ class VLMo(nn.Module):
 
         Raises:
             FileNotFoundError: there is no such file.
+            TypeError: ``config`` is none.
             ValueError: the file is damaged, has more than tensors in it, is no VLMo's, or doesn't fit; with every difference.
         """
         from .checkpoint import load_into, read_state_dict, recognised
@@ -170,6 +173,8 @@ class VLMo(nn.Module):
             return None
         if input_ids is None:
             raise ValueError("attention_mask is of the text: give input_ids with it, or leave it out")
+        if not isinstance(attention_mask, Tensor):
+            raise TypeError(f"attention_mask must be a tensor (B, T), got {type(attention_mask).__name__}")
         if attention_mask.shape != input_ids.shape:
             got = f"{tuple(attention_mask.shape)} and input_ids {tuple(input_ids.shape)}"
             raise ValueError(f"attention_mask must have the shape of input_ids (B, T), got {got}")
@@ -200,6 +205,12 @@ class VLMo(nn.Module):
             return checkpoint(block, x, sees, experts, use_reentrant=False)
         return block(x, sees, experts)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "VLMo":
+        super()._apply(fn, recurse)
+        if not self.config.absolute_positions:  # to_empty leaves it at random, and it is in no state dict
+            self.position_index = position_index(self.config).to(self.position_index.device)
+        return self
+
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.config.to_dict().items())
 
@@ -222,7 +233,7 @@ class _Transformer(nn.Module):
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
         for parameter in (self.cls_token, self.pos_embed):
             if parameter is not None:
-                nn.init.trunc_normal_(parameter, std=_INIT_STD)
+                nn.init.normal_(parameter, std=_INIT_STD)
 
     def embed(self, pixel_values: Tensor) -> Tensor:
         patches = self.patch_embed(pixel_values)
@@ -231,13 +242,11 @@ class _Transformer(nn.Module):
 
 
 def _initialize(module: nn.Module) -> None:
-    """As VLMo: layers truncated at two standard deviations, embeddings not."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=_INIT_STD)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Embedding):
+    """As VLMo, whose truncated normal is cut at +-2, a hundred deviations."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=_INIT_STD)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
 
 
 def check_same_batch(input_ids: Tensor | None, pixel_values: Tensor | None) -> None:

@@ -5,6 +5,9 @@ from torch import Tensor
 
 from .config import TEXT_RANGE, VLMoConfig
 
+TEXT_ROWS = 2 * TEXT_RANGE + 2
+"""Rows of the table behind those of the image, whatever its size."""
+
 
 def image_rows(config: VLMoConfig) -> int:
     """Rows for pairs of image tokens: offsets of patches, then class to patch, patch to class and class to class."""
@@ -13,7 +16,7 @@ def image_rows(config: VLMoConfig) -> int:
 
 def table_rows(config: VLMoConfig) -> int:
     """R, rows of the table: image pairs, text to image, image to text, offsets of words, and three for the text's class token."""
-    return image_rows(config) + 2 * TEXT_RANGE + 2
+    return image_rows(config) + TEXT_ROWS
 
 
 def position_index(config: VLMoConfig) -> Tensor:

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 
@@ -11,8 +13,12 @@ class VLMoProcessor:
 
     Args:
         tokenizer: transformers' BERT tokenizer, that of ``bert-base-uncased`` for official checkpoints.
-        image_size: side in pixels; images are resized to it by a bicubic filter, whatever their shape.
+        image_size: side in pixels; images are resized to it by Pillow's bicubic filter, whatever their shape.
         max_text_length: tokens, [CLS] and [SEP] included.
+
+    Raises:
+        TypeError: ``tokenizer`` is none, or a size isn't an integer.
+        ValueError: a size is too small.
 
     Example:
         >>> processor = VLMoProcessor(AutoTokenizer.from_pretrained("bert-base-uncased"))
@@ -20,44 +26,80 @@ class VLMoProcessor:
     """
 
     def __init__(self, tokenizer: Any, image_size: int = 224, max_text_length: int = 40):
-        from transformers import ViTImageProcessor
-
         if not callable(tokenizer):
             raise TypeError(f"tokenizer must be a transformers tokenizer, got {type(tokenizer).__name__}")
+        for name, value, least in (("image_size", image_size, 1), ("max_text_length", max_text_length, 3)):
+            if not isinstance(value, int):
+                raise TypeError(f"{name} must be an integer, got {value!r}")
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
         self.tokenizer, self.image_size, self.max_text_length = tokenizer, image_size, max_text_length
-        bicubic = 3
-        self._images = ViTImageProcessor(
-            size={"height": image_size, "width": image_size}, resample=bicubic, image_mean=[0.5] * 3, image_std=[0.5] * 3,
-            do_convert_rgb=True,
-        )  # fmt: skip
 
     def __call__(self, text: str | Sequence[str] | None = None, images: Any = None) -> dict[str, Tensor]:
         """Keyword arguments for :class:`VLMo` and :class:`MoPEBAF`.
 
         Args:
             text: one or several; None for images only.
-            images: PIL images, or arrays or tensors of uint8 (3, H, W); one or several; None for text only.
+            images: PIL images, or arrays or tensors of uint8, (3, H, W) or (H, W, 3); one or several; None for text only.
 
         Returns:
             input_ids and attention_mask (B, max_text_length) int64, pixel_values (B, 3, image_size, image_size) float32.
 
         Raises:
-            ValueError: neither text nor images, or different numbers of them.
+            TypeError: something else than text or images.
+            ValueError: neither text nor images, none of them, different numbers of them, or an image of another shape.
         """
         if text is None and images is None:
             raise ValueError("VLMoProcessor got neither text nor images")
         inputs: dict[str, Tensor] = {}
         if text is not None:
             encoded = self.tokenizer(
-                [text] if isinstance(text, str) else list(text), padding="max_length", truncation=True,
-                max_length=self.max_text_length, return_tensors="pt",
-            )  # fmt: skip
+                _texts(text), padding="max_length", truncation=True, max_length=self.max_text_length, return_tensors="pt"
+            )
             inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
         if images is not None:
-            inputs["pixel_values"] = self._images(images, return_tensors="pt")["pixel_values"]
-        sizes = {len(value) for value in inputs.values()}
-        if len(sizes) > 1:
+            inputs["pixel_values"] = torch.stack([self._pixels(image) for image in _images(images)])
+        if len({len(value) for value in inputs.values()}) > 1:
             raise ValueError(
                 f"got {len(inputs['input_ids'])} texts and {len(inputs['pixel_values'])} images: expected one image a text"
             )
         return inputs
+
+    def _pixels(self, image: Any) -> Tensor:
+        """A PIL image -> (3, side, side), -1 to 1."""
+        from PIL.Image import Resampling
+
+        resized = image.convert("RGB").resize((self.image_size, self.image_size), Resampling.BICUBIC)
+        return torch.from_numpy(np.array(resized)).permute(2, 0, 1) / 127.5 - 1
+
+
+def _texts(text: Any) -> list[str]:
+    texts = [text] if isinstance(text, str) or not hasattr(text, "__iter__") else list(text)
+    if not texts:
+        raise ValueError("VLMoProcessor got no text: expected at least one")
+    for item in texts:
+        if not isinstance(item, str):
+            raise TypeError(f"text must be a str, or several, got {type(item).__name__}")
+    return texts
+
+
+def _images(images: Any) -> list[Any]:
+    """Of PIL."""
+    from PIL.Image import Image, fromarray
+
+    one = isinstance(images, (Image, str)) or getattr(images, "ndim", 0) in (2, 3) or not hasattr(images, "__iter__")
+    pictures = []
+    for image in [images] if one else images:
+        if isinstance(image, (np.ndarray, Tensor)):
+            if image.dtype not in (np.uint8, torch.uint8):
+                raise TypeError(f"arrays and tensors of images must be uint8, 0 to 255, got {image.dtype}")
+            array = image.cpu().numpy() if isinstance(image, Tensor) else image
+            if array.ndim != 3 or 3 not in (array.shape[0], array.shape[2]) or not array.size:
+                raise ValueError(f"arrays and tensors of images must be (3, H, W) or (H, W, 3), got {tuple(array.shape)}")
+            image = fromarray(np.ascontiguousarray(array.transpose(1, 2, 0) if array.shape[0] == 3 else array))
+        elif not isinstance(image, Image):
+            raise TypeError(f"images must be of PIL, arrays or tensors, got {type(image).__name__}: open files with PIL.Image.open")
+        pictures.append(image)
+    if not pictures:
+        raise ValueError("VLMoProcessor got no image: expected at least one")
+    return pictures
