@@ -11,6 +11,7 @@ What is done is kept in the output folder: started again with the same settings,
 """
 
 import argparse
+import itertools
 import json
 import os
 import time
@@ -177,14 +178,19 @@ class Runs:
         kept = json.loads(self.file.read_text()) if self.file.exists() else {}
         self.results: dict[str, dict] = kept["results"] if kept.get("settings") == self.settings else {}
 
-    def add(self, key: str, result: dict) -> None:
-        self.results[key] = result
+    def add(self, backbone: str, method: str, seed: int, result: dict) -> None:
+        self.results[f"{backbone} | {method} | {seed}"] = result
         part = self.file.with_suffix(".part")
         part.write_text(json.dumps({"settings": self.settings, "results": self.results}, indent=1))
         os.replace(part, self.file)
 
-    def of(self, method: str, backbone: str, seeds: int) -> list[dict]:
-        return [self.results[f"{backbone} | {method} | {seed}"] for seed in range(seeds)]
+    def of(self, backbone: str, method: str, seed: int) -> dict | None:
+        return self.results.get(f"{backbone} | {method} | {seed}")
+
+    def missing(self, seeds: int) -> list[tuple[str, str, int]]:
+        """(backbone, method, seed) of what is still to do, seed by seed."""
+        everything = itertools.product(range(seeds), BACKBONES, METHODS)
+        return [(backbone, method, seed) for seed, backbone, method in everything if self.of(backbone, method, seed) is None]
 
 
 def table(runs: Runs, args: argparse.Namespace) -> Table:
@@ -198,7 +204,7 @@ def table(runs: Runs, args: argparse.Namespace) -> Table:
     for method in METHODS:
         cells = []
         for backbone in BACKBONES:
-            results = runs.of(method, backbone, args.seeds)
+            results = [runs.of(backbone, method, seed) for seed in range(args.seeds)]
             summary = summarize([{name: result[name] for name in ("accuracy", "f1_macro")} for result in results])
             cells += [f"{100 * summary.mean[name]:.1f} ± {100 * summary.std[name]:.1f}" for name in summary.mean]
             cells.append(f"{results[0]['parameters']:,}")
@@ -213,7 +219,9 @@ def draw(runs: Runs, args: argparse.Namespace, chance: float, file: Path) -> Non
     figure, axes = plt.subplots(1, len(BACKBONES), figsize=(11, 4.5), sharey=True, sharex=True, layout="constrained")
     for axis, backbone in zip(axes, BACKBONES, strict=True):
         for row, method in enumerate(METHODS):
-            values = torch.tensor([100 * result["accuracy"] for result in runs.of(method, backbone, args.seeds)])
+            values = torch.tensor(
+                [100 * result["accuracy"] for result in [runs.of(backbone, method, seed) for seed in range(args.seeds)]]
+            )
             deviation = values.std().item() if len(values) > 1 else 0.0
             axis.errorbar(values.mean().item(), row, xerr=deviation, fmt="s", color="C0", capsize=4)
             axis.plot(values, [row + 0.22] * len(values), "o", color="C1", markersize=3)
@@ -236,18 +244,12 @@ def main() -> None:
     print(f"{args.held_out}: {', '.join(train.names)}; {counts}")
     file = pretrained(pretraining, vocabulary, args)
     runs = Runs(args)
-    todo = [
-        (backbone, method, seed)
-        for seed in range(args.seeds)
-        for backbone in BACKBONES
-        for method in METHODS
-        if f"{backbone} | {method} | {seed}" not in runs.results
-    ]
     with progress() as bar:
+        todo = runs.missing(args.seeds)
         task = bar.add_task("adapting it", total=len(todo), note="")
         for backbone, method, seed in todo:
             bar.update(task, note=f"{backbone}: {method}, seed {seed}")
-            runs.add(f"{backbone} | {method} | {seed}", adapt(method, backbone, file, vocabulary, train, test, seed, args))
+            runs.add(backbone, method, seed, adapt(method, backbone, file, vocabulary, train, test, seed, args))
             bar.advance(task)
     answers = test.labels[: args.test_samples]
     chance = torch.bincount(answers).max().item() / len(answers)
