@@ -16,6 +16,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import matplotlib
@@ -67,17 +68,22 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=5, help="of the samples, of new parameters and of the order")
     parser.add_argument("--steps", type=int, default=200, help="of adaptation, with 8 samples each")
     parser.add_argument("--lr", type=float, default=1e-3, help="of adaptation, if the backbone is trained")
-    parser.add_argument("--frozen-lr", type=float, default=1e-2, help="of adaptation, if it is frozen")
-    parser.add_argument("--pretrain-steps", type=int, default=3000, help="with 64 samples each")
+    parser.add_argument("--frozen-lr", type=float, default=3e-2, help="of adaptation, if it is frozen")
+    parser.add_argument("--pretrain-steps", type=int, default=2400, help="with 64 samples each")
     parser.add_argument("--pretrain-lr", type=float, default=1.5e-3)
     parser.add_argument("--test-samples", type=int, default=None, help="use so many test questions")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--workers", type=int, default=None, help="processes that adapt, a thread each; default: CPU cores, 1 on a GPU"
+    )
     parser.add_argument("--output", type=Path, default=Path("outputs/few_shot_baf"), help="folder for everything this writes")
     args = parser.parse_args()
-    for name in ("shots", "seeds", "steps", "pretrain_steps", "test_samples"):
+    for name in ("shots", "seeds", "steps", "pretrain_steps", "test_samples", "workers"):
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if args.workers is None:
+        args.workers = os.cpu_count() if args.device == "cpu" else 1
     if args.output.exists() and not args.output.is_dir():
         parser.error(f"--output must be a folder, {args.output} is a file")
     return args
@@ -159,7 +165,7 @@ def adapt(method: str, backbone: str, file: Path, vocabulary: int, train: Questi
     config = BAFConfig(**METHODS[method], freeze_backbone=frozen)
     model = MoPEBAF(VLMo.from_checkpoint(file, architecture(vocabulary)), len(train.names), config).to(args.device)
     recipe = FewShotRecipe(
-        lr=args.frozen_lr if frozen else args.lr, steps=args.steps, evaluate_every=max(1, args.steps // 10), max_grad_norm=1.0
+        lr=args.frozen_lr if frozen else args.lr, steps=args.steps, evaluate_every=max(1, args.steps // 4), max_grad_norm=1.0
     )
     run = recipe.fit(model, train.batch, split.train, dev=split.dev, seed=seed, progress=False)
     index = torch.arange(len(test))[: args.test_samples]
@@ -169,12 +175,36 @@ def adapt(method: str, backbone: str, file: Path, vocabulary: int, train: Questi
     return {**metrics, "dev": run.best_accuracy, "parameters": trained}
 
 
+def in_processes(todo: list[tuple[str, str, int]], shared: tuple, workers: int) -> Iterator[tuple[tuple[str, str, int], dict]]:
+    """Each run with its result, as they finish: steps are too small for a second thread."""
+    context = torch.multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=_start, initargs=shared) as pool:
+        runs = {pool.submit(_adapt, *run): run for run in todo}
+        try:
+            for done in as_completed(runs):
+                yield runs[done], done.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _start(*shared) -> None:
+    global _shared
+    _shared = shared
+    torch.set_num_threads(1)
+
+
+def _adapt(backbone: str, method: str, seed: int) -> dict:
+    file, vocabulary, train, test, args = _shared
+    return adapt(method, backbone, file, vocabulary, train, test, seed, args)
+
+
 class Runs:
     """Finished runs on disk, whole after each: a run that was stopped goes on behind the last."""
 
     def __init__(self, args: argparse.Namespace):
         self.file = args.output / "runs.json"
-        self.settings = {key: value for key, value in vars(args).items() if key not in ("output", "seeds", "device")}
+        self.settings = {key: value for key, value in vars(args).items() if key not in ("output", "seeds", "device", "workers")}
         kept = json.loads(self.file.read_text()) if self.file.exists() else {}
         self.results: dict[str, dict] = kept["results"] if kept.get("settings") == self.settings else {}
 
@@ -247,10 +277,9 @@ def main() -> None:
     with progress() as bar:
         todo = runs.missing(args.seeds)
         task = bar.add_task("adapting it", total=len(todo), note="")
-        for backbone, method, seed in todo:
-            bar.update(task, note=f"{backbone}: {method}, seed {seed}")
-            runs.add(backbone, method, seed, adapt(method, backbone, file, vocabulary, train, test, seed, args))
-            bar.advance(task)
+        for (backbone, method, seed), result in in_processes(todo, (file, vocabulary, train, test, args), args.workers):
+            runs.add(backbone, method, seed, result)
+            bar.update(task, advance=1, note=f"{backbone}: {method}, seed {seed}: {100 * result['accuracy']:.1f} %")
     answers = test.labels[: args.test_samples]
     chance = torch.bincount(answers).max().item() / len(answers)
     Console(width=130).print(table(runs, args))

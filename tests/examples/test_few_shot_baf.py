@@ -97,7 +97,7 @@ def test_table_and_picture(tmp_path):
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("name", ["shots", "seeds", "steps", "pretrain-steps", "test-samples"])
+@pytest.mark.parametrize("name", ["shots", "seeds", "steps", "pretrain-steps", "test-samples", "workers"])
 def test_nothing_to_do_is_refused(name, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["few_shot_baf.py", "--output", str(tmp_path), f"--{name}", "0"])
     with pytest.raises(SystemExit):
