@@ -18,7 +18,7 @@ from ..vlmo.layers import Visibility
 from ..vlmo.model import check_same_batch
 from .config import GROUPS, BAFConfig
 from .heads import MlpHead, Verbalizer
-from .plan import Segment, check_fits, make_plan
+from .plan import check_fits, make_plan
 
 Groups = dict[str, Tensor]
 PROMPTS = tuple(name for name in GROUPS if name.endswith("_prompt"))
@@ -67,14 +67,14 @@ class MoPEBAF(TaskModel):
         check_fits(config, vlmo.config)
         self.config, self.problem_type = config, problem_type
         self._starts = config.block_starts(vlmo.config.num_layers, vlmo.config.first_fusion_layer)
-        self._plans: dict[int, tuple[Segment, ...]] = {}
+        # one for each length of text, made here: a compiled forward guards on what it reads, and nothing of this changes
+        self._plans = tuple(make_plan(config, vlmo.config, text) for text in range(1, vlmo.config.max_text_length + 1))
         self._make_prompts(vlmo)
         self._make_fusions(vlmo)
         self._num_classes = num_classes
         self.head = self._make_head(vlmo, num_classes) if head is None else head
         self._thaw: Callable[[], None] | None = None
         self.backbone = vlmo
-        self._plan(vlmo.config.max_text_length)
         if config.freeze_backbone:
             self._thaw = freeze(vlmo)
 
@@ -148,7 +148,7 @@ class MoPEBAF(TaskModel):
         groups = {"text": vlmo.embed_text(input_ids), "image": vlmo.embed_image(pixel_values)}
         check_same_batch(input_ids, pixel_values)
         groups |= {name: self._prompt(name, 0, groups["text"]) for name in GROUPS if name not in groups}
-        for segment in self._plan(input_ids.shape[1]):
+        for segment in self._plans[input_ids.shape[1] - 1]:
             groups |= self._entered(segment.layers.start, groups)
             before, after = segment.around_tokens
             image = segment.lengths["image"]
@@ -159,11 +159,6 @@ class MoPEBAF(TaskModel):
                 x = vlmo.run_block(vlmo.transformer.blocks[index], x, Visibility(mask, field, bias), segment.experts)
             groups |= _split(x, segment.lengths)
         return _split(vlmo.transformer.norm(x), segment.lengths)
-
-    def _plan(self, text: int) -> tuple[Segment, ...]:
-        if text not in self._plans:
-            self._plans[text] = make_plan(self.config, self.backbone.config, text)
-        return self._plans[text]
 
     def _prompt(self, name: str, block: int, like: Tensor) -> Tensor:
         """(B, rows, D) of a group of prompts as a block starts with it."""
