@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from ...encoders.frozen import freeze
 from ...modules.block_fusion import BlockAwareFusion, PromptFusion
 from .. import checkpoint
 from ..output import FusionOutput
-from ..task import TaskModel, apply_head, check_head
+from ..task import TaskModel, apply_head, check_head, check_is_trained
 from ..vlmo import VLMo
 from ..vlmo.layers import Visibility
 from ..vlmo.model import check_same_batch
@@ -60,11 +61,14 @@ class MoPEBAF(TaskModel):
         check_head(num_classes, head, problem_type)
         if not isinstance(vlmo, VLMo):
             raise TypeError(f"MoPEBAF takes a VLMo, got {type(vlmo).__name__}: VLMo.from_checkpoint or VLMo.from_config makes one")
-        if config is None:
-            raise ValueError(
-                "MoPEBAF needs config=BAFConfig(text_prompt_length=..., image_prompt_length=..., unified_prompt_length=...)"
+        if not isinstance(config, BAFConfig):
+            raise TypeError(
+                "MoPEBAF needs config=BAFConfig(text_prompt_length=..., image_prompt_length=..., unified_prompt_length=...), "
+                f"got {type(config).__name__}"
             )
         check_fits(config, vlmo.config)
+        if config.freeze_backbone:
+            check_is_trained(head, vlmo)
         self.config, self.problem_type = config, problem_type
         self._starts = config.block_starts(vlmo.config.num_layers, vlmo.config.first_fusion_layer)
         # one for each length of text, made here: a compiled forward guards on what it reads, and nothing of this changes
@@ -112,7 +116,10 @@ class MoPEBAF(TaskModel):
                 raise ValueError(
                     f"BAFConfig.verbalizer has words of {len(config.verbalizer)} classes, num_classes is {num_classes}"
                 )
-            return Verbalizer(config.verbalizer, vlmo.config.vocab_size)
+            size = vlmo.config.vocab_size
+            if not 0 <= config.mask_token_id < size:
+                raise ValueError(f"BAFConfig.mask_token_id={config.mask_token_id} is outside of the vocabulary, 0 to {size - 1}")
+            return Verbalizer(config.verbalizer, size)
         return MlpHead(width, num_classes) if config.head == "mlp" else nn.Linear(width, num_classes)
 
     def forward(
@@ -189,7 +196,7 @@ class MoPEBAF(TaskModel):
     def _pooled(self, groups: Groups, input_ids: Tensor) -> Tensor:
         """(B, D), what the head reads."""
         config, text = self.config, groups["text"]
-        if config.head == "verbalizer":
+        if isinstance(self.head, Verbalizer):
             masks = input_ids == config.mask_token_id
             feature = text.gather(1, masks.byte().argmax(1)[:, None, None].expand(-1, -1, text.shape[-1]))[:, 0]
             # loud, and without a wait for the device
@@ -206,19 +213,22 @@ class MoPEBAF(TaskModel):
             source: int64 (n,) token ids, taken as VLMo embeds them as a text; or float (n, D) rows.
 
         Raises:
-            ValueError: another group, one of length zero, or a source of another shape.
+            TypeError, ValueError: another group, one of length zero, or a source of another type or shape.
         """
         prompt = getattr(self, group, None) if group in PROMPTS else None
         if prompt is None:
             there = [name for name in PROMPTS if getattr(self, name) is not None]
             raise ValueError(f"set_prompt got {group!r}: expected one of {there}")
+        if not isinstance(source, Tensor):
+            raise TypeError(f"source must be a tensor, got {type(source).__name__}")
         rows = source
         if not source.is_floating_point() and source.dim() == 1:
-            embeddings = self.backbone.text_embeddings
-            training = embeddings.training
-            embeddings.eval()
-            rows = self.backbone.embed_text(source[None])[0]
-            embeddings.train(training)
+            dropout = self.backbone.text_embeddings.dropout
+            training, dropout.training = dropout.training, False
+            try:
+                rows = self.backbone.embed_text(source[None].to(prompt.device))[0]
+            finally:
+                dropout.training = training
         if rows.dim() != 2 or not len(rows) or rows.shape[1] != prompt.shape[-1]:
             raise ValueError(f"source must be token ids (n,) or embeddings (n, {prompt.shape[-1]}), got {tuple(source.shape)}")
         index = torch.arange(prompt.shape[1], device=rows.device) % len(rows)
@@ -232,12 +242,13 @@ class MoPEBAF(TaskModel):
         return self
 
     def parameter_groups(self, lr: float, weight_decay: float = 0.01, head_lr_multiplier: float = 1.0) -> list[dict[str, Any]]:
-        """Trained parameters for an optimiser: biases and norms without decay, as VLMo's; the head with a rate of its own."""
+        """Trained parameters for an optimiser: biases and norms without decay; the head with a rate of its own."""
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 rate = lr * head_lr_multiplier if name.startswith("head.") else lr
-                groups.setdefault((rate, 0.0 if parameter.dim() == 1 else weight_decay), []).append(parameter)
+                decays = parameter.dim() > 1 and not name.endswith("relative_position_bias_table")
+                groups.setdefault((rate, weight_decay if decays else 0.0), []).append(parameter)
         return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
 
     def frozen_parts(self) -> list[str]:
@@ -245,9 +256,14 @@ class MoPEBAF(TaskModel):
         return ["backbone"] if self.config.freeze_backbone else []
 
     def unwrap(self) -> VLMo:
-        """Give the VLMo back, trainable and in the mode in which it came; this model can't be used afterwards."""
+        """Give the VLMo back; this model can't be used afterwards.
+
+        A frozen one is as it came: what was trainable and in training mode then is so again. Of several models with one frozen
+        VLMo the last one gives it back first. One that was trained is given as it is.
+        """
         if self._thaw is not None:
             self._thaw()
+            self._thaw = None
         return self.backbone
 
     def description(self) -> dict[str, Any]:
@@ -272,7 +288,11 @@ class MoPEBAF(TaskModel):
         """
         known = {field.name for field in dataclasses.fields(BAFConfig)}
         saved = checkpoint.read_description(path, "MoPEBAF", known)
-        classes, config = None if head is not None else saved["num_classes"], BAFConfig(**saved["config"])
+        try:
+            config = BAFConfig(**saved["config"])
+        except TypeError as error:
+            raise ValueError(f"{Path(path) / checkpoint.DESCRIPTION} is damaged: {error}; restore it") from None
+        classes = None if head is not None else saved["num_classes"]
         model = cls(vlmo, classes, config, head=head, problem_type=saved["problem_type"])
         model._load(path, saved)
         return model
