@@ -229,8 +229,10 @@ class MoPEBAF(TaskModel):
                 rows = self.backbone.embed_text(source[None].to(prompt.device))[0]
             finally:
                 dropout.training = training
-        if rows.dim() != 2 or not len(rows) or rows.shape[1] != prompt.shape[-1]:
-            raise ValueError(f"source must be token ids (n,) or embeddings (n, {prompt.shape[-1]}), got {tuple(source.shape)}")
+        width = prompt.shape[-1]
+        if not rows.is_floating_point() or rows.dim() != 2 or not len(rows) or rows.shape[1] != width:
+            got = f"{source.dtype} {tuple(source.shape)}"
+            raise ValueError(f"source must be token ids (n,) or float rows (n, {width}), got {got}")
         index = torch.arange(prompt.shape[1], device=rows.device) % len(rows)
         prompt.copy_(rows[index])
 
