@@ -27,12 +27,12 @@ def make_vlmo(name: str = "base_plus", *, impl: str = "auto", seed: int = 1, **s
     return randomize(VLMo.from_config(name, impl=impl, **{**SIZES, **sizes}), 0.15).double().eval()
 
 
-def make_baf(vlmo: VLMo | None = None, num_classes: int | None = CLASSES, *, head=None, seed: int = 2, **settings) -> MoPEBAF:
+def make_baf(vlmo: VLMo | None = None, num_classes: int | None = CLASSES, *, own_head=None, seed: int = 2, **settings) -> MoPEBAF:
     """float64, eval mode; prompts, fusions and head random too. ``problem_type`` may be among the settings."""
     torch.manual_seed(seed)
     vlmo = make_vlmo() if vlmo is None else vlmo
     task = {name: settings.pop(name) for name in ("problem_type",) if name in settings}
-    model = MoPEBAF(vlmo, None if head is not None else num_classes, BAFConfig(**{**LENGTHS, **settings}), head=head, **task)
+    model = MoPEBAF(vlmo, num_classes if own_head is None else None, BAFConfig(**{**LENGTHS, **settings}), head=own_head, **task)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if not name.startswith("backbone."):
