@@ -1,4 +1,7 @@
-"""The settings of MoPE-BAF. The paper's equations were not at hand: every choice here is a reading, and says so."""
+"""The settings of MoPE-BAF. The paper's equations were not at hand: every choice here says whose it is.
+
+Read were the paper's abstract and a summary by others; what neither of them says is a reading.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from ...modules.block_fusion import FORMS
 GROUPS = ("unified_prompt", "text_prompt", "text", "image", "image_prompt")
 """Groups of the sequence in their order; an absent one takes no place."""
 _PAPER = "arXiv 2403.11311"
+_SUMMARY = f"a summary of {_PAPER} by others"
 _OURS = "ours"
 
 
@@ -63,7 +67,7 @@ class BAFConfig(Settings):
     prompt_init_std: float = setting(
         0.02, "prompts start normal with this deviation; set_prompt starts them from text", _reading("as all embeddings of VLMo")
     )
-    restricted: bool = setting(True, "prompts have restricted receptive fields; False: every group sees every other", _PAPER)
+    restricted: bool = setting(True, "prompts have restricted receptive fields; False: every group sees every other", _SUMMARY)
     tokens_see_other_prompts: bool = setting(
         False,
         "text sees the V-Prompt and images the L-Prompt: then only what prompts themselves see is restricted",
@@ -75,7 +79,7 @@ class BAFConfig(Settings):
     modalities_see_each_other: bool = setting(
         True,
         "text and image see each other in front of the fusion layers",
-        _PAPER + " has images see text; that text sees images is VLMo's",
+        _SUMMARY + " has images see text; that text sees images is VLMo's",
     )
     unified_from_start: bool = setting(
         False,
@@ -95,7 +99,9 @@ class BAFConfig(Settings):
         None, "the same for the fusion layers", _OURS + "; there all see all, as in VLMo"
     )
     num_blocks: int = setting(
-        2, "N, blocks of layers, with a fusion of prompts between them; 1 for no fusion", _PAPER + ", which finds 2 the best"
+        2,
+        "N, blocks of layers, with a fusion of prompts between them; 1 for no fusion",
+        f"{_PAPER} has blocks; {_SUMMARY} has 2 as the best",
     )
     partition: str = setting(
         "experts",

@@ -125,7 +125,8 @@ def test_every_setting_is_described_with_its_source():
     for line, setting in zip(lines, settings, strict=True):
         assert line.startswith(setting.name)
         assert line.endswith(f"[{setting.metadata['source']}]")
-        assert setting.metadata["source"].startswith(("arXiv 2403.11311", "a reading of arXiv 2403.11311: ", "ours"))
+        sources = "arXiv 2403.11311", "a summary of arXiv 2403.11311 by others", "a reading of arXiv 2403.11311: ", "ours"
+        assert setting.metadata["source"].startswith(sources)
     assert "num_blocks = 2: N, blocks of layers" in "\n".join(lines)
     assert lines[0].startswith("text_prompt_length: n_l, rows of the L-Prompt")
 
