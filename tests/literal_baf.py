@@ -53,8 +53,8 @@ CASES = {
     ),
     "E": ({"fusion_form": "E", "num_blocks": 3}, [CHAIN] + [{**CHAIN, "l": "ltv", "v": "liv"}] * 2 + [JOINT] * 2),
     "E, next layer": (
-        {"fusion_form": "E", "num_blocks": 2, "widen_next_only": True},
-        [CHAIN] * 2 + [{**CHAIN, "l": "ltv", "v": "liv"}] + [JOINT] * 2,
+        {"fusion_form": "E", "boundaries": [1], "widen_next_only": True},
+        [CHAIN, {**CHAIN, "l": "ltv", "v": "liv"}, CHAIN] + [JOINT] * 2,
     ),
     "E, to the end": (
         {"fusion_form": "E", "boundaries": [4], "keep_modality_prompts": True, "fusion_visible": words(V4)},
