@@ -1,11 +1,13 @@
-"""The pages of docs/ run as they stand, one after the other's snippets, and leave no encoder out."""
+"""The pages of docs/ run as they stand, one after the other's snippets, and leave no encoder and no setting out."""
 
+import ast
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 
-from mope_fast import supported_encoders
+from mope_fast import BAFConfig, supported_encoders
 from mope_fast.encoders import families
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -30,3 +32,15 @@ def test_the_table_has_every_encoder_and_no_other():
     assert sorted(name for name, _ in rows) == sorted(supported_encoders())
     for name, row in rows:
         assert all(f"`{model.rpartition('.')[2]}`" in row for model in supported_encoders()[name])
+
+
+def test_the_page_of_mope_baf_has_every_setting_with_its_default():
+    page = (DOCS / "mope_baf.md").read_text()
+    assert len(SNIPPETS["mope_baf.md"]) == 2
+    table = page[page.index("## Settings") : page.index("## A VLMo")]
+    shown = {}
+    for names, defaults in re.findall(r"^\| (`\w.*?) \| (.*?) \|", table, re.MULTILINE):
+        names, values = (re.findall("`(.*?)`", cell) for cell in (names, defaults))
+        values = [ast.literal_eval(value) for value in values] or [dataclasses.MISSING] * len(names)
+        shown |= dict(zip(names, values, strict=True))
+    assert shown == {field.name: field.default for field in dataclasses.fields(BAFConfig)}

@@ -44,17 +44,18 @@ def apply_head(head: nn.Module | None, features: Tensor) -> Tensor | None:
 
 
 def make_head(main: PromptedEncoder, num_classes: int | None, head: nn.Module | None) -> nn.Module | None:
-    """The linear head, the given one, or None.
-
-    Raises:
-        ValueError: the given one is a part of the frozen encoder.
-    """
+    """The linear head, the given one, or None; raises ValueError if that is a part of the frozen encoder."""
     if num_classes is not None:
         return nn.Linear(main.feature_width, num_classes)
-    frozen = {id(parameter) for parameter in main.parameters()}
-    if head is not None and any(id(parameter) in frozen for parameter in head.parameters()):
-        raise ValueError("head is a part of the frozen encoder and would not be trained: pass copy.deepcopy(head)")
+    check_is_trained(head, main)
     return head
+
+
+def check_is_trained(head: nn.Module | None, frozen: nn.Module) -> None:
+    """Raises ValueError for a head that shares parameters with a frozen encoder."""
+    parameters = {id(parameter) for parameter in frozen.parameters()}
+    if head is not None and any(id(parameter) in parameters for parameter in head.parameters()):
+        raise ValueError("head is a part of the frozen encoder and would not be trained: pass copy.deepcopy(head)")
 
 
 def prompted(encoder: nn.Module) -> PromptedEncoder:

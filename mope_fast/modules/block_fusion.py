@@ -27,10 +27,15 @@ class PromptFusion(nn.Module):
         width: D.
         num_heads: H, a divisor of D.
         feed_forward: a feed-forward layer with a residual behind it, as in a transformer layer.
+
+    Raises:
+        ValueError: D is no multiple of H.
     """
 
     def __init__(self, width: int, num_heads: int, *, feed_forward: bool = False):
         super().__init__()
+        if num_heads < 1 or width % num_heads:
+            raise ValueError(f"the width {width} must be a multiple of num_heads={num_heads}")
         self.norm_query, self.norm_context = (nn.LayerNorm(width, eps=_EPS) for _ in range(2))
         self.attention = nn.MultiheadAttention(width, num_heads, batch_first=True)
         self.feed_forward = None
@@ -83,8 +88,6 @@ class BlockAwareFusion(nn.Module):
         super().__init__()
         if form not in FORMS or form == "E":
             raise ValueError(f"form must be one of {[name for name in FORMS if name != 'E']}, got {form!r}")
-        if width % num_heads:
-            raise ValueError(f"the width {width} must be a multiple of num_heads={num_heads}")
         self.form = form
 
         def direction() -> nn.Module:
@@ -104,7 +107,12 @@ class BlockAwareFusion(nn.Module):
 
         Returns:
             The prompts of text and image that the next block takes.
+
+        Raises:
+            ValueError: with form "C", prompts of different lengths.
         """
+        if self.form == "C" and text.shape[1] != image.shape[1]:
+            raise ValueError(f"form 'C' takes prompts of one length, got {text.shape[1]} and {image.shape[1]} rows")
         own_text, own_image = text if own_text is None else own_text, image if own_image is None else own_image
         return (
             self._exchange(self.to_text, own_text, text, image),

@@ -1,9 +1,13 @@
-"""The settings of MoPE-BAF. The paper's equations were not at hand: every choice here is a reading, and says so."""
+"""The settings of MoPE-BAF. The paper's equations were not at hand: every choice here says whose it is.
+
+Read were the paper's abstract and a summary by others; what neither of them says is a reading.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
 
 from ..._settings import Settings, setting
 from ...modules.block_fusion import FORMS
@@ -11,7 +15,16 @@ from ...modules.block_fusion import FORMS
 GROUPS = ("unified_prompt", "text_prompt", "text", "image", "image_prompt")
 """Groups of the sequence in their order; an absent one takes no place."""
 _PAPER = "arXiv 2403.11311"
+_SUMMARY = f"a summary of {_PAPER} by others"
 _OURS = "ours"
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _reading(why: str) -> str:
@@ -54,7 +67,7 @@ class BAFConfig(Settings):
     prompt_init_std: float = setting(
         0.02, "prompts start normal with this deviation; set_prompt starts them from text", _reading("as all embeddings of VLMo")
     )
-    restricted: bool = setting(True, "prompts have restricted receptive fields; False: every group sees every other", _PAPER)
+    restricted: bool = setting(True, "prompts have restricted receptive fields; False: every group sees every other", _SUMMARY)
     tokens_see_other_prompts: bool = setting(
         False,
         "text sees the V-Prompt and images the L-Prompt: then only what prompts themselves see is restricted",
@@ -66,7 +79,7 @@ class BAFConfig(Settings):
     modalities_see_each_other: bool = setting(
         True,
         "text and image see each other in front of the fusion layers",
-        _PAPER + " has images see text; that text sees images is VLMo's",
+        _SUMMARY + " has images see text; that text sees images is VLMo's",
     )
     unified_from_start: bool = setting(
         False,
@@ -80,13 +93,15 @@ class BAFConfig(Settings):
         _reading("the unified prompt takes over, as the vision-language expert does"),
     )
     visible: Mapping[str, Sequence[str]] | None = setting(
-        None, "in front of the fusion layers: group -> groups that it sees, in place of the table of the settings above", _OURS
+        None, "in front of the fusion layers: group -> groups that it sees, in place of what the settings above give", _OURS
     )
     fusion_visible: Mapping[str, Sequence[str]] | None = setting(
         None, "the same for the fusion layers", _OURS + "; there all see all, as in VLMo"
     )
     num_blocks: int = setting(
-        2, "N, blocks of layers, with a fusion of prompts between them; 1 for no fusion", _PAPER + ", which finds 2 the best"
+        2,
+        "N, blocks of layers, with a fusion of prompts between them; 1 for no fusion",
+        f"{_PAPER} has blocks; {_SUMMARY} has 2 as the best",
     )
     partition: str = setting(
         "experts",
@@ -123,6 +138,9 @@ class BAFConfig(Settings):
 
     def __post_init__(self):
         self.check_types()
+        self._check_visible("visible", self.visible)
+        self._check_visible("fusion_visible", self.fusion_visible)
+        self._check_lists()
         self._freeze_lists()
         for name, least in (
             ("text_prompt_length", 0), ("image_prompt_length", 0), ("unified_prompt_length", 0), ("prompt_init_std", 0),
@@ -135,10 +153,7 @@ class BAFConfig(Settings):
                 raise ValueError(f"BAFConfig.{name} must be one of {list(choices)}, got {getattr(self, name)!r}")
         if self.partition == "stages" and self.num_blocks > 2:
             raise ValueError(f"BAFConfig.partition='stages' has at most 2 blocks, got num_blocks={self.num_blocks}")
-        if self.boundaries is not None and (
-            any(isinstance(b, bool) or not isinstance(b, int) for b in self.boundaries)
-            or list(self.boundaries) != sorted(set(self.boundaries))
-        ):
+        if self.boundaries is not None and list(self.boundaries) != sorted(set(self.boundaries)):
             raise ValueError(f"BAFConfig.boundaries must be rising indices of layers, got {self.boundaries}")
         if self.fusion_form == "C" and self.text_prompt_length != self.image_prompt_length:
             raise ValueError(
@@ -149,12 +164,22 @@ class BAFConfig(Settings):
             raise ValueError("BAFConfig.fusion_form='G' makes the unified prompt, got unified_prompt_length=0: use form 'A'")
         if self.pooling == "unified" and not self.unified_prompt_length:
             raise ValueError("BAFConfig.pooling='unified' needs unified_prompt_length >= 1: use 'pooler'")
-        self._check_visible("visible", self.visible)
-        self._check_visible("fusion_visible", self.fusion_visible)
+        self._check_not_ignored()
         self._check_verbalizer()
 
+    def _check_lists(self) -> None:
+        words = [[]] if self.verbalizer is None else self.verbalizer
+        if not _is_list(words) or not all(_is_list(of_class) and all(map(_is_int, of_class)) for of_class in words):
+            raise TypeError(f"BAFConfig.verbalizer must be a list of each class' token ids, got {self.verbalizer!r}")
+        starts = () if self.boundaries is None else self.boundaries
+        if not _is_list(starts) or not all(map(_is_int, starts)):
+            raise TypeError(f"BAFConfig.boundaries must be a list of indices of layers, got {self.boundaries!r}")
+
     def _freeze_lists(self) -> None:
-        """Lists, as JSON has them, to tuples."""
+        """Lists, as JSON has them, to tuples; dicts copied."""
+        for name in ("visible", "fusion_visible"):
+            if (visible := getattr(self, name)) is not None:
+                object.__setattr__(self, name, {group: tuple(seen) for group, seen in visible.items()})
         if self.boundaries is not None:
             object.__setattr__(self, "boundaries", tuple(self.boundaries))
         if self.verbalizer is not None:
@@ -166,10 +191,23 @@ class BAFConfig(Settings):
         if not isinstance(visible, Mapping):
             raise TypeError(f"BAFConfig.{name} must be a dict of lists, got {type(visible).__name__}")
         for group, seen in visible.items():
-            if isinstance(seen, str) or not isinstance(seen, Sequence):
+            if not _is_list(seen):
                 raise TypeError(f"BAFConfig.{name}[{group!r}] must be a list of groups, got {seen!r}")
             if unknown := [other for other in (group, *seen) if other not in GROUPS]:
                 raise ValueError(f"BAFConfig.{name} has group {unknown[0]!r}: the groups are {list(GROUPS)}")
+
+    def _check_not_ignored(self) -> None:
+        """Raises ValueError for a setting that others leave without effect."""
+        table = ("tokens_see_other_prompts", "prompts_see_themselves", "modalities_see_each_other", "unified_visible")
+        defaults = {field.name: field.default for field in fields(self)}
+        for names, works, where in (
+            (table, self.restricted, "restricted=True"),
+            (("restricted", *table), self.visible is None, "visible=None"),
+            (("unified_visible",), self.unified_from_start, "unified_from_start=True"),
+            (("widen_next_only",), self.fusion_form == "E", "fusion_form='E'"),
+        ):
+            if not works and (ignored := [name for name in names if getattr(self, name) != defaults[name]]):
+                raise ValueError(f"BAFConfig.{ignored[0]}={getattr(self, ignored[0])} has an effect with {where} only")
 
     def _check_verbalizer(self) -> None:
         if (self.head == "verbalizer") != (self.verbalizer is not None) or (self.verbalizer is None) != (
@@ -196,7 +234,7 @@ class BAFConfig(Settings):
             starts = (first_fusion_layer,) * (self.num_blocks - 1)
         else:
             layers = num_layers if self.partition == "all" else first_fusion_layer
-            if self.num_blocks > layers:
+            if self.num_blocks > max(layers, 1):
                 raise ValueError(
                     f"BAFConfig.num_blocks={self.num_blocks} is more than the {layers} layers that are cut into blocks"
                 )

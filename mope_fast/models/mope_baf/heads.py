@@ -30,10 +30,10 @@ class Verbalizer(nn.Module):
             raise ValueError(f"the verbalizer has token id {outside[0]}, the vocabulary has 0 to {vocab_size - 1}")
         longest = max(map(len, words))
         rows = [[*of_class, *[of_class[0]] * (longest - len(of_class))] for of_class in words]
-        shares = [[1 / len(of_class)] * len(of_class) + [0.0] * (longest - len(of_class)) for of_class in words]
+        there = [[position < len(of_class) for position in range(longest)] for of_class in words]
         self.register_buffer("index", torch.tensor(rows), persistent=False)
-        self.register_buffer("shares", torch.tensor(shares), persistent=False)
+        self.register_buffer("there", torch.tensor(there), persistent=False)
 
     def forward(self, logits: Tensor) -> Tensor:
         """(B, vocabulary) -> (B, classes)."""
-        return (logits[:, self.index] * self.shares).sum(-1)
+        return logits[:, self.index].masked_fill(~self.there, 0.0).sum(-1) / self.there.sum(-1)

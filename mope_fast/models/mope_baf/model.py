@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,13 +13,13 @@ from ...encoders.frozen import freeze
 from ...modules.block_fusion import BlockAwareFusion, PromptFusion
 from .. import checkpoint
 from ..output import FusionOutput
-from ..task import TaskModel, apply_head, check_head
+from ..task import TaskModel, apply_head, check_head, check_is_trained
 from ..vlmo import VLMo
 from ..vlmo.layers import Visibility
 from ..vlmo.model import check_same_batch
 from .config import GROUPS, BAFConfig
 from .heads import MlpHead, Verbalizer
-from .plan import Segment, check_fits, make_plan
+from .plan import check_fits, make_plan
 
 Groups = dict[str, Tensor]
 PROMPTS = tuple(name for name in GROUPS if name.endswith("_prompt"))
@@ -60,21 +61,24 @@ class MoPEBAF(TaskModel):
         check_head(num_classes, head, problem_type)
         if not isinstance(vlmo, VLMo):
             raise TypeError(f"MoPEBAF takes a VLMo, got {type(vlmo).__name__}: VLMo.from_checkpoint or VLMo.from_config makes one")
-        if config is None:
-            raise ValueError(
-                "MoPEBAF needs config=BAFConfig(text_prompt_length=..., image_prompt_length=..., unified_prompt_length=...)"
+        if not isinstance(config, BAFConfig):
+            raise TypeError(
+                "MoPEBAF needs config=BAFConfig(text_prompt_length=..., image_prompt_length=..., unified_prompt_length=...), "
+                f"got {type(config).__name__}"
             )
         check_fits(config, vlmo.config)
+        if config.freeze_backbone:
+            check_is_trained(head, vlmo)
         self.config, self.problem_type = config, problem_type
         self._starts = config.block_starts(vlmo.config.num_layers, vlmo.config.first_fusion_layer)
-        self._plans: dict[int, tuple[Segment, ...]] = {}
+        # one for each length of text, made here: a compiled forward guards on what it reads, and nothing of this changes
+        self._plans = tuple(make_plan(config, vlmo.config, text) for text in range(1, vlmo.config.max_text_length + 1))
         self._make_prompts(vlmo)
         self._make_fusions(vlmo)
         self._num_classes = num_classes
         self.head = self._make_head(vlmo, num_classes) if head is None else head
         self._thaw: Callable[[], None] | None = None
         self.backbone = vlmo
-        self._plan(vlmo.config.max_text_length)
         if config.freeze_backbone:
             self._thaw = freeze(vlmo)
 
@@ -112,7 +116,10 @@ class MoPEBAF(TaskModel):
                 raise ValueError(
                     f"BAFConfig.verbalizer has words of {len(config.verbalizer)} classes, num_classes is {num_classes}"
                 )
-            return Verbalizer(config.verbalizer, vlmo.config.vocab_size)
+            size = vlmo.config.vocab_size
+            if not 0 <= config.mask_token_id < size:
+                raise ValueError(f"BAFConfig.mask_token_id={config.mask_token_id} is outside of the vocabulary, 0 to {size - 1}")
+            return Verbalizer(config.verbalizer, size)
         return MlpHead(width, num_classes) if config.head == "mlp" else nn.Linear(width, num_classes)
 
     def forward(
@@ -148,7 +155,7 @@ class MoPEBAF(TaskModel):
         groups = {"text": vlmo.embed_text(input_ids), "image": vlmo.embed_image(pixel_values)}
         check_same_batch(input_ids, pixel_values)
         groups |= {name: self._prompt(name, 0, groups["text"]) for name in GROUPS if name not in groups}
-        for segment in self._plan(input_ids.shape[1]):
+        for segment in self._plans[input_ids.shape[1] - 1]:
             groups |= self._entered(segment.layers.start, groups)
             before, after = segment.around_tokens
             image = segment.lengths["image"]
@@ -159,11 +166,6 @@ class MoPEBAF(TaskModel):
                 x = vlmo.run_block(vlmo.transformer.blocks[index], x, Visibility(mask, field, bias), segment.experts)
             groups |= _split(x, segment.lengths)
         return _split(vlmo.transformer.norm(x), segment.lengths)
-
-    def _plan(self, text: int) -> tuple[Segment, ...]:
-        if text not in self._plans:
-            self._plans[text] = make_plan(self.config, self.backbone.config, text)
-        return self._plans[text]
 
     def _prompt(self, name: str, block: int, like: Tensor) -> Tensor:
         """(B, rows, D) of a group of prompts as a block starts with it."""
@@ -194,7 +196,7 @@ class MoPEBAF(TaskModel):
     def _pooled(self, groups: Groups, input_ids: Tensor) -> Tensor:
         """(B, D), what the head reads."""
         config, text = self.config, groups["text"]
-        if config.head == "verbalizer":
+        if isinstance(self.head, Verbalizer):
             masks = input_ids == config.mask_token_id
             feature = text.gather(1, masks.byte().argmax(1)[:, None, None].expand(-1, -1, text.shape[-1]))[:, 0]
             # loud, and without a wait for the device
@@ -211,21 +213,26 @@ class MoPEBAF(TaskModel):
             source: int64 (n,) token ids, taken as VLMo embeds them as a text; or float (n, D) rows.
 
         Raises:
-            ValueError: another group, one of length zero, or a source of another shape.
+            TypeError, ValueError: another group, one of length zero, or a source of another type or shape.
         """
         prompt = getattr(self, group, None) if group in PROMPTS else None
         if prompt is None:
             there = [name for name in PROMPTS if getattr(self, name) is not None]
             raise ValueError(f"set_prompt got {group!r}: expected one of {there}")
+        if not isinstance(source, Tensor):
+            raise TypeError(f"source must be a tensor, got {type(source).__name__}")
         rows = source
         if not source.is_floating_point() and source.dim() == 1:
-            embeddings = self.backbone.text_embeddings
-            training = embeddings.training
-            embeddings.eval()
-            rows = self.backbone.embed_text(source[None])[0]
-            embeddings.train(training)
-        if rows.dim() != 2 or not len(rows) or rows.shape[1] != prompt.shape[-1]:
-            raise ValueError(f"source must be token ids (n,) or embeddings (n, {prompt.shape[-1]}), got {tuple(source.shape)}")
+            dropout = self.backbone.text_embeddings.dropout
+            training, dropout.training = dropout.training, False
+            try:
+                rows = self.backbone.embed_text(source[None].to(prompt.device))[0]
+            finally:
+                dropout.training = training
+        width = prompt.shape[-1]
+        if not rows.is_floating_point() or rows.dim() != 2 or not len(rows) or rows.shape[1] != width:
+            got = f"{source.dtype} {tuple(source.shape)}"
+            raise ValueError(f"source must be token ids (n,) or float rows (n, {width}), got {got}")
         index = torch.arange(prompt.shape[1], device=rows.device) % len(rows)
         prompt.copy_(rows[index])
 
@@ -237,12 +244,13 @@ class MoPEBAF(TaskModel):
         return self
 
     def parameter_groups(self, lr: float, weight_decay: float = 0.01, head_lr_multiplier: float = 1.0) -> list[dict[str, Any]]:
-        """Trained parameters for an optimiser: biases and norms without decay, as VLMo's; the head with a rate of its own."""
+        """Trained parameters for an optimiser: biases and norms without decay; the head with a rate of its own."""
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 rate = lr * head_lr_multiplier if name.startswith("head.") else lr
-                groups.setdefault((rate, 0.0 if parameter.dim() == 1 else weight_decay), []).append(parameter)
+                decays = parameter.dim() > 1 and not name.endswith("relative_position_bias_table")
+                groups.setdefault((rate, weight_decay if decays else 0.0), []).append(parameter)
         return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
 
     def frozen_parts(self) -> list[str]:
@@ -250,9 +258,14 @@ class MoPEBAF(TaskModel):
         return ["backbone"] if self.config.freeze_backbone else []
 
     def unwrap(self) -> VLMo:
-        """Give the VLMo back, trainable and in the mode in which it came; this model can't be used afterwards."""
+        """Give the VLMo back; this model can't be used afterwards.
+
+        A frozen one is as it came: what was trainable and in training mode then is so again. Of several models with one frozen
+        VLMo the last one gives it back first. One that was trained is given as it is.
+        """
         if self._thaw is not None:
             self._thaw()
+            self._thaw = None
         return self.backbone
 
     def description(self) -> dict[str, Any]:
@@ -277,7 +290,11 @@ class MoPEBAF(TaskModel):
         """
         known = {field.name for field in dataclasses.fields(BAFConfig)}
         saved = checkpoint.read_description(path, "MoPEBAF", known)
-        classes, config = None if head is not None else saved["num_classes"], BAFConfig(**saved["config"])
+        try:
+            config = BAFConfig(**saved["config"])
+        except TypeError as error:
+            raise ValueError(f"{Path(path) / checkpoint.DESCRIPTION} is damaged: {error}; restore it") from None
+        classes = None if head is not None else saved["num_classes"]
         model = cls(vlmo, classes, config, head=head, problem_type=saved["problem_type"])
         model._load(path, saved)
         return model
