@@ -116,7 +116,7 @@ class TaskModel(nn.Module, ABC):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Not possible: raises NotImplementedError."""
         raise NotImplementedError(
-            f"{type(self).__name__} can't generate: prompts are routed by the whole input and seen by every token, so the encoder "
+            f"{type(self).__name__} can't generate: prompts depend on the whole input and are seen by every token, so the encoder "
             "is not causal any more; it classifies (logits, features)"
         )
 

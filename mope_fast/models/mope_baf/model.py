@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...encoders.frozen import freeze
 from ...modules.block_fusion import BlockAwareFusion, PromptFusion
+from ...receptive_field import ReceptiveField
 from .. import checkpoint
 from ..output import FusionOutput
 from ..task import TaskModel, apply_head, check_head, check_is_trained
@@ -166,6 +167,17 @@ class MoPEBAF(TaskModel):
                 x = vlmo.run_block(vlmo.transformer.blocks[index], x, Visibility(mask, field, bias), segment.experts)
             groups |= _split(x, segment.lengths)
         return _split(vlmo.transformer.norm(x), segment.lengths)
+
+    def receptive_field(self, layer: int) -> ReceptiveField | None:
+        """Who sees whom in a layer, with a text of full length; None where every group sees every other.
+
+        Raises:
+            IndexError: there is no such layer.
+        """
+        layers = self.backbone.config.num_layers
+        if not 0 <= layer < layers:
+            raise IndexError(f"layer must be 0 to {layers - 1}, got {layer}")
+        return next(segment.fields[layer - segment.layers.start] for segment in self._plans[-1] if layer in segment.layers)
 
     def _prompt(self, name: str, block: int, like: Tensor) -> Tensor:
         """(B, rows, D) of a group of prompts as a block starts with it."""

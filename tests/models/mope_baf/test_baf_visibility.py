@@ -117,3 +117,15 @@ def test_all_text_padded_leaves_a_finite_result():
     grads = torch.autograd.grad(output.loss, list(model.parameters()), materialize_grads=True)
     assert output.logits.isfinite().all()
     assert all(grad.isfinite().all() for grad in grads)
+
+
+def test_the_table_of_a_layer_can_be_looked_at():
+    model = make_baf(fusion_form="E", num_blocks=2)
+    alone, together = model.receptive_field(0), model.receptive_field(2)
+    assert dict(zip(alone.groups, alone.visible, strict=True))["image_prompt"] == ("image", "image_prompt")
+    assert dict(zip(together.groups, together.visible, strict=True))["image_prompt"] == ("text_prompt", "image", "image_prompt")
+    assert alone.lengths == (ROWS["l"], ROWS["t"], ROWS["i"], ROWS["v"])
+    assert model.receptive_field(3) is None
+    for layer in (-1, 5):
+        with pytest.raises(IndexError, match=f"layer must be 0 to 4, got {layer}"):
+            model.receptive_field(layer)
