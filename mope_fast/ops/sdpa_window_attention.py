@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference.window_attention import SEAM, window_bias, windows_of, with_prompts
-from .sdpa_attention import in_range
+from .sdpa_attention import in_range, there_of
 
 KEY_MULTIPLE = 16
 """Keys are padded to a multiple of this: on a CPU 64 of them take torch's kernels half the time of 62."""
@@ -98,12 +98,11 @@ def _mask(
         bias = window_bias(relative_position_bias, regions, -math.inf if hides else SEAM)
     bias = in_range(bias, qkv.dtype)[None]
     prompts = sum(prefix[0].shape[2] for prefix in prefixes)
-    if all(len(prefix) == 2 for prefix in prefixes):
+    there = there_of(prefixes, qkv)
+    if there is None:
         bias = F.pad(bias, (0, prompts)) if prompts else bias
     else:
-        there = [prefix[2] if len(prefix) == 3 else qkv.new_ones((1, prefix[0].shape[2]), dtype=torch.bool) for prefix in prefixes]
-        there = torch.cat([mask.expand(len(qkv), -1) for mask in there], dim=1)[:, None, None, None]
-        to_prompts = torch.where(there, 0.0, -math.inf).to(qkv.dtype)
+        to_prompts = torch.where(there[:, None, None, None], 0.0, -math.inf).to(qkv.dtype)
         sizes = (len(qkv), *bias.shape[1:4], -1)
         bias = torch.cat([bias.expand(sizes), to_prompts.expand(sizes)], dim=-1)
     return F.pad(bias, (0, spare), value=-math.inf) if spare else bias

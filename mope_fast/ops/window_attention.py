@@ -11,6 +11,7 @@ from .._autocast import without_autocast
 from . import cpu_window_attention
 from ._registration import define, once_differentiable
 from ._triton import INTERPRETED, product_dtypes, strides
+from .sdpa_attention import there_of
 
 if TYPE_CHECKING:
     from ..kernels.launch import WindowLaunch
@@ -266,13 +267,5 @@ def window_prompt_attention(
     pairs = [t for prefix in prefixes for t in prefix[:2]] + [None] * (4 - 2 * len(prefixes))
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     return _WindowAttention.apply(
-        qkv, *pairs, _there(prefixes, qkv), relative_position_bias, pad_qkv, list(window_size), list(shift_size), scale
+        qkv, *pairs, there_of(prefixes, qkv), relative_position_bias, pad_qkv, list(window_size), list(shift_size), scale
     )
-
-
-def _there(prefixes: Sequence, qkv: Tensor) -> Tensor | None:
-    """(B, P) bool over the keys of all prefixes; None if none is masked."""
-    if all(len(prefix) == 2 for prefix in prefixes):
-        return None
-    masks = [prefix[2] if len(prefix) == 3 else qkv.new_ones((1, prefix[0].shape[2]), dtype=torch.bool) for prefix in prefixes]
-    return torch.cat([mask.expand(qkv.shape[0], -1) for mask in masks], dim=1)
