@@ -7,11 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..reference.window_attention import SEAM, window_bias, windows_of, with_prompts
+from ..reference.window_attention import present, window_bias, windows_of, with_prompts
+from .cpu_window_attention import KEY_MULTIPLE, seam_of
 from .sdpa_attention import in_range, there_of
-
-KEY_MULTIPLE = 16
-"""Keys are padded to a multiple of this: on a CPU 64 of them take torch's kernels half the time of 62."""
 
 
 def window_prompt_attention(
@@ -36,8 +34,8 @@ def window_prompt_attention(
     mask = _mask(qkv, prefixes, relative_position_bias, window_size, shift_size, spare)
     if prompts or spare:
         nothing = qkv.new_zeros(1, heads, spare, head_dim)
-        k = with_prompts(k, [*(_present(prefix, 0) for prefix in prefixes), nothing])
-        v = with_prompts(v, [*(_present(prefix, 1) for prefix in prefixes), nothing])
+        k = with_prompts(k, [*(present(prefix, 0) for prefix in prefixes), nothing])
+        v = with_prompts(v, [*(present(prefix, 1) for prefix in prefixes), nothing])
     blind = None
     if not any(len(prefix) == 2 and prefix[0].shape[2] for prefix in prefixes):  # then a bias can hide all keys there are
         blind = (mask == -math.inf).all(-1, keepdim=True)
@@ -52,11 +50,6 @@ def window_prompt_attention(
     if blind is not None:
         out = out.masked_fill(blind, 0.0)
     return _in_image(out, (height, width), window_size, shift_size)
-
-
-def _present(prefix: Sequence[Tensor], side: int) -> Tensor:
-    """Keys or values of a prefix; zeros where there is none, whatever is there."""
-    return prefix[side] if len(prefix) == 2 else prefix[side].masked_fill(~prefix[2][:, None, :, None], 0.0)
 
 
 def _padded_size(size: tuple[int, int], window: tuple[int, int]) -> tuple[int, int]:
@@ -93,9 +86,7 @@ def _mask(
     bias = relative_position_bias[None]
     if any(shift):
         _, regions = windows_of(qkv.shape[1], qkv.shape[2], window, shift, qkv.device)
-        # exp(-100) is a denormal float32: with such numbers a CPU takes three times as long for a backward pass
-        hides = qkv.device.type == "cpu" and qkv.dtype != torch.float64
-        bias = window_bias(relative_position_bias, regions, -math.inf if hides else SEAM)
+        bias = window_bias(relative_position_bias, regions, seam_of(qkv))
     bias = in_range(bias, qkv.dtype)[None]
     prompts = sum(prefix[0].shape[2] for prefix in prefixes)
     there = there_of(prefixes, qkv)
