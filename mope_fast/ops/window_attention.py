@@ -10,7 +10,7 @@ from torch import Tensor
 from .._autocast import without_autocast
 from . import cpu_window_attention
 from ._registration import define, once_differentiable
-from ._triton import INTERPRETED, product_dtypes, strides
+from ._triton import INTERPRETED, prefix_targets, product_dtypes, strides, sum_parts
 from .sdpa_attention import there_of
 
 LOG2_E = math.log2(math.e)
@@ -139,16 +139,7 @@ def _triton_backward(grad_out, qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, wi
     heads, block_d, windows = arguments["H"], arguments["BLOCK_D"], arguments["windows"]
     chunks = -(-windows // per_chunk)
     acc = torch.promote_types(qkv.dtype, torch.float32)
-    targets: list[Tensor | None] = []
-    sums = []
-    for pk, grad, need in zip((pk0, pk1), (grads0, grads1), needs[1:3], strict=True):
-        if not need or grad.numel() == 0:
-            targets.append(None)
-        elif pk.shape[0] == batch and chunks == 1:
-            targets.append(grad.unsqueeze(2))
-        else:  # parts of a sum over images or windows are written apart, in float32
-            targets.append(qkv.new_empty((2, batch, chunks, *pk.shape[1:]), dtype=acc))
-            sums.append((grad, targets[-1]))
+    targets = prefix_targets((grads0, grads1), batch, chunks, acc)
     padding = None
     if needs[4]:
         padding = qkv.new_empty((batch * chunks, heads, 2, block_d), dtype=acc) if arguments["pad_qkv"] is not None else None
@@ -159,8 +150,7 @@ def _triton_backward(grad_out, qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, wi
             grad_qkv_strides=strides(grad_qkv if needs[0] else None, 6),
             grads0_strides=strides(targets[0], 6), grads1_strides=strides(targets[1], 6),
         )  # fmt: skip
-    for grad, part in sums:
-        grad.copy_(part.sum((1, 2) if grad.shape[1] < batch else 2).view(grad.shape))
+    sum_parts((grads0, grads1), targets)
     if needs[4]:
         grad_pad.zero_()
         if padding is not None:
