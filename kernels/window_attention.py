@@ -146,17 +146,22 @@ def _prompt_tile(
 
 @triton.jit
 def _prompt_tiles(
-    prompts0, prompts1, there, image, head, strides0, strides1, there_strides, lengths,
+    pk0, pv0, pk1, pv1, there, image, head, pk0_strides, pv0_strides, pk1_strides, pv1_strides, there_strides, lengths,
     AREA: tl.constexpr, TILES: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    tiles = ()
+    """Keys and values of each tile."""
+    keys, values = (), ()
     for i in tl.static_range(len(TILES)):
-        tile = _prompt_tile(
-            prompts0, prompts1, there, image, head, strides0, strides1, there_strides, lengths,
+        k = _prompt_tile(
+            pk0, pk1, there, image, head, pk0_strides, pk1_strides, there_strides, lengths,
             TILES[i][0], TILES[i][1], AREA, HEAD_DIM, BLOCK_D, COMPUTE,
         )  # fmt: skip
-        tiles = tiles + (tile,)
-    return tiles
+        v = _prompt_tile(
+            pv0, pv1, there, image, head, pv0_strides, pv1_strides, there_strides, lengths,
+            TILES[i][0], TILES[i][1], AREA, HEAD_DIM, BLOCK_D, COMPUTE,
+        )  # fmt: skip
+        keys, values = keys + (k,), values + (v,)
+    return keys, values
 
 
 @triton.jit
@@ -296,12 +301,10 @@ def window_attention_kernel(
     """One program: every window in a chunk of them, of one image and head."""
     pid = tl.program_id(0)
     chunk, head, image = pid % chunks, pid // chunks % H, pid // chunks // H
-    prompt_keys = _prompt_tiles(
-        pk0, pk1, there, image, head, pk0_strides, pk1_strides, there_strides, lengths, AREA, TILES, HEAD_DIM, BLOCK_D, COMPUTE
-    )
-    prompt_values = _prompt_tiles(
-        pv0, pv1, there, image, head, pv0_strides, pv1_strides, there_strides, lengths, AREA, TILES, HEAD_DIM, BLOCK_D, COMPUTE
-    )
+    prompt_keys, prompt_values = _prompt_tiles(
+        pk0, pv0, pk1, pv1, there, image, head, pk0_strides, pv0_strides, pk1_strides, pv1_strides, there_strides, lengths,
+        AREA, TILES, HEAD_DIM, BLOCK_D, COMPUTE,
+    )  # fmt: skip
     # where all queries are one block, its bias stays in registers
     biases = _bias_tiles(bias, there, image, head, tl.arange(0, BLOCK_Q), there_strides, lengths, AREA, ROWS, KEYS, TILES, ACC)
     for window in range(chunk * per_chunk, tl.minimum(windows, (chunk + 1) * per_chunk)):
@@ -363,12 +366,10 @@ def window_grads_kernel(
     """
     pid = tl.program_id(0)
     chunk, head, image = pid % chunks, pid // chunks % H, pid // chunks // H
-    prompt_keys = _prompt_tiles(
-        pk0, pk1, there, image, head, pk0_strides, pk1_strides, there_strides, lengths, AREA, TILES, HEAD_DIM, BLOCK_D, COMPUTE
-    )
-    prompt_values = _prompt_tiles(
-        pv0, pv1, there, image, head, pv0_strides, pv1_strides, there_strides, lengths, AREA, TILES, HEAD_DIM, BLOCK_D, COMPUTE
-    )
+    prompt_keys, prompt_values = _prompt_tiles(
+        pk0, pv0, pk1, pv1, there, image, head, pk0_strides, pv0_strides, pk1_strides, pv1_strides, there_strides, lengths,
+        AREA, TILES, HEAD_DIM, BLOCK_D, COMPUTE,
+    )  # fmt: skip
     grads_k, grads_v = _key_zeros(TILES, BLOCK_D, ACC), _key_zeros(TILES, BLOCK_D, ACC)
     pad_grad_k, pad_grad_v = tl.zeros([BLOCK_D], ACC), tl.zeros([BLOCK_D], ACC)
     for window in range(chunk * per_chunk, tl.minimum(windows, (chunk + 1) * per_chunk)):
@@ -452,12 +453,10 @@ def window_bias_grads_kernel(
         sums = sums + (_zeros(BLOCK_Q, TILES[i][1], ACC),)
     for unit in range(split * per_split, tl.minimum(units, (split + 1) * per_split)):
         image, window = unit // windows, unit % windows
-        prompt_keys = _prompt_tiles(
-            pk0, pk1, there, image, head, pk0_strides, pk1_strides, there_strides, lengths, AREA, TILES, HEAD_DIM, BLOCK_D, COMPUTE
-        )
-        prompt_values = _prompt_tiles(
-            pv0, pv1, there, image, head, pv0_strides, pv1_strides, there_strides, lengths, AREA, TILES, HEAD_DIM, BLOCK_D, COMPUTE
-        )
+        prompt_keys, prompt_values = _prompt_tiles(
+            pk0, pv0, pk1, pv1, there, image, head, pk0_strides, pv0_strides, pk1_strides, pv1_strides, there_strides, lengths,
+            AREA, TILES, HEAD_DIM, BLOCK_D, COMPUTE,
+        )  # fmt: skip
         keys, values, key_sides = _window_keys(
             qkv, pad_qkv, prompt_keys, prompt_values, image, head, window, image_size, shift, roll, qkv_strides, pad_strides,
             WINDOW, AREA, TILES, HEAD_DIM, BLOCK_D, COMPUTE,

@@ -280,12 +280,10 @@ def _ragged_prefixes_as_tokens(
     k: Tensor, v: Tensor, prefixes: Sequence, key_padding_mask: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Prefixes before the tokens' keys, what is not there as padding; causality, aligned to the last key, stays as it was."""
-    batch, tokens = k.shape[0], k.shape[2]
-    masks = [prefix[2] if len(prefix) == 3 else k.new_ones(1, prefix[0].shape[2], dtype=torch.bool) for prefix in prefixes]
-    masks.append(k.new_ones(1, tokens, dtype=torch.bool) if key_padding_mask is None else key_padding_mask)
-    k, v = sdpa_attention.concatenated(k, v, [prefix[:2] for prefix in prefixes])
-    bias = None if bias is None else F.pad(bias, (k.shape[2] - tokens, 0))
-    return k, v, torch.cat([mask.expand(batch, -1) for mask in masks], dim=1), bias
+    tokens = (k, v) if key_padding_mask is None else (k, v, key_padding_mask)
+    there = sdpa_attention.there_of([*prefixes, tokens], k)
+    bias = None if bias is None else F.pad(bias, (sum(prefix[0].shape[2] for prefix in prefixes), 0))
+    return *sdpa_attention.concatenated(k, v, [prefix[:2] for prefix in prefixes]), there, bias
 
 
 def _in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -2,6 +2,7 @@
 
 import functools
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,3 +29,26 @@ def product_dtypes(operands: torch.dtype, acc: torch.dtype) -> dict[str, Any]:
 def strides(tensor: Tensor | None, rank: int) -> tuple[int, ...]:
     """Zeros for a tensor that isn't there."""
     return (0,) * rank if tensor is None else tensor.stride()
+
+
+def prefix_targets(grads: Sequence[Tensor], batch: int, parts: int, dtype: torch.dtype) -> list[Tensor | None]:
+    """Where programs write gradients (2, B or 1, H, P, Dh) of prefixes: (2, B, parts, H, P, Dh), or None for one without elements.
+
+    A gradient itself if each number of it is one program's, else memory in ``dtype`` for :func:`sum_parts`.
+    """
+    targets: list[Tensor | None] = []
+    for grad in grads:
+        if grad.numel() == 0:
+            targets.append(None)
+        elif grad.shape[1] == batch and parts == 1:
+            targets.append(grad.unsqueeze(2))
+        else:
+            targets.append(grad.new_empty((2, batch, parts, *grad.shape[2:]), dtype=dtype))
+    return targets
+
+
+def sum_parts(grads: Sequence[Tensor], targets: Sequence[Tensor | None]) -> None:
+    """Into gradients of prefixes what programs wrote apart: summed over parts, and over samples that share the prefix."""
+    for grad, target in zip(grads, targets, strict=True):
+        if target is not None and target.shape[1:3] != (grad.shape[1], 1):
+            grad.copy_(target.sum((1, 2) if grad.shape[1] < target.shape[1] else 2).view(grad.shape))

@@ -18,9 +18,15 @@ from torch import Tensor
 from ..reference.window_attention import SEAM, window_bias, windows_of
 
 KEY_MULTIPLE = 16
+"""Keys are padded to a multiple of this: on a CPU 64 of them take torch's kernels half the time of 62."""
 LOGITS_AT_ONCE = 2**18
 """For each thread: 1 MiB in float32."""
 CPU = torch.device("cpu")
+
+
+def seam_of(image: Tensor) -> float:
+    """SEAM; -inf on a CPU below float64: exp(-100) is a denormal number there, with which a backward pass takes thrice as long."""
+    return -math.inf if image.device.type == "cpu" and image.dtype != torch.float64 else SEAM
 
 
 class _Rows(NamedTuple):
@@ -95,8 +101,8 @@ class _Call:
         batch, height, width, _, heads, head_dim = self.shape = qkv.shape
         dtype = torch.promote_types(qkv.dtype, torch.float32)
         self.window, self.shift, self.scale, self.there = tuple(window_size), tuple(shift_size), scale, there
-        tokens, regions = windows_of(height, width, self.window, self.shift, CPU)
-        self.windows, self.area = tokens.shape
+        self.windows = -(-height // self.window[0]) * -(-width // self.window[1])
+        self.area = self.window[0] * self.window[1]
         self.lengths = [pk.shape[2] for pk, _ in prefixes]
         self.keys = -(-(self.area + sum(self.lengths)) // KEY_MULTIPLE) * KEY_MULTIPLE
         self.qkv = qkv.to(dtype).reshape(batch, height * width * 3 * heads, head_dim)
@@ -110,7 +116,8 @@ class _Call:
             self.prompts[:, :, :, : sum(self.lengths)].masked_fill_(~there[:, None, :, None], 0.0)
         mask = bias.to(dtype)[None]
         if any(self.shift):
-            mask = window_bias(mask[0], regions, SEAM if dtype == torch.float64 else -math.inf)
+            _, regions = windows_of(height, width, self.window, self.shift, CPU)
+            mask = window_bias(mask[0], regions, seam_of(self.qkv))
         mask = F.pad(mask, (0, sum(self.lengths)))
         self.mask = F.pad(mask, (0, self.keys - mask.shape[-1]), value=-math.inf)  # (1 or windows, H, W, keys)
         # only a bias can hide all keys there are

@@ -14,7 +14,7 @@ from torch import Tensor
 from .._autocast import without_autocast
 from ..reference.attention import all_values, causal_mask, masked_weights, softmax_or_zero
 from ._registration import define, once_differentiable
-from ._triton import INTERPRETED, product_dtypes, strides
+from ._triton import INTERPRETED, prefix_targets, product_dtypes, strides, sum_parts
 
 if TYPE_CHECKING:
     from ..kernels.launch import AttentionLaunch
@@ -218,7 +218,7 @@ def _triton_backward(grad_out, q, k, v, pk0, pv0, pk1, pv1, field, padding, bias
         **arguments, out=out, grad_q=grad_q, scale=scale,
         out_strides=out.stride(), grad_q_strides=strides(grad_q if needs[0] else None, 4), NEED_Q=needs[0], **_tiles(tiles),
     )  # fmt: skip
-    _key_gradients(arguments, (pk0, pk1), grad_k, grad_v, (grads0, grads1), scale, needs[1] or needs[2], needs[3:5])
+    _key_gradients(arguments, grad_k, grad_v, (grads0, grads1), scale, needs[1] or needs[2])
     if bias is not None and needs[5]:
         bias_batch, bias_heads = bias.shape[:2]
         programs = bias_batch * bias_heads * -(-queries // tiles.block_q) * -(-keys // tiles.block_k)
@@ -231,36 +231,24 @@ def _triton_backward(grad_out, q, k, v, pk0, pv0, pk1, pv1, field, padding, bias
 
 def _key_gradients(
     arguments: dict[str, Any],
-    prefix_keys: tuple[Tensor | None, Tensor | None],
     grad_k: Tensor,
     grad_v: Tensor,
     grads: tuple[Tensor, Tensor],
     scale: float,
     need_tokens: bool,
-    need_prefixes: list[bool],
 ) -> None:
     """Gradients of token keys and values and of both prefixes, those asked for, in one launch."""
     from ..kernels import launch
     from ..kernels import prompt_attention as kernels
 
-    q, statistics = arguments["q"], arguments["statistics"]
-    (batch, heads, queries, head_dim), keys = q.shape, arguments["Sk"]
+    q, keys = arguments["q"], arguments["Sk"]
+    batch, heads, queries, head_dim = q.shape
     tiles = launch.key_grads_launch(queries, keys, head_dim, q.element_size())
     token_tiles = -(-keys // tiles.block_k) if need_tokens else 0
     splits = launch.prefix_splits(queries)
-    targets: list[Tensor | None] = []
-    parts, sums = [], []
-    for pk, grad, need in zip(prefix_keys, grads, need_prefixes, strict=True):
-        if pk is None or not need or pk.shape[2] == 0:
-            targets.append(None)
-            parts.append(0)
-            continue
-        if pk.shape[0] == batch and splits == 1:
-            targets.append(grad.unsqueeze(2))
-        else:  # parts of a sum over samples or queries are written apart, in float32
-            targets.append(statistics.new_empty((2, batch, splits, *pk.shape[1:])))
-            sums.append((grad, targets[-1]))
-        parts.append(-(-pk.shape[2] // launch.prefix_block(pk.shape[2])) * splits)
+    targets = prefix_targets(grads, batch, splits, arguments["statistics"].dtype)
+    lengths = [0 if target is None else target.shape[4] for target in targets]
+    parts = [-(-length // launch.prefix_block(length)) * splits if length else 0 for length in lengths]
     programs = (token_tiles + sum(parts)) * batch * heads
     if programs:
         kernels.key_grads_kernel[(programs,)](
@@ -270,8 +258,7 @@ def _key_gradients(
             grads0_strides=strides(targets[0], 6), grads1_strides=strides(targets[1], 6),
             NEED_TOKENS=need_tokens, NEED_P0=parts[0] > 0, NEED_P1=parts[1] > 0, SPLITS=splits, **_tiles(tiles),
         )  # fmt: skip
-    for grad, part in sums:
-        grad.copy_(part.sum((1, 2) if grad.shape[1] < batch else 2).view(grad.shape))
+    sum_parts(grads, targets)
 
 
 _PREFIXES = "Tensor? prefix_k0, Tensor? prefix_v0, Tensor? prefix_k1, Tensor? prefix_v1"

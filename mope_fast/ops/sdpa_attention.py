@@ -59,6 +59,14 @@ def concatenated(k: Tensor, v: Tensor, prefixes: Sequence[tuple[Tensor, Tensor]]
     )
 
 
+def there_of(prefixes: Sequence, like: Tensor) -> Tensor | None:
+    """Which keys of all prefixes are there, bool (B, P) with the batch of ``like``; None if no prefix has a mask."""
+    if all(len(prefix) == 2 for prefix in prefixes):
+        return None
+    masks = [prefix[2] if len(prefix) == 3 else like.new_ones((1, prefix[0].shape[2]), dtype=torch.bool) for prefix in prefixes]
+    return torch.cat([mask.expand(like.shape[0], -1) for mask in masks], dim=1)
+
+
 def in_range(bias: Tensor, dtype: torch.dtype) -> Tensor:
     """The bias in ``dtype``; what is finite stays so: only -inf itself hides a key."""
     if torch.finfo(dtype).max >= torch.finfo(bias.dtype).max:

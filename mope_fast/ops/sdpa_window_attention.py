@@ -7,11 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..reference.window_attention import SEAM, window_bias, windows_of, with_prompts
-from .sdpa_attention import in_range
-
-KEY_MULTIPLE = 16
-"""Keys are padded to a multiple of this: on a CPU 64 of them take torch's kernels half the time of 62."""
+from ..reference.window_attention import present, window_bias, windows_of, with_prompts
+from .cpu_window_attention import KEY_MULTIPLE, seam_of
+from .sdpa_attention import in_range, there_of
 
 
 def window_prompt_attention(
@@ -36,8 +34,8 @@ def window_prompt_attention(
     mask = _mask(qkv, prefixes, relative_position_bias, window_size, shift_size, spare)
     if prompts or spare:
         nothing = qkv.new_zeros(1, heads, spare, head_dim)
-        k = with_prompts(k, [*(_present(prefix, 0) for prefix in prefixes), nothing])
-        v = with_prompts(v, [*(_present(prefix, 1) for prefix in prefixes), nothing])
+        k = with_prompts(k, [*(present(prefix, 0) for prefix in prefixes), nothing])
+        v = with_prompts(v, [*(present(prefix, 1) for prefix in prefixes), nothing])
     blind = None
     if not any(len(prefix) == 2 and prefix[0].shape[2] for prefix in prefixes):  # then a bias can hide all keys there are
         blind = (mask == -math.inf).all(-1, keepdim=True)
@@ -52,11 +50,6 @@ def window_prompt_attention(
     if blind is not None:
         out = out.masked_fill(blind, 0.0)
     return _in_image(out, (height, width), window_size, shift_size)
-
-
-def _present(prefix: Sequence[Tensor], side: int) -> Tensor:
-    """Keys or values of a prefix; zeros where there is none, whatever is there."""
-    return prefix[side] if len(prefix) == 2 else prefix[side].masked_fill(~prefix[2][:, None, :, None], 0.0)
 
 
 def _padded_size(size: tuple[int, int], window: tuple[int, int]) -> tuple[int, int]:
@@ -93,17 +86,14 @@ def _mask(
     bias = relative_position_bias[None]
     if any(shift):
         _, regions = windows_of(qkv.shape[1], qkv.shape[2], window, shift, qkv.device)
-        # exp(-100) is a denormal float32: with such numbers a CPU takes three times as long for a backward pass
-        hides = qkv.device.type == "cpu" and qkv.dtype != torch.float64
-        bias = window_bias(relative_position_bias, regions, -math.inf if hides else SEAM)
+        bias = window_bias(relative_position_bias, regions, seam_of(qkv))
     bias = in_range(bias, qkv.dtype)[None]
     prompts = sum(prefix[0].shape[2] for prefix in prefixes)
-    if all(len(prefix) == 2 for prefix in prefixes):
+    there = there_of(prefixes, qkv)
+    if there is None:
         bias = F.pad(bias, (0, prompts)) if prompts else bias
     else:
-        there = [prefix[2] if len(prefix) == 3 else qkv.new_ones((1, prefix[0].shape[2]), dtype=torch.bool) for prefix in prefixes]
-        there = torch.cat([mask.expand(len(qkv), -1) for mask in there], dim=1)[:, None, None, None]
-        to_prompts = torch.where(there, 0.0, -math.inf).to(qkv.dtype)
+        to_prompts = torch.where(there[:, None, None, None], 0.0, -math.inf).to(qkv.dtype)
         sizes = (len(qkv), *bias.shape[1:4], -1)
         bias = torch.cat([bias.expand(sizes), to_prompts.expand(sizes)], dim=-1)
     return F.pad(bias, (0, spare), value=-math.inf) if spare else bias

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,10 +10,8 @@ from torch import Tensor
 from .._autocast import without_autocast
 from . import cpu_window_attention
 from ._registration import define, once_differentiable
-from ._triton import INTERPRETED, product_dtypes, strides
-
-if TYPE_CHECKING:
-    from ..kernels.launch import WindowLaunch
+from ._triton import INTERPRETED, prefix_targets, product_dtypes, strides, sum_parts
+from .sdpa_attention import there_of
 
 LOG2_E = math.log2(math.e)
 
@@ -82,33 +80,22 @@ def _in_tiles(bias: Tensor, rows: int, keys: int) -> Tensor:
     return tiles
 
 
-def _launch(qkv, pk0, pk1, window_size) -> "WindowLaunch":
-    from ..kernels.launch import window_launch
-
-    _, height, width, _, _, head_dim = qkv.shape
-    area = window_size[0] * window_size[1]
-    keys = area + sum(pk.shape[2] for pk in (pk0, pk1) if pk is not None)
-    windows = -(-height // window_size[0]) * -(-width // window_size[1])
-    return window_launch(area, keys, windows, head_dim, qkv.element_size())
-
-
-def _common_arguments(
-    launch: "WindowLaunch", qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, window_size, shift_size, scale
-) -> dict[str, Any]:
-    """What the kernels share, by the names of their parameters."""
-    from ..kernels.launch import padded_head_dim
+def _common_arguments(qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, window_size, shift_size, scale) -> tuple[dict[str, Any], int]:
+    """What the kernels share, by the names of their parameters, and how many windows a program takes."""
+    from ..kernels.launch import padded_head_dim, window_launch
 
     batch, height, width, _, heads, head_dim = qkv.shape
-    area = window_size[0] * window_size[1]
-    rows, keys = -(-area // launch.block_q) * launch.block_q, sum(launch.tiles[-1])
+    area, windows = window_size[0] * window_size[1], -(-height // window_size[0]) * -(-width // window_size[1])
     lengths = tuple(0 if pk is None else pk.shape[2] for pk in (pk0, pk1))
+    launch = window_launch(area, area + sum(lengths), windows, head_dim, qkv.element_size())
+    rows, keys = -(-area // launch.block_q) * launch.block_q, sum(launch.tiles[-1])
     pk0, pv0, pk1, pv1, there = (_not_empty(_for_each_image(t, batch)) for t in (pk0, pv0, pk1, pv1, there))
     padded = height % window_size[0] or width % window_size[1]
     pad_qkv = pad_qkv if padded else None
-    return {
+    arguments = {
         "qkv": qkv, "pk0": pk0, "pv0": pv0, "pk1": pk1, "pv1": pv1, "there": there, "pad_qkv": pad_qkv,
         "bias": _in_tiles(bias, rows, keys),
-        "H": heads, "windows": -(-height // window_size[0]) * -(-width // window_size[1]),
+        "H": heads, "windows": windows,
         "image_size": (height, width), "shift": tuple(shift_size), "lengths": lengths,
         "roll": (shift_size[0] % height, shift_size[1] % width), "scale_log2": scale * LOG2_E,
         "qkv_strides": qkv.stride(), "pk0_strides": strides(pk0, 4), "pv0_strides": strides(pv0, 4),
@@ -120,6 +107,7 @@ def _common_arguments(
         "num_warps": launch.num_warps, "num_stages": launch.num_stages,
         **product_dtypes(qkv.dtype, torch.promote_types(qkv.dtype, torch.float32)),
     }  # fmt: skip
+    return arguments, launch.windows
 
 
 def _triton_forward(qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, window_size, shift_size, scale):
@@ -129,10 +117,9 @@ def _triton_forward(qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, window_size, 
     out = _fake_forward(qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, window_size, shift_size, scale)
     if out.numel() == 0:
         return out
-    launch = _launch(qkv, pk0, pk1, window_size)
-    arguments = _common_arguments(launch, qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, window_size, shift_size, scale)
+    arguments, per_chunk = _common_arguments(qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, window_size, shift_size, scale)
     windows, images_and_heads = arguments["windows"], qkv.shape[0] * arguments["H"]
-    per_chunk = forward_windows(launch.windows, images_and_heads * windows)
+    per_chunk = forward_windows(per_chunk, images_and_heads * windows)
     chunks = -(-windows // per_chunk)
     kernels.window_attention_kernel[(chunks * images_and_heads,)](
         **arguments, out=out, out_strides=out.stride(), chunks=chunks, per_chunk=per_chunk
@@ -147,36 +134,23 @@ def _triton_backward(grad_out, qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, wi
     batch = qkv.shape[0]
     if qkv.numel() == 0:
         return tuple(grad.zero_() for grad in grads)
-    launch = _launch(qkv, pk0, pk1, window_size)
-    arguments = {
-        **_common_arguments(launch, qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, window_size, shift_size, scale),
-        "grad_out": grad_out, "grad_out_strides": grad_out.stride(),
-    }  # fmt: skip
+    arguments, per_chunk = _common_arguments(qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, window_size, shift_size, scale)
+    arguments |= {"grad_out": grad_out, "grad_out_strides": grad_out.stride()}
     heads, block_d, windows = arguments["H"], arguments["BLOCK_D"], arguments["windows"]
-    chunks = -(-windows // launch.windows)
+    chunks = -(-windows // per_chunk)
     acc = torch.promote_types(qkv.dtype, torch.float32)
-    targets: list[Tensor | None] = []
-    sums = []
-    for pk, grad, need in zip((pk0, pk1), (grads0, grads1), needs[1:3], strict=True):
-        if not need or grad.numel() == 0:
-            targets.append(None)
-        elif pk.shape[0] == batch and chunks == 1:
-            targets.append(grad.unsqueeze(2))
-        else:  # parts of a sum over images or windows are written apart, in float32
-            targets.append(qkv.new_empty((2, batch, chunks, *pk.shape[1:]), dtype=acc))
-            sums.append((grad, targets[-1]))
+    targets = prefix_targets((grads0, grads1), batch, chunks, acc)
     padding = None
     if needs[4]:
         padding = qkv.new_empty((batch * chunks, heads, 2, block_d), dtype=acc) if arguments["pad_qkv"] is not None else None
     if needs[0] or targets[0] is not None or targets[1] is not None or padding is not None:
         kernels.window_grads_kernel[(chunks * heads * batch,)](
             **arguments, grad_qkv=grad_qkv if needs[0] else None, grads0=targets[0], grads1=targets[1], grad_pad=padding,
-            chunks=chunks, per_chunk=launch.windows, scale=scale,
+            chunks=chunks, per_chunk=per_chunk, scale=scale,
             grad_qkv_strides=strides(grad_qkv if needs[0] else None, 6),
             grads0_strides=strides(targets[0], 6), grads1_strides=strides(targets[1], 6),
         )  # fmt: skip
-    for grad, part in sums:
-        grad.copy_(part.sum((1, 2) if grad.shape[1] < batch else 2).view(grad.shape))
+    sum_parts((grads0, grads1), targets)
     if needs[4]:
         grad_pad.zero_()
         if padding is not None:
@@ -266,13 +240,5 @@ def window_prompt_attention(
     pairs = [t for prefix in prefixes for t in prefix[:2]] + [None] * (4 - 2 * len(prefixes))
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     return _WindowAttention.apply(
-        qkv, *pairs, _there(prefixes, qkv), relative_position_bias, pad_qkv, list(window_size), list(shift_size), scale
+        qkv, *pairs, there_of(prefixes, qkv), relative_position_bias, pad_qkv, list(window_size), list(shift_size), scale
     )
-
-
-def _there(prefixes: Sequence, qkv: Tensor) -> Tensor | None:
-    """(B, P) bool over the keys of all prefixes; None if none is masked."""
-    if all(len(prefix) == 2 for prefix in prefixes):
-        return None
-    masks = [prefix[2] if len(prefix) == 3 else qkv.new_ones((1, prefix[0].shape[2]), dtype=torch.bool) for prefix in prefixes]
-    return torch.cat([mask.expand(qkv.shape[0], -1) for mask in masks], dim=1)

@@ -70,6 +70,11 @@ def window_weights(
     return torch.cat(weights, dim=-1)
 
 
+def present(prefix: Sequence[Tensor], side: int) -> Tensor:
+    """Keys (side 0) or values (1) of a prefix; zeros where there is none, whatever is there."""
+    return prefix[side] if len(prefix) == 2 else prefix[side].masked_fill(~prefix[2][:, None, :, None], 0.0)
+
+
 def with_prompts(tokens: Tensor, prompts: Sequence[Tensor]) -> Tensor:
     """Keys or values of windows (B, windows, H, W, Dh), then those of prompts (B or 1, H, P, Dh)."""
     others = [rows.to(tokens.dtype)[:, None].expand(*tokens.shape[:3], -1, -1) for rows in prompts]
@@ -92,6 +97,5 @@ def window_prompt_attention(
     tokens, regions = windows_of(height, width, window_size, shift_size, qkv.device)
     q, k, v = in_windows(qkv, pad_qkv, tokens).to(torch.promote_types(qkv.dtype, torch.float32))
     weights = window_weights(q, k, prefixes, relative_position_bias, regions, scale)
-    values = [pv.masked_fill(~there[0][:, None, :, None], 0.0) if there else pv for _, pv, *there in prefixes]
-    out = softmax_or_zero(weights) @ with_prompts(v, values)
+    out = softmax_or_zero(weights) @ with_prompts(v, [present(prefix, 1) for prefix in prefixes])
     return in_image(out[None], tokens, height, width).flatten(3).to(qkv.dtype)

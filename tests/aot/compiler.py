@@ -96,6 +96,21 @@ def _spills(cubin: bytes) -> int:
     return max(int(n) for n in re.findall(r"(?:LOCAL|STACK):(\d+)", usage))
 
 
+def assert_fits(compiled: Compiled, capability: int) -> None:
+    """Into shared memory, with products of float32 in float32 and without atomics."""
+    assert compiled.shared <= SHARED_MEMORY[capability], f"{compiled.name}: {compiled.shared} bytes of shared memory"
+    assert ".tf32" not in compiled.ptx, f"{compiled.name} rounds float32 products to TF32"
+    assert not re.search(r"\b(atom|red)\.", compiled.ptx), f"{compiled.name} uses atomics"
+
+
+def assert_wide_words(compiled: Compiled, reads: str = r"ld\.global|cp\.async", narrow: str | tuple[str, ...] = ".b16") -> None:
+    """Instructions ``reads`` and stores move words of 16 bytes, and none reads the type ``narrow`` one by one."""
+    loads = re.findall(rf"(?:{reads})[.\w:]*", compiled.ptx)
+    assert any(load.endswith(".v4.b32") or "cp.async.cg" in load for load in loads), f"{compiled.name}: {set(loads)}"
+    assert not any(load.endswith(narrow) for load in loads), f"{compiled.name}: {set(loads)}"
+    assert re.search(r"st\.global[.\w:]*\.v4\.b32", compiled.ptx), f"{compiled.name}: narrow stores"
+
+
 def misaligned(tensor: torch.Tensor) -> torch.Tensor:
     """The same shape and strides, one element off every boundary of 16 bytes."""
     return torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape)

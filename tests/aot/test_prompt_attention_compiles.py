@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from compiler import SHARED_MEMORY, Recorder, compile_launch, innermost_first, misaligned
+from compiler import SHARED_MEMORY, Recorder, assert_fits, assert_wide_words, compile_launch, innermost_first, misaligned
 
 from mope_fast import ReceptiveField
 
@@ -118,16 +118,13 @@ def record(monkeypatch):
 )
 def test_compiles_and_fits(case, capability, record):
     for launch in record(case):
-        compiled = compile_launch(launch, capability)
-        assert compiled.shared <= SHARED_MEMORY[capability], compiled.name
-        assert ".tf32" not in compiled.ptx, f"{compiled.name} rounds float32 products to TF32"
-        assert not re.search(r"\b(atom|red)\.", compiled.ptx), f"{compiled.name} uses atomics"
+        assert_fits(compile_launch(launch, capability), capability)
 
 
 @pytest.mark.parametrize("view", [misaligned, innermost_first])
 def test_compiles_for_other_layouts(view, record):
     for launch in record(COMMON[0], view=view):
-        assert compile_launch(launch, 90).shared <= SHARED_MEMORY[90]
+        assert_fits(compile_launch(launch, 90), 90)
 
 
 @pytest.mark.parametrize("needs_query", [False, True])
@@ -149,9 +146,5 @@ def test_spills_nothing_on_sm_90(case, record):
 def test_tiles_move_in_words_of_16_bytes_and_meet_in_tensor_cores_on_sm_90(case, record):
     for launch in record(case):
         compiled = compile_launch(launch, 90)
-        loads = re.findall(r"(?:ld\.global|cp\.async)[.\w:]*", compiled.ptx)
-        wide = [load for load in loads if load.endswith(".v4.b32") or "cp.async.cg" in load]
-        assert wide, f"{compiled.name}: {set(loads)}"
-        assert not any(load.endswith(".b16") for load in loads), f"{compiled.name}: {set(loads)}"
-        assert re.search(r"st\.global[.\w:]*\.v4\.b32", compiled.ptx), f"{compiled.name}: narrow stores"
+        assert_wide_words(compiled)
         assert re.search(r"wgmma|mma\.sync", compiled.ptx), f"{compiled.name}: no matrix instruction"

@@ -2,10 +2,25 @@
 
 import functools
 import math
-import sys
 
 import pytest
 import torch
+from harness import (
+    CPU,
+    assert_all_close,
+    assert_same_bits,
+    changed,
+    expanded,
+    guarded,
+    in_double,
+    interpreted,
+    record_launches,
+    sentinels,
+    shuffle_programs,
+    spread,
+    through_a_cuda_graph,
+    transposed,
+)
 from numerics import assert_as_good_as_eager
 from torch import Tensor
 
@@ -14,11 +29,8 @@ from mope_fast.functional import prompt_attention, receptive_field_attention
 
 pytestmark = pytest.mark.kernel
 
-CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-interpreted = pytest.mark.skipif(
-    "not __import__('os').environ.get('TRITON_INTERPRET')", reason="float64 and another program order: in the interpreter only"
-)
+KERNELS = ["attention_kernel", "query_grads_kernel", "key_grads_kernel", "bias_grads_kernel"]
 
 # an empty group, a group that sees nothing (vp) and one that nobody sees (blind); 18 positions
 LENGTHS = {"lp": 2, "text": 5, "empty": 0, "image": 7, "blind": 2, "vp": 2}
@@ -116,18 +128,6 @@ def random_upstream(inputs) -> Tensor:
     return torch.randn(inputs["q"].shape, device=inputs["q"].device).to(inputs["q"].dtype)
 
 
-def changed(inputs, function) -> dict[str, Tensor | None]:
-    """Every tensor through ``function``, as leaves again."""
-    return {
-        name: None if t is None else function(name, t.detach()).detach().requires_grad_(t.requires_grad)
-        for name, t in inputs.items()
-    }
-
-
-def in_double(inputs):
-    return changed(inputs, lambda name, t: t if name == "padding" else t.double())
-
-
 def one_head(sizes):
     """A cheaper form of the same problem."""
     return {**sizes, "heads": 1, "bias": (sizes["bias"][0], 1)}
@@ -158,14 +158,7 @@ def check_against_truth(inputs, dtype, **settings):
 def check_equals_truth(inputs, **settings):
     upstream = random_upstream(inputs)
     truth = run(in_double(inputs), upstream.double(), "reference", **settings)
-    for name, value in run(inputs, upstream, **settings).items():
-        torch.testing.assert_close(value, truth[name].float(), msg=lambda text, name=name: f"{name}: {text}")
-
-
-def assert_same_bits(got: dict[str, Tensor], expected: dict[str, Tensor]):
-    assert got.keys() == expected.keys()
-    for name, value in got.items():
-        assert torch.equal(value, expected[name]), name
+    assert_all_close(run(inputs, upstream, **settings), {name: t.float() for name, t in truth.items()})
 
 
 def set_tiles(monkeypatch, block_q, block_k):
@@ -185,22 +178,7 @@ def recorded(monkeypatch) -> list[tuple[str, dict]]:
     """Launches to come, each with its arguments."""
     from mope_fast.kernels import prompt_attention as kernels
 
-    launches = []
-    for name in ("attention_kernel", "query_grads_kernel", "key_grads_kernel", "bias_grads_kernel"):
-        monkeypatch.setattr(kernels, name, recording(getattr(kernels, name), name, launches))
-    return launches
-
-
-def recording(kernel, name, launches):
-    class Recording:
-        def __getitem__(self, grid):
-            def launch(*args, **kwargs):
-                launches.append((name, {**kwargs, "grid": grid}))
-                return kernel[grid](*args, **kwargs)
-
-            return launch
-
-    return Recording()
+    return record_launches(monkeypatch, kernels, KERNELS)
 
 
 PROBLEMS = {
@@ -366,24 +344,14 @@ def test_float64_equals_the_reference(sizes, settings, small_tiles):
     inputs = in_double(make_inputs(torch.float32, CPU, **one_head(sizes)))
     upstream = random_upstream(inputs)
     got, expected = (run(inputs, upstream, impl, **settings) for impl in ("triton", "reference"))
-    for name, value in got.items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-11, atol=1e-12)
-
-
-def guarded(tensor: Tensor) -> Tensor:
-    """The same values as a strided view inside storage full of NaN (of True, for a mask)."""
-    shape = [2 * size + 3 for size in tensor.shape]
-    storage = torch.full(shape, float("nan"), device=tensor.device).to(tensor.dtype)
-    view = storage[tuple(slice(1, 2 * size, 2) for size in tensor.shape)]
-    view.copy_(tensor)
-    return view
+    assert_all_close(got, expected, rtol=1e-11, atol=1e-12)
 
 
 @everything
 def test_views_inside_nan_give_the_same_bits(sizes, settings, device):
     inputs = make_inputs(torch.float32, device, **sizes)
     upstream = random_upstream(inputs)
-    views = {name: None if t is None else guarded(t.detach()).requires_grad_(t.requires_grad) for name, t in inputs.items()}
+    views = changed(inputs, lambda name, t: guarded(t))
     assert_same_bits(run(views, guarded(upstream), **settings), run(inputs, upstream, **settings))
 
 
@@ -393,65 +361,35 @@ def packed(inputs):
     return {**inputs, **{name: rows[:, :, i].transpose(1, 2).requires_grad_() for i, name in enumerate(("q", "k", "v"))}}
 
 
-def transposed(inputs):
-    """Every tensor with its axes in memory the other way round."""
-    return changed(inputs, lambda name, t: t.permute(*reversed(range(t.dim()))).contiguous().permute(*reversed(range(t.dim()))))
-
-
 @everything
 def test_other_strides_give_the_same_bits(sizes, settings, device):
     inputs = make_inputs(torch.float32, device, **sizes)
     upstream = random_upstream(inputs)
     expected = run(inputs, upstream, **settings)
     assert_same_bits(run(packed(inputs), upstream, **settings), expected)
-    turned = upstream.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
-    assert_same_bits(run(transposed(inputs), turned, **settings), expected)
+    turned = changed(inputs, lambda name, t: transposed(t))
+    assert_same_bits(run(turned, transposed(upstream), **settings), expected)
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2, 3])
 def test_expanded_tensors_give_the_same_bits(dim, device):
     inputs = make_inputs(torch.float32, device, queries=5, keys=5, prefixes=[(2, 5), (2, 6)], bias=(2, 2), padding=True)
-    upstream = random_upstream(inputs)
-
-    def one(name, t):
-        return t if dim >= t.dim() else t.narrow(dim, 0, 1).expand_as(t)
-
-    expanded = {name: None if t is None else one(name, t.detach()).requires_grad_(t.requires_grad) for name, t in inputs.items()}
-    repeated = changed(expanded, lambda name, t: t.contiguous())
-    assert expanded["q"].stride(dim) == 0
-    assert_same_bits(run(expanded, one("", upstream)), run(repeated, one("", upstream).contiguous()))
+    upstream = expanded(random_upstream(inputs), dim)
+    views = changed(inputs, lambda name, t: expanded(t, dim))
+    repeated = changed(views, lambda name, t: t.contiguous())
+    assert views["q"].stride(dim) == 0
+    assert_same_bits(run(views, upstream), run(repeated, upstream.contiguous()))
 
 
 @everything
 def test_outputs_are_written_and_nothing_around_them_is(sizes, settings, device, monkeypatch, small_tiles):
-    sentinel, storages = -12345.0, []
-
-    def surrounded(like, size, dtype):
-        storage = torch.full((size + 128,), sentinel, dtype=dtype or like.dtype, device=like.device)
-        if size:
-            storages.append((storage, size))
-        return storage
-
-    def new_empty(self, *size, dtype=None, **kwargs):
-        shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
-        return surrounded(self, shape.numel(), dtype)[64 : 64 + shape.numel()].view(shape)
-
-    def new_empty_strided(self, size, stride, dtype=None, **kwargs):
-        return surrounded(self, torch.Size(size).numel(), dtype).as_strided(size, stride, 64)
-
     inputs = make_inputs(torch.float32, device, **sizes)
     upstream = random_upstream(inputs)
-    monkeypatch.setattr(Tensor, "new_empty", new_empty)
-    monkeypatch.setattr(Tensor, "new_empty_strided", new_empty_strided)
-    run(inputs, upstream, **settings)
-    monkeypatch.undo()
+    with sentinels(monkeypatch) as storages:
+        run(inputs, upstream, **settings)
     # out, statistics, delta, and a gradient of each input; those of a prefix's keys and values are one
     written = 3 + len(leaves(inputs)) - len(sizes.get("prefixes", ()))
     assert len(storages) >= written
-    for storage, size in storages:
-        assert (storage[:64] == sentinel).all()
-        assert (storage[64 + size :] == sentinel).all()
-        assert not (storage[64 : 64 + size] == sentinel).any()
 
 
 @pytest.mark.parametrize(
@@ -483,13 +421,11 @@ def test_only_asked_for_gradients_are_computed(needs, device, monkeypatch):
         if name in needs:
             torch.testing.assert_close(tensor.grad, full[name])
     tokens, prefix0, prefix1 = (any(n in needs for n in names) for names in (("k", "v"), ("pk0", "pv0"), ("pk1", "pv1")))
-    expected = ["attention_kernel", "query_grads_kernel"]
-    expected += ["key_grads_kernel"] if tokens or prefix0 or prefix1 else []
-    expected += ["bias_grads_kernel"] if "bias" in needs else []
-    assert [name for name, _ in launches] == expected
+    any_keys = tokens or prefix0 or prefix1
+    assert [name for name, _ in launches] == KERNELS[:2] + KERNELS[2:3] * any_keys + KERNELS[3:] * ("bias" in needs)
     arguments = dict(launches)
     assert arguments["query_grads_kernel"]["NEED_Q"] == ("q" in needs)
-    if "key_grads_kernel" in arguments:
+    if any_keys:
         keys = arguments["key_grads_kernel"]
         assert (keys["NEED_TOKENS"], keys["NEED_P0"], keys["NEED_P1"]) == (tokens, prefix0, prefix1)
         # 2 samples of one tile each
@@ -514,7 +450,7 @@ def test_what_is_absent_is_compiled_away(sizes, settings, constants, device, mon
     inputs = make_inputs(torch.float32, device, heads=1, **sizes)
     run(inputs, random_upstream(inputs), **settings)
     visibility, has_padding, has_bias, block_p0, block_p1 = constants
-    assert [name for name, _ in launches][:3] == ["attention_kernel", "query_grads_kernel", "key_grads_kernel"]
+    assert [name for name, _ in launches][:3] == KERNELS[:3]
     for name, arguments in launches:
         assert arguments["VISIBILITY"] == getattr(kernels, visibility).value
         assert arguments["HAS_PADDING"] == has_padding
@@ -583,8 +519,7 @@ def test_a_row_with_the_same_large_bias_everywhere_keeps_its_output_and_gradient
     upstream = random_upstream(inputs)
     got, eager = run(inputs, upstream), run(inputs, upstream, "reference")
     torch.testing.assert_close(got["out"][0, :, 3], inputs["v"][0].mean(1))
-    for name, value in got.items():
-        torch.testing.assert_close(value, eager[name], msg=lambda text, name=name: f"{name}: {text}")
+    assert_all_close(got, eager)
 
 
 def test_a_bias_of_minus_infinity_hides_a_key(device, small_tiles):
@@ -597,8 +532,7 @@ def test_a_bias_of_minus_infinity_hides_a_key(device, small_tiles):
     got, expected = (run(inputs, upstream, impl) for impl in ("triton", "reference"))
     assert torch.count_nonzero(got["out"][:, :, 4]) == 0
     assert torch.count_nonzero(got["bias"][0, 0][hidden]) == 0
-    for name, value in got.items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
+    assert_all_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
@@ -679,23 +613,11 @@ def test_three_runs_have_the_same_bits(sizes, settings, device):
 @interpreted
 @pytest.mark.parametrize("name", ["prefixes, padding, bias, causal, scale", "gaps, padding, bias"])
 def test_programs_may_run_in_any_order_and_twice(name, monkeypatch, small_tiles):
-    import triton.runtime.interpreter as interpreter
-
     sizes, settings = PROBLEMS[name]
     inputs = make_inputs(torch.float32, CPU, **one_head(sizes))
     upstream = random_upstream(inputs)
     plain = run(inputs, upstream, **settings)
-    orders = []
-
-    def shuffled(*args):
-        order = list(range(*args))
-        if sys._getframe(1).f_code.co_name == "__call__":  # the grid loops
-            order = [order[i] for i in torch.randperm(len(order))] * 2
-            orders.append(order)
-        return order
-
-    monkeypatch.setattr(interpreter, "range", shuffled, raising=False)
-    assert shuffled(3) == [0, 1, 2], "loops inside a kernel keep their order"
+    orders = shuffle_programs(monkeypatch)
     got = run(inputs, upstream, **settings)
     assert max(map(len, orders)) >= 8, "the grid was shuffled"
     assert_same_bits(got, plain)
@@ -846,19 +768,11 @@ def test_zeros_behind_the_head_dim_change_no_bit(padded, dtype, device):
     + [("padding", 0), ("padding", 1)],
 )
 def test_addresses_past_2_31_elements(name, axis, device):
-    """A stride of 2^30 elements along one axis of 3: the storage is virtual memory that is hardly touched."""
     inputs, expected = compact_run(axis, device)
     chosen = ["pk0", "pv0", "pk1", "pv1"] if name == "prefixes" else [name]
-    storage = torch.empty(2 * 2**30 + 2048, dtype=inputs[chosen[0]].dtype, device=device)
-    spread = dict(inputs)
-    for i, each in enumerate(chosen):
-        compact = inputs[each].detach()
-        strides = [2**30 if j == axis else 4 * 3**j for j in range(compact.dim())]
-        spread[each] = storage.as_strided(compact.shape, strides, 512 * i)
-        spread[each].copy_(compact)
-        spread[each].requires_grad_(inputs[each].requires_grad)
-    upstream = spread.pop("upstream")
-    assert_same_bits(run(spread, upstream), expected)
+    views = {**inputs, **dict(zip(chosen, spread([inputs[each] for each in chosen], axis), strict=True))}
+    upstream = views.pop("upstream")
+    assert_same_bits(run(views, upstream), expected)
 
 
 @functools.cache
@@ -921,12 +835,7 @@ def test_captured_in_a_cuda_graph(sizes, settings, device):
     inputs = make_inputs(torch.bfloat16, device, **sizes)
     upstream = random_upstream(inputs)
     expected = run(inputs, upstream, **settings)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run(inputs, upstream, **settings)
-    graph.replay()
-    torch.cuda.synchronize()
-    assert_same_bits(captured, expected)
+    assert_same_bits(through_a_cuda_graph(lambda: run(inputs, upstream, **settings)), expected)
 
 
 VLMO = {"lp": 10, "text": 40, "image": 197, "vp": 10}

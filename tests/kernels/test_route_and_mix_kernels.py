@@ -1,10 +1,22 @@
 """The Triton kernels of route_and_mix, on a GPU or in Triton's interpreter."""
 
 import itertools
-import sys
 
 import pytest
 import torch
+from harness import (
+    CPU,
+    assert_same_bits,
+    changed,
+    guarded,
+    in_double,
+    interpreted,
+    record_launches,
+    sentinels,
+    shuffle_programs,
+    spread,
+    through_a_cuda_graph,
+)
 from numerics import assert_as_good_as_eager
 from torch import Tensor
 
@@ -12,7 +24,6 @@ from mope_fast.functional import route_and_mix
 
 pytestmark = pytest.mark.kernel
 
-CPU = torch.device("cpu")
 GATES = [(None, False), (2, False), (2, True)]
 
 
@@ -32,29 +43,25 @@ def make_inputs(batch, experts, rows, width, dtype, device, *, gram=False, noise
     }
 
 
-def run(inputs, upstream, impl, **settings) -> list[Tensor]:
-    """[mixed, scores, and the gradient of each differentiable input]."""
+def run(inputs, upstream, impl="triton", **settings) -> dict[str, Tensor]:
+    """The outputs, and the gradient of each differentiable input by its name."""
     mixed, scores = route_and_mix(**inputs, impl=impl, **settings)
-    leaves = [inputs[name] for name in ("logits", "experts", "gram") if inputs[name] is not None]
-    grads = torch.autograd.grad([mixed, scores], leaves, [u.to(o.dtype) for u, o in zip(upstream, (mixed, scores), strict=True)])
-    return [mixed, scores, *grads]
-
-
-def in_double(inputs):
-    return {k: None if v is None else v.detach().double().requires_grad_(v.requires_grad) for k, v in inputs.items()}
+    leaves = {name: inputs[name] for name in ("logits", "experts", "gram") if inputs[name] is not None}
+    upstream = [u.to(o.dtype) for u, o in zip(upstream, (mixed, scores), strict=True)]
+    grads = torch.autograd.grad([mixed, scores], leaves.values(), upstream)
+    return {"mixed": mixed, "scores": scores, **dict(zip(leaves, grads, strict=True))}
 
 
 def check_against_truth(inputs, dtype, **settings):
     batch, experts, (rows, width) = *inputs["logits"].shape, inputs["experts"].shape[1:]
     device = inputs["logits"].device
     upstream = [torch.randn(batch, rows, width, device=device).to(dtype), torch.randn(batch, experts, device=device)]
-    got = run(inputs, upstream, "triton", **settings)
-    eager = run(inputs, upstream, "reference", **settings)
+    got, eager = (run(inputs, upstream, impl, **settings) for impl in ("triton", "reference"))
     truth = run(in_double(inputs), upstream, "reference", **settings)
-    for name, *values in zip(["mixed", "scores", "d logits", "d experts", "d gram"], got, eager, truth, strict=False):
+    for name, value in got.items():
         # the scores and the Gram gradient are float32 even for 16-bit tables, but a 16-bit product is behind the gradients
         own = torch.float32 if name == "scores" and dtype != torch.float64 else dtype
-        assert_as_good_as_eager(name, *values, own)
+        assert_as_good_as_eager(name, value, eager[name], truth[name], own)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -82,7 +89,7 @@ def test_a_large_batch_is_split_and_added_in_float32(device, monkeypatch):
     check_against_truth(make_inputs(70, 6, 2, 20, torch.bfloat16, device), torch.bfloat16)
 
 
-@pytest.mark.skipif("not __import__('os').environ.get('TRITON_INTERPRET')", reason="float64 kernels run in the interpreter only")
+@interpreted
 @pytest.mark.parametrize(("top_k", "renormalize"), GATES)
 @pytest.mark.parametrize("gram", [False, True])
 def test_gradcheck_in_float64_goes_through_the_kernels(top_k, renormalize, gram):
@@ -97,23 +104,11 @@ def test_gradcheck_in_float64_goes_through_the_kernels(top_k, renormalize, gram)
     assert torch.autograd.gradcheck(function, [inputs[name] for name in differentiable], atol=1e-7)
 
 
-def guarded(tensor: Tensor, fill: float) -> Tensor:
-    """The same values as a strided view inside storage full of ``fill``."""
-    shape = [2 * size + 3 for size in tensor.shape]
-    storage = torch.full(shape, fill, dtype=tensor.dtype, device=tensor.device)
-    view = storage[tuple(slice(1, 2 * size, 2) for size in tensor.shape)]
-    view.copy_(tensor.detach())
-    return view.requires_grad_(tensor.requires_grad)
-
-
 def test_views_inside_nan_give_the_same_bits(device):
     inputs = make_inputs(5, 6, 2, 20, torch.float32, device, gram=True, noise=True)
     upstream = [torch.randn(5, 2, 20, device=device), torch.randn(5, 6, device=device)]
-    plain = run(inputs, upstream, "triton")
-    views = {name: guarded(tensor, float("nan")) for name, tensor in inputs.items()}
-    strided = run(views, [guarded(u, float("nan")) for u in upstream], "triton")
-    for a, b in zip(plain, strided, strict=True):
-        assert torch.equal(a, b)
+    views = changed(inputs, lambda name, t: guarded(t))
+    assert_same_bits(run(views, [guarded(u) for u in upstream]), run(inputs, upstream))
 
 
 @pytest.mark.parametrize("layout", ["transposed", "expanded"])
@@ -132,53 +127,31 @@ def test_other_strides_give_the_same_bits(layout, device):
             "experts": inputs["experts"].detach()[:, :1].expand(6, 3, 20).requires_grad_(),
         }
     upstream = [torch.randn(4, 3, 20, device=device), torch.randn(4, 6, device=device)]
-    plain = run(inputs, upstream, "triton")
-    viewed = run({**inputs, **views}, upstream, "triton")
-    assert all(torch.equal(a, b) for a, b in zip(plain, viewed, strict=True))
+    assert_same_bits(run({**inputs, **views}, upstream), run(inputs, upstream))
 
 
 def test_outputs_are_written_once_and_nothing_around_them_is(device, monkeypatch):
-    sentinel, storages = -12345.0, []
-
-    def surrounded(self, *size, dtype=None, **kwargs):
-        shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
-        storage = torch.full((shape.numel() + 128,), sentinel, dtype=dtype or self.dtype, device=self.device)
-        storages.append((storage, shape.numel()))
-        return storage[64 : 64 + shape.numel()].view(shape)
-
     inputs = make_inputs(5, 6, 2, 20, torch.float32, device, gram=True)
     upstream = [torch.randn(5, 2, 20, device=device), torch.randn(5, 6, device=device)]
-    monkeypatch.setattr(Tensor, "new_empty", surrounded)
-    run(inputs, upstream, "triton", top_k=3)
-    monkeypatch.undo()
+    with sentinels(monkeypatch) as storages:
+        run(inputs, upstream, top_k=3)
     assert len(storages) >= 7
-    for storage, size in storages:
-        assert (storage[:64] == sentinel).all()
-        assert (storage[64 + size :] == sentinel).all()
-        assert not (storage[64 : 64 + size] == sentinel).any()
 
 
 @pytest.mark.parametrize("needs", [s for s in itertools.product([False, True], repeat=3) if any(s)], ids=str)
 def test_only_asked_for_gradients_are_computed(needs, device, monkeypatch):
     from mope_fast.kernels import route_and_mix as kernels
 
-    launches = []
-    for name in ("expert_grads_kernel", "router_grads_kernel"):
-        monkeypatch.setattr(kernels, name, recording(getattr(kernels, name), name, launches))
+    launches = record_launches(monkeypatch, kernels, ["expert_grads_kernel", "router_grads_kernel"])
     inputs = make_inputs(4, 5, 2, 20, torch.float32, device, gram=True)
     names = ("logits", "experts", "gram")
-    full = dict(
-        zip(
-            names,
-            run(inputs, [g := torch.randn(4, 2, 20, device=device), torch.zeros(4, 5, device=device)], "triton")[2:],
-            strict=True,
-        )
-    )
+    upstream = torch.randn(4, 2, 20, device=device)
+    full = run(inputs, [upstream, torch.zeros(4, 5, device=device)])
     launches.clear()
     for name, need in zip(names, needs, strict=True):
         inputs[name].requires_grad_(need)
     mixed, _ = route_and_mix(**inputs, impl="triton")
-    mixed.backward(g)
+    mixed.backward(upstream)
     for name, need in zip(names, needs, strict=True):
         assert (inputs[name].grad is not None) == need
         if need:
@@ -187,18 +160,6 @@ def test_only_asked_for_gradients_are_computed(needs, device, monkeypatch):
     assert [name for name, _ in launches] == expected
     assert launches[0][1]["NEED_EXPERTS"] == needs[1]
     assert launches[0][1]["NEED_PARTIALS"] == (needs[0] or needs[2])
-
-
-def recording(kernel, name, launches):
-    class Recording:
-        def __getitem__(self, grid):
-            def launch(*args, **kwargs):
-                launches.append((name, kwargs))
-                return kernel[grid](*args, **kwargs)
-
-            return launch
-
-    return Recording()
 
 
 def test_a_gradient_of_the_scores_alone_reads_no_expert(device, monkeypatch):
@@ -217,10 +178,10 @@ def test_a_gradient_of_the_scores_alone_reads_no_expert(device, monkeypatch):
 @pytest.mark.parametrize("gram", [False, True])
 def test_an_empty_batch_gives_empty_outputs_and_zero_gradients(gram, device):
     inputs = make_inputs(0, 5, 2, 20, torch.float32, device, gram=gram)
-    mixed, scores, *grads = run(inputs, [torch.zeros(0, 2, 20, device=device), torch.zeros(0, 5, device=device)], "triton")
-    assert mixed.shape == (0, 2, 20)
-    assert scores.shape == (0, 5)
-    assert all((grad == 0).all() for grad in grads)
+    got = run(inputs, [torch.zeros(0, 2, 20, device=device), torch.zeros(0, 5, device=device)])
+    assert got["mixed"].shape == (0, 2, 20)
+    assert got["scores"].shape == (0, 5)
+    assert all((value == 0).all() for value in got.values())
 
 
 @pytest.mark.parametrize(("top_k", "renormalize"), GATES)
@@ -279,28 +240,20 @@ def test_a_sample_has_the_same_bits_alone_and_in_a_batch(gram, device):
 def test_three_runs_have_the_same_bits(device):
     inputs = make_inputs(40, 9, 2, 50, torch.bfloat16, device, gram=True, noise=True)
     upstream = [torch.randn(40, 2, 50, device=device), torch.randn(40, 9, device=device)]
-    first, *others = [run(inputs, upstream, "triton") for _ in range(3)]
-    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+    first, *others = [run(inputs, upstream) for _ in range(3)]
+    for other in others:
+        assert_same_bits(other, first)
 
 
-@pytest.mark.skipif("not __import__('os').environ.get('TRITON_INTERPRET')", reason="the interpreter's program order can be changed")
+@interpreted
 def test_programs_may_run_in_any_order_and_twice(monkeypatch):
-    import triton.runtime.interpreter as interpreter
-
     inputs = make_inputs(20, 6, 2, 50, torch.float32, CPU, gram=True, noise=True)
     upstream = [torch.randn(20, 2, 50), torch.randn(20, 6)]
-    plain = run(inputs, upstream, "triton")
-
-    def shuffled(*args):
-        order = list(range(*args))
-        if sys._getframe(1).f_code.co_name == "__call__":  # the grid loops
-            order = [order[i] for i in torch.randperm(len(order))] * 2
-        return order
-
-    monkeypatch.setattr(interpreter, "range", shuffled, raising=False)
-    assert shuffled(3) == [0, 1, 2], "loops inside a kernel keep their order"
-    for a, b in zip(plain, run(inputs, upstream, "triton"), strict=True):
-        assert torch.equal(a, b)
+    plain = run(inputs, upstream)
+    orders = shuffle_programs(monkeypatch)
+    got = run(inputs, upstream)
+    assert max(map(len, orders)) >= 8, "the grid was shuffled"
+    assert_same_bits(got, plain)
 
 
 @pytest.mark.parametrize(
@@ -308,26 +261,18 @@ def test_programs_may_run_in_any_order_and_twice(monkeypatch):
     [("logits", 0), ("logits", 1), ("experts", 0), ("experts", 1), ("experts", 2), ("upstream", 0), ("upstream", 2)],
 )
 def test_addresses_past_2_31_elements(name, axis, device):
-    """A stride of 2^30 elements along one axis of 3: the storage is virtual memory that is hardly touched."""
     inputs = make_inputs(3, 3, 3, 3, torch.float16, device)
     upstream = [torch.randn(3, 3, 3, device=device).half(), torch.randn(3, 3, device=device)]
-    expected = run(inputs, upstream, "triton")
-    compact = upstream[0] if name == "upstream" else inputs[name].detach()
-    strides = [2**30 if i == axis else 4 * 3**i for i in range(compact.dim())]
-    spread = torch.empty(2 * 2**30 + 256, dtype=torch.float16, device=device).as_strided(compact.shape, strides)
-    spread.copy_(compact)
-    if name == "upstream":
-        upstream[0] = spread
-    else:
-        inputs[name] = spread.requires_grad_()
-    assert all(torch.equal(a, b) for a, b in zip(run(inputs, upstream, "triton"), expected, strict=True))
+    expected = run(inputs, upstream)
+    tensors, key = (upstream, 0) if name == "upstream" else (inputs, name)
+    (tensors[key],) = spread([tensors[key]], axis)
+    assert_same_bits(run(inputs, upstream), expected)
 
 
 def test_auto_takes_the_kernels(device, monkeypatch):
     from mope_fast.kernels import route_and_mix as kernels
 
-    launches = []
-    monkeypatch.setattr(kernels, "mix_kernel", recording(kernels.mix_kernel, "mix_kernel", launches))
+    launches = record_launches(monkeypatch, kernels, ["mix_kernel"])
     route_and_mix(torch.randn(2, 3, device=device), torch.randn(3, 1, 4, device=device))
     assert len(launches) == 1
 
@@ -349,13 +294,8 @@ def test_autocast_reads_a_float32_table_and_mixes_in_bfloat16(device):
 def test_captured_in_a_cuda_graph(device):
     inputs = make_inputs(64, 16, 6, 768, torch.bfloat16, device)
     upstream = [torch.randn(64, 6, 768, device=device), torch.randn(64, 16, device=device)]
-    expected = run(inputs, upstream, "triton")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run(inputs, upstream, "triton")
-    graph.replay()
-    torch.cuda.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+    expected = run(inputs, upstream)
+    assert_same_bits(through_a_cuda_graph(lambda: run(inputs, upstream)), expected)
 
 
 @pytest.mark.gpu

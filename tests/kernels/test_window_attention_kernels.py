@@ -2,10 +2,25 @@
 
 import functools
 import math
-import sys
 
 import pytest
 import torch
+from harness import (
+    CPU,
+    assert_all_close,
+    assert_same_bits,
+    changed,
+    expanded,
+    guarded,
+    in_double,
+    interpreted,
+    record_launches,
+    sentinels,
+    shuffle_programs,
+    spread,
+    through_a_cuda_graph,
+    transposed,
+)
 from numerics import assert_as_good_as_eager
 from torch import Tensor
 
@@ -14,14 +29,10 @@ from mope_fast.functional import window_prompt_attention
 
 pytestmark = pytest.mark.kernel
 
-CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KERNELS = ["window_attention_kernel", "window_grads_kernel", "window_bias_grads_kernel"]
 PARTS = {"qkv": 3, "pad": 0}
 """Where queries, keys and values lie side by side."""
-interpreted = pytest.mark.skipif(
-    "not __import__('os').environ.get('TRITON_INTERPRET')", reason="float64 and another program order: in the interpreter only"
-)
 
 
 def make_inputs(
@@ -81,12 +92,8 @@ def attend(inputs, impl="triton", scale=None) -> Tensor:
     )  # fmt: skip
 
 
-def tensors(inputs) -> dict[str, Tensor]:
-    return {name: t for name, t in inputs.items() if isinstance(t, Tensor)}
-
-
 def leaves(inputs) -> dict[str, Tensor]:
-    return {name: t for name, t in tensors(inputs).items() if not name.startswith("there")}
+    return {name: t for name, t in inputs.items() if isinstance(t, Tensor) and not name.startswith("there")}
 
 
 def run(inputs, upstream, impl="triton", **settings) -> dict[str, Tensor]:
@@ -112,16 +119,6 @@ def random_upstream(inputs) -> Tensor:
     return torch.randn(batch, height, width, heads * head_dim, device=qkv.device).to(qkv.dtype)
 
 
-def changed(inputs, function) -> dict:
-    """Every tensor through ``function``, as leaves again."""
-    new = {name: function(name, t.detach()).detach().requires_grad_(t.requires_grad) for name, t in tensors(inputs).items()}
-    return {**inputs, **new}
-
-
-def in_double(inputs):
-    return changed(inputs, lambda name, t: t.double() if t.is_floating_point() else t)
-
-
 def check_against_truth(inputs, dtype, **settings):
     upstream = random_upstream(inputs)
     got, eager = (in_parts(run(inputs, upstream, impl, **settings)) for impl in ("triton", "reference"))
@@ -133,14 +130,7 @@ def check_against_truth(inputs, dtype, **settings):
 def check_equals_truth(inputs, **settings):
     upstream = random_upstream(inputs)
     truth = run(in_double(inputs), upstream.double(), "reference", **settings)
-    for name, value in run(inputs, upstream, **settings).items():
-        torch.testing.assert_close(value, truth[name].float(), msg=lambda text, name=name: f"{name}: {text}")
-
-
-def assert_same_bits(got: dict[str, Tensor], expected: dict[str, Tensor]):
-    assert got.keys() == expected.keys()
-    for name, value in got.items():
-        assert torch.equal(value, expected[name]), name
+    assert_all_close(run(inputs, upstream, **settings), {name: t.float() for name, t in truth.items()})
 
 
 def set_launch(monkeypatch, **changes):
@@ -160,22 +150,7 @@ def recorded(monkeypatch) -> list[tuple[str, dict]]:
     """Launches to come, each with its arguments."""
     from mope_fast.kernels import window_attention as kernels
 
-    launches = []
-    for name in KERNELS:
-        monkeypatch.setattr(kernels, name, recording(getattr(kernels, name), name, launches))
-    return launches
-
-
-def recording(kernel, name, launches):
-    class Recording:
-        def __getitem__(self, grid):
-            def launch(*args, **kwargs):
-                launches.append((name, {**kwargs, "grid": grid}))
-                return kernel[grid](*args, **kwargs)
-
-            return launch
-
-    return Recording()
+    return record_launches(monkeypatch, kernels, KERNELS)
 
 
 PROBLEMS = {
@@ -373,30 +348,14 @@ def test_float64_equals_the_reference(sizes):
     inputs = in_double(make_inputs(torch.float32, CPU, **sizes))
     upstream = random_upstream(inputs)
     got, expected = (run(inputs, upstream, impl) for impl in ("triton", "reference"))
-    for name, value in got.items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-11, atol=1e-12)
-
-
-def guarded(tensor: Tensor) -> Tensor:
-    """The same values as a strided view inside storage full of NaN (of True, for a mask)."""
-    shape = [2 * size + 3 for size in tensor.shape]
-    storage = torch.full(shape, float("nan"), device=tensor.device).to(tensor.dtype)
-    view = storage[tuple(slice(1, 2 * size, 2) for size in tensor.shape)]
-    view.copy_(tensor)
-    return view
-
-
-def transposed(tensor: Tensor) -> Tensor:
-    """Axes in memory the other way round."""
-    order = tuple(reversed(range(tensor.dim())))
-    return tensor.permute(order).contiguous().permute(order)
+    assert_all_close(got, expected, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("view", [guarded, transposed])
 def test_views_inside_nan_and_other_strides_give_the_same_bits(view, device):
     inputs = make_inputs(torch.float32, device, heads=2, **EVERYTHING)
     upstream = random_upstream(inputs)
-    views = {**inputs, **{name: view(t.detach()).requires_grad_(t.requires_grad) for name, t in tensors(inputs).items()}}
+    views = changed(inputs, lambda name, t: view(t))
     assert not views["qkv"].is_contiguous()
     assert_same_bits(run(views, view(upstream)), run(inputs, upstream))
 
@@ -404,45 +363,23 @@ def test_views_inside_nan_and_other_strides_give_the_same_bits(view, device):
 @pytest.mark.parametrize("dim", [0, 1, 3])
 def test_expanded_tensors_give_the_same_bits(dim, device):
     inputs = make_inputs(torch.float32, device, image=(3, 3), window=(3, 4), shift=(1, 1), heads=2, prefixes=[(2, 3), (2, 4)])
-    upstream = random_upstream(inputs)
-
-    def one(name, t):
-        return t if dim >= t.dim() else t.narrow(dim, 0, 1).expand_as(t)
-
-    expanded = {name: one(name, t.detach()).requires_grad_(t.requires_grad) for name, t in tensors(inputs).items()}
-    expanded = {**inputs, **expanded}
-    repeated = changed(expanded, lambda name, t: t.contiguous())
-    assert expanded["qkv"].stride(dim) == 0
-    assert_same_bits(run(expanded, one("", upstream)), run(repeated, one("", upstream).contiguous()))
+    upstream = expanded(random_upstream(inputs), dim)
+    views = changed(inputs, lambda name, t: expanded(t, dim))
+    repeated = changed(views, lambda name, t: t.contiguous())
+    assert views["qkv"].stride(dim) == 0
+    assert_same_bits(run(views, upstream), run(repeated, upstream.contiguous()))
 
 
 @pytest.mark.parametrize("windows", [1, 4])
 @pytest.mark.parametrize("head_dim", [8, 16])
 def test_outputs_are_written_and_nothing_around_them_is(windows, head_dim, device, monkeypatch):
-    sentinel, storages = -12345.0, []
-
-    def surrounded(like, size, dtype):
-        storage = torch.full((size + 128,), sentinel, dtype=dtype or like.dtype, device=like.device)
-        if size:
-            storages.append((storage, size))
-        return storage
-
-    def new_empty(self, *size, dtype=None, **kwargs):
-        shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
-        return surrounded(self, shape.numel(), dtype)[64 : 64 + shape.numel()].view(shape)
-
     set_launch(monkeypatch, windows=windows)
     inputs = make_inputs(torch.float32, device, head_dim=head_dim, **EVERYTHING)
     upstream = random_upstream(inputs)
-    monkeypatch.setattr(Tensor, "new_empty", new_empty)
-    run(inputs, upstream)
-    monkeypatch.undo()
+    with sentinels(monkeypatch) as storages:
+        run(inputs, upstream)
     # out, a gradient of each input (those of a prefix's keys and values are one), parts of sums: prefix 0, padding, bias
     assert len(storages) >= 1 + len(leaves(inputs)) - 2 + 3
-    for storage, size in storages:
-        assert (storage[:64] == sentinel).all()
-        assert (storage[64 + size :] == sentinel).all()
-        assert not (storage[64 : 64 + size] == sentinel).any()
 
 
 ASKED = [("qkv",), ("pk0",), ("pv1",), ("bias",), ("pad",), ("pk0", "pv0", "pk1", "pv1"), ("qkv", "pv0"), ("pk1", "bias", "pad")]
@@ -500,8 +437,7 @@ def test_a_token_that_sees_nothing_gives_zeros_and_zero_gradients(prefixes, devi
     for blind in (got["out"][1].flatten(0, 1), got["qkv"][1, :, :, 0].flatten(0, 1)):
         assert torch.count_nonzero(blind[4:6]) == 0
         assert (blind[:4].flatten(1) != 0).any(1).all()
-    for name, value in got.items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
+    assert_all_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_where_nothing_at_all_is_seen_everything_is_zero(device):
@@ -520,8 +456,7 @@ def test_a_bias_of_minus_infinity_hides_a_token(prefixes, device):
     upstream = random_upstream(inputs)
     got, expected = (run(inputs, upstream, impl) for impl in ("triton", "reference"))
     assert torch.count_nonzero(got["bias"][hidden]) == 0
-    for name, value in got.items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
+    assert_all_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("value", [-1e9, -1e38, torch.finfo(torch.float32).min])
@@ -533,8 +468,7 @@ def test_a_row_with_the_same_large_bias_everywhere_keeps_its_output_and_gradient
     upstream = random_upstream(inputs)
     got, eager = run(inputs, upstream), run(inputs, upstream, "reference")
     torch.testing.assert_close(got["out"][0, 1, 0], inputs["qkv"][0, :, :, 2, 0].mean((0, 1)))
-    for name, result in got.items():
-        torch.testing.assert_close(result, eager[name], msg=lambda text, name=name: f"{name}: {text}")
+    assert_all_close(got, eager)
 
 
 def test_a_row_of_the_lowest_float64_biases_keeps_its_output(device):
@@ -625,23 +559,11 @@ def test_three_runs_have_the_same_bits(device):
 
 @interpreted
 def test_programs_may_run_in_any_order_and_twice(monkeypatch):
-    import triton.runtime.interpreter as interpreter
-
     set_launch(monkeypatch, windows=1)
     inputs = make_inputs(torch.float32, CPU, **EVERYTHING)
     upstream = random_upstream(inputs)
     plain = run(inputs, upstream)
-    orders = []
-
-    def shuffled(*args):
-        order = list(range(*args))
-        if sys._getframe(1).f_code.co_name == "__call__":  # the grid loops
-            order = [order[i] for i in torch.randperm(len(order))] * 2
-            orders.append(order)
-        return order
-
-    monkeypatch.setattr(interpreter, "range", shuffled, raising=False)
-    assert shuffled(3) == [0, 1, 2], "loops inside a kernel keep their order"
+    orders = shuffle_programs(monkeypatch)
     got = run(inputs, upstream)
     assert max(map(len, orders)) >= 8, "the grid was shuffled"
     assert_same_bits(got, plain)
@@ -696,20 +618,11 @@ def test_zeros_behind_the_head_dim_change_no_bit(padded, dtype, device):
     [("qkv", axis) for axis in range(6)] + [(name, axis) for name in ("prefixes", "upstream") for axis in range(4)],
 )
 def test_addresses_past_2_31_elements(name, axis, device):
-    """A stride of 2^30 elements along one axis of 3: the storage is virtual memory that is hardly touched."""
     inputs, expected = compact_run(axis == 0, axis == (1 if name == "prefixes" else 4), device)
     chosen = ["pk0", "pv0", "pk1", "pv1"] if name == "prefixes" else [name]
-    storage = torch.empty(2 * 2**30 + 8192, dtype=inputs[chosen[0]].dtype, device=device)
-    spread = dict(inputs)
-    for i, each in enumerate(chosen):
-        compact = inputs[each].detach()
-        assert compact.shape[axis] == 3
-        strides = [2**30 if j == axis else 4 * 3**j for j in range(compact.dim())]
-        spread[each] = storage.as_strided(compact.shape, strides, 512 * i)
-        spread[each].copy_(compact)
-        spread[each].requires_grad_(inputs[each].requires_grad)
-    upstream = spread.pop("upstream")
-    assert_same_bits(run(spread, upstream), expected)
+    views = {**inputs, **dict(zip(chosen, spread([inputs[each] for each in chosen], axis), strict=True))}
+    upstream = views.pop("upstream")
+    assert_same_bits(run(views, upstream), expected)
 
 
 @functools.cache
@@ -770,12 +683,7 @@ def test_captured_in_a_cuda_graph(sizes, device):
     inputs = make_inputs(torch.bfloat16, device, **sizes)
     upstream = random_upstream(inputs)
     expected = run(inputs, upstream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run(inputs, upstream)
-    graph.replay()
-    torch.cuda.synchronize()
-    assert_same_bits(captured, expected)
+    assert_same_bits(through_a_cuda_graph(lambda: run(inputs, upstream)), expected)
 
 
 @pytest.mark.gpu

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from op_calls import Silent, record_calls
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -180,15 +181,7 @@ def test_only_needed_gradients_are_computed(needs, monkeypatch):
     inputs = make_inputs(prefixes=[1, BATCH], bias=(1, 1))
     upstream = torch.randn_like(inputs["q"])
     full = dict(zip((*NAMES[:7], "bias"), torch.autograd.grad(through_op(inputs), leaves(inputs), upstream), strict=True))
-    asked, results = [], []
-    original = ops.prompt_attention_backward
-
-    def recording(*args):
-        asked.append(args[-1])
-        results.append(original(*args))
-        return results[0]
-
-    monkeypatch.setattr(ops, "prompt_attention_backward", recording)
+    calls = record_calls(monkeypatch, ops, "prompt_attention_backward")
     for name in full:
         inputs[name].requires_grad_(name in needs)
     through_op(inputs).backward(upstream)
@@ -197,21 +190,10 @@ def test_only_needed_gradients_are_computed(needs, monkeypatch):
         if name in needs:
             torch.testing.assert_close(inputs[name].grad, grad, rtol=1e-12, atol=1e-12)
     prefix0, prefix1 = (any(n in needs for n in pair) for pair in (("pk0", "pv0"), ("pk1", "pv1")))
-    assert asked == [[*(n in needs for n in ("q", "k", "v")), prefix0, prefix1, "bias" in needs]]
+    [(arguments, results)] = calls
+    assert arguments[-1] == [*(n in needs for n in ("q", "k", "v")), prefix0, prefix1, "bias" in needs]
     tokens = "k" in needs or "v" in needs
-    assert [grad.numel() > 0 for grad in results[0]] == ["q" in needs, tokens, tokens, prefix0, prefix1, "bias" in needs]
-
-
-class Silent(torch.autograd.Function):
-    """Hands no gradient on."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return None
+    assert [grad.numel() > 0 for grad in results] == ["q" in needs, tokens, tokens, prefix0, prefix1, "bias" in needs]
 
 
 def test_without_a_gradient_of_the_output_none_is_computed(monkeypatch):

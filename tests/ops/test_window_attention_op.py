@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from op_calls import Silent, record_calls
 from torch import Tensor
 
 from mope_fast import functional
@@ -173,15 +174,7 @@ def test_only_needed_gradients_are_computed(needs, monkeypatch):
     out = through_op(inputs)
     upstream = torch.randn_like(out)
     full = dict(zip(FLOATS, gradients(out, inputs, upstream), strict=True))
-    asked, results = [], []
-    original = ops.window_attention_backward
-
-    def recording(*args):
-        asked.append(args[-1])
-        results.append(original(*args))
-        return results[0]
-
-    monkeypatch.setattr(ops, "window_attention_backward", recording)
+    calls = record_calls(monkeypatch, ops, "window_attention_backward")
     for name in full:
         inputs[name].requires_grad_(name in needs)
     through_op(inputs).backward(upstream)
@@ -191,8 +184,9 @@ def test_only_needed_gradients_are_computed(needs, monkeypatch):
             torch.testing.assert_close(inputs[name].grad, grad, rtol=1e-12, atol=1e-12)
     prefix0, prefix1 = (any(n in needs for n in pair) for pair in (("pk0", "pv0"), ("pk1", "pv1")))
     expected = ["qkv" in needs, prefix0, prefix1, "bias" in needs, "pad" in needs]
-    assert asked == [expected]
-    assert [grad.numel() > 0 for grad in results[0]] == expected
+    [(arguments, results)] = calls
+    assert arguments[-1] == expected
+    assert [grad.numel() > 0 for grad in results] == expected
 
 
 @problems
@@ -209,18 +203,6 @@ def test_the_arguments_are_all_that_is_kept_for_the_backward_pass(problem):
     assert len(masks) == (inputs["there"] is not None)
     assert all(torch.equal(mask, inputs["there"]) for mask in masks)
     assert out.grad_fn is not None
-
-
-class Silent(torch.autograd.Function):
-    """Hands no gradient on."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return None
 
 
 def test_without_a_gradient_of_the_output_none_is_computed(monkeypatch):
