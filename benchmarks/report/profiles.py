@@ -10,7 +10,7 @@ from benchmarks.baselines.attention import PROVIDERS as ATTENTION_PROVIDERS
 from benchmarks.baselines.fused_encoders import FROZEN
 from benchmarks.baselines.window_attention import PROVIDERS as WINDOW_PROVIDERS
 from benchmarks.cases import MODES
-from benchmarks.cases.fused_encoders import INFERENCE, TRAINING
+from benchmarks.cases.models import INFERENCE, TRAINING
 from benchmarks.report.model import Goal, Group, Profile, Ratio, Row, optional, overlap, speed
 
 BOTH = MODES[1]
