@@ -155,12 +155,12 @@ KERNELS: dict[str, Callable[[BAFCase, torch.device], Callable[[Visibility, Tenso
 
 
 def _choose_attention(vlmo: VLMo, name: str, case: BAFCase, device: torch.device) -> None:
-    make, made = KERNELS[name](case, device) if name in KERNELS else None, {}
+    maker, made = KERNELS[name](case, device) if name in KERNELS else None, {}
     for block in vlmo.transformer.blocks:
-        if make is None:
+        if maker is None:
             block.attn.impl = name
         else:
-            block.attn.attend = Elsewhere(make, made)
+            block.attn.attend = Elsewhere(maker, made)
 
 
 @functools.lru_cache(maxsize=1)
