@@ -41,7 +41,7 @@ def _tax(row: Row | None) -> str:
 
 
 def _milliseconds(row: Row | None) -> str:
-    return "-" if row is None else f"{row.median * 1e3:.4g}"
+    return "-" if row is None else f"{float(f'{row.median * 1e3:.4g}'):g}"  # four digits, but no exponent
 
 
 def _excess(row: Row | None) -> str:
