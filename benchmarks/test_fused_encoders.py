@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import fused_encoders, measure, suite
+from benchmarks import fused_encoders, measure, models, suite
 from benchmarks.baselines.fused_encoders import FROZEN_WITH_SDPA
 from benchmarks.cases.fused_encoders import cases
 
@@ -15,4 +15,4 @@ def pytest_generate_tests(metafunc):
 
 @pytest.mark.benchmark(timer=measure.synchronised_time)
 def test_fused_encoders(benchmark, point, session):
-    fused_encoders.run(benchmark, GROUP, point, session)
+    models.run(benchmark, GROUP, point, session)

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from benchmarks import fused_encoders
 from benchmarks.baselines import fused_encoders as providers
-from benchmarks.cases.fused_encoders import INFERENCE, TINY, TINY_SWIN, TRAINING, cases, swin_cases
+from benchmarks.cases.fused_encoders import TINY, TINY_SWIN, cases, swin_cases
+from benchmarks.cases.models import INFERENCE, TRAINING
 from mope_fast.encoders import family_of
 
 CPU = torch.device("cpu")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import fused_encoders, measure, suite
+from benchmarks import fused_encoders, measure, models, suite
 from benchmarks.cases.fused_encoders import swin_cases
 
 GROUP = fused_encoders.group("fused_swin", swin_cases)
@@ -14,4 +14,4 @@ def pytest_generate_tests(metafunc):
 
 @pytest.mark.benchmark(timer=measure.synchronised_time)
 def test_fused_swin(benchmark, point, session):
-    fused_encoders.run(benchmark, GROUP, point, session)
+    models.run(benchmark, GROUP, point, session)

@@ -9,12 +9,15 @@ from benchmarks.cases import attention as attention_cases
 from benchmarks.cases import window_attention as window_cases
 from benchmarks.cases.attention import AttentionCase
 from benchmarks.cases.fused_encoders import BERT_B, SWIN_B, VIT_B, FusedCase
+from benchmarks.cases.mope_baf import BAFCase
+from benchmarks.cases.mope_baf import cases as baf_cases
 from benchmarks.cases.route_and_mix import CUDA, Case
 from benchmarks.cases.window_attention import WindowCase
 from benchmarks.report import model, text
 from benchmarks.report.profiles import (
     FUSED_ENCODERS,
     FUSED_SWIN,
+    MOPE_BAF,
     PROMPT_ATTENTION,
     RECEPTIVE_FIELD_ATTENTION,
     ROUTE_AND_MIX,
@@ -31,6 +34,7 @@ VIT = attention_cases.prompt_attention(GPU, smoke=False)[0]
 VLMO = attention_cases.receptive_field_attention(GPU, smoke=False)[0]
 SWIN_STAGE, *_, FIRST_LAYER = sorted(window_cases.cases(GPU, smoke=False), key=lambda case: case.first_layer)
 FUSED, FUSED_BERT, FUSED_SWIN_B = (FusedCase(encoder, 64, torch.bfloat16) for encoder in (VIT_B, BERT_B, SWIN_B))
+BAF = baf_cases(GPU, smoke=False)[0]
 
 
 def entry(
@@ -50,7 +54,7 @@ def entry(
     return {"extra_info": facts | case.describe() | info, "stats": stats}
 
 
-def tax_entry(provider: str, tax: float, case: FusedCase = FUSED, mode: str = "training", **info) -> dict:
+def tax_entry(provider: str, tax: float, case: FusedCase | BAFCase = FUSED, mode: str = "training", **info) -> dict:
     """A record of ``tax`` ms, spread by 1 % over rounds, and a memory tax of 1.5."""
     facts = {
         "device": "GPU 1", "device_type": "cuda", "cpu_threads": 2, "python": "3", "torch": "2", "triton": "3", "mope_fast": "0",
@@ -61,6 +65,11 @@ def tax_entry(provider: str, tax: float, case: FusedCase = FUSED, mode: str = "t
     }  # fmt: skip
     stats = {"median": tax * 1e-3, "q1": 0.99e-3 * tax, "q3": 1.01e-3 * tax}
     return {"extra_info": facts | case.describe() | info, "stats": stats}
+
+
+def baf_entry(provider: str, tax: float, tokens: float = 1.25, **info) -> dict:
+    """The same of MoPE-BAF with a quarter more tokens."""
+    return tax_entry(provider, tax, BAF, op="mope_baf", token_ratio=tokens, excess=tax / tokens, **info)
 
 
 def rows(*entries: dict) -> list[model.Row]:
@@ -222,6 +231,36 @@ def test_losses_are_to_other_methods_not_to_the_frozen_encoder():
     assert line.endswith("LoRA r=8 takes 1.020 times as long as the frozen encoder, mope_fast 1.100 times")
 
 
+def test_times_over_tokens_are_a_column():
+    entries = [baf_entry("plain", 1.0, 1.0), baf_entry("mope_fast", 1.3)]
+    lines = text.tax_table(groups(*entries, profile=MOPE_BAF), MOPE_BAF).splitlines()
+    assert lines[0] == "| provider | tokens | training: time | ms | time / tokens | training: memory (MiB) |"
+    assert lines[2:] == [
+        "| plain VLMo | 1.000 | 1.000 (0.990 - 1.010) | 1 | 1.000 | 1.50 (3) |",
+        "| mope_fast | 1.250 | 1.300 (1.287 - 1.313) | 1.3 | 1.040 | 1.50 (3) |",
+    ]
+
+
+@pytest.mark.parametrize(("tax", "answer"), [(1.2875, "met"), (1.295, "level (the spread reaches it)"), (1.545, "missed by 20.0%")])
+def test_goals_about_time_over_tokens(tax, answer):
+    (line,) = goal_lines(MOPE_BAF, f"training, replay | {BAF} | <= 1.03", baf_entry("mope_fast", tax))
+    assert line.endswith(f"| {tax / 1.25:.3f} | {answer} |")
+
+
+@pytest.mark.parametrize(
+    ("restricted", "answer"),
+    [(1.3, "1.000 | met at all 1"), (1.31, "1.008 | level at 1"), (1.43, "1.100 | missed at 1; worst: missed by 10.0%")],
+)
+def test_goals_about_restricted_fields(restricted, answer):
+    (line,) = goal_lines(
+        MOPE_BAF,
+        "restricted over unrestricted fields | training, replay",
+        baf_entry("mope_fast", restricted),
+        baf_entry("unrestricted", 1.3),
+    )
+    assert line.endswith(f"| <= 1 | {answer} |")
+
+
 @pytest.mark.parametrize(
     ("entries", "pictures", "line"),
     [
@@ -241,6 +280,11 @@ def test_losses_are_to_other_methods_not_to_the_frozen_encoder():
             ],
             ("taxes_training_replay.png",),
             "| frozen encoder with SDPA | 0.800 (0.792 - 0.808) | 0.8 | 1.50 (3) |",
+        ),
+        (
+            [baf_entry("plain", 1.0, 1.0), baf_entry("mope_fast", 1.3), baf_entry("mope_fast", 1.5, mode="inference")],
+            ("taxes_training_replay.png", "taxes_inference_replay.png"),
+            f"## {BAF}, inference",
         ),
         (
             [entry("timm", 40.0, case=SWIN_STAGE), entry("flex", 50.0, case=SWIN_STAGE), entry("auto", 20.0, case=SWIN_STAGE)],

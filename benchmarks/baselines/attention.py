@@ -10,6 +10,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from benchmarks.cases.attention import AttentionCase
 from mope_fast import _implementations, functional
+from mope_fast.functional import ReceptiveField
 
 Prefixes = Sequence[tuple[Tensor, Tensor]]
 Provider = Callable[[Tensor, Tensor, Tensor, Prefixes], Tensor]
@@ -31,7 +32,7 @@ def aligned(tensor: Tensor) -> Tensor:
     return F.pad(tensor, (0, -tensor.shape[-1] % ALIGNMENT)) if tensor.shape[-1] % ALIGNMENT else tensor
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def masked_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """On CUDA a mask and an odd head dim together would leave only plain products and softmax; without a mask torch pads itself."""
     head_dim = q.shape[-1]
     if mask is not None and q.is_cuda:
@@ -46,7 +47,7 @@ def sdpa(case: AttentionCase, device: torch.device) -> Provider:
     mask = case.visible(device) if case.masked else None
     if case.causal and case.ragged is None and device.type == "cuda":
         mask = causal_lower_right(case.tokens, case.keys)  # a triangle that CUDA kernels know without a tensor
-    return lambda q, k, v, prefixes: _sdpa(q, *concatenated(k, v, prefixes), mask)
+    return lambda q, k, v, prefixes: masked_sdpa(q, *concatenated(k, v, prefixes), mask)
 
 
 def _sdpa_on_slices(case: AttentionCase, device: torch.device) -> Provider:
@@ -54,7 +55,7 @@ def _sdpa_on_slices(case: AttentionCase, device: torch.device) -> Provider:
     blocks = [(rows, keys, None if padding is None else padding[:, None, None, keys]) for rows, keys in case.field.slices()]
 
     def attention(q: Tensor, k: Tensor, v: Tensor, _: Prefixes) -> Tensor:
-        return torch.cat([_sdpa(q[:, :, rows], k[:, :, keys], v[:, :, keys], mask) for rows, keys, mask in blocks], dim=2)
+        return torch.cat([masked_sdpa(q[:, :, rows], k[:, :, keys], v[:, :, keys], mask) for rows, keys, mask in blocks], dim=2)
 
     return attention
 
@@ -62,31 +63,32 @@ def _sdpa_on_slices(case: AttentionCase, device: torch.device) -> Provider:
 def sdpa_mask(case: AttentionCase, device: torch.device) -> Provider:
     """On concatenated keys with a boolean mask (B or 1, 1, S, P + S), needed or not."""
     mask = case.visible(device)
-    return lambda q, k, v, prefixes: _sdpa(q, *concatenated(k, v, prefixes), mask)
+    return lambda q, k, v, prefixes: masked_sdpa(q, *concatenated(k, v, prefixes), mask)
 
 
-def _sees_token(case: AttentionCase, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+def sees_token(field: ReceptiveField | None, is_causal: bool, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     """Does this query see this token? Plain functions over tensors only: they are traced."""
-    if case.field is None:
-        return (lambda query, token: token <= query) if case.causal else (lambda query, token: token >= 0)
-    if case.field.is_interval:
-        first, last = case.field.lowered(device)[:2]
+    if field is None:
+        return (lambda query, token: token <= query) if is_causal else (lambda query, token: token >= 0)
+    if field.is_interval:
+        first, last = field.lowered(device)[:2]
         return lambda query, token: (token >= first[query]) & (token < last[query])
-    seen = case.field.mask(device)
+    seen = field.mask(device)
     return lambda query, token: seen[query, token]
 
 
 def mask_mod(case: AttentionCase, device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """The question FlexAttention asks; its keys count from the first prefix."""
-    length, sees_token, padding = case.keys - case.tokens, _sees_token(case, device), case.padding(device)
+    length, padding = case.keys - case.tokens, case.padding(device)
+    sees_it = sees_token(case.field, case.causal, device)
 
     def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         token = torch.clamp(key - length, min=0)
-        return (key < length) | sees_token(query, token)
+        return (key < length) | sees_it(query, token)
 
     def sees_real(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         token = torch.clamp(key - length, min=0)
-        return (key < length) | (sees_token(query, token) & padding[b, token])
+        return (key < length) | (sees_it(query, token) & padding[b, token])
 
     return sees if padding is None else sees_real
 
@@ -106,21 +108,26 @@ def flex(case: AttentionCase, device: torch.device) -> Provider:
     return torch.compile(attention, fullgraph=True, dynamic=False)
 
 
-def xformers_bias(case: AttentionCase, device: torch.device) -> Provider:
-    """memory_efficient_attention on concatenated keys with a tensor bias of 0 and -inf, needed or not."""
+def biased_xformers(visible: Tensor, batch: int, heads: int, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """memory_efficient_attention with a tensor bias of 0 and -inf, as ``visible`` (B or 1, 1, S, keys) says."""
     from xformers.ops import memory_efficient_attention
 
-    visible = case.visible(device)
-    bias = torch.zeros(visible.shape, dtype=case.dtype, device=device).masked_fill(~visible, float("-inf"))
+    bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, float("-inf"))
     # a view of rows that are a multiple of the alignment long
-    bias = aligned(bias)[..., : case.keys].expand(case.batch, case.heads, -1, -1)
+    bias = aligned(bias)[..., : visible.shape[-1]].expand(batch, heads, -1, -1)
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, prefixes: Prefixes) -> Tensor:
-        q, k, v = (aligned(t).transpose(1, 2) for t in (q, *concatenated(k, v, prefixes)))
-        out = memory_efficient_attention(q, k, v, attn_bias=bias, scale=case.head_dim**-0.5)
-        return out.transpose(1, 2)[..., : case.head_dim]
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        head_dim = q.shape[-1]
+        q, k, v = (aligned(t).transpose(1, 2) for t in (q, k, v))
+        return memory_efficient_attention(q, k, v, attn_bias=bias, scale=head_dim**-0.5).transpose(1, 2)[..., :head_dim]
 
     return attention
+
+
+def xformers_bias(case: AttentionCase, device: torch.device) -> Provider:
+    """On concatenated keys with a tensor bias, needed or not."""
+    biased = biased_xformers(case.visible(device), case.batch, case.heads, case.dtype)
+    return lambda q, k, v, prefixes: biased(q, *concatenated(k, v, prefixes))
 
 
 def _mope_fast(impl: str) -> Callable[[AttentionCase, torch.device], Provider]:
@@ -154,12 +161,17 @@ def _problem(case: AttentionCase, device: torch.device) -> _implementations.Prob
     return _implementations.Problem(device, case.dtype, case.keys, case.masked)
 
 
+def why_not_flex(device: torch.device, smoke: bool) -> str | None:
+    """Why FlexAttention isn't measured; None if it is."""
+    if device.type != "cuda":
+        return "FlexAttention has no backward on a CPU"
+    return "a smoke run compiles nothing" if smoke else None
+
+
 def why_not(name: str, case: AttentionCase, device: torch.device, smoke: bool) -> str | None:
     """Why a provider isn't measured here; None if it is."""
     if name == "flex":
-        if device.type != "cuda":
-            return "FlexAttention has no backward on a CPU"
-        return "a smoke run compiles nothing" if smoke else None
+        return why_not_flex(device, smoke)
     return _implementations.why_not(case.op, _problem(case, device))[NEEDS[name]] if name in NEEDS else None
 
 

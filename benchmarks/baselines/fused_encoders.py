@@ -7,7 +7,6 @@ import copy
 import dataclasses
 import functools
 import importlib.util
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,12 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.cases.fused_encoders import CLASSES, INFERENCE, SIDES, TRAINING, Encoder, FusedCase
+from benchmarks.baselines import models
+from benchmarks.baselines.models import compile_model, is_compiled
+from benchmarks.cases.fused_encoders import CLASSES, SIDES, Encoder, FusedCase
+from benchmarks.cases.models import INFERENCE, MODES, TRAINING
 from mope_fast import MoPEConfig, MoPEFusion, PromptBank, reference
 from mope_fast.encoders import family_of
 from mope_fast.models.folded import FoldedModel
 
-BOTH = (INFERENCE, TRAINING)
 FROZEN = "frozen"
 """What the others' time and memory are divided by."""
 FROZEN_WITH_SDPA = "frozen-sdpa"
@@ -30,22 +31,19 @@ FROZEN_WITH_SDPA = "frozen-sdpa"
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """A batch: the encoder's keyword arguments, the complementary features and the labels."""
+class Inputs(models.Inputs):
+    """With the complementary features."""
 
-    main: dict[str, Tensor]
     cross: Tensor
-    labels: Tensor
 
     @classmethod
     def random(cls, case: FusedCase, device: torch.device) -> "Inputs":
         main = case.inputs(device)
         cross = torch.randn(case.batch, case.encoder.cross_dim, device=device)
-        return cls(main, cross, torch.randint(CLASSES, (case.batch,), device=device))
+        return cls(main, torch.randint(CLASSES, (case.batch,), device=device), cross)
 
     def to(self, dtype: torch.dtype) -> "Inputs":
-        main = {name: value.to(dtype) if value.is_floating_point() else value for name, value in self.main.items()}
-        return Inputs(main, self.cross.to(dtype), self.labels)
+        return dataclasses.replace(super().to(dtype), cross=self.cross.to(dtype))
 
 
 @dataclass(frozen=True)
@@ -75,36 +73,10 @@ def _random_parts(encoder: Encoder) -> Parts:
     return Parts(model, bank, nn.Linear(family_of(model).feature_width(model), CLASSES))
 
 
-class Provider(ABC):
-    """A model ready to be run."""
-
+class FusedProvider(models.Provider):
     truth: str | None = FROZEN
     """The provider whose numbers it has to give, to rounding; None if it has none to give."""
     bank: PromptBank | None = None
-    model: nn.Module
-
-    @abstractmethod
-    def logits_and_loss(self, inputs: Inputs, training: bool) -> tuple[Tensor, Tensor | None]:
-        """The loss in training only."""
-
-    @functools.cached_property
-    def parameters(self) -> dict[str, Tensor]:
-        """Those that are trained. Found once: an optimiser doesn't look for them in every step either."""
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-
-    def trained(self) -> dict[str, Tensor]:
-        """What gradients are taken for, after a forward."""
-        return self.parameters
-
-    def step(self, inputs: Inputs, mode: str) -> dict[str, Tensor]:
-        """Logits, and in training the loss and all gradients, as new tensors: what an optimiser would start from."""
-        if mode == INFERENCE:
-            with torch.inference_mode():
-                return {"logits": self.logits_and_loss(inputs, training=False)[0]}
-        logits, loss = self.logits_and_loss(inputs, training=True)
-        trained = self.trained()
-        grads = torch.autograd.grad(loss, list(trained.values()))
-        return {"logits": logits.detach(), "loss": loss.detach(), **dict(zip(trained, grads, strict=True))}
 
     @contextmanager
     def without_randomness(self) -> Iterator[None]:
@@ -120,20 +92,15 @@ class Provider(ABC):
             self.bank.config = config
 
 
-class Plain(Provider):
+class Plain(models.Headed, FusedProvider):
     """The encoder as its library runs it, and the head. As it is, what trains is what requires a gradient."""
 
     def __init__(self, encoder: nn.Module, head: nn.Module):
-        self.model = nn.ModuleDict({"encoder": encoder, "head": head})
+        super().__init__(encoder, head)
         self.family = family_of(encoder)
 
     def features(self, inputs: Inputs) -> Tensor:
         return self.family.encode(self.model["encoder"], inputs.main)
-
-    def logits_and_loss(self, inputs: Inputs, training: bool) -> tuple[Tensor, Tensor | None]:
-        head = self.model["head"]
-        logits = head(self.features(inputs).to(head.weight.dtype))
-        return logits, F.cross_entropy(logits, inputs.labels) if training else None
 
 
 class Frozen(Plain):
@@ -141,35 +108,21 @@ class Frozen(Plain):
 
     def __init__(self, encoder: nn.Module, head: nn.Module):
         super().__init__(encoder, head)
-        self.family.layers(encoder)[0].module.register_forward_pre_hook(self._start, with_kwargs=True)
-
-    def _start(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if torch.is_grad_enabled():
-            self.embedding = args[0].detach().requires_grad_()
-            args = (self.embedding, *args[1:])
-        return args, kwargs
+        self.start = models.EmbeddingGradient(self.family.layers(encoder)[0].module)
 
     def trained(self) -> dict[str, Tensor]:
-        return {**self.parameters, "embedding": self.embedding}
+        return {**self.parameters, "embedding": self.start.embedding}
 
 
 class CompiledFrozen(Plain):
-    """The same, compiled: an anchor of zeros is added to the embedding, because a graph can't begin in its middle."""
+    """The same, compiled."""
 
     def __init__(self, encoder: nn.Module, head: nn.Module, mode: str):
         super().__init__(encoder, head)
         first = self.family.layers(encoder)[0]
         if mode == TRAINING:
-            parameter = next(encoder.parameters())
-            self.model.anchor = nn.Parameter(parameter.new_zeros(first.width))
-            first.module.register_forward_pre_hook(self._add_anchor, with_kwargs=True)
-        self._compiled = _compiled(super().logits_and_loss)
-
-    def _add_anchor(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        return (args[0] + self.model.anchor, *args[1:]), kwargs
-
-    def logits_and_loss(self, inputs: Inputs, training: bool) -> tuple[Tensor, Tensor | None]:
-        return self._compiled(inputs, training)
+            self.model.anchor = models.anchored(first.module, first.width, next(encoder.parameters()))
+        self.logits_and_loss = compile_model(super().logits_and_loss)
 
 
 def _frozen_with_sdpa(parts: "Parts", case: FusedCase, mode: str) -> Frozen:
@@ -188,7 +141,7 @@ class HeadOnly(Plain):
             return super().features(inputs)
 
 
-class Concatenated(Provider):
+class Concatenated(FusedProvider):
     """As the paper writes it: prompts are tokens, put before those of every layer and cut off behind it; experts by einsum."""
 
     truth = "concatenated"
@@ -286,14 +239,14 @@ class ConcatenatedInWindows(Concatenated):
         return out[:, length:]
 
 
-class Fused(Provider):
+class Fused(FusedProvider):
     """``MoPEFusion``. Features of the complementary side are given."""
 
     truth = "concatenated"
 
     def __init__(self, model: MoPEFusion, mode: str, compiled: bool = False):
         self.model, self.bank = model.train(mode == TRAINING), model.bank
-        self.run = _compiled(model) if compiled else model
+        self.run = compile_model(model) if compiled else model
 
     @classmethod
     def of(cls, parts: Parts, mode: str, **settings: Any) -> "Fused":
@@ -307,14 +260,14 @@ class Fused(Provider):
         return output.logits, output.loss
 
 
-class Folded(Provider):
+class Folded(FusedProvider):
     """``MoPEFusion.fold()``, for inference."""
 
     truth = "concatenated"
 
     def __init__(self, model: FoldedModel, compiled: bool = False):
         self.model = model
-        self.run = _compiled(model) if compiled else model
+        self.run = compile_model(model) if compiled else model
 
     def logits_and_loss(self, inputs: Inputs, training: bool) -> tuple[Tensor, Tensor | None]:
         return self.run(inputs.main, inputs.cross).logits, None
@@ -336,15 +289,11 @@ class Side(Plain):
             return {"features": self.features(self.inputs)}
 
 
-def _compiled(function: Callable) -> Callable:
-    return torch.compile(function, fullgraph=True, dynamic=False)
-
-
 def _concatenated(parts: Parts, case: FusedCase, mode: str) -> Concatenated:
     return (ConcatenatedInWindows if case.encoder.window else Concatenated)(parts.encoder, parts.bank, parts.head, mode)
 
 
-def _lora(parts: Parts, case: FusedCase, mode: str) -> Provider:
+def _lora(parts: Parts, case: FusedCase, mode: str) -> FusedProvider:
     """Rank 8, not merged, in the encoder's dtype. Where q, k and v are one projection, one adapter is for all three."""
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -354,42 +303,38 @@ def _lora(parts: Parts, case: FusedCase, mode: str) -> Provider:
     return provider
 
 
-def _full(parts: Parts, case: FusedCase, mode: str) -> Provider:
+def _full(parts: Parts, case: FusedCase, mode: str) -> FusedProvider:
     for name, parameter in parts.encoder.named_parameters():
         # Whisper's positions are sinusoids that nobody trains
         parameter.requires_grad_("embed_positions" not in name)
     return Plain(parts.encoder, parts.head)
 
 
-def _checkpointed(parts: Parts, case: FusedCase, mode: str) -> Provider:
+def _checkpointed(parts: Parts, case: FusedCase, mode: str) -> FusedProvider:
     provider = Fused.of(parts, mode)
     provider.model.gradient_checkpointing_enable()
     return provider
 
 
-PROVIDERS: dict[str, tuple[Sequence[str], Callable[[Parts, FusedCase, str], Provider]]] = {
-    FROZEN: (BOTH, lambda parts, case, mode: Frozen(parts.encoder, parts.head)),
-    "frozen-compiled": (BOTH, lambda parts, case, mode: CompiledFrozen(parts.encoder, parts.head, mode)),
-    FROZEN_WITH_SDPA: (BOTH, _frozen_with_sdpa),
-    "concatenated": (BOTH, _concatenated),
-    "mope_fast": (BOTH, lambda parts, case, mode: Fused.of(parts, mode)),
-    "mope_fast-compiled": (BOTH, lambda parts, case, mode: Fused.of(parts, mode, compiled=True)),
+PROVIDERS: dict[str, tuple[Sequence[str], Callable[[Parts, FusedCase, str], FusedProvider]]] = {
+    FROZEN: (MODES, lambda parts, case, mode: Frozen(parts.encoder, parts.head)),
+    "frozen-compiled": (MODES, lambda parts, case, mode: CompiledFrozen(parts.encoder, parts.head, mode)),
+    FROZEN_WITH_SDPA: (MODES, _frozen_with_sdpa),
+    "concatenated": (MODES, _concatenated),
+    "mope_fast": (MODES, lambda parts, case, mode: Fused.of(parts, mode)),
+    "mope_fast-compiled": (MODES, lambda parts, case, mode: Fused.of(parts, mode, compiled=True)),
     "folded": ((INFERENCE,), lambda parts, case, mode: Folded(Fused.of(parts, mode).model.fold())),
     "folded-compiled": ((INFERENCE,), lambda parts, case, mode: Folded(Fused.of(parts, mode).model.fold(), compiled=True)),
     "checkpointed": ((TRAINING,), _checkpointed),
     "head-only": ((TRAINING,), lambda parts, case, mode: HeadOnly(parts.encoder, parts.head)),
-    "lora": (BOTH, _lora),
+    "lora": (MODES, _lora),
     "full": ((TRAINING,), _full),
-    "side": (BOTH, lambda parts, case, mode: Side(case, parts.head.weight.device)),
+    "side": (MODES, lambda parts, case, mode: Side(case, parts.head.weight.device)),
 }
 """The modes in which each makes sense, and what makes it of weights of its own."""
 
 
-def is_compiled(name: str) -> bool:
-    return name.endswith("-compiled")
-
-
-def build(name: str, case: FusedCase, device: torch.device, mode: str, dtype: torch.dtype | None = None) -> Provider:
+def build(name: str, case: FusedCase, device: torch.device, mode: str, dtype: torch.dtype | None = None) -> FusedProvider:
     """``dtype`` as for :meth:`Parts.of`. A size's compiled providers are kept for its other timing."""
     if is_compiled(name):
         return _build_compiled(name, case, device, mode)
@@ -397,7 +342,7 @@ def build(name: str, case: FusedCase, device: torch.device, mode: str, dtype: to
 
 
 @functools.lru_cache(maxsize=3)
-def _build_compiled(name: str, case: FusedCase, device: torch.device, mode: str) -> Provider:
+def _build_compiled(name: str, case: FusedCase, device: torch.device, mode: str) -> FusedProvider:
     return PROVIDERS[name][1](Parts.of(case, device), case, mode)
 
 

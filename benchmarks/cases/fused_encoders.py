@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-INFERENCE, TRAINING = MODES = ("inference", "training")
+from benchmarks.cases.models import DTYPE_NAMES, INFERENCE, MODES, TRAINING, count_flops, padded_text
+
 CLASSES = 101
 
 
@@ -43,8 +44,7 @@ class FusedCase:
     compiled: bool = False
 
     def __str__(self) -> str:
-        dtype = {torch.bfloat16: "bf16", torch.float32: "fp32"}[self.dtype]
-        return f"{self.encoder.name} B={self.batch} S={self.encoder.tokens} {dtype}"
+        return f"{self.encoder.name} B={self.batch} S={self.encoder.tokens} {DTYPE_NAMES[self.dtype]}"
 
     def inputs(self, device: torch.device | str) -> dict[str, Tensor]:
         return self.encoder.inputs(self.batch, self.encoder.tokens, torch.device(device), self.dtype)
@@ -63,25 +63,15 @@ class FusedCase:
 @functools.cache
 def _flops(encoder: Encoder, mode: str) -> int:
     """For one sample, counted on tensors without data."""
-    from torch.utils.flop_counter import FlopCounterMode
-
     from mope_fast.encoders import family_of
 
     with torch.device("meta"):
         model = encoder.make().eval().requires_grad_(False)
     inputs = encoder.inputs(1, encoder.tokens, torch.device("meta"), torch.float32)
     inputs.pop("attention_mask", None)  # a library may look into it
-    family = family_of(model)
-
-    def cut(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return args[0].detach().requires_grad_(mode == TRAINING), *args[1:]
-
-    family.layers(model)[0].module.register_forward_pre_hook(cut)
-    with FlopCounterMode(display=False) as counter:
-        features = family.encode(model, inputs)
-        if mode == TRAINING:
-            features.sum().backward()
-    return counter.get_total_flops()
+    family, training = family_of(model), mode == TRAINING
+    first = family.layers(model)[0].module
+    return count_flops(first, lambda: family.encode(model, inputs), backward=training, cut=training)
 
 
 def _timm(name: str, **settings: Any) -> nn.Module:
@@ -137,11 +127,7 @@ def _images(size: int) -> Callable[[int, int, torch.device, torch.dtype], dict[s
 
 
 def _text(batch: int, tokens: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """From a quarter of the tokens to all of them are real, in no order."""
-    least = tokens // 4
-    lengths = least + torch.arange(batch, device=device) * 7919 % (tokens - least + 1)
-    mask = torch.arange(tokens, device=device) < lengths[:, None]
-    return {"input_ids": torch.randint(1, 100, (batch, tokens), device=device) * mask, "attention_mask": mask.long()}
+    return padded_text(batch, tokens, device)
 
 
 def _spectrograms(batch: int, tokens: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:

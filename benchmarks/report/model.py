@@ -121,6 +121,8 @@ class Profile:
     """A size on short lines."""
     baseline: str | None = None
     """The provider in turns with which all were timed, if they were: taxes on it are shown in place of times."""
+    table_per_mode: bool = False
+    """Of taxes: not one table for all modes of a size."""
 
     def label(self, row: Row) -> str:
         return self.labels[row.info["provider"]]
@@ -159,7 +161,7 @@ def merge(rows: Iterable[Row]) -> list[Row]:
 def _middle(same: Sequence[Row]) -> Row:
     middles = {
         name: statistics.median(row.info[name] for row in same)
-        for name in ("copy_bandwidth_gbps", "peak_tflops", "tax", "tax_low", "tax_high", "memory_tax")
+        for name in ("copy_bandwidth_gbps", "peak_tflops", "tax", "tax_low", "tax_high", "excess", "memory_tax")
         if name in same[-1].info
     }
     low, high = (statistics.median(row.quartiles[i] for row in same) for i in (0, 1))

@@ -48,21 +48,25 @@ class Bar(NamedTuple):
     high: float
 
 
-def _plot_providers(axes, groups: Sequence[Group], profile: Profile, bar: Callable[[Row], Bar], labelled: bool) -> None:
-    """Bars with whiskers for every provider of every group."""
+def _plot_providers(
+    axes, groups: Sequence[Group], profile: Profile, bar: Callable[[Row], Bar], labelled: bool
+) -> list[tuple[float, float, Row]]:
+    """Bars with whiskers for every provider of every group; returns where each bar begins and ends."""
     width = 0.84 / max(len(each.rows) for each in groups)
-    bars: dict[str, list[tuple[float, Bar]]] = {name: [] for name in profile.labels}
+    placed: dict[str, list[tuple[float, Row]]] = {name: [] for name in profile.labels}
     for x, each in enumerate(groups):
         for i, name in enumerate(name for name in profile.labels if name in each.rows):
-            bars[name].append((x + (i - (len(each.rows) - 1) / 2) * width, bar(each.rows[name])))
-    for name, present in bars.items():
+            placed[name].append((x + (i - (len(each.rows) - 1) / 2) * width, each.rows[name]))
+    for name, present in placed.items():
         if present:
-            places, heights = zip(*((x, bar.height) for x, bar in present), strict=True)
-            whiskers = [[bar.height - bar.low for _, bar in present], [bar.high - bar.height for _, bar in present]]
+            places, bars = [x for x, _ in present], [bar(row) for _, row in present]
+            heights = [bar.height for bar in bars]
+            whiskers = [[bar.height - bar.low for bar in bars], [bar.high - bar.height for bar in bars]]
             drawn = axes.bar(places, heights, 0.92 * width, color=profile.colours[name], label=profile.labels[name])
             axes.errorbar(places, heights, whiskers, fmt="none", ecolor="#333333", elinewidth=0.8)
             if labelled:
                 axes.bar_label(drawn, fmt="%.3f", fontsize=6, padding=6, rotation=90)
+    return [(x - 0.46 * width, x + 0.46 * width, row) for present in placed.values() for x, row in present]
 
 
 def plot_times(groups: Sequence[Group], profile: Profile, path: Path, device: str) -> str:
@@ -82,9 +86,15 @@ def plot_times(groups: Sequence[Group], profile: Profile, path: Path, device: st
 
 
 def plot_taxes(groups: Sequence[Group], profile: Profile, path: Path, device: str) -> str:
-    """Every provider's time over the baseline's, with the spread over rounds as whiskers and a line at one."""
+    """Every provider's time over the baseline's, whiskers for the spread over rounds, a line at one and marks at the tokens'."""
+
+    def bar(row: Row) -> Bar:
+        return Bar(*(row.info[name] for name in ("tax", "tax_low", "tax_high")))
+
     figure, axes = _new_axes(groups, profile)
-    _plot_providers(axes, groups, profile, lambda row: Bar(*(row.info[k] for k in ("tax", "tax_low", "tax_high"))), labelled=True)
+    placed = _plot_providers(axes, groups, profile, bar, labelled=True)
+    if counted := [(row.info["token_ratio"], *ends) for *ends, row in placed if row.info.get("token_ratio", 1) != 1]:
+        axes.hlines(*zip(*counted, strict=True), color="#d62728", linewidth=1.2, label="its tokens over the baseline's")
     axes.axhline(1.0, color="#333333", linewidth=0.8)
     axes.margins(y=0.15)
     axes.set_ylabel(f"time over that of the {profile.labels[profile.baseline]}")

@@ -8,9 +8,12 @@ from typing import Any
 from benchmarks.baselines import route_and_mix
 from benchmarks.baselines.attention import PROVIDERS as ATTENTION_PROVIDERS
 from benchmarks.baselines.fused_encoders import FROZEN
+from benchmarks.baselines.mope_baf import PLAIN
+from benchmarks.baselines.mope_baf import PROVIDERS as BAF_PROVIDERS
 from benchmarks.baselines.window_attention import PROVIDERS as WINDOW_PROVIDERS
 from benchmarks.cases import MODES
-from benchmarks.cases.fused_encoders import INFERENCE, TRAINING
+from benchmarks.cases.models import INFERENCE, TRAINING
+from benchmarks.cases.mope_baf import MODES as BAF_MODES
 from benchmarks.report.model import Goal, Group, Profile, Ratio, Row, optional, overlap, speed
 
 BOTH = MODES[1]
@@ -380,9 +383,84 @@ FUSED_SWIN = dataclasses.replace(
 {FUSED_ENCODERS.notes} **The frozen encoder is timm's as it comes: its attention in windows is
 plain products and softmax. It has a switch for SDPA, which is on in a row of its own.**""",
 )
+
+
+def _excess(group: Group) -> float | None:
+    return None if group.ours is None else group.ours.info["excess"]
+
+
+def tokens_cost_no_more(bound: float, device_type: str, mode: str, timing: str, batch: int) -> Goal:
+    def level(group: Group) -> bool:
+        return group.ours.info["tax_low"] / group.ours.info["token_ratio"] <= bound
+
+    fits = like(model="VLMo-B+", B=batch)
+    return Goal(f"time / tokens, VLMo-B+ B={batch}", device_type, mode, timing, fits, _excess, bound, level, at_most=True)
+
+
+def over_unrestricted(group: Group) -> float | None:
+    other = group.rows.get("unrestricted")
+    return None if group.ours is None or other is None else group.ours.info["tax"] / other.info["tax"]
+
+
+def restriction_is_free(device_type: str, mode: str, timing: str) -> Goal:
+    def level(group: Group) -> bool:
+        return group.ours.info["tax_low"] <= group.rows["unrestricted"].info["tax_high"]
+
+    text = "restricted over unrestricted fields"
+    return Goal(text, device_type, mode, timing, everywhere, over_unrestricted, 1.0, level, summary=True, at_most=True)
+
+
+MOPE_BAF = Profile(
+    op="mope_baf",
+    labels={
+        "plain": "plain VLMo",
+        "plain-compiled": "plain VLMo compiled",
+        "mope_fast": "mope_fast",
+        "mope_fast-compiled": "mope_fast compiled",
+        "triton": "mope_fast triton",
+        "xformers": "mope_fast xformers",
+        "sdpa-mask": "explicit mask, SDPA",
+        "flex": "FlexAttention",
+        "xformers-bias": "xformers with a tensor bias",
+        "unrestricted": "mope_fast, unrestricted",
+        "one-block": "mope_fast, one block",
+    },
+    colours=dict(
+        zip(
+            BAF_PROVIDERS,
+            [
+                "#6b7a90", "#3d4757", "#1f6fb4", "#12436d", "#8fb8de", "#5f9a57", "#b0b7c3", "#c98a3c", "#a9c9a4", "#e3c29b",
+                "#8c6bb1",
+            ],
+            strict=True,
+        )
+    ),
+    ours="mope_fast",
+    peers=(PLAIN,),
+    peers_text="plain VLMo",
+    rivals=lambda group: ["sdpa-mask", "flex", "xformers-bias"],
+    columns={},
+    goals=[
+        *(tokens_cost_no_more(1.03, "cuda", mode, timing, 32) for mode in BAF_MODES for timing in ("replay", "called")),
+        *(restriction_is_free("cuda", mode, timing) for mode in BAF_MODES for timing in ("replay", "called")),
+        *(tokens_cost_no_more(1.03, "cpu", mode, "called", 8) for mode in BAF_MODES),
+        *(restriction_is_free("cpu", mode, "called") for mode in BAF_MODES),
+    ],
+    notes="""\
+Time: over that of the plain VLMo, timed before and after every round; the median over rounds and, in brackets, the 20th and 80th
+percentile. The plain VLMo's own row is a second copy of it: what it differs from 1 is the resolution. Tokens: rows of a layer's
+sequence over those of the plain VLMo, the mean over layers; time / tokens is what more than these a step takes. Memory: a step's
+peak beyond weights and inputs, over the plain VLMo's (and in MiB). Training is forward, backward and the gradients of all that is
+trained, without the optimiser; training-frozen the same with the VLMo frozen, where the plain one's gradients go down to its
+embedding and to no weight. Logits, loss and every gradient were checked before.""",
+    ratios=[],
+    axis_label=lambda case: textwrap.fill(case, 14, break_on_hyphens=False),
+    baseline=PLAIN,
+    table_per_mode=True,
+)  # fmt: skip
 PROFILES = {
     profile.op: profile
     for profile in (
-        ROUTE_AND_MIX, PROMPT_ATTENTION, RECEPTIVE_FIELD_ATTENTION, WINDOW_PROMPT_ATTENTION, FUSED_ENCODERS, FUSED_SWIN,
+        ROUTE_AND_MIX, PROMPT_ATTENTION, RECEPTIVE_FIELD_ATTENTION, WINDOW_PROMPT_ATTENTION, FUSED_ENCODERS, FUSED_SWIN, MOPE_BAF,
     )
 }  # fmt: skip

@@ -41,7 +41,15 @@ def _tax(row: Row | None) -> str:
 
 
 def _milliseconds(row: Row | None) -> str:
-    return "-" if row is None else f"{row.median * 1e3:.4g}"
+    return "-" if row is None else f"{float(f'{row.median * 1e3:.4g}'):g}"  # four digits, but no exponent
+
+
+def _excess(row: Row | None) -> str:
+    return "-" if row is None or "excess" not in row.info else f"{row.info['excess']:.3f}"
+
+
+def _tokens(row: Row | None) -> str:
+    return "-" if row is None else f"{row.info['token_ratio']:.3f}"
 
 
 def _memory(row: Row | None) -> str:
@@ -53,17 +61,25 @@ def _memory(row: Row | None) -> str:
 
 
 def tax_table(groups: Sequence[Group], profile: Profile) -> str:
-    """All modes and timings of one size."""
+    """All modes and timings of one size; where tokens were counted, their ratio, and the times over it."""
     header, columns = ["provider"], []
+    all_rows = {name: row for each in groups for name, row in each.rows.items()}
+    counted = any("token_ratio" in row.info for row in all_rows.values())
+    if counted:
+        header.append("tokens")
+        columns.append((all_rows, _tokens))
     for mode in dict.fromkeys(each.mode for each in groups):
         of_mode = [each for each in groups if each.mode == mode]
         for each in of_mode:
             name = mode if len(of_mode) == 1 else f"{mode}, {each.timing}"
             header += [f"{name}: time", "ms"]
             columns += [(each.rows, _tax), (each.rows, _milliseconds)]
+            if counted:
+                header.append("time / tokens")
+                columns.append((each.rows, _excess))
         header.append(f"{mode}: memory (MiB)")
         columns.append((of_mode[0].rows, _memory))
-    present = [name for name in profile.labels if any(name in each.rows for each in groups)]
+    present = [name for name in profile.labels if name in all_rows]
     return table(header, ([profile.labels[name], *(cell(rows.get(name)) for rows, cell in columns)] for name in present))
 
 
@@ -179,12 +195,20 @@ def skips(skipped: Iterable[Skip], profile: Profile) -> list[str]:
     return [f"{profile.labels[name]}: {reason} ({'; '.join(where)})" for (name, reason), where in cases.items()]
 
 
+def _tax_tables(groups: Iterable[Group], profile: Profile) -> dict[str, list[Group]]:
+    """Title -> what the table is about."""
+    tables: dict[str, list[Group]] = {}
+    for each in groups:
+        tables.setdefault(f"{each.case}, {each.mode}" if profile.table_per_mode else each.case, []).append(each)
+    return tables
+
+
 def results(groups: Sequence[Group], profile: Profile) -> list[str]:
-    """Titles and tables: one for each size where there are taxes, else one for each mode and timing."""
+    """Titles and tables: one for each size where there are taxes (or each of its modes), else one for each mode and timing."""
     parts = []
     if profile.baseline is not None:
-        for case in dict.fromkeys(g.case for g in groups):
-            parts += [f"## {case}", tax_table([g for g in groups if g.case == case], profile)]
+        for title, chosen in _tax_tables(groups, profile).items():
+            parts += [f"## {title}", tax_table(chosen, profile)]
         return parts
     for mode, timing in dict.fromkeys((g.mode, g.timing) for g in groups):
         chosen = [g for g in groups if (g.mode, g.timing) == (mode, timing)]

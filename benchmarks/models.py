@@ -1,0 +1,109 @@
+"""How whole models are measured: the check against a truth in a wider dtype, timing in turns with a divisor."""
+
+import gc
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import measure, suite
+from benchmarks.baselines.models import Inputs, Provider
+
+WIDER = {torch.bfloat16: torch.float32, torch.float32: torch.float64}
+Named = dict[str, Tensor]
+Prepared = tuple[suite.Step, Callable[[], object]]
+
+
+@dataclass(frozen=True)
+class ModelGroup(suite.Group):
+    """Whole models under measurement; a case says with ``compiled`` whether its providers are those that torch.compile makes."""
+
+    divisor: str
+    """The provider whose time and memory the others' are divided by."""
+    batch_of: Callable[[Any, torch.device], Inputs]
+    """The same for all providers of a case."""
+    prepared: Callable[[str, suite.Point, torch.device], Prepared]
+    """A provider's step and the function to time; its numbers are right."""
+    facts: Callable[[str, Any, torch.device], dict[str, Any]]
+    """What is saved of a provider at a case beside the measurement."""
+
+
+def check(got: Named, eager: Named, truth: Named) -> None:
+    """Logits, loss and the gradients that both have, against the truth; the others are finite at least."""
+    for name, tensor in got.items():
+        assert tensor.isfinite().all(), f"{name} is not finite"
+    names = [name for name in got if name in truth]
+    assert names[:2] == list(truth)[:2], f"got {names[:2]}, expected {list(truth)[:2]}"
+    ours, eager, truth = ([outputs[name] for name in names] for outputs in (got, eager, truth))
+    titles = [name if name in ("logits", "loss") else f"gradient of {name}" for name in names]
+    # twice what eager is allowed elsewhere: a dozen layers, in each another order of sums
+    measure.assert_as_exact_as_eager(ours, eager, truth, titles, times=4)
+
+
+def prepare(provider: Provider, point: suite.Point, inputs: Inputs, right: Callable[[Named], None]) -> Prepared:
+    """The step and the function to time; ``right`` fails if a step's outputs are not."""
+    names: list[str] = []
+
+    def step(inputs: Inputs) -> measure.Outputs:
+        outputs = provider.step(inputs, point.mode)
+        names[:] = outputs
+        return tuple(outputs.values())
+
+    return step, suite.prepare(step, point.timing, [inputs], lambda got, _: right(dict(zip(names, got, strict=True))))
+
+
+def run(benchmark, group: ModelGroup, point: suite.Point, session: suite.Session) -> None:
+    mode, case, device = point.mode, point.case, session.device
+    reason = group.why_not(point.provider, case, device, session.smoke)
+    if reason is None and case.compiled and device.type == "cpu" and not session.compile_on_cpu:
+        reason = "on a CPU, where compiling takes minutes, only with --compile-on-cpu"
+    if reason is not None:
+        session.skip(group, point, reason)
+    with session.noting_failures(group, point):
+        other_step, other = group.prepared(group.divisor, point, device)
+        step, target = group.prepared(point.provider, point, device)
+    inputs = group.batch_of(case, device)
+    memory, other_memory = (measure.peak_memory(lambda s=s: s(inputs), device) for s in (step, other_step))
+    benchmark.group = f"{group.name} {mode} {point.timing} {case}"
+    benchmark.extra_info.update(session.facts | case.describe() | group.facts(point.provider, case, device))
+    benchmark.extra_info.update(
+        op=group.name, mode=mode, timing=point.timing, provider=point.provider, l2="what the step before left",
+        flops=case.flops(mode), peak_memory=memory, memory_tax=memory and memory / other_memory,
+    )  # fmt: skip
+    time_in_turns(benchmark, target, other, session.smoke)
+
+
+def time_in_turns(benchmark, target: Callable[[], object], divisor: Callable[[], object], smoke: bool) -> None:
+    rounds, calls = 3, 1
+    if not smoke:
+        # at least ten rounds: three quarters of a minute where a step takes seconds
+        rounds, calls = measure.schedule(lambda: (divisor(), target()), round_seconds=0.1, total_seconds=45.0, warm_up=1)
+    turns = measure.InTurns(divisor, calls)
+
+    def call() -> None:
+        for _ in range(calls):
+            target()
+
+    benchmark.extra_info["calls_per_iteration"] = calls
+    gc.collect()
+    gc.freeze()  # a full collection among all modules' objects would take as long as a small step
+    try:
+        benchmark.pedantic(call, setup=turns.before, rounds=rounds, warmup_rounds=1)
+    finally:
+        gc.unfreeze()
+    if benchmark.stats is not None:
+        seconds = [seconds / calls for seconds in benchmark.stats.stats.data]
+        benchmark.extra_info.update(
+            median_us=benchmark.stats.stats.median / calls * 1e6, **taxes(turns.ratios(seconds), benchmark.extra_info)
+        )
+
+
+def taxes(ratios: list[float], info: Mapping[str, Any]) -> dict[str, float]:
+    """The median ratio and its spread; of a model with more tokens than the divisor also the excess over their ratio."""
+    ratios = sorted(ratios)
+    tax, (low, high) = statistics.median(ratios), (ratios[round(share * (len(ratios) - 1))] for share in (0.2, 0.8))
+    excess = {"excess": tax / info["token_ratio"]} if "token_ratio" in info else {}
+    return {"tax": tax, "tax_low": low, "tax_high": high, **excess}
