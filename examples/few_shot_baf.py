@@ -11,6 +11,7 @@ What is done is kept in the output folder: started again with the same settings,
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import os
@@ -44,7 +45,7 @@ def prompts(text: int = ROWS, image: int = ROWS, unified: int = ROWS, **settings
 
 METHODS = {
     "no prompts": prompts(0, 0, 0, num_blocks=1),
-    "plain prompts": prompts(3 * ROWS, 0, 0, num_blocks=1, restricted=False),
+    "plain prompts": prompts(3 * ROWS, 0, 0, num_blocks=1, restricted=False, keep_modality_prompts=True),
     "three prompts, unrestricted": prompts(num_blocks=1, restricted=False),
     "restricted (1 block)": prompts(num_blocks=1),
     "restricted + BAF, 2 blocks": prompts(num_blocks=2),
@@ -54,9 +55,11 @@ METHODS = {
     "2 blocks without V-Prompt": prompts(image=0),
     "2 blocks without VL-Prompt": prompts(unified=0),
 }
-"""Settings of BAFConfig. Without prompts it is VLMo itself; plain prompts are as many rows in front of the text, seen by all.
+"""Settings of BAFConfig. Without prompts it is VLMo itself: full fine-tuning, or a head on frozen features.
 
-Without L- or V-Prompt there is nothing to fuse between the blocks.
+Plain prompts are as many rows as the three together, in front of the text, seen by all in all layers. Without a VL-Prompt the head
+reads VLMo's pooler, else the mean of that prompt. Without L- or V-Prompt there is nothing to fuse between the blocks, so these two
+compare with 1 block.
 """
 BACKBONES = {"trained": False, "frozen": True}
 
@@ -67,6 +70,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shots", type=int, default=32, help="training samples of each answer; as many to choose the step by")
     parser.add_argument("--seeds", type=int, default=5, help="of the samples, of new parameters and of the order")
     parser.add_argument("--steps", type=int, default=200, help="of adaptation, with 8 samples each")
+    # both rates: the best of three on the dev samples of one more seed, for "no prompts" and "2 blocks"
     parser.add_argument("--lr", type=float, default=1e-3, help="of adaptation, if the backbone is trained")
     parser.add_argument("--frozen-lr", type=float, default=3e-2, help="of adaptation, if it is frozen")
     parser.add_argument("--pretrain-steps", type=int, default=2400, help="with 64 samples each")
@@ -106,8 +110,13 @@ def architecture(vocabulary: int) -> VLMoConfig:
 
 def pretrained(data: Questions, vocabulary: int, args: argparse.Namespace) -> Path:
     """A file with a VLMo that was trained to answer; made if it isn't there."""
-    settings = f"{args.held_out}-{args.pretrain_steps}-{args.pretrain_lr}"
-    file = args.output / f"vlmo-{settings}.safetensors"
+    settings = {
+        "held_out": args.held_out,
+        "steps": args.pretrain_steps,
+        "lr": args.pretrain_lr,
+        **architecture(vocabulary).to_dict(),
+    }
+    file = args.output / f"vlmo-{short_hash(settings)}.safetensors"
     if file.exists():
         return file
     torch.manual_seed(0)
@@ -139,6 +148,11 @@ def pretrained(data: Questions, vocabulary: int, args: argparse.Namespace) -> Pa
     return file
 
 
+def short_hash(settings: dict) -> str:
+    """For the name of a file that is right for these settings only."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+
 def balanced(data: Questions, steps: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Index batches in which every type is as frequent as the others, and every answer within its type."""
     kinds, counts = data.kinds.unique(return_counts=True)
@@ -158,7 +172,7 @@ def moved(pictures: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def adapt(method: str, backbone: str, file: Path, vocabulary: int, train: Questions, test: Questions, seed: int, args) -> dict:
-    """One run: few shots, the paper's recipe but for the learning rate, the step that is best on as many other samples."""
+    """One run: batches and steps as in the paper; the learning rate for a small VLMo, the step of four that is best on dev."""
     split = FewShotSplit(train.labels, shots=args.shots, seed=seed)
     torch.manual_seed(seed)
     frozen = BACKBONES[backbone]
@@ -200,13 +214,13 @@ def _adapt(backbone: str, method: str, seed: int) -> dict:
 
 
 class Runs:
-    """Finished runs on disk, whole after each: a run that was stopped goes on behind the last."""
+    """Finished runs on disk, whole after each: what was stopped goes on behind the last. Other settings have another file."""
 
     def __init__(self, args: argparse.Namespace):
-        self.file = args.output / "runs.json"
         self.settings = {key: value for key, value in vars(args).items() if key not in ("output", "seeds", "device", "workers")}
-        kept = json.loads(self.file.read_text()) if self.file.exists() else {}
-        self.results: dict[str, dict] = kept["results"] if kept.get("settings") == self.settings else {}
+        self.settings["methods"] = METHODS
+        self.file = args.output / f"runs-{short_hash(self.settings)}.json"
+        self.results: dict[str, dict] = json.loads(self.file.read_text())["results"] if self.file.exists() else {}
 
     def add(self, backbone: str, method: str, seed: int, result: dict) -> None:
         self.results[f"{backbone} | {method} | {seed}"] = result

@@ -13,17 +13,21 @@ def setting(default: Any, meaning: str, source: str) -> Any:
     return field(default=default, metadata={"meaning": meaning, "source": source})
 
 
+def check_types(settings: Any) -> None:
+    """Raises TypeError for a field that isn't what its annotation says, where that is a plain type, or such or None.
+
+    Annotations have to be strings: ``from __future__ import annotations`` in the dataclass' module.
+    """
+    for item in fields(settings):
+        value, kind = getattr(settings, item.name), _KINDS.get(item.type.removesuffix(" | None"))
+        if kind is None or (value is None and item.type.endswith("None")):
+            continue
+        if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+            raise TypeError(f"{type(settings).__name__}.{item.name} must be {item.type}, got {value!r}")
+
+
 class Settings:
     """Base of frozen dataclasses whose fields are made by :func:`setting`."""
-
-    def check_types(self) -> None:
-        """Raises TypeError for a value that isn't what the annotation says, where that is a plain type or such or None."""
-        for item in fields(self):
-            value, kind = getattr(self, item.name), _KINDS.get(item.type.removesuffix(" | None"))
-            if kind is None or (value is None and item.type.endswith("None")):
-                continue
-            if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
-                raise TypeError(f"{type(self).__name__}.{item.name} must be {item.type}, got {value!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from .._settings import Settings, setting
+from .._settings import Settings, check_types, setting
 from .feature_cache import evaluating
 
 Batch = Callable[[Tensor], Mapping[str, Any]]
@@ -64,7 +64,7 @@ class FewShotRecipe(Settings):
     evaluate_every: int | None = setting(None, "steps between evaluations on dev, None: only after the last", _OURS)
 
     def __post_init__(self):
-        self.check_types()
+        check_types(self)
         for name in (
             "lr",
             "batch_size",

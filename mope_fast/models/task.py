@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ..encoders import PromptedEncoder
 from . import checkpoint
-from .vlmo import VLMo
 
 
 def _regression_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -82,7 +81,7 @@ class TaskModel(nn.Module, ABC):
         """What has to match when the trained parts are loaded; plain values."""
 
     def trained_state_dict(self) -> dict[str, Tensor]:
-        """Prompts, mapper and head: all that isn't a frozen encoder."""
+        """All that isn't a frozen encoder's."""
         frozen = tuple(f"{name}." for name in self.frozen_parts())
         return {key: value for key, value in self.state_dict().items() if not key.startswith(frozen)}
 
@@ -110,7 +109,7 @@ class TaskModel(nn.Module, ABC):
 
     def _set_gradient_checkpointing(self, value: bool) -> None:
         for module in self.modules():
-            if isinstance(module, (PromptedEncoder, VLMo)):
+            if isinstance(module, PromptedEncoder):
                 module.gradient_checkpointing = value
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .._settings import Settings, setting
+from .._settings import Settings, check_types, setting
 
 _PAPER = "MoPE v1 (arXiv 2403.10568), section 4.1"
 _CODE = "the authors' released code"
@@ -54,7 +54,7 @@ class MoPEConfig(Settings):
     cross_dim: int | None = setting(None, "width of the complementary feature where it can't be inferred", _OURS)
 
     def __post_init__(self):
-        self.check_types()
+        check_types(self)
         for name, least in (
             ("num_experts", 1), ("prompt_length", 1), ("cross_routing_dim", 1), ("inter_routing_dim", 1),
             ("noise_std", 0), ("importance_weight", 0), ("importance_threshold", 0), ("complementary_prompt_length", 0),

@@ -70,7 +70,10 @@ def test_finished_runs_are_found_again_and_those_of_other_settings_are_not(tmp_p
     again = few_shot_baf.Runs(arguments(tmp_path))
     assert again.of("frozen", "no prompts", 1) == result(0.5)
     assert len(again.missing(2)) == len(few_shot_baf.Runs(arguments(tmp_path / "empty")).missing(2)) - 1
-    assert ("frozen", "no prompts", 1) in few_shot_baf.Runs(arguments(tmp_path, shots=8)).missing(2)
+    other = few_shot_baf.Runs(arguments(tmp_path, shots=8))
+    assert ("frozen", "no prompts", 1) in other.missing(2)
+    other.add("frozen", "no prompts", 0, result(0.6))
+    assert few_shot_baf.Runs(arguments(tmp_path)).results == again.results
 
 
 def test_a_run_that_is_killed_while_it_writes_loses_nothing(tmp_path, monkeypatch):

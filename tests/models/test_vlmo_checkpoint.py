@@ -196,14 +196,18 @@ def test_known_sizes_are_recognised(name, width, layers, first):
 
 def test_other_sizes_need_a_configuration(load):
     _, state = official("base")
-    with pytest.raises(ValueError, match=r"has 3 layers of width 24, none of VLMo's sizes: pass config=VLMoConfig"):
+    with pytest.raises(
+        ValueError, match=r"has 3 layers of width 24, none of VLMo's sizes: if it is a VLMo, pass config=VLMoConfig"
+    ):
         load(state, None)
     for odd in ("transformer.blocks.x.norm", "transformer.blocks.", "transformer.blocks"):
         with pytest.raises(ValueError, match="3 layers of width 24"):
             load({**state, odd: torch.zeros(1)}, None)
     with pytest.raises(ValueError, match="0 layers of width None"):
         load({"transformer.cls_token": torch.zeros(())}, None)
-    with pytest.raises(TypeError, match="config must be a VLMoConfig or None, got 'base'"):
+    with pytest.raises(
+        TypeError, match=r"config must be a VLMoConfig \(VLMoConfig.named gives the known ones\) or None, got 'base'"
+    ):
         load(state, "base")
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
-from ..._settings import Settings, setting
+from ..._settings import Settings, check_types, setting
 from ...modules.block_fusion import FORMS
 
 GROUPS = ("unified_prompt", "text_prompt", "text", "image", "image_prompt")
@@ -123,7 +123,7 @@ class BAFConfig(Settings):
     pooling: str = setting(
         "auto",
         "; ".join(f"'{name}', {meaning}" for name, meaning in POOLINGS.items()),
-        _reading("the VL-Prompt's representation is what is classified; that it is the mean is a guess"),
+        f"{_SUMMARY} classifies the VL-Prompt's output; that it is the mean is a reading",
     )
     head: str = setting(
         "linear", "; ".join(f"'{name}', {meaning}" for name, meaning in HEADS.items()), _reading("the least; none is described")
@@ -132,12 +132,12 @@ class BAFConfig(Settings):
     mask_token_id: int | None = setting(None, "for head='verbalizer': id of the mask token, 103 in bert-base-uncased", _OURS)
     freeze_backbone: bool = setting(
         False,
-        "hold VLMo frozen and in eval mode; else it is trained",
+        "hold VLMo frozen and in eval mode, for which 3e-5 is far too small a learning rate; else it is trained",
         _reading("its learning rate, 3e-5, is VLMo's own for training everything"),
     )
 
     def __post_init__(self):
-        self.check_types()
+        check_types(self)
         self._check_visible("visible", self.visible)
         self._check_visible("fusion_visible", self.fusion_visible)
         self._check_lists()

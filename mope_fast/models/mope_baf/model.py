@@ -29,9 +29,9 @@ PROMPTS = tuple(name for name in GROUPS if name.endswith("_prompt"))
 class MoPEBAF(TaskModel):
     """Three groups of prompts on a VLMo: L- and V-Prompt in the layers with an expert for each modality, the VL-Prompt behind them.
 
-    The sequence is [L-Prompt | text | image | V-Prompt], so that every group sees consecutive rows and attention needs no mask;
-    where the fusion layers begin it becomes [VL-Prompt | text | image]. Prompts are carried as tokens: each layer reads what the
-    one before made of them. With prompts of length zero and one block it is the plain VLMo.
+    The sequence is [L-Prompt | text | image | V-Prompt], so that every group sees consecutive rows and attention needs no mask
+    but the text's padding; where the fusion layers begin it becomes [VL-Prompt | text | image]. Prompts are carried as tokens: each
+    layer reads what the one before made of them. With prompts of length zero and one block it is the plain VLMo.
 
     Args:
         vlmo: the backbone; trained too, unless ``config.freeze_backbone``: then it is held frozen and in eval mode.
@@ -140,6 +140,9 @@ class MoPEBAF(TaskModel):
 
         Returns:
             ``loss``, ``logits`` and ``features`` (B, D), what the head reads.
+
+        Raises:
+            TypeError, ValueError: an input of a wrong type or shape, or none.
         """
         if pixel_values is None:
             raise ValueError("MoPEBAF got no pixel_values: its passes are joint, of text and image")
@@ -151,7 +154,10 @@ class MoPEBAF(TaskModel):
         return FusionOutput(loss=loss, logits=logits, task_loss=loss, features=features)
 
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None, pixel_values: Tensor) -> Groups:
-        """Outputs behind the last norm, (B, rows, D) of each group that is left there: "text", "image", "unified_prompt", ..."""
+        """Outputs behind the last norm, (B, rows, D) of each group that is left there: "text", "image", "unified_prompt", ...
+
+        Arguments and errors are those of :meth:`forward`.
+        """
         vlmo = self.backbone
         groups = {"text": vlmo.embed_text(input_ids), "image": vlmo.embed_image(pixel_values)}
         check_same_batch(input_ids, pixel_values)
@@ -220,9 +226,12 @@ class MoPEBAF(TaskModel):
     def set_prompt(self, group: str, source: Tensor) -> None:
         """Start a prompt from text or from embeddings in place of random numbers; rows are repeated or cut to its length.
 
+        With ``per_block_prompts`` each block's own starts so.
+
         Args:
             group: "text_prompt", "image_prompt" or "unified_prompt".
-            source: int64 (n,) token ids, taken as VLMo embeds them as a text; or float (n, D) rows.
+            source: int64 (n,) token ids, taken as VLMo embeds them as a text (position and modality included), so without [CLS]
+                and [SEP]; or float (n, D) rows.
 
         Raises:
             TypeError, ValueError: another group, one of length zero, or a source of another type or shape.
@@ -256,14 +265,24 @@ class MoPEBAF(TaskModel):
         return self
 
     def parameter_groups(self, lr: float, weight_decay: float = 0.01, head_lr_multiplier: float = 1.0) -> list[dict[str, Any]]:
-        """Trained parameters for an optimiser: biases and norms without decay; the head with a rate of its own."""
+        """Trained parameters for an optimiser: biases and norms without decay; the head with a rate of its own.
+
+        Raises:
+            ValueError: ``head_lr_multiplier`` isn't 1, and there is no head.
+        """
+        if self.head is None and head_lr_multiplier != 1:
+            raise ValueError(f"head_lr_multiplier is {head_lr_multiplier}, but this MoPEBAF has no head: leave it at 1")
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 rate = lr * head_lr_multiplier if name.startswith("head.") else lr
+                # VLMo spares all with "bias" in their names, so this table too
                 decays = parameter.dim() > 1 and not name.endswith("relative_position_bias_table")
                 groups.setdefault((rate, weight_decay if decays else 0.0), []).append(parameter)
         return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+
+    def _set_gradient_checkpointing(self, value: bool) -> None:
+        self.backbone.gradient_checkpointing = value
 
     def frozen_parts(self) -> list[str]:
         """Names of the modules that are held and not trained."""

@@ -99,7 +99,7 @@ def recognised(state: State, path: str | os.PathLike[str], config: VLMoConfig | 
     """The configuration of a state dict, with other values for some fields."""
     if config is not None:
         if not isinstance(config, VLMoConfig):
-            raise TypeError(f"config must be a VLMoConfig or None, got {config!r}")
+            raise TypeError(f"config must be a VLMoConfig (VLMoConfig.named gives the known ones) or None, got {config!r}")
         return replace(config, **overrides)
     token = state.get("transformer.cls_token")
     width = token.shape[-1] if token is not None and token.dim() else None
@@ -109,7 +109,7 @@ def recognised(state: State, path: str | os.PathLike[str], config: VLMoConfig | 
         if (known.hidden_size, set(range(known.num_layers))) == (width, layers):
             return replace(known, **overrides)
     raise ValueError(
-        f"{path} has {len(layers)} layers of width {width}, none of VLMo's sizes: pass config=VLMoConfig(...) if it is a VLMo"
+        f"{path} has {len(layers)} layers of width {width}, none of VLMo's sizes: if it is a VLMo, pass config=VLMoConfig(...)"
     )
 
 

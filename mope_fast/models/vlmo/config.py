@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
+
+from ..._settings import check_types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,7 +13,7 @@ class VLMoConfig:
     """An architecture. Defaults are those of VLMo-Base-plus; :meth:`named` gives all three.
 
     Raises:
-        TypeError: a size that isn't an integer.
+        TypeError: a value of another type.
         ValueError: sizes that don't go together.
     """
 
@@ -35,17 +37,15 @@ class VLMoConfig:
     drop_path_rate: float = 0.1
     """Of the last layer, rising linearly from 0; also the dropout of text embeddings. In training mode only."""
     mlm_head: bool = False
-    """The head for masked words of the pre-training (``mlm_score``), which a verbaliser needs."""
+    """The head for masked words of the pre-training (``mlm_score``), which a verbalizer needs."""
 
     def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type != "int":
-                continue
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"VLMoConfig.{field.name} must be an integer, got {value!r}")
-            if value < 1 and field.name != "first_fusion_layer":
-                raise ValueError(f"VLMoConfig.{field.name} must be >= 1, got {value}")
+        check_types(self)
+        for name in (
+            "hidden_size", "num_layers", "num_heads", "mlp_ratio", "image_size", "patch_size", "vocab_size", "max_text_length",
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"VLMoConfig.{name} must be >= 1, got {getattr(self, name)}")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size={self.hidden_size} must be a multiple of num_heads={self.num_heads}")
         if self.image_size % self.patch_size:

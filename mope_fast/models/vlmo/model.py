@@ -261,7 +261,8 @@ def _check_text(input_ids: Tensor, config: VLMoConfig) -> None:
         raise TypeError(f"input_ids must be an int64 tensor (B, T), got {got}: VLMoProcessor makes it from text")
     if input_ids.dim() != 2 or not 1 <= input_ids.shape[1] <= config.max_text_length:
         raise ValueError(
-            f"input_ids must be (B, T) with 1 to {config.max_text_length} tokens, got {tuple(input_ids.shape)}: truncate them"
+            f"input_ids must be (B, T) with 1 to {config.max_text_length} tokens, got {tuple(input_ids.shape)}: truncate them "
+            "(VLMoProcessor.of(vlmo, tokenizer) does)"
         )
 
 

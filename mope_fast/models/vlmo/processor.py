@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .model import VLMo
+
 
 class VLMoProcessor:
     """Tokens of a BERT tokenizer, padded and cut to a length; square images with mean and deviation 0.5.
@@ -21,7 +23,7 @@ class VLMoProcessor:
         ValueError: a size is too small.
 
     Example:
-        >>> processor = VLMoProcessor(AutoTokenizer.from_pretrained("bert-base-uncased"))
+        >>> processor = VLMoProcessor.of(vlmo, AutoTokenizer.from_pretrained("bert-base-uncased"))
         >>> vlmo(**processor(["a dog on grass"], [Image.open("dog.jpg")]))
     """
 
@@ -34,6 +36,11 @@ class VLMoProcessor:
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         self.tokenizer, self.image_size, self.max_text_length = tokenizer, image_size, max_text_length
+
+    @classmethod
+    def of(cls, vlmo: VLMo, tokenizer: Any) -> "VLMoProcessor":
+        """With the image size and the text length of a model."""
+        return cls(tokenizer, vlmo.config.image_size, vlmo.config.max_text_length)
 
     def __call__(self, text: str | Sequence[str] | None = None, images: Any = None) -> dict[str, Tensor]:
         """Keyword arguments for :class:`VLMo` and :class:`MoPEBAF`.
