@@ -50,11 +50,20 @@ class Posts(Sequence[Post]):
     Attributes:
         class_names: name of class 0, 1, ...
         dropped: why the reader left samples out, and the ids of these; empty for a part of a set.
+
+    Raises:
+        ValueError: a post's label is none of the classes.
     """
 
     posts: tuple[Post, ...]
     class_names: tuple[str, ...]
     dropped: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for post in self.posts:
+            if not 0 <= post.label < len(self.class_names):
+                classes = f"0 to {len(self.class_names) - 1} for {self.class_names}"
+                raise ValueError(f"post {post.id} has label {post.label}, expected {classes}")
 
     def __len__(self) -> int:
         return len(self.posts)
@@ -78,6 +87,7 @@ class Posts(Sequence[Post]):
 
     @cached_property
     def texts(self) -> list[str]:
+        """Of all posts, in their order."""
         return [post.text for post in self.posts]
 
     def __repr__(self) -> str:

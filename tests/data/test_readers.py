@@ -207,6 +207,12 @@ def test_posts_index():
             posts[index]
 
 
+def test_a_label_without_a_class_is_refused():
+    for label in (-1, 2):
+        with pytest.raises(ValueError, match=rf"post 7 has label {label}, expected 0 to 1 for \('no', 'yes'\)"):
+            Posts((Post("7", "text", "7.jpg", label),), ("no", "yes"))
+
+
 def test_posts_are_split():
     posts = make_posts(12)
     split = FewShotSplit(posts.labels, shots=2)

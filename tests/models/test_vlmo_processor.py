@@ -123,3 +123,11 @@ def test_wrong_inputs(processor, inputs, error, message):
 def test_wrong_settings(processor, settings, error, message):
     with pytest.raises(error, match=message):
         VLMoProcessor(**{"tokenizer": processor.tokenizer, **settings})
+
+
+def test_a_processor_of_a_model_fits_it(processor):
+    vlmo = make_vlmo()
+    inputs = VLMoProcessor.of(vlmo, processor.tokenizer)("a dog " * 30, Image.new("RGB", (50, 20)))
+    side = vlmo.config.image_size
+    assert inputs["input_ids"].shape == (1, vlmo.config.max_text_length)
+    assert inputs["pixel_values"].shape == (1, 3, side, side)

@@ -148,6 +148,13 @@ def test_every_trained_parameter_is_in_one_group_and_vectors_do_not_decay():
     torch.optim.AdamW(groups).step()
 
 
+def test_a_rate_for_a_head_that_is_not_there_is_refused():
+    model = make_baf(num_classes=None)
+    assert model.parameter_groups(1e-3)
+    with pytest.raises(ValueError, match="head_lr_multiplier is 5, but this MoPEBAF has no head"):
+        model.parameter_groups(1e-3, head_lr_multiplier=5)
+
+
 def test_of_a_frozen_vlmo_nothing_is_trained():
     model, inputs = make_baf(freeze_backbone=True), make_inputs()
     names = set(trained(model))
