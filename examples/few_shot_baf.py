@@ -3,7 +3,7 @@
 A small VLMo is trained from scratch on two types of Easy-VQA's questions. Then it is adapted to a third one from 32 samples of each
 answer, in several ways and from several seeds, and tested on the official test questions of that type:
 
-    python examples/few_shot_baf.py                          # about a quarter of an hour on two CPU cores
+    python examples/few_shot_baf.py                          # about half an hour of CPU time, on all cores
     python examples/few_shot_baf.py --held-out what-shape    # three answers in place of eleven
     python examples/few_shot_baf.py --seeds 1 --steps 20 --pretrain-steps 50 --test-samples 100
 
