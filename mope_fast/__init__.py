@@ -1,7 +1,7 @@
 """Routed prompts that fuse frozen pretrained encoders, on Triton kernels in drop-in torch modules."""
 
 from . import functional
-from .data import FeatureCache
+from .data import FeatureCache, FusionCollator
 from .encoders import PromptedEncoder, register_encoder, supported_encoders
 from .models import (
     BAFConfig,
@@ -23,6 +23,7 @@ __all__ = [
     "BAFConfig",
     "FeatureCache",
     "FoldedModel",
+    "FusionCollator",
     "FusionOutput",
     "MoPEBAF",
     "MoPEConfig",

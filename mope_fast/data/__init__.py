@@ -1,8 +1,10 @@
-"""Features of frozen encoders, computed once and kept on disk; few-shot splits, training and metrics; readers of posts."""
+"""Features of frozen encoders, computed once and kept on disk; readers of samples, batches of them; few-shot training; metrics."""
 
+from .collator import FusionCollator, StackEach
 from .feature_cache import FeatureCache
 from .few_shot import FewShotSplit
-from .metrics import Summary, classification_metrics, summarize
+from .jsonl import read_jsonl_folder
+from .metrics import Summary, classification_metrics, multi_label_metrics, summarize
 from .posts import Post, Posts
 from .readers import read_mvsa_single, read_twitter_sarcasm
 from .recipe import FewShotRecipe, FewShotRun, predict
@@ -12,11 +14,15 @@ __all__ = [
     "FewShotRecipe",
     "FewShotRun",
     "FewShotSplit",
+    "FusionCollator",
     "Post",
     "Posts",
+    "StackEach",
     "Summary",
     "classification_metrics",
+    "multi_label_metrics",
     "predict",
+    "read_jsonl_folder",
     "read_mvsa_single",
     "read_twitter_sarcasm",
     "summarize",

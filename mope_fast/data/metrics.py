@@ -64,6 +64,40 @@ def classification_metrics(predictions: Tensor, labels: Tensor, num_classes: int
     return metrics
 
 
+def multi_label_metrics(logits: Tensor, labels: Tensor, *, threshold: float = 0.5) -> dict[str, float]:
+    """Accuracy and F1 of classes that may occur together, by scikit-learn with ``zero_division=0``.
+
+    ``f1_macro`` is the mean over classes (one that neither occurs nor is predicted counts as 0), ``f1_micro`` counts over all
+    classes together, ``accuracy`` is the share of samples whose classes are all right.
+
+    Args:
+        logits: (N, C), floating-point.
+        labels: (N, C), 0 or 1.
+        threshold: a class is predicted where its sigmoid is above it.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+        TypeError: logits that aren't floating-point.
+        ValueError: no sample, shapes that don't fit, labels other than 0 and 1, NaN in logits.
+    """
+    logits, labels = _tensor("logits", logits), _tensor("labels", labels)
+    if not logits.is_floating_point():
+        raise TypeError(f"logits must be floating-point, got {logits.dtype}")
+    if logits.dim() != 2 or logits.shape != labels.shape or not logits.numel():
+        raise ValueError(f"logits and labels must be (N, C) of N >= 1 samples, got {tuple(logits.shape)} and {tuple(labels.shape)}")
+    if (bad := logits.isnan().any(1)).any():
+        raise ValueError(f"logits of {int(bad.sum())} of {len(bad)} samples have NaN: there is nothing to measure")
+    if not ((labels == 0) | (labels == 1)).all():
+        raise ValueError("labels must be 0 or 1 for each class")
+    try:
+        from sklearn.metrics import accuracy_score, f1_score
+    except ImportError as error:
+        raise ImportError("multi_label_metrics needs scikit-learn: pip install 'mope_fast[few-shot]'") from error
+    truth, guess = labels.long().numpy(), (logits.sigmoid() > threshold).long().numpy()
+    f1 = {f"f1_{name}": float(f1_score(truth, guess, average=name, zero_division=0)) for name in ("macro", "micro")}
+    return {"accuracy": float(accuracy_score(truth, guess)), **f1}
+
+
 def _tensor(name: str, values: object) -> Tensor:
     try:
         return torch.as_tensor(values).detach().cpu()

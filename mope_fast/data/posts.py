@@ -1,4 +1,4 @@
-"""Posts: an image and a text each, with a label."""
+"""Posts: an image and a text each, with a label or several."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,15 +15,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Post:
-    """A text, the path of its image, and a class."""
+    """A text, the path of its image, and a class.
+
+    Attributes:
+        image: None for a post without one.
+        label: the class; or, where a post may have several, 0 or 1 for each class.
+    """
 
     id: str
     text: str
-    image: Path
-    label: int
+    image: Path | None
+    label: int | tuple[int, ...]
 
     def open_image(self) -> "Image.Image":
-        """The whole image, decoded, in RGB.
+        """The whole image, decoded, in RGB; for a post without one a grey picture of 256 x 256, as MoPE's released code has it.
 
         Raises:
             ImportError: pillow is not installed.
@@ -33,6 +38,8 @@ class Post:
             from PIL import Image
         except ImportError as error:
             raise ImportError("open_image needs pillow: pip install 'mope_fast[few-shot]'") from error
+        if self.image is None:
+            return Image.new("RGB", (256, 256), (128, 128, 128))
         try:
             with Image.open(self.image) as image:
                 return image.convert("RGB")
@@ -52,7 +59,7 @@ class Posts(Sequence[Post]):
         dropped: why the reader left samples out, and the ids of these; empty for a part of a set.
 
     Raises:
-        ValueError: a post's label is none of the classes.
+        ValueError: a post's label is none of the classes, or some posts have one class and others several.
     """
 
     posts: tuple[Post, ...]
@@ -60,10 +67,15 @@ class Posts(Sequence[Post]):
     dropped: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self):
+        several, classes = self.multi_label, len(self.class_names)
         for post in self.posts:
-            if not 0 <= post.label < len(self.class_names):
-                classes = f"0 to {len(self.class_names) - 1} for {self.class_names}"
-                raise ValueError(f"post {post.id} has label {post.label}, expected {classes}")
+            if several != isinstance(post.label, tuple):
+                kind = "0 or 1 for each class" if several else "one class"
+                raise ValueError(f"post {post.id} has label {post.label!r}, expected {kind} as in post {self.posts[0].id}")
+            if several and (len(post.label) != classes or not {*post.label} <= {0, 1}):
+                raise ValueError(f"post {post.id} has labels {post.label}, expected 0 or 1 for each of {self.class_names}")
+            if not several and not 0 <= post.label < classes:
+                raise ValueError(f"post {post.id} has label {post.label}, expected 0 to {classes - 1} for {self.class_names}")
 
     def __len__(self) -> int:
         return len(self.posts)
@@ -80,9 +92,14 @@ class Posts(Sequence[Post]):
             return Posts(tuple(self.posts[i] for i in chosen), self.class_names)
         return self.posts[index]
 
+    @property
+    def multi_label(self) -> bool:
+        """Whether a post may have several classes, or none."""
+        return bool(self.posts) and isinstance(self.posts[0].label, tuple)
+
     @cached_property
     def labels(self) -> Tensor:
-        """(N,) int64."""
+        """int64: classes (N,), or 0 and 1 (N, classes) where a post may have several."""
         return torch.tensor([post.label for post in self.posts], dtype=torch.int64)
 
     @cached_property
@@ -91,7 +108,8 @@ class Posts(Sequence[Post]):
         return [post.text for post in self.posts]
 
     def __repr__(self) -> str:
-        counts = torch.bincount(self.labels, minlength=len(self.class_names)).tolist()
+        labels, count = self.labels, len(self.class_names)
+        counts = (labels.sum(0) if self.multi_label else torch.bincount(labels, minlength=count)).tolist()
         classes = ", ".join(f"{name}: {count}" for name, count in zip(self.class_names, counts, strict=True))
         dropped = "".join(f"; dropped, {reason}: {len(ids)}" for reason, ids in self.dropped.items())
         return f"Posts({len(self)}; {classes}{dropped})"

@@ -5,6 +5,7 @@ import os
 import re
 from pathlib import Path
 
+from .lines import check_choice, problems_in, read_lines
 from .posts import Post, Posts
 
 _TWITTER = "Cai et al. 2019, https://github.com/headacheboy/data-of-multimodal-sarcasm-detection"
@@ -38,7 +39,7 @@ def read_twitter_sarcasm(
         ValueError: another ``split`` or ``missing_images``, or problems in the set: lines that are not of that form, ids that occur
             twice or are not digits, missing images. One exception has the first ten with file and line, and their number.
     """
-    _check_choice("split", split, tuple(_SPLITS))
+    check_choice("split", split, tuple(_SPLITS))
     path, pictures = Path(folder) / "text" / _SPLITS[split], Path(folder) / images
     lines = _lines(path, _TWITTER)
     available = _images(pictures, _TWITTER, missing_images)
@@ -150,22 +151,15 @@ def _decoded(data: bytes) -> str:
     return text.strip()
 
 
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
-
-
 def _lines(path: Path, source: str) -> list[tuple[int, str]]:
-    """Lines that aren't blank, with their numbers; bytes that aren't UTF-8 are kept as surrogates."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there: expected the file of that name of {source}")
-    text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
-    return [(number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    return read_lines(path)
 
 
 def _images(folder: Path, source: str, missing_images: str) -> set[str]:
     """Names of the files, listed once: a look at each of thousands takes long on a network disk."""
-    _check_choice("missing_images", missing_images, ("error", "skip"))
+    check_choice("missing_images", missing_images, ("error", "skip"))
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not there: expected a folder with the images <id>.jpg of {source}")
     return set(os.listdir(folder))
@@ -182,7 +176,5 @@ def _finish(
         counts = ", ".join(f"{reason}: {len(ids)}" for reason, ids in dropped.items())
         problems = [f"{path}: no post is left; dropped: {counts}"]
     if problems:
-        more = f"\n... and {len(problems) - 10} more" if len(problems) > 10 else ""
-        count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
-        raise ValueError(f"{count} in {path}:\n" + "\n".join(problems[:10]) + more)
+        raise problems_in(path, problems)
     return Posts(tuple(posts), class_names, dropped)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 
-from mope_fast.data import FewShotSplit, classification_metrics, summarize
+from mope_fast.data import FewShotSplit, classification_metrics, multi_label_metrics, summarize
 
 
 @st.composite
@@ -144,6 +144,31 @@ def test_metrics_by_hand(case):
     logits = torch.nn.functional.one_hot(guess, num_classes) * 3.0 - 1
     for predictions in (guess, logits, logits.to(torch.bfloat16).requires_grad_()):
         assert classification_metrics(predictions, truth, num_classes) == pytest.approx(expected)
+
+
+def test_multi_label_metrics_by_hand():
+    labels = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 0, 0], [0, 1, 0]])
+    logits = torch.tensor([[2.0, -1, -3], [1, -1, -3], [-1, -1, -3], [0.1, 3, -3]])
+    # class 0: 2 right, 1 too many; class 1: 1 right, 1 missed; class 2: never there, never predicted
+    f1 = [2 * 2 / (2 * 2 + 1), 2 * 1 / (2 * 1 + 1), 0.0]
+    expected = {"accuracy": 2 / 4, "f1_macro": sum(f1) / 3, "f1_micro": 2 * 3 / (2 * 3 + 2)}
+    assert multi_label_metrics(logits, labels) == pytest.approx(expected)
+    assert multi_label_metrics(logits, labels.float(), threshold=0.6)["accuracy"] == pytest.approx(3 / 4)
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "error", "message"),
+    [
+        (torch.zeros(2, 3), torch.zeros(2, 2), ValueError, r"got \(2, 3\) and \(2, 2\)"),
+        (torch.zeros(0, 3), torch.zeros(0, 3), ValueError, "N >= 1 samples"),
+        (torch.zeros(2, 3).long(), torch.zeros(2, 3), TypeError, "logits must be floating-point"),
+        (torch.full((2, 3), float("nan")), torch.zeros(2, 3), ValueError, "2 of 2 samples have NaN"),
+        (torch.zeros(2, 3), torch.full((2, 3), 2), ValueError, "labels must be 0 or 1"),
+    ],
+)
+def test_multi_label_metrics_of_nonsense(logits, labels, error, message):
+    with pytest.raises(error, match=message):
+        multi_label_metrics(logits, labels)
 
 
 def test_binary_f1_is_scikit_learns():

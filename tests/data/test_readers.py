@@ -213,6 +213,20 @@ def test_a_label_without_a_class_is_refused():
             Posts((Post("7", "text", "7.jpg", label),), ("no", "yes"))
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([(1, 0), (1,)], r"post 1 has labels \(1,\), expected 0 or 1 for each of \('no', 'yes'\)"),
+        ([(1, 2)], r"post 0 has labels \(1, 2\), expected 0 or 1"),
+        ([1, (1, 0)], r"post 1 has label \(1, 0\), expected one class as in post 0"),
+        ([(1, 0), 1], "post 1 has label 1, expected 0 or 1 for each class as in post 0"),
+    ],
+)
+def test_labels_of_several_classes_are_checked(labels, message):
+    with pytest.raises(ValueError, match=message):
+        Posts(tuple(Post(str(i), "", None, label) for i, label in enumerate(labels)), ("no", "yes"))
+
+
 def test_posts_are_split():
     posts = make_posts(12)
     split = FewShotSplit(posts.labels, shots=2)

@@ -1,0 +1,123 @@
+"""FusionCollator: samples to the keyword arguments of a fusion's forward."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .posts import Post
+
+Preprocess = Callable[..., Any]
+
+
+class StackEach:
+    """A transform of one value made one of a list: the results stacked, (B, ...). It can be pickled if the transform can."""
+
+    def __init__(self, transform: Callable[[Any], Tensor]):
+        self.transform = transform
+
+    def __call__(self, values: Sequence[Any]) -> Tensor:
+        return torch.stack([self.transform(value) for value in values])
+
+
+class FusionCollator:
+    """Makes a batch for :class:`MoPEFusion` of a list of samples: ``collate_fn`` of a DataLoader, ``data_collator`` of a Trainer.
+
+    Samples are :class:`Post` objects, whose images are opened here, in the DataLoader's worker; or dicts, as ``datasets`` has them.
+
+    Args:
+        main: how the main side's values become the main encoder's inputs. A transformers tokenizer (pads to the longest,
+            truncates), image processor or feature extractor (called with ``return_tensors="pt"``); any function of a list of
+            values that gives a tensor or a dict of tensors: ``functools.partial(tokenizer, padding=True, max_length=64,
+            ...)``; ``StackEach(transform)`` for timm's and torchvision's transforms; None for features, stacked as they are.
+        complementary: likewise for the other side.
+        main_field, complementary_field, label_field: where a sample has them. Samples without the label field make batches without
+            labels.
+
+    Example:
+        >>> collate = FusionCollator(tokenizer, image_processor)
+        >>> loader = DataLoader(posts, batch_size=32, shuffle=True, collate_fn=collate)
+        >>> output = model(**next(iter(loader)))
+    """
+
+    def __init__(
+        self,
+        main: Preprocess | None,
+        complementary: Preprocess | None,
+        *,
+        main_field: str = "text",
+        complementary_field: str = "image",
+        label_field: str = "label",
+    ):
+        for name, preprocess in (("main", main), ("complementary", complementary)):
+            if preprocess is not None and not callable(preprocess):
+                raise TypeError(
+                    f"{name} must be a tokenizer, an image processor, a function of a list of values or None, "
+                    f"got {type(preprocess).__name__}"
+                )
+        self.sides = {"main_inputs": (main_field, main), "complementary_inputs": (complementary_field, complementary)}
+        self.label_field = label_field
+
+    def __call__(self, samples: Sequence[Post | Mapping[str, Any]]) -> dict[str, Any]:
+        """``main_inputs``, ``complementary_inputs`` and, where samples have them, ``labels``.
+
+        Labels are int64, (B,) of classes or (B, C) of 0 and 1 for each class, or float32 for numbers with a point.
+
+        Raises:
+            TypeError, ValueError: no sample, a sample lacks a field, labels of different shapes, or inputs that are no tensors.
+            OSError: an image can't be read.
+        """
+        if not samples:
+            raise ValueError("there is no sample to make a batch of")
+        batch = {}
+        for name, (field, preprocess) in self.sides.items():
+            batch[name] = _inputs(name, preprocess, [_value(sample, field) for sample in samples])
+        labelled = [_has(sample, self.label_field) for sample in samples]
+        if any(labelled):
+            batch["labels"] = _labels([_value(sample, self.label_field) for sample in samples])
+        return batch
+
+
+def _has(sample: Post | Mapping[str, Any], field: str) -> bool:
+    return isinstance(sample, Post) or (isinstance(sample, Mapping) and field in sample)
+
+
+def _value(sample: Post | Mapping[str, Any], field: str) -> Any:
+    if isinstance(sample, Post):
+        if field == "image":
+            return sample.open_image()
+        if field in Post.__slots__:
+            return getattr(sample, field)
+        raise ValueError(f"a Post has no field {field!r}: it has {list(Post.__slots__)}")
+    if not isinstance(sample, Mapping):
+        raise TypeError(f"samples must be Post objects or dicts, got {type(sample).__name__}")
+    if field not in sample:
+        raise ValueError(
+            f"a sample has no field {field!r}, only {list(sample)}: name it (main_field=..., complementary_field=..., "
+            "label_field=...); transformers' Trainer drops fields unless remove_unused_columns=False"
+        )
+    return sample[field]
+
+
+def _inputs(name: str, preprocess: Preprocess | None, values: list[Any]) -> Any:
+    if preprocess is None:
+        return torch.stack([torch.as_tensor(value) for value in values])
+    if hasattr(preprocess, "model_input_names"):  # transformers' tokenizers, image processors and feature extractors
+        settings = {"padding": True, "truncation": True} if hasattr(preprocess, "vocab_size") else {}
+        inputs = preprocess(values, return_tensors="pt", **settings)
+    else:
+        inputs = preprocess(values)
+    if isinstance(inputs, Mapping):
+        inputs = dict(inputs)
+    tensors = inputs.values() if isinstance(inputs, dict) else [inputs]
+    if wrong := [type(value).__name__ for value in tensors if not isinstance(value, Tensor)]:
+        raise TypeError(f"{name} must be a tensor or a dict of tensors, got {wrong[0]}: does it need return_tensors='pt'?")
+    return inputs
+
+
+def _labels(values: list[Any]) -> Tensor:
+    try:
+        return torch.stack([torch.as_tensor(value) for value in values])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"labels must be numbers, or lists of one length with 0 or 1 for each class: {error}") from error

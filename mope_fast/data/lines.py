@@ -1,0 +1,32 @@
+"""What readers of text files share: numbered lines, choices, and one exception for all problems of a file."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def read_lines(path: Path) -> list[tuple[int, str]]:
+    """Lines that aren't blank, with their numbers; bytes that aren't UTF-8 are kept as surrogates."""
+    text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
+    return [(number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def is_unicode(text: str) -> bool:
+    """Whether it can be written as UTF-8: a lone surrogate can't."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raises ValueError for a value that is none of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
+def problems_in(path: Path, problems: Sequence[str]) -> ValueError:
+    """One exception with the first ten and their number."""
+    more = f"\n... and {len(problems) - 10} more" if len(problems) > 10 else ""
+    count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+    return ValueError(f"{count} in {path}:\n" + "\n".join(problems[:10]) + more)

@@ -1,0 +1,122 @@
+"""FusionCollator: samples in, a fusion's keyword arguments out."""
+
+import functools
+import pickle
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision.transforms import functional as vision
+from transformers import BertTokenizerFast, ViTImageProcessor, WhisperFeatureExtractor
+
+from mope_fast import FusionCollator
+from mope_fast.data import Post, Posts, StackEach
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "circle", "is", "it", "?"]
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
+    return BertTokenizerFast(str(tmp_path / "vocab.txt"), model_max_length=6)
+
+
+@pytest.fixture
+def posts(tmp_path):
+    for i in range(3):
+        Image.new("RGB", (10 + i, 8), (50 * i, 0, 255)).save(tmp_path / f"{i}.png")
+    texts = ["is it red ?", "circle", "is it it it it it it it ?"]
+    return Posts(tuple(Post(str(i), texts[i], tmp_path / f"{i}.png", i % 2) for i in range(3)), ("no", "yes"))
+
+
+def pixels(image):
+    return vision.to_tensor(image.resize((4, 4)))
+
+
+PROCESSOR = ViTImageProcessor(size={"height": 6, "width": 6})
+
+
+def test_a_tokenizer_pads_and_truncates_and_a_processor_takes_the_images(posts, tokenizer):
+    batch = FusionCollator(tokenizer, PROCESSOR)(posts)
+    assert list(batch) == ["main_inputs", "complementary_inputs", "labels"]
+    assert type(batch["main_inputs"]) is dict
+    assert batch["main_inputs"]["input_ids"].shape == (3, 6)
+    assert batch["main_inputs"]["attention_mask"].sum(1).tolist() == [6, 3, 6]
+    images = batch["complementary_inputs"]["pixel_values"]
+    expected = PROCESSOR([post.open_image() for post in posts], return_tensors="pt")["pixel_values"]
+    assert torch.equal(images, expected)
+    assert torch.equal(batch["labels"], torch.tensor([0, 1, 0]))
+
+
+def test_the_image_can_be_the_main_side(posts, tokenizer):
+    collate = FusionCollator(
+        StackEach(pixels), functools.partial(tokenizer, padding="max_length", max_length=5, truncation=True, return_tensors="pt"),
+        main_field="image", complementary_field="text",
+    )  # fmt: skip
+    batch = collate(posts)
+    assert torch.equal(batch["main_inputs"], torch.stack([pixels(post.open_image()) for post in posts]))
+    assert batch["complementary_inputs"]["input_ids"].shape == (3, 5)
+
+
+def test_dicts_with_fields_of_other_names_and_features(tokenizer):
+    samples = [{"sentence": "red", "feature": [1.0, 2.0], "y": 0.5}, {"sentence": "circle", "feature": [3.0, 4.0], "y": 1.5}]
+    names = {"main_field": "sentence", "complementary_field": "feature", "label_field": "y"}
+    batch = FusionCollator(tokenizer, None, **names)(samples)
+    assert torch.equal(batch["complementary_inputs"], torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    assert torch.equal(batch["labels"], torch.tensor([0.5, 1.5]))
+
+
+def test_a_feature_extractor_of_sound(tokenizer):
+    samples = [{"text": "red", "sound": torch.randn(1000).numpy()} for _ in range(2)]
+    extractor = functools.partial(WhisperFeatureExtractor(), sampling_rate=16000, return_tensors="pt")
+    batch = FusionCollator(tokenizer, extractor, complementary_field="sound")(samples)
+    assert batch["complementary_inputs"]["input_features"].shape == (2, 80, 3000)
+    assert "labels" not in batch
+
+
+def test_labels_of_several_classes(tokenizer):
+    posts = Posts(tuple(Post(str(i), "red", None, label) for i, label in enumerate([(1, 0, 1), (0, 0, 0)])), ("a", "b", "c"))
+    batch = FusionCollator(tokenizer, PROCESSOR)(posts)
+    assert torch.equal(batch["labels"], torch.tensor([[1, 0, 1], [0, 0, 0]]))
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_it_runs_in_workers(posts, tokenizer, context):
+    collate = FusionCollator(tokenizer, PROCESSOR)
+    loader = DataLoader(posts, batch_size=2, collate_fn=collate, num_workers=1, multiprocessing_context=context)
+    batches = list(loader)
+    assert torch.equal(torch.cat([batch["labels"] for batch in batches]), posts.labels)
+    expected = collate(posts[:2])
+    assert torch.equal(batches[0]["complementary_inputs"]["pixel_values"], expected["complementary_inputs"]["pixel_values"])
+
+
+def test_a_pickled_one_does_the_same(posts, tokenizer):
+    collate = FusionCollator(tokenizer, StackEach(pixels))
+    again = pickle.loads(pickle.dumps(collate))
+    assert torch.equal(again(posts)["complementary_inputs"], collate(posts)["complementary_inputs"])
+
+
+def test_bad_input(posts, tokenizer):
+    collate = FusionCollator(tokenizer, PROCESSOR)
+    with pytest.raises(ValueError, match="no sample"):
+        collate([])
+    with pytest.raises(TypeError, match="Post objects or dicts, got int"):
+        collate([3])
+    with pytest.raises(ValueError, match=r"no field 'image', only \['text', 'label'\].*remove_unused_columns=False"):
+        collate([{"text": "red", "label": 1}])
+    with pytest.raises(ValueError, match=r"a Post has no field 'sentence': it has \['id', 'text', 'image', 'label'\]"):
+        FusionCollator(tokenizer, PROCESSOR, main_field="sentence")(posts)
+    with pytest.raises(TypeError, match=r"main must be a tokenizer, .* got str"):
+        FusionCollator("bert", PROCESSOR)
+    with pytest.raises(TypeError, match=r"main_inputs must be a tensor or a dict of tensors, got list: .*return_tensors='pt'"):
+        FusionCollator(functools.partial(tokenizer), PROCESSOR)(posts)
+    with pytest.raises(TypeError, match="complementary_inputs must be a tensor or a dict of tensors, got list"):
+        FusionCollator(tokenizer, list)(posts)
+    image = {"text": "red", "image": posts[0].open_image()}
+    with pytest.raises(ValueError, match="labels must be numbers, or lists of one length"):
+        collate([{**image, "label": [1, 0]}, {**image, "label": [1]}])
+    with pytest.raises(ValueError, match="labels must be numbers"):
+        collate([{**image, "label": "pizza"}])
+    with pytest.raises(ValueError, match="no field 'label'"):
+        collate([{**image, "label": 1}, image])
