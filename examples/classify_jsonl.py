@@ -1,0 +1,266 @@
+"""Classify text with an image: trains a fusion on a folder of JSON lines, the format of MoPE's released code.
+
+The folder has train.jsonl and val.jsonl, test.jsonl if there is one, labels.txt, and the images. Each line is {"id": ...,
+"text": ..., "img": "path/from/the/folder.jpg", "label": "name"}; label is a list of names where a sample may have several classes.
+
+    python examples/easy_vqa_jsonl.py outputs/easy_vqa_jsonl                     # or a folder of your own
+    python examples/classify_jsonl.py outputs/easy_vqa_jsonl --complementary frozen
+    python examples/classify_jsonl.py outputs/easy_vqa_jsonl --complementary frozen --resume  # after a kill at any moment
+    torchrun --nproc-per-node 2 examples/classify_jsonl.py outputs/easy_vqa_jsonl --complementary frozen
+    tensorboard --logdir outputs/classify_jsonl
+
+A resumed run ends with the numbers of an undisturbed one: what is random in a step depends on the seed and the step only. In the
+end the output folder has results.json, predictions-SPLIT.jsonl, and the adapter of the epoch that was the best on val.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, skip_first_batches
+from jsonl_task import argument_parser, check, load_task, to_device, write_atomically
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.utils.data import DistributedSampler
+from torch.utils.tensorboard import SummaryWriter
+
+MAY_CHANGE = ("output", "resume", "workers", "checkpoint_every")
+"""Arguments that a resumed run may have otherwise."""
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argument_parser(__doc__.split("\n")[0], "classify_jsonl")
+    parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no", help="autocast")
+    parser.add_argument("--checkpoint-every", type=int, default=100, help="steps; there is one after each epoch too")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of --output, if there is one")
+    args = check(parser, parser.parse_args(arguments))
+    if args.checkpoint_every < 1:
+        parser.error(f"--checkpoint-every must be at least 1, got {args.checkpoint_every}")
+    return args
+
+
+def settings_of(args: argparse.Namespace, processes: int) -> dict[str, Any]:
+    """What a run's numbers depend on: arguments, processes, and the content of the JSON lines."""
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    files = sorted([*args.folder.glob("*.jsonl"), args.folder / "labels.txt"])
+    data = hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files if file.exists())).hexdigest()[:16]
+    return {"data": data, "processes": processes, **{n: v for n, v in settings.items() if n not in MAY_CHANGE}}
+
+
+@dataclass
+class Position:
+    """Where training is, and what it has found: after ``step`` steps of ``epoch``."""
+
+    epoch: int = 0
+    step: int = 0
+    best_epoch: int = 0  # from 1
+    history: list[dict[str, float]] = field(default_factory=list)
+    """Metrics on val after each epoch."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+
+class Checkpoints:
+    """Folders ``step-N``, each made under another name and renamed when it is whole; the newest one stays."""
+
+    def __init__(self, folder: Path, accelerator: Accelerator):
+        self.folder, self.accelerator = folder, accelerator
+
+    def start(self, settings: dict[str, Any], resume: bool) -> None:
+        """Make the folder ready.
+
+        Raises:
+            SystemExit: it has a run that is not to be resumed, or one with other settings.
+        """
+        file = self.folder / "settings.json"
+        if file.exists():
+            if not resume:
+                raise SystemExit(f"{self.folder} has a run already: go on with it by --resume, or give another --output")
+            saved = json.loads(file.read_text())
+            if changed := [name for name in {**saved, **settings} if saved.get(name) != settings.get(name)]:
+                what = "; ".join(f"{name} was {saved.get(name)!r}, now it is {settings.get(name)!r}" for name in changed)
+                raise SystemExit(f"{self.folder} is of another configuration: {what}. Give the same, or another --output")
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, json.dumps(settings, indent=2))
+            for part in self.folder.glob(".*.part"):  # of a killed process
+                shutil.rmtree(part) if part.is_dir() else part.unlink()
+        self.accelerator.wait_for_everyone()
+
+    def load(self) -> None:
+        """The newest one, if there is any."""
+        if whole := self._whole():
+            self.accelerator.load_state(str(whole[-1]))
+            self.accelerator.print(f"goes on from {whole[-1]}")
+
+    def save(self, step: int) -> None:
+        part, whole = self.folder / f".step-{step:08}.part", self.folder / f"step-{step:08}"
+        self.accelerator.save_state(str(part))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            part.rename(whole)
+            for old in self._whole()[:-1]:
+                # renamed first: a half deleted folder is not taken for a whole one
+                shutil.rmtree(old.rename(self.folder / f".{old.name}.part"))
+        self.accelerator.wait_for_everyone()
+
+    def _whole(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*"))
+
+
+class Run:
+    """One training run in an output folder."""
+
+    def __init__(self, args: argparse.Namespace, accelerator: Accelerator):
+        self.args, self.accelerator, self.position = args, accelerator, Position()
+        self.checkpoints = Checkpoints(args.output, accelerator)
+        self.checkpoints.start(settings_of(args, accelerator.num_processes), args.resume)
+        task = self.task = load_task(args)
+        self.sampler = DistributedSampler(
+            task.splits["train"], accelerator.num_processes, accelerator.process_index, seed=args.seed, drop_last=True
+        )
+        self.loader = task.loader("train", self.sampler)
+        optimizer, self.schedule = task.optimizer(len(self.loader))
+        task.model.leave_frozen_out_of_state_dict()
+        self.model, self.optimizer = accelerator.prepare(task.model, optimizer)
+        if accelerator.num_processes > 1:
+            task.model.use_joint_batch()
+        self.trained = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
+        accelerator.register_for_checkpointing(self.position, self.schedule)
+        self.checkpoints.load()
+        # append-only: behind a kill the last record may be cut, which TensorBoard skips
+        self.writer = SummaryWriter(args.output / "tensorboard", purge_step=self.done) if accelerator.is_main_process else None
+
+    @property
+    def done(self) -> int:
+        """Steps."""
+        return self.position.epoch * len(self.loader) + self.position.step
+
+    def train(self) -> None:
+        """From the position to the end."""
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        columns = (*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+        with Progress(*columns, disable=not self.accelerator.is_main_process) as bar:
+            shown = bar.add_task("training", total=self.args.epochs * len(self.loader), completed=self.done, note="")
+            while self.position.epoch < self.args.epochs:
+                self.model.train()
+                self.sampler.set_epoch(self.position.epoch)
+                for batch in skip_first_batches(self.loader, self.position.step):
+                    loss = self._step(to_device(batch, self.accelerator.device))
+                    bar.update(shown, completed=self.done)
+                    if self.done % 10 == 0:
+                        self._log({"train/loss": loss.item(), "train/lr": self.schedule.get_last_lr()[0]})
+                        bar.update(shown, note=f"epoch {self.position.epoch + 1}/{self.args.epochs}, loss {loss.item():.3f}")
+                    if self.done % self.args.checkpoint_every == 0 and self.position.step < len(self.loader):
+                        self.checkpoints.save(self.done)
+                metrics = self._end_epoch()
+                bar.update(shown, note=f"val after epoch {self.position.epoch}: {readable(metrics)}")
+
+    def _step(self, batch: dict[str, Any]) -> Tensor:
+        accelerator = self.accelerator
+        # dropout and routing noise
+        torch.manual_seed((self.args.seed * 1_000_003 + self.done) * accelerator.num_processes + accelerator.process_index)
+        loss = self.model(**batch).loss
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(self.trained, self.args.clip)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        self.position.step += 1
+        return loss.detach()
+
+    def _end_epoch(self) -> dict[str, float]:
+        position, chosen_by = self.position, self.task.chosen_by
+        metrics = self.task.metrics(*self._predict("val"))
+        best = max((earlier[chosen_by] for earlier in position.history), default=float("-inf"))
+        position.epoch, position.step = position.epoch + 1, 0
+        position.history.append(metrics)
+        if metrics[chosen_by] > best:
+            position.best_epoch = position.epoch
+            if self.accelerator.is_main_process:
+                self.task.model.save_pretrained(self._adapter(position.epoch))
+        self._log({f"val/{name}": value for name, value in metrics.items()})
+        self.checkpoints.save(self.done)
+        if self.accelerator.is_main_process:
+            # what the checkpoint doesn't name any more
+            for old in set(self.args.output.glob("adapter-epoch-*")) - {self._adapter(position.best_epoch)}:
+                shutil.rmtree(old)
+        return metrics
+
+    def _adapter(self, epoch: int) -> Path:
+        return self.args.output / f"adapter-epoch-{epoch}"
+
+    def _log(self, values: dict[str, float]) -> None:
+        if self.writer is not None:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, self.done)
+
+    @torch.inference_mode()
+    def _predict(self, split: str) -> tuple[Tensor, Tensor]:
+        """Logits and labels, in the split's order."""
+        self.model.eval()
+        outputs = []
+        for batch in self.accelerator.prepare_data_loader(self.task.loader(split)):
+            outputs.append(self.accelerator.gather_for_metrics((self.model(**batch).logits.float(), batch["labels"])))
+        logits, labels = zip(*outputs, strict=True)
+        return torch.cat(logits).cpu(), torch.cat(labels).cpu()
+
+    def finish(self) -> dict[str, Any]:
+        """Metrics and predictions of the best epoch's adapter."""
+        self.accelerator.wait_for_everyone()
+        self.task.model.load_pretrained(self._adapter(self.position.best_epoch))
+        results = {"best_epoch": self.position.best_epoch, "history": self.position.history}
+        for split in [name for name in self.task.splits if name != "train"]:
+            logits, labels = self._predict(split)
+            results[split] = self.task.metrics(logits, labels)
+            if self.accelerator.is_main_process:
+                lines = "".join(f"{json.dumps(row)}\n" for row in self._predictions(split, logits))
+                write_atomically(self.args.output / f"predictions-{split}.jsonl", lines)
+            self.accelerator.print(f"{split}: {readable(results[split])}")
+        if self.accelerator.is_main_process:
+            write_atomically(self.args.output / "results.json", json.dumps(results, indent=2))
+            self.writer.close()
+        return results
+
+    def _predictions(self, split: str, logits: Tensor) -> list[dict[str, Any]]:
+        posts, names = self.task.splits[split], self.task.class_names
+        scores = logits.sigmoid() if posts.multi_label else logits.softmax(1)
+        rows = []
+        for post, score in zip(posts, scores.tolist(), strict=True):
+            if posts.multi_label:
+                label = [name for name, there in zip(names, post.label, strict=True) if there]
+                predicted = [name for name, value in zip(names, score, strict=True) if value > 0.5]
+            else:
+                label, predicted = names[post.label], names[max(range(len(names)), key=score.__getitem__)]
+            rows.append({"id": post.id, "label": label, "predicted": predicted, "scores": [round(value, 4) for value in score]})
+        return rows
+
+
+def readable(metrics: dict[str, float]) -> str:
+    return ", ".join(f"{name} {100 * value:.1f} %" for name, value in metrics.items())
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    args = parse_arguments(arguments)
+    run = Run(args, Accelerator(mixed_precision=args.precision))
+    run.train()
+    results = run.finish()
+    run.accelerator.end_training()
+    return results
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (OSError, ValueError) as error:  # of the folder's files: the message says it all
+        raise SystemExit(f"{type(error).__name__}: {error}") from error

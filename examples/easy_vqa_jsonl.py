@@ -1,0 +1,73 @@
+"""Write Easy-VQA as a folder of JSON lines, the format that classify_jsonl.py reads: real data for a first try.
+
+Questions about pictures of shapes, with the answer as the label; or, with --multi-label, with shape and color of the picture, where
+the answers to its questions tell both.
+
+    python examples/easy_vqa_jsonl.py outputs/easy_vqa_jsonl
+"""
+
+import argparse
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from easy_vqa_data import Split, easy_vqa
+from jsonl_task import write_atomically
+
+VALIDATION_IMAGES = 400
+"""The last of the 4,000 training images; their questions are for choosing, not for training."""
+
+
+def lines(split: Split, answers: list[str], chosen: torch.Tensor, folder: str, multi_label: bool) -> Iterator[dict]:
+    """A line for each chosen question that can be labelled."""
+    shown = _shown(split, answers) if multi_label else {}
+    for i in chosen.tolist():
+        image = int(split.images[i])
+        label = shown.get(image) if multi_label else answers[split.answers[i]]
+        if label is not None:
+            yield {"id": f"{folder}-{i}", "text": split.questions[i], "img": f"images/{folder}/{image}.png", "label": label}
+
+
+def _shown(split: Split, answers: list[str]) -> dict[int, list[str]]:
+    """Image -> its shape and color, where both are answers to its questions."""
+    shown: dict[int, set[str]] = {image: set() for image in split.images.tolist()}
+    for image, answer in zip(split.images.tolist(), split.answers.tolist(), strict=True):
+        shown[image] |= {answers[answer]} - {"yes", "no"}
+    return {image: sorted(names) for image, names in shown.items() if len(names) == 2}
+
+
+def write(root: Path, samples: int | None = None, multi_label: bool = False) -> None:
+    """The whole folder; ``samples`` of each split, or all of them."""
+    train, test, answers = easy_vqa()
+    held_out = train.images >= len(train.paths) - VALIDATION_IMAGES
+    splits = {"train": (train, ~held_out, "train"), "val": (train, held_out, "train"), "test": (test, test.images >= 0, "test")}
+    root.mkdir(parents=True, exist_ok=True)
+    names = [name for name in answers if not (multi_label and name in ("yes", "no"))]
+    write_atomically(root / "labels.txt", "\n".join(names) + "\n")
+    generator = torch.Generator().manual_seed(0)
+    for name, (split, members, folder) in splits.items():
+        chosen = members.nonzero()[:, 0]
+        chosen = chosen[torch.randperm(len(chosen), generator=generator)]
+        rows = list(islice(lines(split, answers, chosen, folder, multi_label), samples))
+        (root / "images" / folder).mkdir(parents=True, exist_ok=True)
+        for image in {row["img"] for row in rows}:
+            shutil.copyfile(split.paths[int(re.search(r"(\d+)\.png", image)[1])], root / image)
+        write_atomically(root / f"{name}.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
+        print(f"{root / name}.jsonl: {len(rows):,} questions")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("folder", type=Path, help="made if it isn't there")
+    parser.add_argument("--samples", type=int, default=None, help="so many questions of each split, in place of all")
+    parser.add_argument("--multi-label", action="store_true", help="label with shape and color of the picture")
+    args = parser.parse_args(arguments)
+    write(args.folder, args.samples, args.multi_label)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""What the programs on JSONL folders share: arguments, encoders by name, batches, optimiser, metrics."""
+
+import argparse
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from pretrained import dinov2_small, minilm
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchvision.transforms import functional as vision
+from transformers import get_linear_schedule_with_warmup
+
+from mope_fast import FeatureCache, FusionCollator, MoPEConfig, MoPEFusion
+from mope_fast.data import Posts, StackEach, classification_metrics, multi_label_metrics, read_jsonl_folder
+
+PACKAGED_TEXT, PACKAGED_IMAGE = "minilm", "dinov2-small"
+Encoder = tuple[nn.Module, Callable[..., Any]]
+"""A frozen encoder, and what makes its inputs of a list of texts or images."""
+
+
+def argument_parser(description: str, output: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("folder", type=Path, help="train.jsonl, val.jsonl, labels.txt, the images; test.jsonl if there is one")
+    add("--main", choices=("text", "image"), default="text", help="the side whose layers take prompts")
+    add("--text-model", default=PACKAGED_TEXT, help=f"a transformers folder or name; {PACKAGED_TEXT} comes from a package")
+    add(
+        "--image-model", default=PACKAGED_IMAGE,
+        help=f"a transformers folder or name, or a timm model as timm/NAME; {PACKAGED_IMAGE} comes from a package",
+    )  # fmt: skip
+    add("--image-size", type=int, default=112, help=f"pixels, a multiple of 14; for {PACKAGED_IMAGE} only, others know theirs")
+    add("--max-length", type=int, default=128, help="tokens of a text, longer ones are cut")
+    add(
+        "--complementary", choices=("prompted", "frozen"), default="prompted",
+        help="the other side's encoder: with trained prompts of its own, or as it is, each sample computed once and kept",
+    )  # fmt: skip
+    add("--experts", type=int, default=16, help="K, experts a layer")
+    add("--prompt-length", type=int, default=6, help="L, rows of a prompt")
+    add("--complementary-prompt-length", type=int, default=4, help="rows of the other side's prompts")
+    add("--dropout", type=float, default=0.1, help="on prompts")
+    add("--prompt-init", type=float, default=None, help="prompts start uniform in +- this; default: VPT's rule")
+    add("--importance-weight", type=float, default=0.01)
+    add("--lr", type=float, default=None, help="of prompts, router and mapper; default: the paper's 5e-4 for text, 4e-4 for images")
+    add("--complementary-lr", type=float, default=None, help="of the other side's prompts; default: the paper's of that side")
+    add("--head-lr", type=float, default=None, help="default: as --lr")
+    add("--weight-decay", type=float, default=1e-3)
+    add("--schedule", choices=("linear", "steps"), default="linear", help="warm-up and decay; or the paper's x 0.4 at epochs 3, 6")
+    add("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    add("--epochs", type=int, default=10)
+    add("--batch-size", type=int, default=64, help="of each process")
+    add("--samples", type=int, default=None, help="use so many of each split, for a quick try")
+    add("--missing-images", choices=("error", "skip", "grey"), default="error", help="leave out, or put a grey picture in place")
+    add("--workers", type=int, default=0, help="processes that read and decode")
+    add("--seed", type=int, default=42)
+    add("--output", type=Path, default=Path("outputs") / output, help="folder for everything this writes")
+    return parser
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
+    """Ends the program with one line for arguments that make no sense; fills in the paper's learning rates."""
+    least = {"image_size": 14, "max_length": 3, "experts": 1, "prompt_length": 1, "complementary_prompt_length": 0, "epochs": 1}
+    least |= {"batch_size": 2, "samples": 2, "workers": 0}
+    for name, value in least.items():
+        got = getattr(args, name)
+        if got is not None and got < value:
+            parser.error(f"--{name.replace('_', '-')} must be at least {value}, got {got}")
+    if not args.folder.is_dir():
+        parser.error(f"{args.folder} is no folder: expected one with train.jsonl, val.jsonl and labels.txt")
+    if args.output.exists() and not args.output.is_dir():
+        parser.error(f"--output must be a folder, {args.output} is a file")
+    papers = {"text": 5e-4, "image": 4e-4}
+    other = "image" if args.main == "text" else "text"
+    args.lr = papers[args.main] if args.lr is None else args.lr
+    args.complementary_lr = papers[other] if args.complementary_lr is None else args.complementary_lr
+    return args
+
+
+@dataclass
+class Task:
+    """A folder's data, and a model for it."""
+
+    splits: dict[str, Posts]
+    collate: FusionCollator
+    model: MoPEFusion
+    args: argparse.Namespace
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.splits["train"].class_names
+
+    def loader(self, split: str, sampler: Any = None) -> DataLoader:
+        """Training batches are shuffled and all of one size: batch norm can't train on one sample."""
+        training, posts = split == "train", self.splits[split]
+        count = len(posts if sampler is None else sampler)
+        return DataLoader(
+            posts, self.args.batch_size, collate_fn=self.collate, num_workers=self.args.workers, sampler=sampler,
+            shuffle=training and sampler is None, drop_last=training and count > self.args.batch_size,
+            generator=torch.Generator().manual_seed(self.args.seed),
+        )  # fmt: skip
+
+    def optimizer(self, steps_per_epoch: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        """AdamW, and its learning rate after each step."""
+        args = self.args
+        groups = self.model.parameter_groups(args.lr, args.complementary_lr, args.weight_decay)
+        if args.head_lr is not None:
+            head = set(self.model.head.parameters())
+            groups[0]["params"] = [parameter for parameter in groups[0]["params"] if parameter not in head]
+            groups.append({"params": list(head), "lr": args.head_lr, "weight_decay": args.weight_decay})
+        optimizer = torch.optim.AdamW(groups)
+        if args.schedule == "linear":
+            steps = args.epochs * steps_per_epoch
+            return optimizer, get_linear_schedule_with_warmup(optimizer, max(1, steps // 10), steps)
+        milestones = [3 * steps_per_epoch, 6 * steps_per_epoch]
+        return optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, 0.4)
+
+    def metrics(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
+        """Accuracy, macro and micro F1."""
+        if self.splits["train"].multi_label:
+            return multi_label_metrics(logits, labels)
+        metrics = classification_metrics(logits, labels, len(self.class_names))
+        # of samples with one class each every mistake is one class too many and one too few
+        return {"accuracy": metrics["accuracy"], "f1_macro": metrics["f1_macro"], "f1_micro": metrics["accuracy"]}
+
+    @property
+    def chosen_by(self) -> str:
+        """The metric that says which epoch is the best."""
+        return "f1_macro" if self.splits["train"].multi_label else "accuracy"
+
+
+def load_task(args: argparse.Namespace) -> Task:
+    """Read the folder, and make the model from the seed."""
+    names = ["train", "val", *(["test"] if (args.folder / "test.jsonl").exists() else [])]
+    splits = read_jsonl_folder(args.folder, names, missing_images=args.missing_images)
+    splits = {name: posts if args.samples is None else posts[: args.samples] for name, posts in splits.items()}
+    sides = {"text": text_encoder(args.text_model, args.max_length), "image": image_encoder(args.image_model, args.image_size)}
+    other = "image" if args.main == "text" else "text"
+    (main, main_inputs), (complementary, complementary_inputs) = sides[args.main], sides[other]
+    if args.complementary == "frozen":
+        complementary.to(default_device())
+        complementary = FeatureCache(args.output.parent / f"features-{_file_name(getattr(args, f'{other}_model'))}", complementary)
+    config = MoPEConfig(
+        num_experts=args.experts, prompt_length=args.prompt_length, dropout=args.dropout, prompt_init=args.prompt_init,
+        complementary_prompt_length=args.complementary_prompt_length, importance_weight=args.importance_weight,
+    )  # fmt: skip
+    torch.manual_seed(args.seed)
+    several = splits["train"].multi_label
+    model = MoPEFusion(
+        main, complementary, len(splits["train"].class_names), config,
+        problem_type="multi_label_classification" if several else "single_label_classification",
+    )  # fmt: skip
+    collate = FusionCollator(main_inputs, complementary_inputs, main_field=args.main, complementary_field=other)
+    return Task(splits, collate, model, args)
+
+
+def text_encoder(name: str, max_length: int) -> Encoder:
+    if name == PACKAGED_TEXT:
+        encoder, tokenizer = minilm()
+    else:
+        from transformers import AutoModel, AutoTokenizer
+
+        encoder, tokenizer = AutoModel.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # GPT-2 has none
+    return encoder, partial(tokenizer, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+
+
+def image_encoder(name: str, size: int) -> Encoder:
+    if name == PACKAGED_IMAGE:
+        return dinov2_small(), StackEach(partial(_pixels, size))
+    if name.startswith("timm/"):
+        import timm
+
+        encoder = timm.create_model(name.removeprefix("timm/"), pretrained=True)
+        transform = timm.data.create_transform(**timm.data.resolve_model_data_config(encoder))
+        return encoder, StackEach(transform)
+    from transformers import AutoImageProcessor, AutoModel
+
+    return AutoModel.from_pretrained(name), AutoImageProcessor.from_pretrained(name)
+
+
+def _pixels(size: int, image: Image.Image) -> Tensor:
+    image = image.resize((size, size), Image.Resampling.BICUBIC)
+    return vision.normalize(vision.to_tensor(image), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+
+def _file_name(model: str) -> str:
+    return model.strip("/").replace("/", "-")
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def to_device(value: Any, device: str | torch.device) -> Any:
+    """A batch's tensors, in dicts too."""
+    if isinstance(value, dict):
+        return {name: to_device(each, device) for name, each in value.items()}
+    return value.to(device, non_blocking=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """There is the old file or the new one, never a part."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(text)
+    os.replace(part, path)

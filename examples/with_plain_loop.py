@@ -1,0 +1,48 @@
+"""A fusion trained by a plain PyTorch loop, on a folder of JSON lines.
+
+python examples/with_plain_loop.py outputs/easy_vqa_jsonl --complementary frozen --epochs 3
+"""
+
+import torch
+from jsonl_task import Task, argument_parser, check, default_device, load_task, to_device
+from torch import nn
+from tqdm import tqdm
+
+
+def train(task: Task, device: str) -> None:
+    """All epochs."""
+    model = task.model.to(device)
+    loader = task.loader("train")
+    optimizer, schedule = task.optimizer(len(loader))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for epoch in range(task.args.epochs):
+        model.train()  # the encoders stay in eval mode
+        for batch in (bar := tqdm(loader, desc=f"epoch {epoch + 1}")):
+            output = model(**to_device(batch, device))
+            output.loss.backward()  # task loss and weighted importance loss
+            nn.utils.clip_grad_norm_(trained, task.args.clip)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        bar.set_postfix(loss=f"{output.loss.item():.3f}")
+
+
+@torch.inference_mode()
+def evaluate(task: Task, split: str, device: str) -> dict[str, float]:
+    task.model.eval()
+    outputs = [(task.model(**to_device(batch, device)).logits.cpu(), batch["labels"]) for batch in task.loader(split)]
+    return task.metrics(*(torch.cat(parts) for parts in zip(*outputs, strict=True)))
+
+
+def main(arguments: list[str] | None = None) -> Task:
+    parser = argument_parser(__doc__.split("\n")[0], "with_plain_loop")
+    task = load_task(check(parser, parser.parse_args(arguments)))
+    device = default_device()
+    train(task, device)
+    print(evaluate(task, "val", device))
+    task.model.save_pretrained(task.args.output / "adapter")
+    return task
+
+
+if __name__ == "__main__":
+    main()

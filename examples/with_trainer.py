@@ -1,0 +1,62 @@
+"""A fusion trained by transformers' Trainer, on a folder of JSON lines; --resume goes on from the last checkpoint.
+
+python examples/with_trainer.py outputs/easy_vqa_jsonl --complementary frozen --epochs 3
+"""
+
+import torch
+from jsonl_task import Task, argument_parser, check, load_task
+from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+
+def make_trainer(task: Task) -> Trainer:
+    args, train = task.args, task.splits["train"]
+    batches = max(1, len(train) // args.batch_size)
+    settings = TrainingArguments(
+        output_dir=str(args.output),
+        num_train_epochs=args.epochs,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=args.batch_size,
+        dataloader_drop_last=len(train) > args.batch_size,
+        dataloader_num_workers=args.workers,
+        max_grad_norm=args.clip,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=2,
+        logging_steps=10,
+        seed=args.seed,
+        remove_unused_columns=False,  # the collator needs the samples whole
+        report_to="none",
+    )
+
+    def metrics(prediction: EvalPrediction) -> dict[str, float]:
+        return task.metrics(torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids))
+
+    task.model.leave_frozen_out_of_state_dict()  # checkpoints hold what is trained
+    return Trainer(
+        task.model,
+        settings,
+        data_collator=task.collate,
+        train_dataset=train,
+        eval_dataset=task.splits["val"],
+        compute_metrics=metrics,
+        # of a fusion's outputs the first is the logits; keep nothing else of each batch
+        preprocess_logits_for_metrics=lambda outputs, labels: outputs[0],
+        optimizers=task.optimizer(batches),
+    )
+
+
+def main(arguments: list[str] | None = None) -> Task:
+    parser = argument_parser(__doc__.split("\n")[0], "with_trainer")
+    parser.add_argument("--resume", action="store_true")
+    task = load_task(check(parser, parser.parse_args(arguments)))
+    trainer = make_trainer(task)
+    last = get_last_checkpoint(task.args.output) if task.args.resume and task.args.output.is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    print(trainer.evaluate())
+    task.model.save_pretrained(task.args.output / "adapter")
+    return task
+
+
+if __name__ == "__main__":
+    main()
