@@ -21,6 +21,7 @@ from ._checks import (
     check_route_and_mix,
     check_window_prompt_attention,
 )
+from ._distributed import sum_over_ranks
 from ._implementations import Problem, choose
 from .ops import sdpa_attention, sdpa_window_attention, xformers_attention
 from .ops.prompt_attention import prompt_attention as _prompt_attention_op
@@ -107,9 +108,9 @@ def importance_loss(
     Args:
         scores: (B, K) or (N, B, K), any float dtype; sums are taken in float32 (float64 for float64). K = 1 or B = 0 gives 0.
         threshold: >= 0.
-        process_group: sum the importance over its ranks first (one differentiable all-reduce of (N, K) numbers). Each rank then
-            returns the loss of the whole batch, with a gradient that is already summed over the ranks' losses, so that DDP's
-            average over ranks is exactly the gradient of one such loss: multiply it by nothing.
+        process_group: sum the importance over its ranks first (one all-reduce of (N, K) numbers, none in the backward pass). Each
+            rank then returns the loss of the whole batch, with a gradient that is already multiplied by the number of ranks, so
+            that the average of DDP and FSDP is exactly the gradient of one such loss: multiply it by nothing.
 
     Returns:
         A scalar. It never waits for the device.
@@ -117,10 +118,8 @@ def importance_loss(
     check_importance_loss(scores, threshold)
     if process_group is None:
         return reference.importance_loss(scores, threshold=threshold)
-    from torch.distributed.nn.functional import all_reduce
-
     sums = scores.to(torch.promote_types(scores.dtype, torch.float32)).sum(-2)
-    return importance_loss_of_sums(all_reduce(sums, group=process_group), threshold=threshold)
+    return importance_loss_of_sums(sum_over_ranks([sums], process_group)[0], threshold=threshold)
 
 
 def prompt_attention(

@@ -10,6 +10,7 @@ from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor
 
+from .._distributed import shard_like
 from .._files import is_leftover, write_atomically
 
 if TYPE_CHECKING:
@@ -18,6 +19,19 @@ if TYPE_CHECKING:
 DESCRIPTION = "mope_fast.json"
 FORMAT = 2
 KEYS = ("model", "main", "config", "head", "num_classes", "problem_type", "weights")
+TRAINING_SETTINGS = frozenset(
+    (
+        "noise_std",
+        "dropout",
+        "dynamic_dropout",
+        "mixing",
+        "importance_weight",
+        "importance_threshold",
+        "prompt_init",
+        "prompt_init_std",
+    )
+)
+"""Settings that change nothing, or only the rounding, in eval mode."""
 
 
 def _weights_name(data: bytes) -> str:
@@ -82,15 +96,21 @@ def read_description(path: str | os.PathLike[str], model: str, settings: set[str
 
 
 def load(path: str | os.PathLike[str], model: "TaskModel", description: dict[str, Any]) -> None:
-    """Read the weights into a model made from the description.
+    """Read the weights that the description names into a model.
 
     Raises:
         FileNotFoundError, ValueError: the weights are missing, damaged or don't fit; the message lists every difference.
     """
+    own = json.loads(json.dumps(model.description()))
     problems = [
         f"{name}: saved with {description.get(name)}, got {found}"
-        for name, found in model.description().items()
-        if name in ("main", "complementary", "head") and description.get(name) != found
+        for name, found in own.items()
+        if name in ("main", "complementary", "head", "problem_type") and description.get(name) != found
+    ]
+    problems += [
+        f"config.{name}: saved with {value!r}, got {own['config'][name]!r}"
+        for name, value in description["config"].items()
+        if name not in TRAINING_SETTINGS and value != own["config"][name]
     ]
     weights = Path(path) / description["weights"]
     if not weights.is_file() and (newer := _named_weights(Path(path))) is not None:  # replaced since the description was read
@@ -101,14 +121,15 @@ def load(path: str | os.PathLike[str], model: "TaskModel", description: dict[str
     if _weights_name(data) != weights.name:
         raise ValueError(f"{weights} is damaged (its content doesn't match its name): restore it, or save the model again")
     saved = deserialize(data)
-    expected = model.trained_state_dict()
-    problems += [f"missing: {key}" for key in expected if key not in saved]
-    problems += [f"unexpected: {key}" for key in saved if key not in expected]
+    state = model.state_dict()
+    expected = {name: (key, state[key]) for name, key in model.trained_keys(state).items()}
+    problems += [f"missing: {name}" for name in expected if name not in saved]
+    problems += [f"unexpected: {name}" for name in saved if name not in expected]
     problems += [
-        f"{key}: saved {tuple(saved[key].shape)}, expected {tuple(value.shape)}"
-        for key, value in expected.items()
-        if key in saved and saved[key].shape != value.shape
+        f"{name}: saved {tuple(saved[name].shape)}, expected {tuple(value.shape)}"
+        for name, (_, value) in expected.items()
+        if name in saved and saved[name].shape != value.shape
     ]
     if problems:
         raise ValueError(f"{Path(path)} doesn't fit this model:\n  " + "\n  ".join(problems))
-    model.load_state_dict(saved, strict=False)
+    model.load_state_dict({key: shard_like(saved[name], value) for name, (key, value) in expected.items()}, strict=False)

@@ -106,10 +106,10 @@ class MoPEFusion(TaskModel):
             check_same_batch(self.main, main_inputs, cross)
         features, scores, maps = run_prompted(self.main, self.bank, main_inputs, cross, feature_maps=feature_maps)
         logits = apply_head(self.head, features)
+        task_loss, summed = self._losses(logits, labels, scores)
         importance = features.new_zeros(())
-        if scores is not None:
-            importance = functional.importance_loss(scores, threshold=config.importance_threshold)
-        task_loss = self.task_loss(logits, labels)
+        if summed is not None:
+            importance = functional.importance_loss(summed, threshold=config.importance_threshold)
         loss = None if task_loss is None else task_loss + config.importance_weight * importance
         return FusionOutput(loss, logits, task_loss, importance, scores, features, maps)
 

@@ -2,27 +2,50 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
+from .._distributed import JointBatch, gather, is_first, mesh_of, wait_for_all
 from ..encoders import PromptedEncoder
 from . import checkpoint
 
+NOT_A_LABEL = -100
+"""Samples of this class are left out of a loss: cross entropy's default."""
 
-def _regression_loss(logits: Tensor, labels: Tensor) -> Tensor:
+
+def _multi_label_loss(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+    return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction=reduction)
+
+
+def _regression_loss(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
     if labels.shape not in (logits.shape, logits.squeeze(-1).shape):
         raise ValueError(f"regression labels must have the shape of logits {tuple(logits.shape)}, got {tuple(labels.shape)}")
-    return F.mse_loss(logits, labels.to(logits.dtype).view_as(logits))
+    return F.mse_loss(logits, labels.to(logits.dtype).view_as(logits), reduction=reduction)
 
 
-TASK_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+TASK_LOSSES: dict[str, Callable[..., Tensor]] = {
     "single_label_classification": F.cross_entropy,
-    "multi_label_classification": lambda logits, labels: F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype)),
+    "multi_label_classification": _multi_label_loss,
     "regression": _regression_loss,
 }
+
+
+def _sum_and_terms(problem_type: str, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """A task loss as a sum and how many terms its mean is over; float32 or float64."""
+    total = TASK_LOSSES[problem_type](logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="sum")
+    if problem_type != "single_label_classification":
+        terms = logits.numel()
+    elif labels.is_floating_point():  # probabilities of classes
+        terms = labels.numel() // labels.shape[1]
+    else:
+        return total, (labels != NOT_A_LABEL).sum().to(total.dtype)
+    # filled on the device: a copied number would make the host wait
+    return total, total.new_full((), terms)
 
 
 def check_head(num_classes: int | None, head: nn.Module | None, problem_type: str) -> None:
@@ -67,23 +90,73 @@ class TaskModel(nn.Module, ABC):
 
     head: nn.Module | None
     problem_type: str
+    _joint_batch: JointBatch | None = None
+    _leaves_frozen_out = False
+
+    def use_joint_batch(self, process_group: ProcessGroup | None = None) -> None:
+        """Take the losses of the batches of all ranks together, in training mode.
+
+        DDP and FSDP average gradients over ranks. That is the gradient of the mean over all samples only if all ranks have equally
+        many, and never that of the importance loss, which is a statistic of the batch. With this, ``loss``, ``task_loss`` and
+        ``importance_loss`` are those of the joint batch, the same on every rank, and a rank's gradient is its own part of theirs
+        times the number of ranks, so that the average is the joint batch's gradient. Routing scores summed over samples, the task
+        loss and how many terms it has go through one all-reduce in the forward pass. In eval mode nothing is exchanged.
+
+        Every rank has to run the same forwards in training mode, all with labels or all without. The mapper's batch norm keeps its
+        statistics to a rank's own batch: ``MoPEConfig(mapper_norm="layer")``, or ``nn.SyncBatchNorm`` on GPUs. A loss of your own
+        on ``logits`` is yours to weight.
+
+        Args:
+            process_group: the ranks over which gradients are averaged; None for the default group, or for this process alone
+                where there is none.
+        """
+        self._joint_batch = JointBatch(process_group)
 
     def task_loss(self, logits: Tensor | None, labels: Tensor | None) -> Tensor | None:
         """None without labels."""
-        if labels is None:
-            return None
-        if logits is None:
+        return self._losses(logits, labels)[0]
+
+    def _losses(
+        self, logits: Tensor | None, labels: Tensor | None, scores: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The task loss, and scores (N, B or 1, K) whose sum over B is that of the batch that counts."""
+        if labels is not None and logits is None:
             raise ValueError(f"labels need a head: give num_classes or head to {type(self).__name__}")
-        return TASK_LOSSES[self.problem_type](logits, labels)
+        if self._joint_batch is None or not self.training:
+            return None if labels is None else TASK_LOSSES[self.problem_type](logits, labels), scores
+        parts = [] if labels is None else [*_sum_and_terms(self.problem_type, logits, labels)]
+        if scores is not None:
+            parts.append(scores.to(torch.promote_types(scores.dtype, torch.float32)).sum(-2, keepdim=True))
+        joint = self._joint_batch.sum(parts)
+        return None if labels is None else joint[0] / joint[1], None if scores is None else joint[-1]
 
     @abstractmethod
     def description(self) -> dict[str, Any]:
         """What has to match when the trained parts are loaded; plain values."""
 
     def trained_state_dict(self) -> dict[str, Tensor]:
-        """All that isn't a frozen encoder's."""
+        """All that isn't a frozen encoder's: whole tensors under plain names, whether this model is compiled, in DDP or sharded.
+
+        Tensors that are sharded (FSDP2) are gathered: every rank has to call this.
+        """
+        state = self.state_dict()
+        return {name: gather(state[key]) for name, key in self.trained_keys(state).items()}
+
+    def trained_keys(self, state: Iterable[str]) -> dict[str, str]:
+        """Plain name -> key, of the keys of a state dict of this model that are no frozen encoder's."""
         frozen = tuple(f"{name}." for name in self.frozen_parts())
-        return {key: value for key, value in self.state_dict().items() if not key.startswith(frozen)}
+        return {_plain_name(key): key for key in state if not key.startswith(frozen)}
+
+    def leave_frozen_out_of_state_dict(self) -> None:
+        """Have ``state_dict()`` leave frozen encoders out, and a strict ``load_state_dict`` do without them.
+
+        For programs that save by calling these, whatever this model is a part of: a state dict with a frozen part whole is loaded
+        whole, one without any of it leaves it as it is.
+        """
+        if not self._leaves_frozen_out:
+            self._leaves_frozen_out = True
+            self.register_state_dict_post_hook(_leave_frozen_out)
+            self.register_load_state_dict_pre_hook(_put_frozen_in)
 
     def frozen_parts(self) -> list[str]:
         """Names of the modules that are held and not trained."""
@@ -122,9 +195,32 @@ class TaskModel(nn.Module, ABC):
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write the trained parts only: ``mope_fast.json`` and a safetensors file beside it.
 
-        Killed at any moment, the folder holds the old save or the new one, each whole.
+        Killed at any moment, the folder holds the old save or the new one, each whole. Of a compiled model, or of one in DDP
+        (``ddp.module``), any number of ranks may call this. If trained parts are sharded (FSDP2), every rank has to: the first one
+        writes, and all wait for it.
         """
-        checkpoint.save(path, self.trained_state_dict(), self.description())
+        state = self.state_dict()
+        keys = self.trained_keys(state)
+        mesh = mesh_of(state[key] for key in keys.values())
+        # one by one: a whole model may not fit beside its shards
+        whole = {name: gather(state[key]).cpu() for name, key in keys.items()}
+        if mesh is None or is_first(mesh):
+            checkpoint.save(path, whole, self.description())
+        if mesh is not None:
+            wait_for_all(mesh)
+
+    def load_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Read a folder of :meth:`save_pretrained` into this model, in place, and leave its mode and its encoders' as they are.
+
+        The model may be compiled, in DDP (``ddp.module``) or sharded (FSDP2), and the one that was saved another of these; every
+        rank calls it. Settings that only matter in training may differ from those saved.
+
+        Raises:
+            FileNotFoundError, ValueError: no such save, or it doesn't fit; the message says what doesn't. Nothing is changed then.
+        """
+        own = self.description()
+        saved = checkpoint.read_description(path, own["model"], set(own["config"]))
+        checkpoint.load(path, self, saved)
 
     def _load(self, path: str | os.PathLike[str], description: dict[str, Any]) -> None:
         try:
@@ -145,6 +241,30 @@ class TaskModel(nn.Module, ABC):
     @abstractmethod
     def unwrap(self) -> Any:
         """Give the encoders back as they were; this model can't be used afterwards."""
+
+
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+
+
+def _plain_name(key: str) -> str:
+    """Without what torch.compile and torch's checkpoint wrapper put into names of modules inside a model."""
+    for wrapper in _WRAPPERS:
+        key = key.replace(wrapper, "")
+    return key
+
+
+def _leave_frozen_out(model: TaskModel, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    frozen = tuple(f"{prefix}{name}." for name in model.frozen_parts())
+    for key in [key for key in state if key.startswith(frozen)]:
+        del state[key]
+
+
+def _put_frozen_in(model: TaskModel, state: dict[str, Any], prefix: str, *others: Any) -> None:
+    """Each frozen part that is left out as it is now: loading finds every key, and torch copies no tensor onto itself."""
+    for name in model.frozen_parts():
+        part = f"{prefix}{name}."
+        if not any(key.startswith(part) for key in state):
+            state.update(model.get_submodule(name).state_dict(prefix=part, keep_vars=True))
 
 
 def describe_encoder(encoder: PromptedEncoder) -> dict[str, Any]:
