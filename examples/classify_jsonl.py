@@ -139,7 +139,7 @@ class Run:
         accelerator.register_for_checkpointing(self.position, self.schedule)
         self.checkpoints.load()
         # append-only: behind a kill the last record may be cut, which TensorBoard skips
-        self.writer = SummaryWriter(args.output / "tensorboard", purge_step=self.done) if accelerator.is_main_process else None
+        self.writer = SummaryWriter(args.output / "tensorboard", purge_step=self.done + 1) if accelerator.is_main_process else None
 
     @property
     def done(self) -> int:
@@ -259,8 +259,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     return results
 
 
-if __name__ == "__main__":
+def run_from_shell() -> None:
+    """What is wrong with the folder's files is said without a traceback."""
     try:
         main()
-    except (OSError, ValueError) as error:  # of the folder's files: the message says it all
-        raise SystemExit(f"{type(error).__name__}: {error}") from error
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from None
+
+
+if __name__ == "__main__":
+    run_from_shell()

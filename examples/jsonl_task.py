@@ -44,6 +44,8 @@ def argument_parser(description: str, output: str) -> argparse.ArgumentParser:
     add("--prompt-length", type=int, default=6, help="L, rows of a prompt")
     add("--complementary-prompt-length", type=int, default=4, help="rows of the other side's prompts")
     add("--dropout", type=float, default=0.1, help="on prompts")
+    add("--noise-std", type=float, default=1 / 256, help="of the noise on routing logits, in training")
+    add("--mapper-norm", choices=("batch", "layer", "none"), default="batch", help="on the way of the other feature to a prompt")
     add("--prompt-init", type=float, default=None, help="prompts start uniform in +- this; default: VPT's rule")
     add("--importance-weight", type=float, default=0.01)
     add("--lr", type=float, default=None, help="of prompts, router and mapper; default: the paper's 5e-4 for text, 4e-4 for images")
@@ -145,8 +147,9 @@ def load_task(args: argparse.Namespace) -> Task:
         complementary.to(default_device())
         complementary = FeatureCache(args.output.parent / f"features-{_file_name(getattr(args, f'{other}_model'))}", complementary)
     config = MoPEConfig(
-        num_experts=args.experts, prompt_length=args.prompt_length, dropout=args.dropout, prompt_init=args.prompt_init,
-        complementary_prompt_length=args.complementary_prompt_length, importance_weight=args.importance_weight,
+        num_experts=args.experts, prompt_length=args.prompt_length, dropout=args.dropout, noise_std=args.noise_std,
+        prompt_init=args.prompt_init, mapper_norm=args.mapper_norm,
+        complementary_prompt_length=args.complementary_prompt_length,        importance_weight=args.importance_weight,
     )  # fmt: skip
     torch.manual_seed(args.seed)
     several = splits["train"].multi_label

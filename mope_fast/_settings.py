@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, asdict, field, fields
+import json
+from dataclasses import MISSING, FrozenInstanceError, asdict, field, fields
 from typing import Any
 
 _KINDS = {"int": int, "float": (int, float), "bool": bool, "str": str}
@@ -27,11 +28,28 @@ def check_types(settings: Any) -> None:
 
 
 class Settings:
-    """Base of frozen dataclasses whose fields are made by :func:`setting`."""
+    """Base of dataclasses whose fields are made by :func:`setting`; they can't be changed, ``dataclasses.replace`` makes another.
+
+    Attributes that are no settings can be set: transformers' Trainer leaves notes of its own (``use_cache``) on a model's config.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dataclass_fields__ and name in vars(self):
+            raise FrozenInstanceError(f"{type(self).__name__}.{name} can't be changed: use dataclasses.replace(config, {name}=...)")
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.__dataclass_fields__:
+            raise FrozenInstanceError(f"{type(self).__name__}.{name} can't be deleted")
+        super().__delattr__(name)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(self)
+
+    def to_json_string(self) -> str:
+        """As transformers' loggers ask for it."""
+        return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
     def describe(cls) -> str:

@@ -39,7 +39,7 @@ class FewShotRun:
     best_step: int | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, unsafe_hash=True)
 class FewShotRecipe(Settings):
     """Settings of few-shot training; ``FewShotRecipe.describe()`` prints them with meaning and source.
 

@@ -11,7 +11,7 @@ _CODE = "the authors' released code"
 _OURS = "ours"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, unsafe_hash=True)
 class MoPEConfig(Settings):
     """Settings of :class:`PromptBank` and :class:`MoPEFusion`; ``MoPEConfig.describe()`` prints them with meaning and source."""
 

@@ -65,6 +65,17 @@ def test_config_survives_json():
 def test_config_can_not_be_changed_behind_its_checks():
     with pytest.raises(dataclasses.FrozenInstanceError):
         MoPEConfig().temperature = 0.0
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        del MoPEConfig().temperature
+    assert hash(MoPEConfig()) == hash(MoPEConfig())
+
+
+def test_a_trainer_may_leave_notes_on_it_and_log_it():
+    config = MoPEConfig(num_experts=3)
+    config.use_cache = False
+    assert config == MoPEConfig(num_experts=3)
+    assert MoPEConfig(**json.loads(config.to_json_string())) == config
+    assert dataclasses.replace(config, num_experts=4) == MoPEConfig(num_experts=4)
 
 
 @pytest.mark.parametrize(

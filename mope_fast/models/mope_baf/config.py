@@ -48,7 +48,7 @@ HEADS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, unsafe_hash=True)
 class BAFConfig(Settings):
     """Settings of :class:`MoPEBAF`; ``BAFConfig.describe()`` prints them with meaning and source.
 

@@ -1,0 +1,75 @@
+"""A plain loop, transformers' Trainer, Accelerate and Lightning train the same fusion to the same parameters."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+NAMES = ("tiny_task", "jsonl_task", "with_plain_loop", "with_trainer", "with_accelerate", "with_lightning")
+tiny_task, jsonl_task, with_plain_loop, with_trainer, with_accelerate, with_lightning = (
+    pytest.importorskip(name, reason="needs the packages of the examples extra") for name in NAMES
+)
+
+# one batch an epoch, nothing random: samples come in each tool's own order. No batch norm: the gradient of the bias before it is
+# what rounding leaves of zero, and AdamW makes whole steps of that
+ARGUMENTS = ["--experts=4", "--prompt-length=2", "--batch-size=12", "--epochs=4", "--lr=3e-3", "--clip=0.5"]
+ARGUMENTS += ["--dropout=0", "--noise-std=0", "--mapper-norm=layer"]
+
+
+@pytest.fixture(autouse=True)
+def _tiny_encoders(monkeypatch):
+    monkeypatch.setattr(jsonl_task, "text_encoder", tiny_task.text_encoder)
+    monkeypatch.setattr(jsonl_task, "image_encoder", tiny_task.image_encoder)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tiny_task.write_folder(tmp_path / "data", train=12)
+
+
+def trained(main, folder, output, *more):
+    """(parameters before, parameters after)"""
+    arguments = [str(folder), "--output", str(output), *ARGUMENTS, *more]
+    parser = jsonl_task.argument_parser("", "")
+    start = jsonl_task.load_task(jsonl_task.check(parser, parser.parse_args(arguments[: len(arguments) - len(more)])))
+    main(arguments)
+    described = json.loads((output / "adapter" / "mope_fast.json").read_text())
+    return start.model.trained_state_dict(), load_file(output / "adapter" / described["weights"])
+
+
+@pytest.mark.parametrize("tool", [with_trainer, with_accelerate, with_lightning])
+def test_it_ends_with_the_parameters_of_a_plain_loop(folder, tmp_path, tool):
+    before, expected = trained(with_plain_loop.main, folder, tmp_path / "plain")
+    assert any(not torch.equal(value, before[name]) for name, value in expected.items())
+    _, got = trained(tool.main, folder, tmp_path / "tool")
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("tool", [with_trainer, with_lightning])
+def test_a_stopped_run_goes_on_from_a_checkpoint_of_trained_parts_only(folder, tmp_path, tool, monkeypatch):
+    _, expected = trained(tool.main, folder, tmp_path / "whole")
+    evaluate, epochs = jsonl_task.Task.metrics, []
+
+    def stopped_in_the_third_epoch(self, logits, labels):
+        epochs.append(len(epochs))
+        if len(epochs) == 3:
+            raise KeyboardInterrupt
+        return evaluate(self, logits, labels)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jsonl_task.Task, "metrics", stopped_in_the_third_epoch)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            trained(tool.main, folder, tmp_path / "stopped")
+    files = [*tmp_path.glob("stopped/checkpoint-*/model.safetensors"), *tmp_path.glob("stopped/*.ckpt")]
+    assert files
+    keys = (
+        load_file(files[0]) if files[0].suffix == ".safetensors" else torch.load(files[0], weights_only=False)["state_dict"]
+    ).keys()
+    assert keys
+    assert not any("encoder" in key for key in keys)
+    _, got = trained(tool.main, folder, tmp_path / "stopped", "--resume")
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
