@@ -1,4 +1,4 @@
-"""The pages of docs/ run as they stand, one after the other's snippets, and leave no encoder and no setting out."""
+"""The pages of docs/ run as they stand, one after the other's snippets, leave no encoder and no setting out, and lead somewhere."""
 
 import ast
 import dataclasses
@@ -10,7 +10,8 @@ import pytest
 from mope_fast import BAFConfig, supported_encoders
 from mope_fast.encoders import families
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 SNIPPETS = {page.name: re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL) for page in DOCS.glob("*.md")}
 
 
@@ -23,8 +24,33 @@ def test_snippets_run(page, tmp_path, monkeypatch):
         exec(compile(snippet, page, "exec"), names)
 
 
-def test_encoders_page_has_snippets():
-    assert len(SNIPPETS["encoders.md"]) == 2
+def anchors(page):
+    """Of a page's headings, as GitHub makes them."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{page}" for page in SNIPPETS)])
+def test_relative_links_resolve(page):
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"\w+:", link)]
+    for link in links:
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_the_index_has_every_page():
+    links = re.findall(r"^\| \[(.*?)\]\((.*?)\) \|", (DOCS / "README.md").read_text(), re.MULTILINE)
+    assert all(name == link for name, link in links)
+    assert sorted(link for _, link in links) == sorted(set(SNIPPETS) - {"README.md"})
+
+
+@pytest.mark.parametrize("page", ["concepts.md", "own_transformer.md", "coming_from_mope.md", "numerics.md", "performance.md"])
+def test_a_page_that_promises_code_has_it(page):
+    assert SNIPPETS[page]
 
 
 def test_the_table_has_every_encoder_and_no_other():
