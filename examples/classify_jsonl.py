@@ -33,11 +33,16 @@ MAY_CHANGE = ("output", "resume", "workers", "checkpoint_every")
 """Arguments that a resumed run may have otherwise."""
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argument_parser(__doc__.split("\n")[0], "classify_jsonl")
     parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no", help="autocast")
     parser.add_argument("--checkpoint-every", type=int, default=100, help="steps; there is one after each epoch too")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of --output, if there is one")
+    return parser
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = make_parser()
     args = check(parser, parser.parse_args(arguments))
     if args.checkpoint_every < 1:
         parser.error(f"--checkpoint-every must be at least 1, got {args.checkpoint_every}")

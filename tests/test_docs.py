@@ -70,3 +70,16 @@ def test_the_page_of_mope_baf_has_every_setting_with_its_default():
         values = [ast.literal_eval(value) for value in values] or [dataclasses.MISSING] * len(names)
         shown |= dict(zip(names, values, strict=True))
     assert shown == {field.name: field.default for field in dataclasses.fields(BAFConfig)}
+
+
+def test_flags_of_the_page_on_the_release_are_those_of_the_program(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    program = pytest.importorskip("classify_jsonl", reason="needs the packages of the examples extra")
+    page = (DOCS / "coming_from_mope.md").read_text()
+    command = re.search(r"```bash\npython examples/classify_jsonl.py (.*?)```", page, re.DOTALL)[1].replace("\\\n", " ").split()
+    monkeypatch.setattr("pathlib.Path.is_dir", lambda path: True)
+    args = program.parse_arguments(command)
+    assert (args.main, args.experts, args.complementary_lr, args.precision) == ("image", 4, 5e-4, "fp16")
+    here = [cell for cell in re.findall(r"^\| `--.*?\| (.*?) \|", page, re.MULTILINE) if "`--fuse_method" not in cell]
+    known = {option for action in program.make_parser()._actions for option in action.option_strings}
+    assert set(re.findall(r"`(--[\w-]+)", " ".join(here))) <= known
