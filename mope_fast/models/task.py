@@ -163,18 +163,33 @@ class TaskModel(nn.Module, ABC):
         modules = self.named_modules(remove_duplicate=False)
         return [name for name, module in modules if isinstance(module, PromptedEncoder)]
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, every_n_layers: int = 1, offload: bool = False
+    ) -> None:
         """Keep one layer's input in place of its activations, and compute layer and prompts again in the backward pass.
 
         It holds for all models that share the encoder. ``torch.compile`` needs
         ``torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True``.
 
         Args:
-            gradient_checkpointing_kwargs: for transformers' Trainer; ``{"use_reentrant": False}`` is what is done.
+            gradient_checkpointing_kwargs, every_n_layers, offload: for transformers' Trainer; ``{"use_reentrant": False}``, every
+                layer and no offloading is what is done.
+
+        Raises:
+            ValueError: something else is asked for.
         """
         if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError("use_reentrant=True is not supported: with frozen encoders it would lose the prompts' gradients")
+        if every_n_layers != 1 or offload:
+            got = f"every_n_layers={every_n_layers} and offload={offload}"
+            raise ValueError(f"every layer is checkpointed, on its device: expected every_n_layers=1 and offload=False, got {got}")
         self._set_gradient_checkpointing(True)
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, every_n_layers: int = 1, offload: bool = False
+    ) -> None:
+        """:meth:`gradient_checkpointing_enable` by the name that transformers' Trainer has for it from 5.23 on."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep activations again."""

@@ -73,3 +73,17 @@ def test_a_stopped_run_goes_on_from_a_checkpoint_of_trained_parts_only(folder, t
     _, got = trained(tool.main, folder, tmp_path / "stopped", "--resume")
     for name, value in expected.items():
         torch.testing.assert_close(got[name], value, rtol=1e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_the_trainers_checkpointing_and_logging_work(folder, tmp_path, monkeypatch):
+    _, expected = trained(with_trainer.main, folder, tmp_path / "plain")
+    arguments, models, run = with_trainer.TrainingArguments, [], with_trainer.make_trainer
+    more = {"gradient_checkpointing": True, "report_to": "tensorboard"}
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    monkeypatch.setattr(with_trainer, "TrainingArguments", lambda **settings: arguments(**{**settings, **more}))
+    monkeypatch.setattr(with_trainer, "make_trainer", lambda task: models.append(task.model) or run(task))
+    _, got = trained(with_trainer.main, folder, tmp_path / "checkpointing")
+    assert models[0].main.gradient_checkpointing
+    assert list((tmp_path / "logs").rglob("events.*"))
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")

@@ -79,6 +79,12 @@ def test_both_sides_are_checkpointed_and_reentrant_is_refused():
     assert not model.main.gradient_checkpointing
     with pytest.raises(ValueError, match="use_reentrant=True is not supported"):
         model.gradient_checkpointing_enable({"use_reentrant": True})
+    for settings in ({"every_n_layers": 2}, {"offload": True}):
+        with pytest.raises(ValueError, match="expected every_n_layers=1 and offload=False, got every_n_layers="):
+            model.activation_checkpointing_enable(**settings)
+    assert not model.main.gradient_checkpointing
+    model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=1)
+    assert model.main.gradient_checkpointing
 
 
 def test_the_plain_encoder_is_not_affected():
