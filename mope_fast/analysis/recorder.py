@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._autocast import without_autocast
 from .._files import write_atomically
 from ..models import FoldedModel, MoPEFusion, MultiAdapter
 from .alarms import Alarm, Thresholds, find_alarms
@@ -144,20 +145,26 @@ class Recorder:
                 f"labels are of {classes} classes, those before of {len(self._sums.classes) - 1}: use another recorder"
             )
         if self.steps % self._every == 0 and batch:
-            if self._sums is None:
-                self._sums = Sums.empty(layers, experts, self._windows, self._top, scores.device)
-            if labels is not None and len(self._sums.classes) == 1:
-                self._sums = self._sums.with_classes(classes)
-            if ids is None:
-                ids = torch.arange(self._seen, self._seen + batch, device=scores.device)
-            if self.steps >= self._stride * self._windows:
-                self._sums.merge_windows()
-                self._stride *= 2
-            self._sums.add(scores, labels, ids, self.steps // self._stride)
+            # not in inference mode: what is made in it can't be added to outside of it
+            with torch.inference_mode(False), torch.no_grad(), without_autocast(scores.device.type):
+                self._count(scores.detach(), labels, ids, classes)
         self.steps += 1
         self.training_steps += training
         self._seen += batch
         self.__dict__.pop("_totals", None)
+
+    def _count(self, scores: Tensor, labels: Tensor | None, ids: Tensor | None, classes: int | None) -> None:
+        layers, batch, experts = scores.shape
+        if self._sums is None:
+            self._sums = Sums.empty(layers, experts, self._windows, self._top, scores.device)
+        if labels is not None and len(self._sums.classes) == 1:
+            self._sums = self._sums.with_classes(classes)
+        if ids is None:
+            ids = torch.arange(self._seen, self._seen + batch, device=scores.device)
+        if self.steps >= self._stride * self._windows:
+            self._sums.merge_windows()
+            self._stride *= 2
+        self._sums.add(scores, labels, ids, self.steps // self._stride)
 
     @cached_property
     def _totals(self) -> Sums:

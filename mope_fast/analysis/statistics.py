@@ -5,8 +5,6 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from .._autocast import without_autocast
-
 
 @dataclass
 class Sums:
@@ -58,24 +56,22 @@ class Sums:
             ids: (B,) int64.
             window: of the step.
         """
-        # not in inference mode: what it makes can't be added to outside of it
-        with torch.inference_mode(False), torch.no_grad(), without_autocast(scores.device.type):
-            device = self.scores.device
-            scores, ids = scores.detach().to(device, torch.float64), ids.to(device, non_blocking=True)
-            total = scores.sum(-1, keepdim=True)
-            finite = total.isfinite().all(0).squeeze(-1)
-            routed = (total != 0).all(0).squeeze(-1)
-            counted = finite & routed
-            shares = torch.where(counted[:, None], scores / total, 0)  # (N, B, K)
-            entropy = torch.special.entr(shares).sum((1, 2))
-            self.counts += torch.stack([counted.sum(), (~finite).sum(), (finite & ~routed).sum()])
-            self.scores += shares.sum(1)
-            self.entropy += entropy
-            self.windows[window] += torch.cat([shares.sum(1), entropy[:, None]], dim=1)
-            self.window_counts[window] += counted.sum()
-            if labels is not None:
-                self._add_classes(shares, labels.to(device, non_blocking=True), counted)
-            self._keep_top(torch.where(counted[:, None], scores, float("-inf")), ids)
+        device = self.scores.device
+        scores, ids = scores.to(device, torch.float64), ids.to(device, non_blocking=True)
+        total = scores.sum(-1, keepdim=True)
+        finite = total.isfinite().all(0).squeeze(-1)
+        routed = (total != 0).all(0).squeeze(-1)
+        counted = finite & routed
+        shares = torch.where(counted[:, None], scores / total, 0)  # (N, B, K)
+        entropy = torch.special.entr(shares).sum((1, 2))
+        self.counts += torch.stack([counted.sum(), (~finite).sum(), (finite & ~routed).sum()])
+        self.scores += shares.sum(1)
+        self.entropy += entropy
+        self.windows[window] += torch.cat([shares.sum(1), entropy[:, None]], dim=1)
+        self.window_counts[window] += counted.sum()
+        if labels is not None:
+            self._add_classes(shares, labels.to(device, non_blocking=True), counted)
+        self._keep_top(torch.where(counted[:, None], scores, float("-inf")), ids)
 
     def merge_windows(self) -> None:
         """Pairs of windows become one; the second half is free."""
@@ -91,7 +87,7 @@ class Sums:
             self.class_counts[:-1] += weights.sum(0)
             return
         none = len(self.classes) - 1
-        rows = torch.where((labels >= 0) & (labels < none), labels, none)
+        rows = torch.where((labels >= 0) & (labels < none), labels, none).long()
         self.classes.index_add_(0, rows, shares.transpose(0, 1))
         self.class_counts.index_add_(0, rows, counted.to(torch.float64))
 
