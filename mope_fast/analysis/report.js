@@ -244,7 +244,7 @@
     scale(byId("importance-scale"), VIRIDIS, "0", number(most), 1 / experts / most);
     heatMap(byId("importance"), {
       label: "Importance of each expert in each layer", rows: names(layers, "layer "), columns: names(experts, ""), under: "expert",
-      rowHeight: Math.max(11, Math.min(34, 285 / layers)), least: 6,
+      rowHeight: Math.max(11, Math.min(46, 285 / layers)), least: 6,
       value: (row, column) => share(data.importance[row][column]),
       color: (value) => mix(VIRIDIS, value / most),
       text: (column, row) => {
@@ -350,7 +350,7 @@
       const head = add(card, "h3", {}, `Expert ${expert}`);
       add(head, "span", {}, percent(share(shares[expert])));
       add(add(card, "div", { class: "share" }), "i").style.width = `${(100 * shares[expert]) / most}%`;
-      const liked = favourites(expert).map(([name, ratio]) => `${name} ${ratio.toFixed(1)}×`);
+      const liked = favourites(expert).map(([name, ratio]) => `${name} (${ratio.toFixed(1)}×)`);
       if (classes) add(card, "p", { class: "likes" }, liked.length ? `more than usual: ${liked.join(", ")}` : "no class more than usual");
       const list = add(card, "ol");
       for (const [index, score] of data.top[layer][expert]) {

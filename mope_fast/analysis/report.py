@@ -6,7 +6,7 @@ import html
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from datetime import datetime
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
@@ -170,9 +170,8 @@ def _top_samples(recorder: "Recorder", samples: Any, left_out: list[str]) -> dic
 
 
 def _shown(samples: Any, sample: int) -> Shown:
-    get: Callable[[int], Any] = samples if callable(samples) and not hasattr(samples, "__getitem__") else samples.__getitem__
     try:
-        value = get(sample)
+        value = samples(sample) if callable(samples) and not hasattr(type(samples), "__getitem__") else samples[sample]
     except (IndexError, KeyError) as error:
         raise ValueError(
             f"samples has no {sample}: its ids must be those given to note(), or positions in the order of one pass"
