@@ -51,7 +51,7 @@
 
   const number = (value) => value.toFixed(4);
   const share = (value) => (value === null ? null : value * unit);
-  const percent = (value) => `${(100 * value).toFixed(value < 0.0995 ? 1 : 0)} %`;
+  const percent = (value) => `${(100 * value).toFixed(value < 0.0995 ? 1 : 0)}%`;
   const toFair = (value) => `${(value * experts).toFixed(2)} × the fair share`;
 
   function showTip(text, x, y) {
@@ -177,7 +177,7 @@
     bar.style.background = `linear-gradient(to right, ${stops.map((stop) => `rgb(${stop.join()})`).join()})`;
     if (fair !== null) add(bar, "b").style.left = `${100 * fair}%`;
     add(host, "span", {}, high);
-    if (fair !== null) add(host, "span", {}, `| fair share 1/K = ${number(1 / experts)}`);
+    if (fair !== null) add(host, "span", {}, `▏fair share 1/K = ${number(1 / experts)}`);
   }
 
   function legend(host, entries) {
@@ -266,7 +266,7 @@
     const { left, cell } = heatMap(byId("curves"), {
       label: `Importance of the experts of layer ${layer} over steps`, rows: names(experts, "expert "),
       columns: curves.edges.slice(0, -1).map(String), under: "step", ticks: true,
-      rowHeight: Math.max(4, Math.min(22, 320 / experts)), least: 2,
+      rowHeight: Math.max(4, Math.min(22, 320 / experts)), least: 1,
       value: (row, column) => share(rows[column][row]),
       color: (value) => mix(VIRIDIS, value / most),
       text: (column, row) => {
@@ -356,7 +356,7 @@
       for (const [index, score] of data.top[layer][expert]) {
         const [id, text, uri] = samples[index];
         const item = add(list, "li", { title: `sample ${id}${text === null ? "" : `: ${text}`}\nscore ${number(score)}` });
-        if (uri !== null) add(item, "img", { src: uri, alt: text === null ? `sample ${id}` : "", loading: "lazy" });
+        if (uri !== null) add(item, "img", { src: uri, alt: text === null ? `sample ${id}` : "" });
         if (text === null) add(item, "p", { class: "id" }, `sample ${id}`);
         else add(item, "p", {}, text);
         add(item, "data", { value: score }, score.toFixed(3));

@@ -226,7 +226,7 @@ def _alarms(recorder: "Recorder") -> str:
     for alarm in alarms:
         kinds.setdefault(alarm.kind, []).append(alarm)
     groups = "".join(f"<h3>{ALARM_TITLES[kind]}</h3>{_list(map(str, members))}" for kind, members in kinds.items())
-    return f'<section class="alarms some" role="alert"><h2>{_count(len(alarms), "alarm")}</h2>{groups}</section>'
+    return f'<section class="alarms some"><h2>{_count(len(alarms), "alarm")}</h2>{groups}</section>'
 
 
 def _list(lines: Iterable[str], most: int = 5) -> str:
