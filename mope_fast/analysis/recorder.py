@@ -1,5 +1,6 @@
 """Routing recorded while a model runs."""
 
+import copy
 import math
 import os
 from collections.abc import Sequence
@@ -76,6 +77,7 @@ class Recorder:
         self._top, self._every, self._windows = top, every, windows + windows % 2
         self._stride = every  # steps a window
         self._seen = 0  # samples, and so the next one's position
+        self._by_position = False
         self._noted: tuple[Tensor | None, Tensor | None] = (None, None)
         self._sums: Sums | None = None
         self._handle: Any = None
@@ -160,6 +162,7 @@ class Recorder:
         if labels is not None and len(self._sums.classes) == 1:
             self._sums = self._sums.with_classes(classes)
         if ids is None:
+            self._by_position = True
             ids = torch.arange(self._seen, self._seen + batch, device=scores.device)
         if self.steps >= self._stride * self._windows:
             self._sums.merge_windows()
@@ -285,6 +288,28 @@ class Recorder:
                 best.setdefault(sample, score)
         return [TopSample(sample, score) for sample, score in best.items()]
 
+    def gather(self, process_group: Any = None) -> "Recorder":
+        """One recorder of what all processes have recorded, on each of them; a collective, to be called by all.
+
+        Steps are those of the process with the most. Samples that a sampler gave to two processes count twice. Top samples are
+        kept where all were noted with ids: positions are each process's own.
+
+        Raises:
+            ValueError: the processes recorded different layers, experts or classes.
+        """
+        sums = None if self._sums is None else self._sums.cpu()
+        if sums is not None and self._by_position:
+            sums.top_scores.fill_(-math.inf)
+        states = [None] * torch.distributed.get_world_size(process_group)
+        torch.distributed.all_gather_object(states, (sums, self._stride, self.steps, self.training_steps), process_group)
+        total = copy.copy(self)
+        total.__dict__.pop("_totals", None)
+        total._handle = None
+        total._stride = max(stride for _, stride, _, _ in states)
+        total.steps, total.training_steps = (max(state[i] for state in states) for i in (2, 3))
+        total._sums = _sum_of([(sums, stride) for sums, stride, _, _ in states if sums is not None], total._stride)
+        return total
+
     def tensors(self) -> dict[str, Tensor]:
         """All measures by name, on the CPU."""
         curves = self.curves
@@ -348,7 +373,8 @@ def record(
 
     Args:
         model: a :class:`MoPEFusion`, a :class:`FoldedModel` or :class:`MultiAdapter` that routes, or a module that has one in
-            it, such as DistributedDataParallel; compiled or not. With several processes each records its own samples.
+            it, such as DistributedDataParallel; compiled or not. With several processes each records its own
+            samples: see :meth:`Recorder.gather`.
         class_names: of the classes of the labels; without it classes are counted by the model's logits.
         adapter: which member of a :class:`MultiAdapter`; it may be left out if one alone routes.
         top: samples kept for each layer and expert.
@@ -447,6 +473,22 @@ def _integers(name: str, values: Tensor | Sequence[int] | None) -> Tensor | None
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
         raise TypeError(f"{name} must be integers, got {values.dtype}")
     return values.long()
+
+
+def _sum_of(parts: Sequence[tuple[Sums, int]], stride: int) -> Sums | None:
+    """Of processes' sums, each with the length of its windows; none of these is longer than ``stride``."""
+    total = None
+    classes = max((len(sums.classes) for sums, _ in parts), default=1)
+    for sums, own in parts:
+        sums = sums.with_classes(classes - 1) if len(sums.classes) == 1 < classes else sums
+        while own < stride:
+            sums.merge_windows()
+            own *= 2
+        if total is not None and total.classes.shape != sums.classes.shape:
+            shapes = [tuple(part.classes[:-1].shape) for part in (total, sums)]
+            raise ValueError(f"processes recorded different classes, layers and experts: {shapes}")
+        total = sums if total is None else total.plus(sums)
+    return total
 
 
 def _log(experts: int) -> float:

@@ -412,4 +412,11 @@
   }
   drawAll();
   new ResizeObserver(drawAll).observe(document.querySelector("main"));
+  // charts are as wide as their page when they are drawn
+  for (const [event, paper] of [["beforeprint", true], ["afterprint", false]]) {
+    addEventListener(event, () => {
+      document.body.classList.toggle("paper", paper);
+      drawAll();
+    });
+  }
 })();

@@ -73,6 +73,14 @@ class Sums:
             self._add_classes(shares, labels.to(device, non_blocking=True), counted)
         self._keep_top(torch.where(counted[:, None], scores, float("-inf")), ids)
 
+    def plus(self, other: "Sums") -> "Sums":
+        """Of the samples of both, whose windows and classes are the same; a top sample of both counts once."""
+        sums = {item.name: getattr(self, item.name) + getattr(other, item.name) for item in fields(self)}
+        total = Sums(**{**sums, "top_scores": self.top_scores, "top_ids": self.top_ids})
+        known = (other.top_ids[..., None] == self.top_ids[..., None, :]).any(-1)
+        total._merge_top(other.top_scores.masked_fill(known, float("-inf")), other.top_ids)
+        return total
+
     def merge_windows(self) -> None:
         """Pairs of windows become one; the second half is free."""
         half = len(self.windows) // 2
@@ -95,8 +103,13 @@ class Sums:
         # a sample that comes again counts with its last score
         again = (self.top_ids[..., None] == ids).any(-1)
         kept = torch.where(again, float("-inf"), self.top_scores)
-        candidates = torch.cat([kept, scores.transpose(1, 2)], dim=2)
+        self.top_scores = kept
+        self._merge_top(scores.transpose(1, 2), ids.expand(*kept.shape[:2], -1))
+
+    def _merge_top(self, scores: Tensor, ids: Tensor) -> None:
+        """Keep the best of the present ones and these, (N, K, M) each."""
+        top = self.top_scores.shape[2]
         # stable: among equal scores the first one seen wins, however samples are batched
-        best, index = (x[..., : kept.shape[2]] for x in candidates.sort(dim=2, descending=True, stable=True))
-        ids = torch.cat([self.top_ids, ids.expand(*kept.shape[:2], -1)], dim=2)
-        self.top_scores, self.top_ids = best, ids.gather(2, index)
+        best, index = torch.cat([self.top_scores, scores], dim=2).sort(dim=2, descending=True, stable=True)
+        self.top_scores = best[..., :top]
+        self.top_ids = torch.cat([self.top_ids, ids], dim=2).gather(2, index[..., :top])

@@ -163,6 +163,36 @@ def test_every_third_step_is_recorded_and_positions_go_on():
     close(curves.importance[1], scores[[6, 9]].mean((0, 2)))
 
 
+def test_processes_together_are_as_one(monkeypatch):
+    """The second one has seen less, and so has shorter windows; the third nothing."""
+    scores, labels, ids = random_scores(), torch.randint(CLASSES, (SAMPLES,)), torch.randperm(SAMPLES)
+    one = Recorder(class_names=NAMES, windows=4, top=5)
+    ranks = [Recorder(class_names=NAMES, windows=4, top=5) for _ in range(3)]
+    for index in torch.arange(SAMPLES).split(5):
+        halves = index.split(3) if ranks[1].steps < 3 else (index,)
+        for rank, half in zip(ranks, halves, strict=False):
+            rank.update(scores[:, half], labels[half], ids[half])
+        one.update(scores[:, index], labels[index], ids[index])
+    assert ranks[0]._stride > ranks[1]._stride
+
+    def gather(states, own, group):
+        states[:] = [(r._sums and r._sums.cpu(), r._stride, r.steps, r.training_steps) for r in ranks]
+
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 3)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    before = ranks[1].tensors()
+    for rank in ranks:
+        total = rank.gather()
+        assert (total.steps, total.samples) == (one.steps, SAMPLES)
+        for name, value in one.tensors().items():
+            torch.testing.assert_close(total.tensors()[name], value, rtol=1e-12, atol=1e-12, equal_nan=True)
+    for name, value in before.items():
+        torch.testing.assert_close(ranks[1].tensors()[name], value, rtol=0, atol=0, equal_nan=True)
+    ranks[2].update(torch.ones(LAYERS, 2, EXPERTS + 1))
+    with pytest.raises(ValueError, match="processes recorded different classes, layers and experts"):
+        ranks[0].gather()
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1), (48, 3, 256)])
 def test_from_one_expert_to_many(shape):
     recorder = Recorder()

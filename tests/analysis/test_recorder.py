@@ -211,6 +211,19 @@ def test_data_parallel_models_are_recorded(process_group, wrapped):
     assert_same(other, expected(outputs, LABELS))
 
 
+def test_gathered_by_one_process_it_is_the_same_but_for_positions(process_group):
+    model, batch = small()
+    with analysis.record(model) as recorder:
+        recorder.note(ids=[4, 3, 2, 1])
+        model(*batch)
+        assert_same(recorder.gather(), recorder.tensors())
+        model(*batch)
+    gathered = recorder.gather()
+    assert gathered.top_samples(0, 0) == []
+    assert recorder.top_samples(0, 0) != []
+    torch.testing.assert_close(gathered.importance, recorder.importance, rtol=0, atol=0)
+
+
 def test_a_module_of_ones_own_is_recorded_in_its_model():
     class Task(nn.Module):
         def __init__(self):

@@ -255,8 +255,14 @@ def test_one_forward_without_classes_and_samples(open_page, tmp_path, sizes):
     assert page.locator(".expert").count() == sizes[2]
 
 
-def test_paper_is_white(open_page, file):
+def test_paper_is_white_and_its_charts_fit(open_page, file):
     page = open_page(file, scheme="dark")
+    page.evaluate(
+        "addEventListener('beforeprint', () => { window.printed = document.querySelector('#classes svg + div').clientWidth })"
+    )
+    page.pdf()
+    assert 300 < page.evaluate("window.printed") < 700
+    assert page.evaluate(cells) > 700
     page.emulate_media(media="print", color_scheme="dark")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert not page.locator("#more").is_visible()
