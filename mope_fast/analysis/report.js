@@ -219,9 +219,9 @@
       }
       draw(svg, "circle", { cx: x, cy: y(high), r: radius, fill: "var(--card)", stroke: "var(--balance)", "stroke-width": 2 });
       draw(svg, "circle", { cx: x, cy: y(low), r: radius, fill: "var(--entropy)" });
-      if (i % every === 0) draw(svg, "text", { x, y: top + tall + 16, "text-anchor": "middle" }, i);
+      if (i % every === 0) draw(svg, "text", { x, y: top + tall + 19, "text-anchor": "middle" }, i);
     }
-    draw(svg, "text", { x: left + (width - left) / 2, y: top + tall + 33, "text-anchor": "middle" }, "layer");
+    draw(svg, "text", { x: left + (width - left) / 2, y: top + tall + 36, "text-anchor": "middle" }, "layer");
     legend(byId("entropy-legend"), [
       ["balance", (s) => draw(s, "circle", { cx: 11, cy: 7, r: 4.5, fill: "none", stroke: "var(--balance)", "stroke-width": 2 })],
       ["entropy", (s) => draw(s, "circle", { cx: 11, cy: 7, r: 5, fill: "var(--entropy)" })],
@@ -240,8 +240,10 @@
   }
 
   function drawImportance() {
-    const most = Math.max(...data.importance.flat()) * unit;
-    scale(byId("importance-scale"), VIRIDIS, "0", number(most), 1 / experts / most);
+    // a layer that one expert has taken must not leave all others dark
+    const largest = Math.max(...data.importance.flat()) * unit;
+    const most = Math.min(largest, 4 / experts);
+    scale(byId("importance-scale"), VIRIDIS, "0", most < largest ? `${number(most)} and more` : number(most), 1 / experts / most);
     heatMap(byId("importance"), {
       label: "Importance of each expert in each layer", rows: names(layers, "layer "), columns: names(experts, ""), under: "expert",
       rowHeight: Math.max(11, Math.min(46, 285 / layers)), least: 6,

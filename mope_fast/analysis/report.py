@@ -31,12 +31,13 @@ MAX_IDS = 20_000
 UNIT = 1e-5
 """Shares are written as integers of this unit."""
 
-ALARM_TITLES = {
-    "not finite": "Scores that are not numbers",
-    "dominance": "One expert takes nearly all",
-    "same for all": "Routing does not depend on the sample",
-    "dead": "Experts that are nearly never used",
+KINDS = {
+    "not finite": ("Scores that are not numbers", ""),
+    "dominance": ("One expert takes nearly all", "Try a larger importance_weight, or a higher temperature."),
+    "same for all": ("Routing does not depend on the sample", "Do the complementary features differ? Try a lower temperature."),
+    "dead": ("Experts that are nearly never used", "Fewer experts may do; else try a larger importance_weight."),
 }
+"""Of alarms: title and advice."""
 
 
 def render(recorder: "Recorder", samples: Any, training: "Recorder | None", title: str | None) -> str:
@@ -225,7 +226,9 @@ def _alarms(recorder: "Recorder") -> str:
     kinds: dict[str, list[Alarm]] = {}
     for alarm in alarms:
         kinds.setdefault(alarm.kind, []).append(alarm)
-    groups = "".join(f"<h3>{ALARM_TITLES[kind]}</h3>{_list(map(str, members))}" for kind, members in kinds.items())
+    groups = "".join(
+        f"<h3>{KINDS[kind][0]}</h3>{_list(map(str, members))}<p>{KINDS[kind][1]}</p>" for kind, members in kinds.items()
+    )
     return f'<section class="alarms some"><h2>{_count(len(alarms), "alarm")}</h2>{groups}</section>'
 
 

@@ -157,6 +157,17 @@ def small():
     return model, (make_text(4), torch.randn(4, 7, dtype=torch.float64), LABELS)
 
 
+def test_on_a_gpu_no_value_is_asked_for():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():  # has no values to give
+        recorder = analysis.Recorder(class_names=["a", "b", "c"], windows=4)
+        for _ in range(9):
+            recorder.update(torch.empty(2, 3, 4, device="cuda"), torch.empty(3, dtype=torch.long, device="cuda"))
+            recorder.update(torch.empty(2, 3, 4, device="cuda"), torch.empty(3, 3), torch.empty(3, dtype=torch.long))
+        assert recorder._sums.top_ids.device.type == recorder._sums.classes.device.type == "cuda"
+
+
 @pytest.mark.parametrize(
     ("order", "backend"), [("recorded first", "aot_eager"), ("compiled first", "eager"), ("compiled in place", "eager")]
 )

@@ -82,6 +82,7 @@ def test_alarms_come_first_and_in_plain_words(tmp_path):
     assert "<h2>9 alarms</h2>" in text
     assert "layer 0: expert 0 takes 98.5% of all scores" in text
     assert "<summary>4 more</summary>" in text
+    assert "Try a larger importance_weight" in text
     assert text.index("9 alarms") < text.index("Entropy per layer")
     assert "No alarms" in recorded().report(tmp_path / "report.html").read_text(encoding="utf-8")
 

@@ -257,9 +257,8 @@ def test_one_forward_without_classes_and_samples(open_page, tmp_path, sizes):
 
 def test_paper_is_white_and_its_charts_fit(open_page, file):
     page = open_page(file, scheme="dark")
-    page.evaluate(
-        "addEventListener('beforeprint', () => { window.printed = document.querySelector('#classes svg + div').clientWidth })"
-    )
+    cells = "document.querySelector('#classes .cells').clientWidth"
+    page.evaluate(f"addEventListener('beforeprint', () => {{ window.printed = {cells} }})")
     page.pdf()
     assert 300 < page.evaluate("window.printed") < 700
     assert page.evaluate(cells) > 700
