@@ -63,12 +63,12 @@ class Sums:
         routed = (total != 0).all(0).squeeze(-1)
         counted = finite & routed
         shares = torch.where(counted[:, None], scores / total, 0)  # (N, B, K)
-        entropy = torch.special.entr(shares).sum((1, 2))
+        total, entropy = shares.sum(1), torch.special.entr(shares).sum((1, 2))
         self.counts += torch.stack([counted.sum(), (~finite).sum(), (finite & ~routed).sum()])
-        self.scores += shares.sum(1)
+        self.scores += total
         self.entropy += entropy
-        self.windows[window] += torch.cat([shares.sum(1), entropy[:, None]], dim=1)
-        self.window_counts[window] += counted.sum()
+        self.windows[window].add_(torch.cat([total, entropy[:, None]], dim=1))
+        self.window_counts[window].add_(counted.sum())
         if labels is not None:
             self._add_classes(shares, labels.to(device, non_blocking=True), counted)
         self._keep_top(torch.where(counted[:, None], scores, float("-inf")), ids)
