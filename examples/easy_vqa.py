@@ -306,10 +306,11 @@ def main() -> None:
     answers = test_data.answers.cpu()
     if testing is not None:
         test = easy_vqa()[1]
-        testing.report(
+        page = testing.report(
             args.output / "report.html",
             samples=lambda i: (test.questions[i], test.paths[test.images[i]]), training=training, title="Experts on Easy-VQA",
         )  # fmt: skip
+        print(f"what the experts learned: {page}")
     accuracy = (logits.argmax(-1) == answers).float().mean().item()
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     result = {

@@ -123,6 +123,8 @@ class Recorder:
         self._step(scores, labels, _integers("ids", ids), None if self.class_names is None else len(self.class_names), False)
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if module is not self.model or self._handle is None:  # a deep copy has taken the hook along
+            return
         ids, labels = self._noted
         self._noted = (None, None)
         classes = None if self.class_names is None else len(self.class_names)
@@ -143,9 +145,7 @@ class Recorder:
             raise ValueError(f"ids must be one integer for each of {batch} samples, got {tuple(ids.shape)}")
         classes = _check_labels(labels, batch, classes)
         if self._sums is not None and labels is not None and len(self._sums.classes) not in (1, classes + 1):
-            raise ValueError(
-                f"labels are of {classes} classes, those before of {len(self._sums.classes) - 1}: use another recorder"
-            )
+            raise ValueError(f"labels are of {classes} classes, those before of {len(self._sums.classes) - 1}: record anew")
         if self.steps % self._every == 0 and batch:
             # not in inference mode: what is made in it can't be added to outside of it
             with torch.inference_mode(False), torch.no_grad(), without_autocast(scores.device.type):

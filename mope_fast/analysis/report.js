@@ -370,7 +370,10 @@
   }
 
   function choose(index) {
-    byId("choices").querySelectorAll("input")[index].checked = true;
+    const strip = byId("choices");
+    const input = strip.querySelectorAll("input")[index];
+    input.checked = true;
+    strip.scrollLeft += input.getBoundingClientRect().left - strip.getBoundingClientRect().left - strip.clientWidth / 2;
     layer = index;
     drawLayer();
   }
@@ -383,6 +386,7 @@
     drawSamples();
   }
 
+  document.querySelector(".pair").classList.toggle("wide", experts > 48);
   for (let i = 0; i < layers; i += 1) {
     const label = add(byId("choices"), "label");
     const input = add(label, "input", { type: "radio", name: "layer", value: i, "aria-label": `layer ${i}` });

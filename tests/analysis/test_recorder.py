@@ -64,6 +64,16 @@ def test_hooks_are_gone_after_the_block_and_after_an_exception():
     assert hooks(model) == 0
 
 
+def test_a_copy_made_in_the_block_is_not_recorded():
+    model = make_fusion()
+    with analysis.record(model) as recorder:
+        model(*inputs())
+        twin = copy.deepcopy(model)
+        twin(*inputs())
+    twin(*inputs())
+    assert recorder.steps == 1
+
+
 def test_two_recorders_of_one_model_and_a_recorder_used_again():
     model = make_fusion()
     with analysis.record(model) as outer:

@@ -239,7 +239,15 @@ def test_many_layers_experts_and_classes(open_page, tmp_path):
     page.locator("#more").click()
     assert page.locator(".expert").count() == 256
     page.locator("#importance .cells").focus()
-    for _ in range(60):
+    for _ in range(46):
+        page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    chosen = page.locator("#choices input:checked")
+    assert chosen.get_attribute("value") == "45"
+    assert 0 < chosen.bounding_box()["x"] < 360
+    for _ in range(46):
+        page.keyboard.press("ArrowUp")
+    for _ in range(59):
         page.keyboard.press("ArrowRight")
     assert page.locator("#tip").inner_text().startswith("layer 0, expert 59\n")
     assert page.evaluate("document.querySelector('#importance .cells').scrollLeft") > 100
