@@ -16,11 +16,11 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 import torch.nn.functional as F
 from easy_vqa_data import Questions, easy_vqa, load_pictures, normalised, tokenised
@@ -30,9 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mope_fast import FeatureCache, FusionOutput, MoPEConfig, MoPEFusion, PromptTuned
-
-matplotlib.use("Agg")
+from mope_fast import FeatureCache, FusionOutput, MoPEConfig, MoPEFusion, PromptTuned, analysis
 
 METHODS = {
     "mope": "static, routed and mapped prompts",
@@ -245,23 +243,29 @@ def autocast(args: argparse.Namespace) -> torch.autocast:
     return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.amp)
 
 
+def recorded(model: nn.Module, names: list[str]) -> AbstractContextManager[analysis.Recorder | None]:
+    """Record what the experts do, if there are any."""
+    routes = isinstance(model, MoPEFusion) and model.config.use_dynamic
+    return analysis.record(model, class_names=names) if routes else nullcontext()
+
+
 @torch.inference_mode()
-def predict(model: nn.Module, data: Questions, args: argparse.Namespace) -> tuple[Tensor, Tensor | None]:
-    """Logits (n, classes) and, with a router, scores (n, layers, experts), in the split's order."""
+def predict(model: nn.Module, data: Questions, args: argparse.Namespace, recorder: analysis.Recorder | None = None) -> Tensor:
+    """Logits (n, classes), in the split's order."""
     model.eval()
-    order, logits, scores = [], [], []
+    order, logits = [], []
     with progress() as bar:
         task = bar.add_task("testing", total=len(data), note="")
         for index in data.batches(256):
+            *inputs, answers = data.batch(index)
+            if recorder is not None:
+                recorder.note(ids=index, labels=answers)
             with autocast(args):
-                output = model(*data.batch(index)[:2])
+                output = model(*inputs)
             order.append(index)
             logits.append(output.logits.cpu())
-            if output.scores is not None:
-                scores.append(output.scores.transpose(0, 1).cpu())
             bar.advance(task, len(index))
-    back = torch.cat(order).argsort()
-    return torch.cat(logits)[back], torch.cat(scores)[back] if scores else None
+    return torch.cat(logits)[torch.cat(order).argsort()]
 
 
 def save_and_reload(model: nn.Module, args: argparse.Namespace, image_width: int | None, classes: int) -> nn.Module:
@@ -277,32 +281,6 @@ def save_and_reload(model: nn.Module, args: argparse.Namespace, image_width: int
     return fresh.eval()
 
 
-def draw_experts(scores: Tensor, answers: Tensor, names: list[str], file: Path) -> None:
-    """A heat map for each layer: mean routing score of each expert, for each answer."""
-    import matplotlib.pyplot as plt
-
-    layers = scores.shape[1]
-    columns = min(3, layers)
-    figure, axes = plt.subplots(
-        -(-layers // columns), columns, figsize=(15, 4.2 * -(-layers // columns)), squeeze=False, layout="constrained"
-    )
-    means = torch.stack(
-        [scores[answers == i].mean(0) if (answers == i).any() else scores.new_zeros(scores.shape[1:]) for i in range(len(names))]
-    )
-    for axis in axes.flat[layers:]:
-        axis.set_visible(False)
-    for layer, axis in enumerate(axes.flat[:layers]):
-        image = axis.imshow(means[:, layer], aspect="auto", cmap="viridis", vmin=0, vmax=float(means.max()))
-        axis.set_title(f"layer {layer + 1}")
-        axis.set_xlabel("expert")
-        axis.set_yticks(range(len(names)), names if layer % columns == 0 else [])
-        axis.set_xticks(range(0, scores.shape[2], max(1, scores.shape[2] // 8)))
-    figure.colorbar(image, ax=axes, label="mean routing score")
-    figure.suptitle("Which experts answer what (Easy-VQA test questions)")
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
-
-
 def main() -> None:
     args = parse_arguments()
     start = time.perf_counter()
@@ -316,16 +294,23 @@ def main() -> None:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{args.method}, {args.main} as main: {METHODS[args.method]}")
     print(f"{trained:,} trained parameters, {len(train_data):,} training questions")
-    seconds = train(model, train_data, args)
-    logits, _ = predict(model, test_data, args)
+    with recorded(model, names) as training:
+        seconds = train(model, train_data, args)
+    logits = predict(model, test_data, args)
     reloaded = save_and_reload(model, args, image_width, len(names))
-    reloaded_logits, scores = predict(reloaded, test_data, args)
+    with recorded(reloaded, names) as testing:
+        reloaded_logits = predict(reloaded, test_data, args, testing)
     if not torch.equal(logits, reloaded_logits):
         raise SystemExit(f"the reloaded model differs by {(logits - reloaded_logits).abs().max():.1e}")
     print(f"saved and reloaded from {args.output}: the same logits, bit for bit")
     answers = test_data.answers.cpu()
-    if scores is not None:
-        draw_experts(scores, answers, names, args.output / "experts.png")
+    if testing is not None:
+        test = easy_vqa()[1]
+        page = testing.report(
+            args.output / "report.html",
+            samples=lambda i: (test.questions[i], test.paths[test.images[i]]), training=training, title="Experts on Easy-VQA",
+        )  # fmt: skip
+        print(f"what the experts learned: {page}")
     accuracy = (logits.argmax(-1) == answers).float().mean().item()
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     result = {

@@ -1,0 +1,90 @@
+"""Samples as a page can show them: a short text and a small picture inside of a data URI."""
+
+import base64
+import io
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+SIDE = 112
+"""Longest side of a picture, in pixels."""
+LENGTH = 400
+"""Longest text, in characters."""
+
+
+class Shown(NamedTuple):
+    """A sample on the page."""
+
+    text: str | None
+    picture: str | None
+    """A data URI."""
+
+
+def show(sample: Any, name: str) -> Shown:
+    """See :meth:`Recorder.report`; ``name`` is the sample's in errors.
+
+    Raises:
+        ImportError: a picture needs Pillow.
+        ValueError: it is neither text nor picture, or a picture can't be read.
+    """
+    if isinstance(sample, Mapping):
+        if not {"text", "image"} & set(sample):
+            raise ValueError(f"{name}: a dict must have 'text' or 'image', got {list(sample)}")
+        parts = (sample.get("text"), sample.get("image"))
+    elif isinstance(sample, (tuple, list)):
+        # what follows is of no interest: a data set may give labels too
+        parts = (*sample[:2], None)[:2]
+    else:
+        parts = (sample, None)
+    text = picture = None
+    for part in parts:
+        if part is None:
+            continue
+        if isinstance(part, str) and text is None:
+            text = part if len(part) <= LENGTH else part[: LENGTH - 1] + "…"
+        elif picture is None:
+            picture = _data_uri(part, name)
+    return Shown(text, picture)
+
+
+def _data_uri(picture: Any, name: str) -> str:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("pictures on a report need Pillow: pip install 'mope_fast[analysis]'") from error
+    try:
+        image = _image(picture, Image).convert("RGBA")
+    except (OSError, ValueError, TypeError) as error:
+        kind = f"{picture.dtype} {tuple(picture.shape)}" if isinstance(picture, Tensor) else repr(picture)[:80]
+        raise ValueError(
+            f"{name}: expected a text, a PIL image, a path of one, or a tensor (3, H, W), got {kind} ({error})"
+        ) from error
+    image.thumbnail((SIDE, SIDE))
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    encoded = {}
+    for kind, settings in (("png", {"optimize": True}), ("jpeg", {"quality": 82})):
+        image.save(buffer := io.BytesIO(), kind, **settings)
+        encoded[kind] = buffer.getvalue()
+    kind = min(encoded, key=lambda kind: len(encoded[kind]))
+    return f"data:image/{kind};base64,{base64.b64encode(encoded[kind]).decode()}"
+
+
+def _image(picture: Any, pillow: Any) -> Any:
+    if isinstance(picture, pillow.Image):
+        return picture
+    if isinstance(picture, (str, os.PathLike)):
+        return pillow.open(picture)
+    if not isinstance(picture, Tensor):
+        raise TypeError(f"type {type(picture).__name__}")
+    if picture.dim() != 3 or picture.shape[0] not in (1, 3) or 0 in picture.shape:
+        raise ValueError("the shape is not (3, H, W)")
+    pixels = picture.detach().cpu()
+    if pixels.is_floating_point():
+        low, high = pixels.min(), pixels.max()
+        if low < 0 or high > 1:  # normalised for a model
+            pixels = (pixels - low) / (high - low).clamp(min=1e-12)
+        pixels = (pixels.float() * 255).round().clamp(0, 255)
+    return pillow.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).to(torch.uint8).numpy())

@@ -1,0 +1,115 @@
+"""Sums over routing scores, kept on the scores' device: a step neither waits for them nor keeps its scores."""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Sums:
+    """What is kept of all scores seen, in float64: 8 * N * K * (steps' windows + C + 2 * top + 1) bytes, whatever runs by.
+
+    A sample's scores are divided by their sum in each layer, which changes something only with ``top_k`` without
+    ``renormalize``. Samples with scores that are not finite, or that were not routed, count in ``counts`` only.
+    """
+
+    counts: Tensor  # (3,): samples counted, not finite, not routed
+    scores: Tensor  # (N, K)
+    entropy: Tensor  # (N,), in nats
+    top_scores: Tensor  # (N, K, T), as they came, falling; -inf for none
+    top_ids: Tensor  # (N, K, T), int64
+    windows: Tensor  # (W, N, K + 1): of each window of steps, scores and entropy
+    window_counts: Tensor  # (W,)
+    classes: Tensor  # (C + 1, N, K), weighted by multi-label weights; the last row is of labels out of range
+    class_counts: Tensor  # (C + 1,)
+
+    @classmethod
+    def empty(cls, layers: int, experts: int, windows: int, top: int, device: torch.device | str = "cpu") -> "Sums":
+        """Of no sample, without classes."""
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        return cls(
+            counts=zeros(3), scores=zeros(layers, experts), entropy=zeros(layers),
+            top_scores=zeros(layers, experts, top) - float("inf"), top_ids=zeros(layers, experts, top).long() - 1,
+            windows=zeros(windows, layers, experts + 1), window_counts=zeros(windows),
+            classes=zeros(1, layers, experts), class_counts=zeros(1),
+        )  # fmt: skip
+
+    def with_classes(self, num_classes: int) -> "Sums":
+        """With room for the sums of classes."""
+        classes = self.classes.new_zeros(num_classes + 1, *self.scores.shape)
+        return replace(self, classes=classes, class_counts=classes.new_zeros(num_classes + 1))
+
+    def cpu(self) -> "Sums":
+        """A copy on the CPU; waits for the device."""
+        return Sums(*(getattr(self, item.name).detach().to("cpu", copy=True) for item in fields(self)))
+
+    def add(self, scores: Tensor, labels: Tensor | None, ids: Tensor, window: int) -> None:
+        """Count one batch.
+
+        Args:
+            scores: (N, B, K).
+            labels: (B,) int64 classes or (B, C) weights; out of range goes into the last row.
+            ids: (B,) int64.
+            window: of the step.
+        """
+        device = self.scores.device
+        scores, ids = scores.to(device, torch.float64), ids.to(device, non_blocking=True)
+        total = scores.sum(-1, keepdim=True)
+        finite = total.isfinite().all(0).squeeze(-1)
+        routed = (total != 0).all(0).squeeze(-1)
+        counted = finite & routed
+        shares = torch.where(counted[:, None], scores / total, 0)  # (N, B, K)
+        total, entropy = shares.sum(1), torch.special.entr(shares).sum((1, 2))
+        self.counts += torch.stack([counted.sum(), (~finite).sum(), (finite & ~routed).sum()])
+        self.scores += total
+        self.entropy += entropy
+        self.windows[window].add_(torch.cat([total, entropy[:, None]], dim=1))
+        self.window_counts[window].add_(counted.sum())
+        if labels is not None:
+            self._add_classes(shares, labels.to(device, non_blocking=True), counted)
+        self._keep_top(torch.where(counted[:, None], scores, float("-inf")), ids)
+
+    def plus(self, other: "Sums") -> "Sums":
+        """Of the samples of both, whose windows and classes are the same; a top sample of both counts once."""
+        sums = {item.name: getattr(self, item.name) + getattr(other, item.name) for item in fields(self)}
+        total = Sums(**{**sums, "top_scores": self.top_scores, "top_ids": self.top_ids})
+        known = (other.top_ids[..., None] == self.top_ids[..., None, :]).any(-1)
+        total._merge_top(other.top_scores.masked_fill(known, float("-inf")), other.top_ids)
+        return total
+
+    def merge_windows(self) -> None:
+        """Pairs of windows become one; the second half is free."""
+        half = len(self.windows) // 2
+        for sums in (self.windows, self.window_counts):
+            sums[:half] = sums[0::2] + sums[1::2]
+            sums[half:] = 0
+
+    def _add_classes(self, shares: Tensor, labels: Tensor, counted: Tensor) -> None:
+        if labels.dim() == 2:
+            weights = labels.to(torch.float64) * counted[:, None]
+            self.classes[:-1] += torch.einsum("bc,nbk->cnk", weights, shares)
+            self.class_counts[:-1] += weights.sum(0)
+            return
+        none = len(self.classes) - 1
+        rows = torch.where((labels >= 0) & (labels < none), labels, none).long()
+        self.classes.index_add_(0, rows, shares.transpose(0, 1))
+        self.class_counts.index_add_(0, rows, counted.to(torch.float64))
+
+    def _keep_top(self, scores: Tensor, ids: Tensor) -> None:
+        # a sample that comes again counts with its last score
+        again = (self.top_ids[..., None] == ids).any(-1)
+        kept = torch.where(again, float("-inf"), self.top_scores)
+        self.top_scores = kept
+        self._merge_top(scores.transpose(1, 2), ids.expand(*kept.shape[:2], -1))
+
+    def _merge_top(self, scores: Tensor, ids: Tensor) -> None:
+        """Keep the best of the present ones and these, (N, K, M) each."""
+        top = self.top_scores.shape[2]
+        # stable: among equal scores the first one seen wins, however samples are batched
+        best, index = torch.cat([self.top_scores, scores], dim=2).sort(dim=2, descending=True, stable=True)
+        self.top_scores = best[..., :top]
+        self.top_ids = torch.cat([self.top_ids, ids], dim=2).gather(2, index[..., :top])
