@@ -75,9 +75,9 @@ class FoldedModel(nn.Module):
             "features": True,
             "feature_maps": self.main.family.feature_maps is not None,
         }
+        known = [name for name, is_there in there.items() if is_there]
         outputs = outputs or ("logits" if there["logits"] else "features",)
-        if missing := [name for name in outputs if not there.get(name)]:
-            known = [name for name, is_there in there.items() if is_there]
+        if missing := [name for name in outputs if name not in known]:
             raise ValueError(f"for_export got {missing}, which this folded model does not give: it has {known}")
         return _PlainOutputs(self, outputs)
 

@@ -6,6 +6,8 @@ import torch
 from exported import SEQUENCES, export, namespaces, onnx_model
 from tiny_transformers import CASES, ONE_OF_EACH, make_cross, make_fusion
 
+from mope_fast import _implementations
+
 SMALL = {"vit": {"depth": 1}, "swin": {"depths": (2,), "num_heads": (2,)}}
 
 
@@ -72,3 +74,13 @@ def test_feature_maps():
     exported = export(model, make_inputs(4), make_cross(4).float()).module()
     inputs, features = make_inputs(3), make_cross(3).float()
     close(exported(inputs, features), model(inputs, features))
+
+
+def test_a_chosen_implementation_stays_in_the_program(monkeypatch):
+    encoder, make_inputs = make_family("timm_swin")
+    model = make_fusion(encoder, 3).fold().for_export()
+    inputs = make_inputs(4), make_cross(4).float()
+    monkeypatch.setattr(_implementations, "DEFAULT_IMPL", "cpu")
+    program = export(model, *inputs)
+    assert namespaces(program) == {"aten", "mope_fast"}
+    close(program.module()(*inputs), model(*inputs))
