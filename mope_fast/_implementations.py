@@ -124,6 +124,16 @@ _ORDER: dict[str, Callable[[Problem], tuple[str, ...]]] = {
 }
 """What ``auto`` tries, the best first: the one place for such rules."""
 
+_TORCHS_OWN = ("sdpa", "reference")
+
+
+def _order(function: str, problem: Problem) -> list[str]:
+    """What ``auto`` tries here: while torch.export traces torch's own ops first, so that a program is loaded without mope_fast."""
+    order = list(_ORDER[function](problem))
+    if torch.compiler.is_exporting():
+        order = [name for name in order if name in _TORCHS_OWN] + [name for name in order if name not in _TORCHS_OWN]
+    return order
+
 
 def why_not(function: str, problem: Problem) -> dict[str, str | None]:
     """For each implementation of ``function`` the reason why it can't run on such tensors, or None."""
@@ -144,13 +154,13 @@ def choose(function: str, impl: str, problem: Problem) -> str:
             raise RuntimeError(f"the environment has MOPE_FAST_IMPL={DEFAULT_IMPL!r}, expected one of {['auto', *known]}")
         impl = DEFAULT_IMPL if DEFAULT_IMPL in candidates else impl
     if impl == "auto":
-        for name in _ORDER[function](problem):
+        for name in _order(function, problem):
             if candidates[name](problem) is None:
                 return name
     if impl not in candidates:
         raise ValueError(f"{function} got impl={impl!r}, expected one of {['auto', *candidates]}")
     if (reason := candidates[impl](problem)) is not None:
-        able = [name for name in _ORDER[function](problem) if candidates[name](problem) is None]
+        able = [name for name in _order(function, problem) if candidates[name](problem) is None]
         raise RuntimeError(
             f"{function} got impl={impl!r}, which can't run on {str(problem.dtype).removeprefix('torch.')} tensors on "
             f"{problem.device}: {reason}. Here it can run as {able}; impl='auto' chooses {able[0]!r}"

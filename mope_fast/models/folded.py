@@ -18,6 +18,7 @@ class FoldedModel(nn.Module):
 
     It runs the same frozen encoder object as the model it comes from, and keeps working when that one is trained on (and doesn't
     learn from it); :meth:`unwrap` of that one ends both. It is for inference: it has no trained parameters and no loss.
+    :meth:`for_export` makes it ready for ``torch.export``, Inductor packages and ONNX (docs/export.md).
 
     Args:
         main: the encoder.
@@ -56,6 +57,48 @@ class FoldedModel(nn.Module):
         features, scores, maps = run_prompted(self.main, self.bank, main_inputs, cross, feature_maps=feature_maps)
         return FusionOutput(logits=apply_head(self.head, features), scores=scores, features=features, feature_maps=maps)
 
+    def for_export(self, *outputs: str) -> nn.Module:
+        """This model with plain outputs, for ``torch.export``: what is exported of it is loaded without mope_fast.
+
+        Args:
+            outputs: out of "logits", "scores", "features" and "feature_maps"; none for the logits, or the features without a head.
+
+        Returns:
+            A module on the same weights, called with the same inputs. It gives one output as it is, several as a dict by name.
+
+        Raises:
+            ValueError: this model has no such output.
+        """
+        there = {
+            "logits": self.head is not None,
+            "scores": self.bank is not None and self.bank.routes,
+            "features": True,
+            "feature_maps": self.main.family.feature_maps is not None,
+        }
+        known = [name for name, is_there in there.items() if is_there]
+        outputs = outputs or ("logits" if there["logits"] else "features",)
+        if missing := [name for name in outputs if name not in known]:
+            raise ValueError(f"for_export got {missing}, which this folded model does not give: it has {known}")
+        return _PlainOutputs(self, outputs)
+
     def train(self, mode: bool = True) -> "FoldedModel":
         """Stays in eval mode."""
         return super().train(False)
+
+
+class _PlainOutputs(nn.Module):
+    """A folded model whose outputs need no class of ours."""
+
+    def __init__(self, model: FoldedModel, outputs: tuple[str, ...]):
+        super().__init__()
+        self.model = model
+        self.outputs = outputs
+
+    def forward(
+        self, main_inputs: Inputs, complementary_inputs: Inputs | None = None
+    ) -> Tensor | tuple[Tensor, ...] | dict[str, Tensor | tuple[Tensor, ...]]:
+        output = self.model(main_inputs, complementary_inputs, feature_maps="feature_maps" in self.outputs)
+        return output[self.outputs[0]] if len(self.outputs) == 1 else {name: output[name] for name in self.outputs}
+
+    def extra_repr(self) -> str:
+        return f"outputs={self.outputs}"

@@ -59,7 +59,9 @@ class FoldedBank(nn.Module):
                 self.cross_proj = bank.cross_proj
                 _, cross_keys = bank.split_keys()
                 shifts = [router.inter_bias.to(router.inter_keys.dtype) @ router.inter_keys for router in context.routers]
-                self.cross_keys, self.logit_shift = nn.Buffer(cross_keys.mT.clone()), nn.Buffer(torch.stack(shifts)[:, None])
+                # torch.export writes whole storages
+                self.cross_keys = nn.Buffer(cross_keys.mT.clone(memory_format=torch.contiguous_format))
+                self.logit_shift = nn.Buffer(torch.stack(shifts)[:, None])
             if self.config.use_mapped:
                 self.mapper = bank.mapper
                 self.directions = nn.ModuleDict()

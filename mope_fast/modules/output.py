@@ -135,7 +135,7 @@ class MoPEOutput:
         values, sizes = rows.values, dict(rows.sizes)
         if self.routing is not None and not rows.in_kv_space:
             dynamic = self.dynamic.flatten(0, 1)
-            sizes["dynamic"] = len(dynamic)
+            sizes["dynamic"] = dynamic.shape[0]
             dynamic = dynamic if norm is None else norm(dynamic)
             values = torch.cat([values, dynamic.to(values.dtype)]) if rows.sizes else dynamic
         both = project(values, k_proj, v_proj)

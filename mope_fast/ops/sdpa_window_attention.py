@@ -60,12 +60,13 @@ def _in_windows(qkv: Tensor, pad_qkv: Tensor | None, window: tuple[int, int], sh
     """(B, Hi, Wi, 3, H, Dh) -> (3, B, windows, H, W, Dh)."""
     if any(shift):
         qkv = qkv.roll((-shift[0], -shift[1]), (1, 2))
-    height, width = qkv.shape[1:3]
+    # not len(): that makes an int of a batch that is a symbol
+    batch, height, width = qkv.shape[:3]
     rows, columns = _padded_size((height, width), window)
     if (rows, columns) != (height, width):
         padding = qkv.new_zeros(qkv.shape[3:]) if pad_qkv is None else pad_qkv.to(qkv.dtype)
-        below = padding.expand(len(qkv), rows - height, width, -1, -1, -1)
-        right = padding.expand(len(qkv), rows, columns - width, -1, -1, -1)
+        below = padding.expand(batch, rows - height, width, -1, -1, -1)
+        right = padding.expand(batch, rows, columns - width, -1, -1, -1)
         qkv = torch.cat([torch.cat([qkv, below], dim=1), right], dim=2)
     cut = qkv.unflatten(2, (-1, window[1])).unflatten(1, (-1, window[0]))  # (B, rows, h, columns, w, 3, H, Dh)
     return cut.permute(5, 0, 1, 3, 6, 2, 4, 7).flatten(2, 3).flatten(4, 5)
@@ -94,6 +95,6 @@ def _mask(
         bias = F.pad(bias, (0, prompts)) if prompts else bias
     else:
         to_prompts = torch.where(there[:, None, None, None], 0.0, -math.inf).to(qkv.dtype)
-        sizes = (len(qkv), *bias.shape[1:4], -1)
+        sizes = (qkv.shape[0], *bias.shape[1:4], -1)
         bias = torch.cat([bias.expand(sizes), to_prompts.expand(sizes)], dim=-1)
     return F.pad(bias, (0, spare), value=-math.inf) if spare else bias

@@ -17,8 +17,10 @@ def routing_logits(logits: Tensor, noise: Tensor | None, temperature: float, dty
 
 def kept_experts(x: Tensor, top_k: int) -> Tensor:
     """(B, K) bool: the ``top_k`` largest entries of each row; among equals the lower index goes first."""
-    order = x.argsort(dim=-1, descending=True, stable=True)
-    return torch.zeros_like(x, dtype=torch.bool).scatter(-1, order[:, :top_k], True)
+    # by value: topk promises no order among equals, and ONNX has no stable sort
+    least = x.topk(top_k, dim=-1).values[:, -1:]
+    above, equal = (x > least) | x.isnan(), x == least
+    return above | (equal & (equal.cumsum(-1) <= top_k - above.sum(-1, keepdim=True)))
 
 
 def gated_softmax(x: Tensor, top_k: int | None, renormalize: bool) -> Tensor:
