@@ -10,7 +10,7 @@ The folder has train.jsonl and val.jsonl, test.jsonl if there is one, labels.txt
     tensorboard --logdir outputs/classify_jsonl
 
 A resumed run ends with the numbers of an undisturbed one: what is random in a step depends on the seed and the step only. In the
-end the output folder has results.json, predictions-SPLIT.jsonl, and the adapter of the epoch that was the best on val.
+end the output folder has results.json, report.html, predictions-SPLIT.jsonl, and the adapter of the epoch that was the best on val.
 """
 
 import argparse
@@ -28,6 +28,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 from torch.utils.tensorboard import SummaryWriter
+
+from mope_fast import analysis
 
 MAY_CHANGE = ("output", "resume", "workers", "checkpoint_every")
 """Arguments that a resumed run may have otherwise."""
@@ -210,6 +212,16 @@ class Run:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, self.done)
 
+    def _report(self, recorder: analysis.Recorder, split: str) -> None:
+        """What the experts did."""
+        alone = self.accelerator.num_processes == 1
+        recorder = recorder if alone else recorder.gather()
+        if self.accelerator.is_main_process:
+            recorder.report(
+                self.args.output / "report.html", samples=self.task.splits[split] if alone else None,
+                title=f"Experts on {split} of {self.args.folder.name}",
+            )  # fmt: skip
+
     @torch.inference_mode()
     def _predict(self, split: str) -> tuple[Tensor, Tensor]:
         """Logits and labels, in the split's order."""
@@ -226,7 +238,9 @@ class Run:
         self.task.model.load_pretrained(self._adapter(self.position.best_epoch))
         results = {"best_epoch": self.position.best_epoch, "history": self.position.history}
         for split in [name for name in self.task.splits if name != "train"]:
-            logits, labels = self._predict(split)
+            with analysis.record(self.task.model, class_names=self.task.class_names) as recorder:
+                logits, labels = self._predict(split)
+            self._report(recorder, split)
             results[split] = self.task.metrics(logits, labels)
             if self.accelerator.is_main_process:
                 lines = "".join(f"{json.dumps(row)}\n" for row in self._predictions(split, logits))

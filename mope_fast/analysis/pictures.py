@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..data import Post
+
 SIDE = 112
 """Longest side of a picture, in pixels."""
 LENGTH = 400
@@ -30,7 +32,9 @@ def show(sample: Any, name: str) -> Shown:
         ImportError: a picture needs Pillow.
         ValueError: it is neither text nor picture, or a picture can't be read.
     """
-    if isinstance(sample, Mapping):
+    if isinstance(sample, Post):
+        parts = (sample.text, sample.image)
+    elif isinstance(sample, Mapping):
         if not {"text", "image"} & set(sample):
             raise ValueError(f"{name}: a dict must have 'text' or 'image', got {list(sample)}")
         parts = (sample.get("text"), sample.get("image"))

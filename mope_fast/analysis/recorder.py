@@ -339,7 +339,8 @@ class Recorder:
 
         Args:
             path: the file.
-            samples: what a sample is: a sequence, data set or function, id -> its text, its picture, or a pair or dict of both.
+            samples: what a sample is: a sequence, data set or function, id -> its text, its picture, a pair or dict of both, or a
+                :class:`mope_fast.data.Post`.
                 A picture is a PIL image, a path, or a tensor (3, H, W), uint8 or in 0..1 (others are stretched to it).
                 Without it top samples are shown by their ids.
             training: a recorder of the same model's training, whose curves are shown; without it these are of this recorder.

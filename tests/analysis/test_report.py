@@ -11,6 +11,7 @@ from PIL import Image
 
 from mope_fast.analysis import Recorder, pictures
 from mope_fast.analysis import report as page
+from mope_fast.data import Post
 
 NASTY = "</script><script>document.title='injected'</script><img src=x onerror=\"document.title='injected'\">"
 
@@ -136,14 +137,16 @@ def test_samples_are_shown_whatever_kind_they_are(tmp_path):
     samples = [
         "text alone", red, ("both", tmp_path / "red.png"), {"image": tensor, "text": "dict"}, ("path", str(tmp_path / "red.png")),
         (tensor / 255, "picture first"), (None, normalised), ("label behind", tensor, 3),
+        Post("8", "post", tmp_path / "red.png", 0),
     ]  # fmt: skip
-    recorder = Recorder(top=8)
+    recorder = Recorder(top=len(samples))
     recorder.update(torch.rand(1, len(samples), 2))
     data = data_of(recorder.report(tmp_path / "report.html", samples=samples))
     shown = {sample[0]: sample[1:] for sample in data["samples"]}
-    assert [shown[i][0] for i in range(8)] == ["text alone", None, "both", "dict", "path", "picture first", None, "label behind"]
+    texts = ["text alone", None, "both", "dict", "path", "picture first", None, "label behind", "post"]
+    assert [shown[i][0] for i in range(9)] == texts
     assert shown[0][1] is None
-    for i in range(1, 8):
+    for i in range(1, 9):
         picture = pixels(shown[i][1])
         assert max(picture.size) <= pictures.SIDE
         red, green, blue = picture.convert("RGB").getpixel((1, 1))

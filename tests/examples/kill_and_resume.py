@@ -50,6 +50,8 @@ def look(output: Path) -> None:
             torch.load(file, weights_only=False)
         elif "tfevents" in file.name:
             list(RawEventFileLoader(str(file)).Load())  # a cut last record is skipped
+        elif file.suffix == ".html":
+            assert file.read_text().rstrip().endswith("</html>")
         else:
             raise AssertionError(f"what is {file}?")
     for folder in output.glob("step-*"):

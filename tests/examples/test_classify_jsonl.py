@@ -63,6 +63,10 @@ def test_what_it_writes(folder, tmp_path):
     assert sum(row["label"] == row["predicted"] for row in rows) / 10 == pytest.approx(results["test"]["accuracy"])
     assert all(row["predicted"] == tiny_task.NAMES[torch.tensor(row["scores"]).argmax()] for row in rows)
 
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "Experts on test of data" in report
+    assert "data:image/" in report
+
     (adapter,) = (tmp_path / "out").glob("adapter-epoch-*")
     assert adapter.name == f"adapter-epoch-{results['best_epoch']}"
     encoders = tiny_task.text_encoder("", 0)[0], tiny_task.image_encoder("", 0)[0]
