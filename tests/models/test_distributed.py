@@ -1,51 +1,218 @@
-"""Two processes train as one would on both halves of the batch."""
+"""Two processes train as one would on both of their batches."""
 
-import subprocess
-import sys
+import copy
+import pickle
 
 import pytest
-
-PROGRAM = """
-import os, sys, torch, torch.distributed as dist
-sys.path.insert(0, sys.argv[1])
-from tiny_fusion import make_fusion, make_text, make_images, DETERMINISTIC, CLASSES
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from tiny_baf import make_baf, make_inputs
+from tiny_fusion import CLASSES, DETERMINISTIC, close, make_bert, make_dinov2, make_fusion, make_images, make_text
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-rank, static, checkpointing = int(sys.argv[2]), sys.argv[4] == "static", sys.argv[5] == "checkpointing"
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=2)
-torch.manual_seed(0)
-# neither batch statistics nor the importance loss are averages over samples
-model = make_fusion(**DETERMINISTIC, mapper_norm="layer", importance_weight=0.0).train()
-text, images, labels = make_text(8), make_images(8), torch.arange(8) % CLASSES
-model(text, images, labels).loss.backward()
-expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-model.zero_grad()
-if checkpointing:
-    model.gradient_checkpointing_enable()
-parallel = DistributedDataParallel(model, static_graph=static)
-half = slice(4 * rank, 4 * rank + 4)
-for _ in range(2):
-    model.zero_grad()
-    parallel({k: v[half] for k, v in text.items()}, images[half], labels[half]).loss.backward()
-for name, parameter in model.named_parameters():
-    if name in expected:
-        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-8, atol=1e-9, msg=lambda text: f"{name}: {text}")
-dist.destroy_process_group()
-"""
+from two_processes import RANKS, run_in_two_processes
+
+from mope_fast import PromptTuned
+
+SETTINGS = {**DETERMINISTIC, "mapper_norm": "layer", "importance_weight": 0.5}
+UNEVEN = (5, 2)
+"""More samples than experts on one rank: it mixes in K/V space, the other one in prompt space."""
 
 
-@pytest.mark.parametrize("graph", ["static", "dynamic"])
-@pytest.mark.parametrize("checkpointing", ["checkpointing", "plain"])
-def test_ddp_averages_the_gradients_of_both_halves(tmp_path, request, graph, checkpointing):
-    folder = str(request.path.parent)
-    command = [sys.executable, "-c", PROGRAM, folder]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "store"), graph, checkpointing],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [rank.communicate(timeout=200)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)
+def part(rank, sizes=UNEVEN):
+    return slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+
+
+def make_batch(sizes=UNEVEN):
+    return make_text(sum(sizes)), make_images(sum(sizes)), torch.arange(sum(sizes)) % CLASSES
+
+
+def cut(batch, rows):
+    text, images, labels = batch
+    return {name: value[rows] for name, value in text.items()}, images[rows], labels[rows]
+
+
+def gradients(model):
+    return {name.removeprefix("module."): p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def joint_and_alone(**settings):
+    """A model that joins the ranks' batches, one that sees all samples itself and its output and gradients, and the samples."""
+    model = make_fusion(**{**SETTINGS, **settings}).train()
+    alone, batch = copy.deepcopy(model), make_batch()
+    output = alone(*batch)
+    output.loss.backward()
+    model.use_joint_batch()
+    return model, alone, output, batch
+
+
+def losses(output):
+    return [value.detach() for value in (output.loss, output.task_loss, output.importance_loss)]
+
+
+def check_ddp_has_losses_and_gradients_of_the_joint_batch(rank, folder):
+    for static in (False, True):
+        for checkpointing in (False, True):
+            model, alone, expected, batch = joint_and_alone()
+            assert expected.importance_loss > 0.1
+            if checkpointing:
+                model.gradient_checkpointing_enable()
+            parallel = DistributedDataParallel(model, static_graph=static)
+            for _ in range(2):
+                model.zero_grad()
+                output = parallel(*cut(batch, part(rank)))
+                output.loss.backward()
+                close(losses(output), losses(expected))
+                close(gradients(model), gradients(alone))
+
+
+def check_ddp_alone_does_not(rank, folder):
+    model, alone, expected, batch = joint_and_alone()
+    model._joint_batch = None
+    parallel = DistributedDataParallel(model)
+    output = parallel(*cut(batch, part(rank)))
+    output.loss.backward()
+    moved = {name: (grad - gradients(alone)[name]).abs().max() for name, grad in gradients(model).items()}
+    assert all(distance > 1e-4 for distance in moved.values())
+    assert (output.importance_loss - expected.importance_loss).abs() > 1e-4
+
+
+def check_compiled_models(rank, folder):
+    model = make_fusion(make_bert(num_hidden_layers=1), None, **{**SETTINGS, "cross_dim": 6}).train()
+    alone, (text, _, labels) = copy.deepcopy(model), make_batch()
+    batch = text, torch.randn(len(labels), 6).double(), labels
+    expected = alone(*batch)
+    expected.loss.backward()
+    model.use_joint_batch()
+    inner = DistributedDataParallel(torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True))
+    outer = torch.compile(DistributedDataParallel(model), backend="aot_eager")
+    for parallel in (inner, outer):
+        output = parallel(*cut(batch, part(rank)))
+        output.loss.backward()
+        close(losses(output), losses(expected))
+        got = {name.replace("_orig_mod.", "").removeprefix("module."): grad for name, grad in gradients(parallel).items()}
+        close(got, gradients(alone))
+
+
+def check_accumulation_without_synchronisation(rank, folder):
+    model, alone, _, first = joint_and_alone()
+    second = make_batch()
+    alone(*second).loss.backward()
+    parallel = DistributedDataParallel(model)
+    with parallel.no_sync():
+        parallel(*cut(first, part(rank))).loss.backward()
+    parallel(*cut(second, part(rank))).loss.backward()
+    close(gradients(model), gradients(alone))
+
+
+def check_training_with_adamw(rank, folder):
+    model, alone, *_ = joint_and_alone()
+    alone.zero_grad()
+    parallel = DistributedDataParallel(model)
+    optimizers = [torch.optim.AdamW(m.parameter_groups(1e-2, 3e-3)) for m in (model, alone)]
+    sizes = [(4, 4), (6, 2), (3, 1), (1, 7), (2, 2)]
+    for step in sizes:
+        batch = make_batch(step)
+        for optimizer, m, rows in zip(optimizers, (parallel, alone), (part(rank, step), slice(None)), strict=True):
+            optimizer.zero_grad()
+            m(*cut(batch, rows)).loss.backward()
+            optimizer.step()
+    close(model.trained_state_dict(), alone.trained_state_dict(), 1e-8)
+
+
+def check_every_kind_of_labels(rank, folder):
+    images = make_images(sum(UNEVEN))
+    some = torch.arange(7) % CLASSES
+    some[part(1)] = -100  # one rank has no label at all
+    cases = {
+        "single_label_classification": [some, torch.rand(7, CLASSES).softmax(1).double()],
+        "multi_label_classification": [torch.rand(7, CLASSES).round()],
+        "regression": [torch.randn(7, CLASSES)],
+    }
+    for problem_type, kinds in cases.items():
+        head = nn.Sequential(nn.Linear(48, 8), nn.GELU(), nn.Linear(8, CLASSES))
+        model = PromptTuned(make_dinov2(), 2, head=head, problem_type=problem_type, dropout=0.0).double().train()
+        model.use_joint_batch()
+        for labels in kinds:
+            parallel = DistributedDataParallel(copy.deepcopy(model))
+            got = parallel(images[part(rank)], labels[part(rank)])
+            got.loss.backward()
+            logits = model(images).logits
+            loss = {
+                "single_label_classification": F.cross_entropy,
+                "multi_label_classification": F.binary_cross_entropy_with_logits,
+                "regression": F.mse_loss,
+            }[problem_type](logits, labels if labels.dtype == torch.long else labels.double())
+            model.zero_grad()
+            loss.backward()
+            close(got.loss, loss)
+            close(gradients(parallel), gradients(model))
+
+
+def check_mope_baf(rank, folder):
+    model = make_baf(freeze_backbone=True).train()
+    alone, inputs, labels = copy.deepcopy(model), make_inputs(7), torch.arange(7) % 3
+    alone(**inputs, labels=labels).loss.backward()
+    model.use_joint_batch()
+    parallel = DistributedDataParallel(model)
+    rows = part(rank)
+    parallel(**{name: value[rows] for name, value in inputs.items()}, labels=labels[rows]).loss.backward()
+    close(gradients(model), gradients(alone))
+
+
+def check_one_rank_can_evaluate_alone(rank, folder):
+    model, _, _, batch = joint_and_alone()
+    model.eval()
+    if rank == 0:
+        output = model(*batch)
+        close(output.task_loss, F.cross_entropy(output.logits, batch[2]))
+
+
+def check_a_group_outlives_copies_and_pickles(rank, folder):
+    pairs = [dist.new_group([rank]) for rank in range(RANKS)], dist.new_group([0, 1])
+    batch = make_batch()
+    for group, samples in ((pairs[0][rank], part(rank)), (pairs[1], slice(None))):
+        model = make_fusion(**SETTINGS, num_classes=CLASSES).train()
+        expected = copy.deepcopy(model)(*cut(batch, samples))
+        model.use_joint_batch(group)
+        for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            close(losses(twin(*cut(batch, part(rank)))), losses(expected))
+
+
+def check_features_alone_have_the_joint_importance(rank, folder):
+    model, _, expected, batch = joint_and_alone()
+    text, images, _ = cut(batch, part(rank))
+    output = model(text, images)
+    assert output.loss is None
+    close(output.importance_loss.detach(), expected.importance_loss.detach())
+
+
+def test_two_processes_train_as_one(tmp_path):
+    checks = [check for name, check in globals().items() if name.startswith("check_")]
+    run_in_two_processes(checks, tmp_path)
+
+
+def test_one_process_is_a_joint_batch_of_its_own():
+    model, alone, expected, batch = joint_and_alone()
+    output = model(*batch)
+    output.loss.backward()
+    close(losses(output), losses(expected))
+    close(gradients(model), gradients(alone))
+
+
+def test_labels_need_a_head():
+    model = make_fusion(num_classes=None).train()
+    model.use_joint_batch()
+    with pytest.raises(ValueError, match="labels need a head"):
+        model(*make_batch())
+
+
+def test_the_mappers_batch_norm_can_be_a_synchronised_one():
+    model, batch = make_fusion(**DETERMINISTIC, mapper_norm="batch"), make_batch()
+    model.train()(*batch)
+    expected, state = model.eval()(*batch).logits, model.trained_state_dict()
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert isinstance(synchronised.bank.mapper.norm, nn.SyncBatchNorm)
+    assert torch.equal(synchronised(*batch).logits, expected)
+    assert synchronised.trained_state_dict().keys() == state.keys()
