@@ -6,7 +6,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def sum_over_ranks(parts: Sequence[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
@@ -35,22 +34,29 @@ class JointBatch:
         return sum_over_ranks(parts, group)
 
 
+def is_sharded(value: Tensor) -> bool:
+    """Whether it is a DTensor; importing that class takes half a second."""
+    return hasattr(value, "full_tensor")
+
+
 def gather(value: Tensor) -> Tensor:
     """A sharded tensor (DTensor), whole on every rank of its mesh, each of which has to call this; any other as it is."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    return value.full_tensor() if is_sharded(value) else value
 
 
 def shard_like(value: Tensor, target: Tensor) -> Tensor:
     """A whole tensor that every rank has, laid out as the target is; nothing is sent."""
-    if not isinstance(target, DTensor):
+    if not is_sharded(target):
         return value
+    from torch.distributed.tensor import distribute_tensor
+
     value = value.to(target.device)
     return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
 
 
 def mesh_of(tensors: Iterable[Tensor]) -> DeviceMesh | None:
     """What the first sharded one lies on."""
-    return next((tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)), None)
+    return next((tensor.device_mesh for tensor in tensors if is_sharded(tensor)), None)
 
 
 def is_first(mesh: DeviceMesh) -> bool:

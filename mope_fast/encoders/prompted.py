@@ -175,7 +175,9 @@ class PromptedEncoder(nn.Module):
         if self._running is None:
             return self._plain_layer(index, *args, **kwargs)
         prompts, pool, scores = self._running.prompts, self._running.pool, self._running.scores
-        if self._running.thread != _thread() or len(scores) != index:
+        # a layer that is compiled on its own can't tell
+        other_thread = 0 not in (thread := _thread(), self._running.thread) and thread != self._running.thread
+        if other_thread or len(scores) != index:
             raise RuntimeError(
                 f"layer {index} of this {type(self.encoder).__name__} was called by another thread, or by another forward within "
                 "this one: run one at a time, or deep-copy the model"

@@ -233,7 +233,7 @@ class TaskModel(nn.Module, ABC):
     def _head_description(self) -> dict[str, Any]:
         weight = getattr(self.head, "weight", None)
         return {
-            "head": None if self.head is None else type(self.head).__name__,
+            "head": None if self.head is None else _class_name(self.head),
             "num_classes": None if weight is None else weight.shape[0],
             "problem_type": self.problem_type,
         }
@@ -251,6 +251,12 @@ def _plain_name(key: str) -> str:
     for wrapper in _WRAPPERS:
         key = key.replace(wrapper, "")
     return key
+
+
+def _class_name(module: nn.Module) -> str:
+    """Of the module itself: not torch.compile's around it, not the one that ``fully_shard`` gives it."""
+    classes = type(getattr(module, "_orig_mod", module)).__mro__
+    return (classes[2] if classes[1].__name__ == "FSDPModule" else classes[0]).__name__
 
 
 def _leave_frozen_out(model: TaskModel, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
