@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from tiny_fusion import CLASSES, SETTINGS, WIDTHS, make_bert, make_dinov2, make_images, make_text
 from torch import nn
 
-from mope_fast import MoPEConfig, MoPEFusion
+from mope_fast import MoPEConfig, MoPEFusion, PromptTuned
 from mope_fast.models import checkpoint
 
 
@@ -251,3 +251,39 @@ def test_saving_the_same_model_again_changes_nothing(saved):
 def test_folders_are_made_on_the_way(tmp_path):
     make_model().save_pretrained(tmp_path / "a" / "b")
     assert (tmp_path / "a" / "b" / checkpoint.DESCRIPTION).is_file()
+
+
+def test_a_save_is_read_into_a_model_that_is_there(saved):
+    model = make_model(seed=5, dropout=0.3, noise_std=0.0, importance_weight=0.2).train()
+    encoder = model.main.encoder
+    model.load_pretrained(saved)
+    assert model.training
+    assert model.main.encoder is encoder
+    assert model.config.dropout == 0.3
+    assert torch.equal(logits(model.eval()), logits(make_model()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": 0.2}, r"config\.temperature: saved with 0\.1, got 0\.2"),
+        ({"top_k": 2}, r"config\.top_k: saved with None, got 2"),
+        ({"num_experts": 7}, r"config\.num_experts: saved with 4, got 7.*bank\.keys: saved \(2, 4, 5\), expected \(2, 7, 5\)"),
+        ({"num_classes": 3}, r"head\.weight: saved \(5, 32\), expected \(3, 32\)"),
+        ({"head": make_head()}, r"head: saved with Linear, got Sequential"),
+    ],
+)
+def test_a_save_that_does_not_fit_changes_nothing(saved, settings, message):
+    model = make_model(seed=5, **settings)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        model.load_pretrained(saved)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_save_of_another_loss_or_class_is_not_read_into_a_model(saved):
+    model = MoPEFusion(bert(), dinov2(), CLASSES, MoPEConfig(**SETTINGS), problem_type="regression")
+    with pytest.raises(ValueError, match="problem_type: saved with single_label_classification, got regression"):
+        model.load_pretrained(saved)
+    with pytest.raises(ValueError, match="was saved by MoPEFusion, not by PromptTuned"):
+        PromptTuned(bert(), 2, CLASSES).load_pretrained(saved)
