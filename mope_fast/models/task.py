@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from .._distributed import JointBatch, gather, is_first, mesh_of, wait_for_all
+from .._distributed import JointBatch, gather, is_first, is_sharded, mesh_of, wait_for_all
 from ..encoders import PromptedEncoder
 from . import checkpoint
 
@@ -157,6 +157,14 @@ class TaskModel(nn.Module, ABC):
             self._leaves_frozen_out = True
             self.register_state_dict_post_hook(_leave_frozen_out)
             self.register_load_state_dict_pre_hook(_put_frozen_in)
+
+    def _check_whole(self) -> None:
+        """Raises RuntimeError if weights are sharded."""
+        if any(is_sharded(parameter) for parameter in self.parameters()):
+            raise RuntimeError(
+                f"fold() needs whole weights, and this {_class_name(self)} is sharded: save_pretrained() it, and fold what "
+                "from_pretrained() makes of that"
+            )
 
     def frozen_parts(self) -> list[str]:
         """Names of the modules that are held and not trained."""
