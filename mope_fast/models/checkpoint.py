@@ -19,18 +19,10 @@ if TYPE_CHECKING:
 DESCRIPTION = "mope_fast.json"
 FORMAT = 2
 KEYS = ("model", "main", "config", "head", "num_classes", "problem_type", "weights")
-TRAINING_SETTINGS = frozenset(
-    (
-        "noise_std",
-        "dropout",
-        "dynamic_dropout",
-        "mixing",
-        "importance_weight",
-        "importance_threshold",
-        "prompt_init",
-        "prompt_init_std",
-    )
-)
+TRAINING_SETTINGS = frozenset((
+    "noise_std", "dropout", "dynamic_dropout", "mixing", "importance_weight", "importance_threshold",
+    "prompt_init", "prompt_init_std",
+))  # fmt: skip
 """Settings that change nothing, or only the rounding, in eval mode."""
 
 

@@ -149,7 +149,9 @@ class MoPEFusion(TaskModel):
 
         Raises:
             ValueError: folding is not exact for this encoder (a norm of keys, or one that is not ``nn.LayerNorm``).
+            RuntimeError: weights are sharded.
         """
+        self._check_whole()
         side = self.complementary
         side = side.fold() if isinstance(side, PromptTuned) else side
         return FoldedModel(self.main, self.bank, self.head, side)

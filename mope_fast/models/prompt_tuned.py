@@ -77,6 +77,7 @@ class PromptTuned(TaskModel):
 
     def fold(self) -> FoldedModel:
         """For inference: a new model whose prompts' keys and values are computed already; see :meth:`MoPEFusion.fold`."""
+        self._check_whole()
         return FoldedModel(self.main, self.bank, self.head)
 
     def parameter_groups(self, lr: float, weight_decay: float = 1e-3) -> list[dict[str, Any]]:

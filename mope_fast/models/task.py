@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from .._distributed import JointBatch, gather, is_first, mesh_of, wait_for_all
+from .._distributed import JointBatch, gather, is_first, is_sharded, mesh_of, wait_for_all
 from ..encoders import PromptedEncoder
 from . import checkpoint
 
@@ -109,7 +109,13 @@ class TaskModel(nn.Module, ABC):
         Args:
             process_group: the ranks over which gradients are averaged; None for the default group, or for this process alone
                 where there is none.
+
+        Raises:
+            TypeError: it is something else, such as what ``new_group`` gives to a rank that isn't in it.
         """
+        if process_group is not None and not isinstance(process_group, ProcessGroup):
+            got = type(process_group).__name__
+            raise TypeError(f"process_group must be a torch.distributed.ProcessGroup of this rank, or None; got {got}")
         self._joint_batch = JointBatch(process_group)
 
     def task_loss(self, logits: Tensor | None, labels: Tensor | None) -> Tensor | None:
@@ -157,6 +163,14 @@ class TaskModel(nn.Module, ABC):
             self._leaves_frozen_out = True
             self.register_state_dict_post_hook(_leave_frozen_out)
             self.register_load_state_dict_pre_hook(_put_frozen_in)
+
+    def _check_whole(self) -> None:
+        """Raises RuntimeError if weights are sharded."""
+        if any(is_sharded(parameter) for parameter in self.parameters()):
+            raise RuntimeError(
+                f"fold() needs whole weights, and this {_class_name(self)} is sharded: save_pretrained() it, and fold what "
+                "from_pretrained() makes of that"
+            )
 
     def frozen_parts(self) -> list[str]:
         """Names of the modules that are held and not trained."""
@@ -217,12 +231,18 @@ class TaskModel(nn.Module, ABC):
         state = self.state_dict()
         keys = self.trained_keys(state)
         mesh = mesh_of(state[key] for key in keys.values())
-        # one by one: a whole model may not fit beside its shards
-        whole = {name: gather(state[key]).cpu() for name, key in keys.items()}
-        if mesh is None or is_first(mesh):
-            checkpoint.save(path, whole, self.description())
-        if mesh is not None:
-            wait_for_all(mesh)
+        writes = mesh is None or is_first(mesh)
+        whole = {}
+        for name, key in keys.items():
+            value = gather(state[key])
+            if writes:  # one by one to the host: all of them may not fit beside the shards
+                whole[name] = value.cpu()
+        try:
+            if writes:
+                checkpoint.save(path, whole, self.description())
+        finally:
+            if mesh is not None:
+                wait_for_all(mesh)
 
     def load_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Read a folder of :meth:`save_pretrained` into this model, in place, and leave its mode and its encoders' as they are.

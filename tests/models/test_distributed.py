@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from tiny_baf import make_baf, make_inputs
+from op_recorder import Recorder
+from tiny_baf import make_baf, make_inputs, make_vlmo
 from tiny_fusion import CLASSES, DETERMINISTIC, close, make_bert, make_dinov2, make_fusion, make_images, make_text
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -53,10 +54,10 @@ def check_ddp_has_losses_and_gradients_of_the_joint_batch(rank, folder):
 
 
 def check_ddp_alone_does_not(rank, folder):
-    model, alone, expected, batch = joint_and_alone()
-    model._joint_batch = None
-    parallel = DistributedDataParallel(model)
-    output = parallel(*cut(batch, part(rank)))
+    _, alone, expected, batch = joint_and_alone()
+    model = copy.deepcopy(alone)
+    model.zero_grad()
+    output = DistributedDataParallel(model)(*cut(batch, part(rank)))
     output.loss.backward()
     moved = {name: (grad - gradients(alone)[name]).abs().max() for name, grad in gradients(model).items()}
     assert all(distance > 1e-4 for distance in moved.values())
@@ -135,14 +136,17 @@ def check_every_kind_of_labels(rank, folder):
 
 
 def check_mope_baf(rank, folder):
-    model = make_baf(freeze_backbone=True).train()
-    alone, inputs, labels = copy.deepcopy(model), make_inputs(7), torch.arange(7) % 3
-    alone(**inputs, labels=labels).loss.backward()
-    model.use_joint_batch()
-    parallel = DistributedDataParallel(model)
-    rows = part(rank)
-    parallel(**{name: value[rows] for name, value in inputs.items()}, labels=labels[rows]).loss.backward()
-    close(gradients(model), gradients(alone))
+    for frozen in (True, False):
+        model = make_baf(make_vlmo(drop_path_rate=0.0), freeze_backbone=frozen).train()
+        alone, inputs = copy.deepcopy(model), {**make_inputs(sum(UNEVEN)), "labels": torch.arange(sum(UNEVEN)) % 3}
+        model.use_joint_batch()
+        # joint passes have no use for some of VLMo's weights
+        parallel = DistributedDataParallel(model, find_unused_parameters=not frozen)
+        for _ in range(2):
+            model.zero_grad()
+            parallel(**cut(inputs, part(rank))).loss.backward()
+        alone(**inputs).loss.backward()
+        close(gradients(model), gradients(alone))
 
 
 def check_one_rank_can_evaluate_alone(rank, folder):
@@ -172,6 +176,15 @@ def check_features_alone_have_the_joint_importance(rank, folder):
     close(output.importance_loss.detach(), expected.importance_loss.detach())
 
 
+def check_one_all_reduce_a_step_and_no_wait_for_the_device(rank, folder):
+    model, _, _, batch = joint_and_alone()
+    mine = cut(batch, part(rank))
+    with Recorder() as recorder:
+        model(*mine).loss.backward()
+    assert recorder.names.count("allreduce_") == 1
+    assert not recorder.waits()
+
+
 def test_two_processes_train_as_one(tmp_path):
     checks = [check for name, check in globals().items() if name.startswith("check_")]
     run_in_two_processes(checks, tmp_path)
@@ -183,6 +196,11 @@ def test_one_process_is_a_joint_batch_of_its_own():
     output.loss.backward()
     close(losses(output), losses(expected))
     close(gradients(model), gradients(alone))
+
+
+def test_anything_but_a_process_group_is_refused():
+    with pytest.raises(TypeError, match=r"must be a torch.distributed.ProcessGroup of this rank, or None; got list"):
+        make_fusion().use_joint_batch([0, 1])
 
 
 def test_labels_need_a_head():

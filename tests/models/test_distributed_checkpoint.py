@@ -2,6 +2,7 @@
 
 from unittest.mock import patch
 
+import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
@@ -118,6 +119,12 @@ def check_only_the_first_rank_writes_what_is_sharded_and_all_wait(rank, folder):
     with patch.object(checkpoint, "save", wraps=checkpoint.save) as save:
         model.save_pretrained(folder / "first")
     assert save.call_count == (rank == 0)
+    (folder / "file").touch()
+    if rank == 0:
+        with pytest.raises(NotADirectoryError):
+            model.save_pretrained(folder / "file")
+    else:  # nobody waits for the one that failed
+        model.save_pretrained(folder / "file")
     MoPEFusion.from_pretrained(folder / "first", *encoders())
 
 

@@ -4,6 +4,7 @@ import copy
 import gc
 import weakref
 
+import pytest
 import timm
 import torch
 from tiny_baf import CLASSES as BAF_CLASSES
@@ -180,6 +181,8 @@ def check_evaluation(rank, folder):
     model, batch = fusion_and_batch("dinov2", "bert")
     expected = model(*batch)
     shard(model)
+    with pytest.raises(RuntimeError, match=r"fold\(\) needs whole weights, and this MoPEFusion is sharded: save_pretrained\(\) it"):
+        model.fold()
     with torch.no_grad():
         output = model(*cut(batch, part(rank)))
     close(output.logits, expected.logits[part(rank)])

@@ -206,3 +206,12 @@ def test_backward_after_unwrap_says_so():
     model.unwrap()
     with pytest.raises(RuntimeError, match="unwrapped before the backward pass"):
         loss.backward()
+
+
+def test_embeddings_resized_meanwhile_are_given_back_trainable():
+    encoder = make_bert()
+    model = make_fusion(encoder, None, cross_dim=20)
+    encoder.resize_token_embeddings(60)
+    model.unwrap()
+    assert encoder.get_input_embeddings().weight.shape[0] == 60
+    assert all(p.requires_grad for p in encoder.parameters())
