@@ -1,0 +1,167 @@
+"""What the programs on JSONL folders share: encoders by folder or name, batches, learning rates; and Easy-VQA as such a folder."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+REASON = "needs the packages of the examples extra"
+jsonl_task = pytest.importorskip("jsonl_task", reason=REASON)
+easy_vqa_jsonl = pytest.importorskip("easy_vqa_jsonl", reason=REASON)
+tiny_task = pytest.importorskip("tiny_task", reason=REASON)
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "blue", "which", "color"]
+
+
+@pytest.fixture
+def task(tmp_path, monkeypatch):
+    monkeypatch.setattr(jsonl_task, "text_encoder", tiny_task.text_encoder)
+    monkeypatch.setattr(jsonl_task, "image_encoder", tiny_task.image_encoder)
+    folder = tiny_task.write_folder(tmp_path / "data")
+
+    def make(*arguments):
+        parser = jsonl_task.argument_parser("", "")
+        return jsonl_task.load_task(jsonl_task.check(parser, parser.parse_args([str(folder), *arguments])))
+
+    return make
+
+
+def test_encoders_of_transformers_are_read_from_a_folder(tmp_path):
+    from transformers import BertConfig, BertModel, BertTokenizerFast, ViTConfig, ViTImageProcessor, ViTModel
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
+    BertModel(BertConfig(**sizes, vocab_size=len(WORDS))).save_pretrained(tmp_path / "bert")
+    BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "bert")
+    ViTModel(ViTConfig(**sizes, image_size=16, patch_size=8)).save_pretrained(tmp_path / "vit")
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "vit")
+
+    bert, tokenize = jsonl_task.text_encoder(str(tmp_path / "bert"), 4)
+    inputs = tokenize(["red blue red blue red", "which"])
+    assert inputs["input_ids"].shape == (2, 4)
+    assert bert(**inputs).last_hidden_state.shape == (2, 4, 16)
+    vit, process = jsonl_task.image_encoder(str(tmp_path / "vit"), 0)
+    pixels = process([Image.new("RGB", (30, 20))] * 2, return_tensors="pt")
+    assert vit(**pixels).last_hidden_state.shape == (2, 5, 16)
+
+
+def test_image_encoders_of_timm_come_by_name_with_their_own_transform(monkeypatch):
+    import timm
+
+    create, asked = timm.create_model, []
+
+    def without_weights(name, pretrained):
+        asked.append((name, pretrained))
+        return create(name)
+
+    monkeypatch.setattr(timm, "create_model", without_weights)
+    vit, process = jsonl_task.image_encoder("timm/vit_tiny_patch16_224", 0)
+    assert asked == [("vit_tiny_patch16_224", True)]
+    assert process([Image.new("RGB", (30, 40))] * 2).shape == (2, 3, 224, 224)
+    assert vit.num_features == 192
+
+
+def test_learning_rates(task):
+    made = task("--epochs", "10", "--lr", "1e-3", "--complementary-lr", "2e-3", "--head-lr", "5e-3", "--weight-decay", "0.1")
+    optimizer, schedule = made.optimizer(steps_per_epoch=4)
+    groups = {group["initial_lr"]: group for group in optimizer.param_groups}
+    assert {id(p) for p in groups[5e-3]["params"]} == {id(p) for p in made.model.head.parameters()}
+    assert {id(p) for p in groups[2e-3]["params"]} == {id(p) for p in made.model.complementary.parameters() if p.requires_grad}
+    trained = {id(p) for p in made.model.parameters() if p.requires_grad}
+    assert sorted(id(p) for group in optimizer.param_groups for p in group["params"]) == sorted(trained)
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.1}
+    rates = []
+    for _ in range(40):
+        rates.append(groups[1e-3]["lr"])
+        optimizer.step()
+        schedule.step()
+    # warm-up over a tenth of the steps, then down to zero
+    expected = [1e-3 * min(step / 4, (40 - step) / 36) for step in range(40)]
+    assert rates == pytest.approx(expected)
+
+
+def test_the_papers_schedule_and_rates(task):
+    made = task("--epochs", "10", "--schedule", "steps")
+    optimizer, schedule = made.optimizer(steps_per_epoch=2)
+    assert [group["lr"] for group in optimizer.param_groups] == [5e-4, 4e-4]
+    rates = []
+    for _ in range(20):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([5e-4] * 6 + [2e-4] * 6 + [8e-5] * 8)
+    image_first = task("--main", "image").optimizer(1)[0]
+    assert [group["initial_lr"] for group in image_first.param_groups] == [4e-4, 5e-4]
+
+
+def test_training_batches_are_all_of_one_size_unless_there_is_but_one(task):
+    made = task("--batch-size", "16")
+    assert [len(batch["labels"]) for batch in made.loader("train")] == [16, 16]
+    assert [len(batch["labels"]) for batch in made.loader("test")] == [10]
+    first, second = (torch.cat([batch["labels"] for batch in made.loader("train")]) for _ in range(2))
+    assert torch.equal(first, second)
+    assert [len(batch["labels"]) for batch in task("--batch-size", "64").loader("train")] == [40]
+
+
+def test_complementary_forms(task, tmp_path):
+    prompted = task("--complementary-prompt-length", "3")
+    assert prompted.model.complementary.bank.config.prompt_length == 3
+    frozen = task("--complementary", "frozen", "--output", str(tmp_path / "out"))
+    assert type(frozen.model.complementary).__name__ == "FeatureCache"
+    assert all(not name.startswith("complementary") for name in frozen.model.trained_state_dict())
+
+
+def test_files_are_replaced_whole(tmp_path):
+    file = tmp_path / "results.json"
+    for text in ("old", "new"):
+        jsonl_task.write_atomically(file, text)
+        assert file.read_text() == text
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_easy_vqa_becomes_lines(tmp_path, monkeypatch, capsys):
+    from easy_vqa_data import Split
+
+    answers = ["circle", "no", "red", "yes"]
+    pictures = []
+    for i in range(3):
+        pictures.append(tmp_path / f"{i}.png")
+        Image.new("RGB", (4, 4), (i, 0, 0)).save(pictures[-1])
+    questions = ["what color?", "what shape?", "is it red?", "is it blue?"]
+    # of picture 0 color and shape are told, of picture 1 the color alone, of picture 2 nothing
+    train = Split(
+        [*questions, questions[0], questions[2]], torch.tensor([2, 0, 3, 1, 2, 3]), torch.tensor([0, 0, 0, 0, 1, 2]), pictures
+    )
+    monkeypatch.setattr(easy_vqa_jsonl, "easy_vqa", lambda: (train, train, answers))
+    monkeypatch.setattr(easy_vqa_jsonl, "VALIDATION_IMAGES", 2)
+
+    def lines(folder, split):
+        return [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()]
+
+    easy_vqa_jsonl.main([str(tmp_path / "one")])
+    assert "one/train.jsonl: 4 questions" in capsys.readouterr().out
+    assert (tmp_path / "one" / "labels.txt").read_text().split() == answers
+    found = {(row["text"], row["label"], row["img"]) for row in lines(tmp_path / "one", "train")}
+    labels = ["red", "circle", "yes", "no"]
+    assert found == {(text, label, "images/train/0.png") for text, label in zip(questions, labels, strict=True)}
+    assert {row["img"] for row in lines(tmp_path / "one", "val")} == {"images/train/1.png", "images/train/2.png"}
+    assert (tmp_path / "one" / "images" / "test" / "2.png").read_bytes() == pictures[2].read_bytes()
+
+    easy_vqa_jsonl.main([str(tmp_path / "several"), "--multi-label", "--samples", "3"])
+    assert (tmp_path / "several" / "labels.txt").read_text().split() == ["circle", "red"]
+    rows = lines(tmp_path / "several", "test")
+    assert len(rows) == 3
+    assert all(row["label"] == ["circle", "red"] and row["img"] == "images/test/0.png" for row in rows)
+
+
+def test_check_fills_in_rates_and_refuses_a_file_as_folder(tmp_path, capsys):
+    parser = jsonl_task.argument_parser("", "")
+    args = jsonl_task.check(parser, parser.parse_args([str(tmp_path)]))
+    assert isinstance(args, argparse.Namespace)
+    assert (args.lr, args.complementary_lr, args.folder) == (5e-4, 4e-4, Path(tmp_path))
+    with pytest.raises(SystemExit):
+        jsonl_task.check(parser, parser.parse_args([str(tmp_path), "--samples", "1"]))
+    assert "--samples must be at least 2, got 1" in capsys.readouterr().err
