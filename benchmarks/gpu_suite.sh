@@ -48,7 +48,7 @@ test_shard() { # index, count
     local passed="$output/tests-$1of$2.passed" chosen
     [[ ! -e $passed ]] || { echo "tests shard $1/$2: passed before"; return; }
     chosen=$(mktemp)
-    python3 -m pytest tests/kernels tests/ops tests/properties tests/modules tests/models tests/encoders tests/test_*attention*.py \
+    python3 -m pytest tests/kernels tests/ops tests/properties tests/modules tests/models tests/encoders tests/analysis tests/test_*attention*.py \
         tests/test_receptive_field.py --collect-only -q | grep :: | awk -v i="$1" -v n="$2" 'NR % n == i % n' > "$chosen"
     if timeout 500 python3 -m pytest "@$chosen" -q 2>&1 | tee -a "$output/tests.log"; then touch "$passed"; else failed=1; fi
     rm "$chosen"

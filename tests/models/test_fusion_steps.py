@@ -1,9 +1,12 @@
+import contextlib
 import copy
 
 import pytest
 import torch
 from op_recorder import Recorder
 from tiny_fusion import CLASSES, DETERMINISTIC, close, make_bert, make_dinov2, make_fusion, make_images, make_text, trained
+
+from mope_fast import analysis
 
 
 def batch(size, tokens):
@@ -56,28 +59,41 @@ def test_inference_compiles_too():
         close(compiled(images, features).logits, model(images, features).logits)
 
 
+@contextlib.contextmanager
+def joint_batch(model, tmp_path):
+    """Of one rank: the collective is there."""
+    torch.distributed.init_process_group("nccl", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        model.use_joint_batch()
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("autocast", [False, True])
-def test_a_whole_training_step_on_the_gpu_never_waits(autocast):
+@pytest.mark.parametrize("within", ["nothing", "autocast", "recording", "a joint batch"])
+def test_a_whole_training_step_on_the_gpu_never_waits(within, tmp_path):
     model = make_fusion().float().train().cuda()
+    around = {"recording": lambda: analysis.record(model), "a joint batch": lambda: joint_batch(model, tmp_path)}
     optimizer = torch.optim.AdamW(model.parameter_groups(1e-3), fused=True)
     text, images, labels = batch(6, 9)
     text = {name: value.cuda() for name, value in text.items()}
     images, labels = images.float().cuda(), labels.cuda()
 
     def step():
-        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        with torch.autocast("cuda", torch.bfloat16, enabled=within == "autocast"):
             loss = model(text, images, labels).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
-    step()  # the first call compiles kernels and allocates
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with around.get(within, contextlib.nullcontext)():
+        step()  # the first call compiles kernels and allocates
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu
