@@ -16,22 +16,31 @@ end the output folder has results.json, report.html, predictions-SPLIT.jsonl, an
 import argparse
 import hashlib
 import json
-import shutil
+import math
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, skip_first_batches
-from jsonl_task import argument_parser, check, load_task, to_device, write_atomically
+from jsonl_task import (
+    Task,
+    argument_parser,
+    check,
+    default_device,
+    load_task,
+    run_from_shell,
+    to_device,
+    write_atomically,
+)
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from run_folder import RunFolder
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 from torch.utils.tensorboard import SummaryWriter
 
 from mope_fast import analysis
 
-MAY_CHANGE = ("output", "resume", "workers", "checkpoint_every")
+MAY_CHANGE = ("folder", "output", "resume", "workers", "checkpoint_every", "check_images", "debug")
 """Arguments that a resumed run may have otherwise."""
 
 
@@ -51,12 +60,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def settings_of(args: argparse.Namespace, processes: int) -> dict[str, Any]:
-    """What a run's numbers depend on: arguments, processes, and the content of the JSON lines."""
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    files = sorted([*args.folder.glob("*.jsonl"), args.folder / "labels.txt"])
-    data = hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files if file.exists())).hexdigest()[:16]
-    return {"data": data, "processes": processes, **{n: v for n, v in settings.items() if n not in MAY_CHANGE}}
+def settings_of(task: Task, processes: int) -> dict[str, Any]:
+    """What a run's numbers depend on: arguments, processes, and which samples there are."""
+    settings = {name: value for name, value in vars(task.args).items() if name not in MAY_CHANGE}
+    samples = [(split, post.id, post.text, str(post.image), post.label) for split, posts in task.splits.items() for post in posts]
+    data = hashlib.sha256(repr((task.class_names, samples)).encode()).hexdigest()[:16]
+    return {"data": data, "processes": processes, **settings}
 
 
 @dataclass
@@ -76,63 +85,14 @@ class Position:
         vars(self).update(state)
 
 
-class Checkpoints:
-    """Folders ``step-N``, each made under another name and renamed when it is whole; the newest one stays."""
-
-    def __init__(self, folder: Path, accelerator: Accelerator):
-        self.folder, self.accelerator = folder, accelerator
-
-    def start(self, settings: dict[str, Any], resume: bool) -> None:
-        """Make the folder ready.
-
-        Raises:
-            SystemExit: it has a run that is not to be resumed, or one with other settings.
-        """
-        file = self.folder / "settings.json"
-        if file.exists():
-            if not resume:
-                raise SystemExit(f"{self.folder} has a run already: go on with it by --resume, or give another --output")
-            saved = json.loads(file.read_text())
-            if changed := [name for name in {**saved, **settings} if saved.get(name) != settings.get(name)]:
-                what = "; ".join(f"{name} was {saved.get(name)!r}, now it is {settings.get(name)!r}" for name in changed)
-                raise SystemExit(f"{self.folder} is of another configuration: {what}. Give the same, or another --output")
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, json.dumps(settings, indent=2))
-            for part in self.folder.glob(".*.part"):  # of a killed process
-                shutil.rmtree(part) if part.is_dir() else part.unlink()
-        self.accelerator.wait_for_everyone()
-
-    def load(self) -> None:
-        """The newest one, if there is any."""
-        if whole := self._whole():
-            self.accelerator.load_state(str(whole[-1]))
-            self.accelerator.print(f"goes on from {whole[-1]}")
-
-    def save(self, step: int) -> None:
-        part, whole = self.folder / f".step-{step:08}.part", self.folder / f"step-{step:08}"
-        self.accelerator.save_state(str(part))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            part.rename(whole)
-            for old in self._whole()[:-1]:
-                # renamed first: a half deleted folder is not taken for a whole one
-                shutil.rmtree(old.rename(self.folder / f".{old.name}.part"))
-        self.accelerator.wait_for_everyone()
-
-    def _whole(self) -> list[Path]:
-        return sorted(self.folder.glob("step-*"))
-
-
 class Run:
     """One training run in an output folder."""
 
     def __init__(self, args: argparse.Namespace, accelerator: Accelerator):
         self.args, self.accelerator, self.position = args, accelerator, Position()
-        self.checkpoints = Checkpoints(args.output, accelerator)
-        self.checkpoints.start(settings_of(args, accelerator.num_processes), args.resume)
         task = self.task = load_task(args)
+        self.folder = RunFolder(args.output, accelerator)
+        self.folder.claim(settings_of(task, accelerator.num_processes), args.resume)
         self.sampler = DistributedSampler(
             task.splits["train"], accelerator.num_processes, accelerator.process_index, seed=args.seed, drop_last=True
         )
@@ -144,7 +104,10 @@ class Run:
             task.model.use_joint_batch()
         self.trained = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
         accelerator.register_for_checkpointing(self.position, self.schedule)
-        self.checkpoints.load()
+        if args.resume:
+            self.folder.load()
+        # of the losses and gradients since it was looked at; not finite if one of them wasn't
+        self.health = torch.zeros((), device=accelerator.device)
         # append-only: behind a kill the last record may be cut, which TensorBoard skips
         self.writer = SummaryWriter(args.output / "tensorboard", purge_step=self.done + 1) if accelerator.is_main_process else None
 
@@ -166,10 +129,11 @@ class Run:
                     loss = self._step(to_device(batch, self.accelerator.device))
                     bar.update(shown, completed=self.done)
                     if self.done % 10 == 0:
+                        self._check_health()
                         self._log({"train/loss": loss.item(), "train/lr": self.schedule.get_last_lr()[0]})
                         bar.update(shown, note=f"epoch {self.position.epoch + 1}/{self.args.epochs}, loss {loss.item():.3f}")
                     if self.done % self.args.checkpoint_every == 0 and self.position.step < len(self.loader):
-                        self.checkpoints.save(self.done)
+                        self._save()
                 metrics = self._end_epoch()
                 bar.update(shown, note=f"val after epoch {self.position.epoch}: {readable(metrics)}")
 
@@ -179,14 +143,29 @@ class Run:
         torch.manual_seed((self.args.seed * 1_000_003 + self.done) * accelerator.num_processes + accelerator.process_index)
         loss = self.model(**batch).loss
         accelerator.backward(loss)
-        accelerator.clip_grad_norm_(self.trained, self.args.clip)
+        norm = accelerator.clip_grad_norm_(self.trained, self.args.clip)
+        # in float16 a norm may be infinite: the scaler leaves such a step out
+        self.health += loss.detach() if self.args.precision == "fp16" else loss.detach() + norm
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
         self.position.step += 1
         return loss.detach()
 
+    def _check_health(self) -> None:
+        if not math.isfinite(self.health.item()):
+            raise ValueError(
+                f"loss or gradients became NaN or infinite, at step {self.done} or shortly before: the last checkpoint is from "
+                "before that; try a smaller --lr"
+            )
+        self.health.zero_()
+
+    def _save(self) -> None:
+        self._check_health()
+        self.folder.save(self.done)
+
     def _end_epoch(self) -> dict[str, float]:
+        self._check_health()
         position, chosen_by = self.position, self.task.chosen_by
         metrics = self.task.metrics(*self._predict("val"))
         best = max((earlier[chosen_by] for earlier in position.history), default=float("-inf"))
@@ -195,32 +174,16 @@ class Run:
         if metrics[chosen_by] > best:
             position.best_epoch = position.epoch
             if self.accelerator.is_main_process:
-                self.task.model.save_pretrained(self._adapter(position.epoch))
+                self.task.model.save_pretrained(self.folder.adapter(position.epoch))
         self._log({f"val/{name}": value for name, value in metrics.items()})
-        self.checkpoints.save(self.done)
-        if self.accelerator.is_main_process:
-            # what the checkpoint doesn't name any more
-            for old in set(self.args.output.glob("adapter-epoch-*")) - {self._adapter(position.best_epoch)}:
-                shutil.rmtree(old)
+        self.folder.save(self.done)
+        self.folder.keep_adapter(position.best_epoch)
         return metrics
-
-    def _adapter(self, epoch: int) -> Path:
-        return self.args.output / f"adapter-epoch-{epoch}"
 
     def _log(self, values: dict[str, float]) -> None:
         if self.writer is not None:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, self.done)
-
-    def _report(self, recorder: analysis.Recorder, split: str) -> None:
-        """What the experts did."""
-        alone = self.accelerator.num_processes == 1
-        recorder = recorder if alone else recorder.gather()
-        if self.accelerator.is_main_process:
-            recorder.report(
-                self.args.output / "report.html", samples=self.task.splits[split] if alone else None,
-                title=f"Experts on {split} of {self.args.folder.name}",
-            )  # fmt: skip
 
     @torch.inference_mode()
     def _predict(self, split: str) -> tuple[Tensor, Tensor]:
@@ -233,23 +196,46 @@ class Run:
         return torch.cat(logits).cpu(), torch.cat(labels).cpu()
 
     def finish(self) -> dict[str, Any]:
-        """Metrics and predictions of the best epoch's adapter."""
+        """Metrics, predictions and a report of the best epoch's adapter."""
+        position, output = self.position, self.args.output
         self.accelerator.wait_for_everyone()
-        self.task.model.load_pretrained(self._adapter(self.position.best_epoch))
-        results = {"best_epoch": self.position.best_epoch, "history": self.position.history}
+        self.folder.keep_adapter(position.best_epoch)
+        self.task.model.load_pretrained(self.folder.adapter(position.best_epoch))
+        results = {"samples": self.samples(), "best_epoch": position.best_epoch, "history": position.history}
         for split in [name for name in self.task.splits if name != "train"]:
             with analysis.record(self.task.model, class_names=self.task.class_names) as recorder:
                 logits, labels = self._predict(split)
-            self._report(recorder, split)
             results[split] = self.task.metrics(logits, labels)
+            self.accelerator.print(f"{split}: {readable(results[split])}{self._commonest(labels)}")
             if self.accelerator.is_main_process:
                 lines = "".join(f"{json.dumps(row)}\n" for row in self._predictions(split, logits))
-                write_atomically(self.args.output / f"predictions-{split}.jsonl", lines)
-            self.accelerator.print(f"{split}: {readable(results[split])}")
+                write_atomically(output / f"predictions-{split}.jsonl", lines)
+                write_atomically(output / "results.json", json.dumps(results, indent=2))
+        alone = self.accelerator.num_processes == 1
+        recorder = recorder if alone else recorder.gather()
         if self.accelerator.is_main_process:
-            write_atomically(self.args.output / "results.json", json.dumps(results, indent=2))
+            title = f"Experts on {split} of {self.args.folder.resolve().name}"
+            # which process had which sample isn't noted
+            recorder.report(output / "report.html", samples=self.task.splits[split] if alone else None, title=title)
             self.writer.close()
+        self.accelerator.print(f"{output / 'results.json'}, {output / 'report.html'}, {self.folder.adapter(position.best_epoch)}")
         return results
+
+    def samples(self) -> dict[str, dict[str, int]]:
+        """Of each split: those there are, and those without an image."""
+        return {
+            split: {
+                "samples": len(posts),
+                "left out, without image": len(posts.dropped.get("no image", ())),
+                "with a grey picture": sum(post.image is None for post in posts),
+            }
+            for split, posts in self.task.splits.items()
+        }
+
+    def _commonest(self, labels: Tensor) -> str:
+        if labels.dim() == 2:
+            return ""
+        return f" (the commonest class: {100 * labels.bincount().max().item() / len(labels):.1f} %)"
 
     def _predictions(self, split: str, logits: Tensor) -> list[dict[str, Any]]:
         posts, names = self.task.splits[split], self.task.class_names
@@ -271,20 +257,15 @@ def readable(metrics: dict[str, float]) -> str:
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     args = parse_arguments(arguments)
-    run = Run(args, Accelerator(mixed_precision=args.precision))
+    # without cpu=True it would take the processes of a torchrun on a CPU for strangers
+    run = Run(args, Accelerator(mixed_precision=args.precision, cpu=default_device() == "cpu"))
+    for split, counts in run.samples().items():
+        run.accelerator.print(f"{split}: " + ", ".join(f"{count:,} {what}" for what, count in counts.items() if count))
     run.train()
     results = run.finish()
     run.accelerator.end_training()
     return results
 
 
-def run_from_shell() -> None:
-    """What is wrong with the folder's files is said without a traceback."""
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from None
-
-
 if __name__ == "__main__":
-    run_from_shell()
+    run_from_shell(main)

@@ -66,6 +66,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=None, help="so many questions of each split, in place of all")
     parser.add_argument("--multi-label", action="store_true", help="label with shape and color of the picture")
     args = parser.parse_args(arguments)
+    if args.samples is not None and args.samples < 1:
+        parser.error(f"--samples must be at least 1, got {args.samples}")
     write(args.folder, args.samples, args.multi_label)
 
 

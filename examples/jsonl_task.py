@@ -1,14 +1,18 @@
 """What the programs on JSONL folders share: arguments, encoders by name, batches, optimiser, metrics."""
 
 import argparse
+import math
 import os
+import re
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from packages import CACHE
 from PIL import Image
 from pretrained import dinov2_small, minilm
 from torch import Tensor, nn
@@ -20,6 +24,8 @@ from mope_fast import FeatureCache, FusionCollator, MoPEConfig, MoPEFusion
 from mope_fast.data import Posts, StackEach, classification_metrics, multi_label_metrics, read_jsonl_folder
 
 PACKAGED_TEXT, PACKAGED_IMAGE = "minilm", "dinov2-small"
+PACKAGED_RECIPE = {"lr": 1e-3, "head_lr": 5e-3, "dropout": 0.0, "prompt_init": 0.06}
+"""Small encoders want this on Easy-VQA: defaults where the main side is one of the packaged ones."""
 Encoder = tuple[nn.Module, Callable[..., Any]]
 """A frozen encoder, and what makes its inputs of a list of texts or images."""
 
@@ -38,25 +44,27 @@ def argument_parser(description: str, output: str) -> argparse.ArgumentParser:
     add("--max-length", type=int, default=128, help="tokens of a text, longer ones are cut")
     add(
         "--complementary", choices=("prompted", "frozen"), default="prompted",
-        help="the other side's encoder: with trained prompts of its own, or as it is, each sample computed once and kept",
+        help="the other side's encoder: with trained prompts of its own, or as it is, each sample computed once for all runs",
     )  # fmt: skip
     add("--experts", type=int, default=16, help="K, experts a layer")
     add("--prompt-length", type=int, default=6, help="L, rows of a prompt")
     add("--complementary-prompt-length", type=int, default=4, help="rows of the other side's prompts")
-    add("--dropout", type=float, default=0.1, help="on prompts")
+    add("--dropout", type=float, default=None, help="on prompts; default: the paper's 0.1")
     add("--noise-std", type=float, default=1 / 256, help="of the noise on routing logits, in training")
     add("--mapper-norm", choices=("batch", "layer", "none"), default="batch", help="on the way of the other feature to a prompt")
-    add("--prompt-init", type=float, default=None, help="prompts start uniform in +- this; default: VPT's rule")
+    add("--prompt-init", type=float, default=None, help="prompts start uniform in +- this; default: the release's rule")
     add("--importance-weight", type=float, default=0.01)
     add("--lr", type=float, default=None, help="of prompts, router and mapper; default: the paper's 5e-4 for text, 4e-4 for images")
     add("--complementary-lr", type=float, default=None, help="of the other side's prompts; default: the paper's of that side")
     add("--head-lr", type=float, default=None, help="default: as --lr")
+    add("--check-images", action="store_true", help="read every image before anything else")
+    add("--debug", action="store_true", help="show where an error comes from")
     add("--weight-decay", type=float, default=1e-3)
     add("--schedule", choices=("linear", "steps"), default="linear", help="warm-up and decay; or the paper's x 0.4 at epochs 3, 6")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    add("--epochs", type=int, default=10)
-    add("--batch-size", type=int, default=64, help="of each process")
-    add("--samples", type=int, default=None, help="use so many of each split, for a quick try")
+    add("--epochs", type=int, default=5)
+    add("--batch-size", type=int, default=32, help="of each process")
+    add("--samples", type=int, default=None, help="use the first so many of each split, for a quick try")
     add("--missing-images", choices=("error", "skip", "grey"), default="error", help="leave out, or put a grey picture in place")
     add("--workers", type=int, default=0, help="processes that read and decode")
     add("--seed", type=int, default=42)
@@ -65,21 +73,36 @@ def argument_parser(description: str, output: str) -> argparse.ArgumentParser:
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
-    """Ends the program with one line for arguments that make no sense; fills in the paper's learning rates."""
+    """Ends the program with one line for arguments that make no sense; fills in what was left to us."""
     least = {"image_size": 14, "max_length": 3, "experts": 1, "prompt_length": 1, "complementary_prompt_length": 0, "epochs": 1}
     least |= {"batch_size": 2, "samples": 2, "workers": 0}
     for name, value in least.items():
         got = getattr(args, name)
         if got is not None and got < value:
             parser.error(f"--{name.replace('_', '-')} must be at least {value}, got {got}")
+    for name in ("lr", "complementary_lr", "head_lr", "weight_decay", "clip", "importance_weight", "noise_std"):
+        got = getattr(args, name)
+        if got is not None and not (math.isfinite(got) and (got > 0 if name == "clip" else got >= 0)):
+            parser.error(f"--{name.replace('_', '-')} must be a finite number {'> 0' if name == 'clip' else '>= 0'}, got {got}")
+    if not 0 <= args.seed < 2**32:
+        parser.error(f"--seed must be 0 to 2**32 - 1, got {args.seed}")
+    if args.image_model == PACKAGED_IMAGE and args.image_size % 14:
+        parser.error(f"--image-size must be a multiple of 14, got {args.image_size}")
     if not args.folder.is_dir():
         parser.error(f"{args.folder} is no folder: expected one with train.jsonl, val.jsonl and labels.txt")
     if args.output.exists() and not args.output.is_dir():
         parser.error(f"--output must be a folder, {args.output} is a file")
+    if not getattr(args, "resume", False) and not is_unused(args.output):
+        more = "go on with it by --resume, or give another --output" if hasattr(args, "resume") else "give another --output"
+        parser.error(f"{args.output} has files already: {more}")
     papers = {"text": 5e-4, "image": 4e-4}
     other = "image" if args.main == "text" else "text"
-    args.lr = papers[args.main] if args.lr is None else args.lr
-    args.complementary_lr = papers[other] if args.complementary_lr is None else args.complementary_lr
+    recipe = {"lr": papers[args.main], "complementary_lr": papers[other], "dropout": 0.1}
+    if getattr(args, f"{args.main}_model") in (PACKAGED_TEXT, PACKAGED_IMAGE):
+        recipe |= PACKAGED_RECIPE
+    for name, value in recipe.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     return args
 
 
@@ -139,13 +162,17 @@ def load_task(args: argparse.Namespace) -> Task:
     """Read the folder, and make the model from the seed."""
     names = ["train", "val", *(["test"] if (args.folder / "test.jsonl").exists() else [])]
     splits = read_jsonl_folder(args.folder, names, missing_images=args.missing_images)
-    splits = {name: posts if args.samples is None else posts[: args.samples] for name, posts in splits.items()}
+    if args.samples is not None:
+        splits = {name: replace(posts, posts=posts.posts[: args.samples]) for name, posts in splits.items()}
+    if args.check_images:
+        for posts in splits.values():
+            posts.check_images()
     sides = {"text": text_encoder(args.text_model, args.max_length), "image": image_encoder(args.image_model, args.image_size)}
     other = "image" if args.main == "text" else "text"
     (main, main_inputs), (complementary, complementary_inputs) = sides[args.main], sides[other]
     if args.complementary == "frozen":
         complementary.to(default_device())
-        complementary = FeatureCache(args.output.parent / f"features-{_file_name(getattr(args, f'{other}_model'))}", complementary)
+        complementary = FeatureCache(CACHE / "features" / _file_name(getattr(args, f"{other}_model")), complementary)
     config = MoPEConfig(
         num_experts=args.experts, prompt_length=args.prompt_length, dropout=args.dropout, noise_std=args.noise_std,
         prompt_init=args.prompt_init, mapper_norm=args.mapper_norm,
@@ -195,6 +222,16 @@ def _file_name(model: str) -> str:
     return model.strip("/").replace("/", "-")
 
 
+def run_from_shell(main: Callable[[], Any]) -> None:
+    """What is wrong with the folder's files is said in a line; with --debug with a traceback."""
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        if "--debug" in sys.argv:
+            raise
+        raise SystemExit(f"{type(error).__name__}: {error}") from None
+
+
 def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -206,8 +243,14 @@ def to_device(value: Any, device: str | torch.device) -> Any:
     return value.to(device, non_blocking=True)
 
 
+def is_unused(folder: Path) -> bool:
+    """Whether it isn't there or has nothing in it, but for what a process that was killed at once leaves."""
+    leftovers = r"\.lock|\.settings\.json\.\d+\.part"
+    return not folder.exists() or all(re.fullmatch(leftovers, path.name) for path in folder.iterdir())
+
+
 def write_atomically(path: Path, text: str) -> None:
     """There is the old file or the new one, never a part."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(text)
+    part.write_text(text, encoding="utf-8")
     os.replace(part, path)

@@ -6,7 +6,7 @@ torchrun --nproc-per-node 2 examples/with_accelerate.py outputs/easy_vqa_jsonl -
 
 import torch
 from accelerate import Accelerator
-from jsonl_task import Task, argument_parser, check, load_task
+from jsonl_task import Task, argument_parser, check, default_device, load_task, run_from_shell
 from tqdm import tqdm
 
 
@@ -40,8 +40,10 @@ def evaluate(task: Task, split: str, model: torch.nn.Module, accelerator: Accele
 
 def main(arguments: list[str] | None = None) -> Task:
     parser = argument_parser(__doc__.split("\n")[0], "with_accelerate")
-    task = load_task(check(parser, parser.parse_args(arguments)))
-    accelerator = Accelerator()
+    args = check(parser, parser.parse_args(arguments))
+    task = load_task(args)
+    accelerator = Accelerator(cpu=default_device() == "cpu")
+    torch.manual_seed(args.seed + accelerator.process_index)  # dropout and noise of its own for each process
     model = train(task, accelerator)
     metrics = evaluate(task, "val", model, accelerator)
     accelerator.print(metrics)
@@ -52,4 +54,4 @@ def main(arguments: list[str] | None = None) -> Task:
 
 
 if __name__ == "__main__":
-    main()
+    run_from_shell(main)

@@ -5,7 +5,7 @@ python examples/with_lightning.py outputs/easy_vqa_jsonl --complementary frozen 
 
 import lightning
 import torch
-from jsonl_task import Task, argument_parser, check, load_task
+from jsonl_task import Task, argument_parser, check, load_task, run_from_shell
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> Task:
     trainer = lightning.Trainer(
         max_epochs=args.epochs,
         gradient_clip_val=args.clip,
-        callbacks=[ModelCheckpoint(args.output, save_last=True)],
+        callbacks=[ModelCheckpoint(args.output, save_last=True, enable_version_counter=False)],
         logger=False,
         num_sanity_val_steps=0,
         log_every_n_steps=10,
@@ -59,4 +59,4 @@ def main(arguments: list[str] | None = None) -> Task:
 
 
 if __name__ == "__main__":
-    main()
+    run_from_shell(main)

@@ -4,7 +4,7 @@ python examples/with_plain_loop.py outputs/easy_vqa_jsonl --complementary frozen
 """
 
 import torch
-from jsonl_task import Task, argument_parser, check, default_device, load_task, to_device
+from jsonl_task import Task, argument_parser, check, default_device, load_task, run_from_shell, to_device
 from torch import nn
 from tqdm import tqdm
 
@@ -24,7 +24,8 @@ def train(task: Task, device: str) -> None:
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-        bar.set_postfix(loss=f"{output.loss.item():.3f}")
+            if bar.n % 10 == 0:
+                bar.set_postfix(loss=f"{output.loss.item():.3f}")
 
 
 @torch.inference_mode()
@@ -45,4 +46,4 @@ def main(arguments: list[str] | None = None) -> Task:
 
 
 if __name__ == "__main__":
-    main()
+    run_from_shell(main)

@@ -4,9 +4,19 @@ python examples/with_trainer.py outputs/easy_vqa_jsonl --complementary frozen --
 """
 
 import torch
-from jsonl_task import Task, argument_parser, check, load_task
+from jsonl_task import Task, argument_parser, check, load_task, run_from_shell
+from torch.utils.data import DataLoader, Dataset
 from transformers import EvalPrediction, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
+
+
+class FusionTrainer(Trainer):
+    """Evaluates on all samples: ``dataloader_drop_last`` is for training, but the Trainer applies it to both."""
+
+    def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        loader = DataLoader(dataset, self.args.eval_batch_size, collate_fn=self.data_collator)
+        return self.accelerator.prepare(loader)
 
 
 def make_trainer(task: Task) -> Trainer:
@@ -33,7 +43,7 @@ def make_trainer(task: Task) -> Trainer:
         return task.metrics(torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids))
 
     task.model.leave_frozen_out_of_state_dict()  # checkpoints hold what is trained
-    return Trainer(
+    return FusionTrainer(
         task.model,
         settings,
         data_collator=task.collate,
@@ -59,4 +69,4 @@ def main(arguments: list[str] | None = None) -> Task:
 
 
 if __name__ == "__main__":
-    main()
+    run_from_shell(main)

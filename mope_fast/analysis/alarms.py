@@ -45,13 +45,15 @@ def find_alarms(importance: Tensor, information: Tensor, not_finite: int, thresh
     Args:
         importance: (N, K), rows sum to 1.
         information: (N,), mutual information of sample and expert over log K.
-        not_finite: samples whose scores were NaN or infinite.
+        not_finite: samples whose scores were NaN, infinite or negative.
         thresholds: see there.
     """
     alarms = []
     if not_finite:
         samples = "1 sample has" if not_finite == 1 else f"{not_finite:,} samples have"
-        message = f"{samples} scores that are NaN or infinite and count nowhere else: look at the loss and the learning rate"
+        message = (
+            f"{samples} scores that are NaN, infinite or negative and count nowhere else: look at the loss and the learning rate"
+        )
         alarms.append(Alarm("not finite", None, (), message))
     num_experts = importance.shape[1]
     if num_experts == 1:  # nothing to choose

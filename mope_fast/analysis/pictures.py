@@ -39,8 +39,9 @@ def show(sample: Any, name: str) -> Shown:
             raise ValueError(f"{name}: a dict must have 'text' or 'image', got {list(sample)}")
         parts = (sample.get("text"), sample.get("image"))
     elif isinstance(sample, (tuple, list)):
-        # what follows is of no interest: a data set may give labels too
+        # what follows is of no interest, nor is a label in second place
         parts = (*sample[:2], None)[:2]
+        parts = (parts[0], None if isinstance(parts[1], (int, float)) else parts[1])
     else:
         parts = (sample, None)
     text = picture = None
@@ -61,7 +62,7 @@ def _data_uri(picture: Any, name: str) -> str:
         raise ImportError("pictures on a report need Pillow: pip install 'mope_fast[analysis]'") from error
     try:
         image = _image(picture, Image).convert("RGBA")
-    except (OSError, ValueError, TypeError) as error:
+    except Exception as error:  # decoders raise whatever they like
         kind = f"{picture.dtype} {tuple(picture.shape)}" if isinstance(picture, Tensor) else repr(picture)[:80]
         raise ValueError(
             f"{name}: expected a text, a PIL image, a path of one, or a tensor (3, H, W), got {kind} ({error})"
@@ -86,9 +87,11 @@ def _image(picture: Any, pillow: Any) -> Any:
     if picture.dim() != 3 or picture.shape[0] not in (1, 3) or 0 in picture.shape:
         raise ValueError("the shape is not (3, H, W)")
     pixels = picture.detach().cpu()
+    if pixels.dtype != torch.uint8:
+        pixels = pixels.float()
     if pixels.is_floating_point():
         low, high = pixels.min(), pixels.max()
         if low < 0 or high > 1:  # normalised for a model
             pixels = (pixels - low) / (high - low).clamp(min=1e-12)
-        pixels = (pixels.float() * 255).round().clamp(0, 255)
+        pixels = (pixels * 255).round().clamp(0, 255)
     return pillow.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).to(torch.uint8).numpy())

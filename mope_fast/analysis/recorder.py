@@ -180,8 +180,8 @@ class Recorder:
         totals = self._sums.cpu()
         if totals.counts[0] == 0:
             raise RuntimeError(
-                f"nothing was recorded: of {int(totals.counts.sum())} samples {int(totals.counts[1])} had scores that are NaN or "
-                f"infinite, and {int(totals.counts[2])} were not routed"
+                f"nothing was recorded: of {int(totals.counts.sum())} samples {int(totals.counts[1])} had scores that are NaN, "
+                f"infinite or negative, and {int(totals.counts[2])} were not routed"
             )
         return totals
 
@@ -192,7 +192,7 @@ class Recorder:
 
     @property
     def not_finite(self) -> int:
-        """Samples left out because a score was NaN or infinite."""
+        """Samples left out because a score was NaN, infinite or negative."""
         return int(self._totals.counts[1])
 
     @property
@@ -295,19 +295,21 @@ class Recorder:
         kept where all were noted with ids: positions are each process's own.
 
         Raises:
-            ValueError: the processes recorded different layers, experts or classes.
+            ValueError: the processes recorded different layers, experts or classes, or with other settings.
         """
         sums = None if self._sums is None else self._sums.cpu()
         if sums is not None and self._by_position:
             sums.top_scores.fill_(-math.inf)
         states = [None] * torch.distributed.get_world_size(process_group)
-        torch.distributed.all_gather_object(states, (sums, self._stride, self.steps, self.training_steps), process_group)
+        settings = {"top": self._top, "every": self._every, "windows": self._windows}
+        torch.distributed.all_gather_object(states, (sums, self._stride, self.steps, self.training_steps, settings), process_group)
+        _check_alike([state[0] for state in states if state[0] is not None], [state[-1] for state in states])
         total = copy.copy(self)
         total.__dict__.pop("_totals", None)
         total._handle = None
-        total._stride = max(stride for _, stride, _, _ in states)
+        total._stride = max(stride for _, stride, *_ in states)
         total.steps, total.training_steps = (max(state[i] for state in states) for i in (2, 3))
-        total._sums = _sum_of([(sums, stride) for sums, stride, _, _ in states if sums is not None], total._stride)
+        total._sums = _sum_of([(sums, stride) for sums, stride, *_ in states if sums is not None], total._stride)
         return total
 
     def tensors(self) -> dict[str, Tensor]:
@@ -323,7 +325,8 @@ class Recorder:
         """Write :meth:`tensors` as safetensors."""
         from safetensors.torch import save as serialize
 
-        metadata = {"samples": str(self.samples), "steps": str(self.steps), "class_names": "\n".join(self.class_names or ())}
+        names = "\n".join(self.class_names or ()).encode(errors="replace").decode()
+        metadata = {"samples": str(self.samples), "steps": str(self.steps), "class_names": names}
         data = serialize({name: value.contiguous() for name, value in self.tensors().items()}, metadata)
         write_atomically(_file(path), data)
 
@@ -353,8 +356,18 @@ class Recorder:
         """
         from .report import render
 
-        write_atomically(file := _file(path), render(self, samples, training, title).encode())
+        # a lone surrogate in a text is no reason to have no page
+        write_atomically(file := _file(path), render(self, samples, training, title).encode(errors="replace"))
         return file
+
+
+def _check_alike(sums: Sequence[Sums], settings: Sequence[dict[str, int]]) -> None:
+    """Raises ValueError if the processes' recordings can't be added up; one that saw no label has no classes."""
+    found = {"layers": [len(part.scores) for part in sums], "experts": [part.scores.shape[1] for part in sums]}
+    found["classes"] = [len(part.classes) - 1 for part in sums if len(part.classes) > 1]
+    found |= {name: [own[name] for own in settings] for name in ("top", "every", "windows")}
+    if unlike := [f"{name} {values}" for name, values in found.items() if len(set(values)) > 1]:
+        raise ValueError(f"processes recorded with different {', '.join(unlike)}: make their recorders alike")
 
 
 def record(
@@ -485,9 +498,6 @@ def _sum_of(parts: Sequence[tuple[Sums, int]], stride: int) -> Sums | None:
         while own < stride:
             sums.merge_windows()
             own *= 2
-        if total is not None and total.classes.shape != sums.classes.shape:
-            shapes = [tuple(part.classes[:-1].shape) for part in (total, sums)]
-            raise ValueError(f"processes recorded different classes, layers and experts: {shapes}")
         total = sums if total is None else total.plus(sums)
     return total
 

@@ -11,7 +11,7 @@ class Sums:
     """What is kept of all scores seen, in float64: 8 * N * K * (steps' windows + C + 2 * top + 1) bytes, whatever runs by.
 
     A sample's scores are divided by their sum in each layer, which changes something only with ``top_k`` without
-    ``renormalize``. Samples with scores that are not finite, or that were not routed, count in ``counts`` only.
+    ``renormalize``. Samples with scores that are not finite or negative, or that were not routed, count in ``counts`` only.
     """
 
     counts: Tensor  # (3,): samples counted, not finite, not routed
@@ -59,7 +59,7 @@ class Sums:
         device = self.scores.device
         scores, ids = scores.to(device, torch.float64), ids.to(device, non_blocking=True)
         total = scores.sum(-1, keepdim=True)
-        finite = total.isfinite().all(0).squeeze(-1)
+        finite = (total.isfinite() & (scores.amin(-1, keepdim=True) >= 0)).all(0).squeeze(-1)
         routed = (total != 0).all(0).squeeze(-1)
         counted = finite & routed
         shares = torch.where(counted[:, None], scores / total, 0)  # (N, B, K)
@@ -100,7 +100,11 @@ class Sums:
         self.class_counts.index_add_(0, rows, counted.to(torch.float64))
 
     def _keep_top(self, scores: Tensor, ids: Tensor) -> None:
-        # a sample that comes again counts with its last score
+        # a sample that comes again counts with its last score, within a batch too
+        order = ids.argsort(stable=True)
+        comes_again = torch.zeros_like(ids, dtype=torch.bool)
+        comes_again[order[:-1]] = ids[order[1:]] == ids[order[:-1]]
+        scores = torch.where(comes_again[:, None], float("-inf"), scores)
         again = (self.top_ids[..., None] == ids).any(-1)
         kept = torch.where(again, float("-inf"), self.top_scores)
         self.top_scores = kept

@@ -28,8 +28,8 @@ class FusionCollator:
 
     Args:
         main: how the main side's values become the main encoder's inputs. A transformers tokenizer (pads to the longest,
-            truncates), image processor or feature extractor (called with ``return_tensors="pt"``); any function of a list of
-            values that gives a tensor or a dict of tensors: ``functools.partial(tokenizer, padding=True, max_length=64,
+            truncates), image processor or feature extractor (called with ``return_tensors="pt"``, unpadded); any function of a
+            list of values that gives a tensor or a dict of tensors: ``functools.partial(tokenizer, padding=True, max_length=64,
             ...)``; ``StackEach(transform)`` for timm's and torchvision's transforms; None for features, stacked as they are.
         complementary: likewise for the other side.
         main_field, complementary_field, label_field: where a sample has them. Samples without the label field make batches without
@@ -101,8 +101,11 @@ def _value(sample: Post | Mapping[str, Any], field: str) -> Any:
 
 
 def _inputs(name: str, preprocess: Preprocess | None, values: list[Any]) -> Any:
-    if preprocess is None:
-        return torch.stack([torch.as_tensor(value) for value in values])
+    if preprocess is None or isinstance(preprocess, StackEach):
+        try:
+            return StackEach(torch.as_tensor)(values) if preprocess is None else preprocess(values)
+        except RuntimeError as error:
+            raise ValueError(f"{name} can't be stacked: {error}; make them of one size, or pad them") from error
     if hasattr(preprocess, "model_input_names"):  # transformers' tokenizers, image processors and feature extractors
         settings = {"padding": True, "truncation": True} if hasattr(preprocess, "vocab_size") else {}
         inputs = preprocess(values, return_tensors="pt", **settings)
@@ -118,6 +121,7 @@ def _inputs(name: str, preprocess: Preprocess | None, values: list[Any]) -> Any:
 
 def _labels(values: list[Any]) -> Tensor:
     try:
-        return torch.stack([torch.as_tensor(value) for value in values])
+        labels = torch.stack([torch.as_tensor(value) for value in values])
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"labels must be numbers, or lists of one length with 0 or 1 for each class: {error}") from error
+    return labels.float() if labels.is_floating_point() else labels.long()

@@ -4,11 +4,13 @@ import difflib
 import functools
 import json
 import os
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .lines import check_choice, is_unicode, problems_in, read_lines
+from .lines import SHOWN, check_choice, is_unicode, problems_in, read_lines
 from .posts import Post, Posts
 
 MISSING_IMAGES = ("error", "skip", "grey")
@@ -25,7 +27,8 @@ def read_jsonl_folder(
     have several classes or none. ``labels.txt`` has a name in each line, class 0 first; white space around names is dropped.
     Without ``val.jsonl`` there may be ``dev.jsonl``: the released scripts write that one.
 
-    Nothing is decoded: an image that can't be read raises when it is opened, see :meth:`Post.open_image`.
+    Nothing is decoded: an image that can't be read raises when it is opened, see :meth:`Post.open_image` and
+    :meth:`Posts.check_images`. Ids need not be unique.
 
     Args:
         root: the folder.
@@ -42,6 +45,8 @@ def read_jsonl_folder(
             first ten with line and field, and their number.
     """
     check_choice("missing_images", missing_images, MISSING_IMAGES)
+    if isinstance(splits, str):
+        raise TypeError(f"splits must be a list of names, got {splits!r}: give [{splits!r}]")
     root = Path(root)
     class_names = _read_labels(root / "labels.txt")
     # listed once: a look at each of thousands takes long on a network disk
@@ -68,18 +73,27 @@ def _file_of(root: Path, split: str) -> Path:
 def _read_labels(path: Path) -> tuple[str, ...]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there: write the name of each class in a line of its own, class 0 first")
-    names = [name.strip() for _, name in read_lines(path)]
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
+    lines = [(number, _class_name(name)) for number, name in read_lines(path)]
+    if bad := [f"line {number}: not UTF-8: {name!r:.80}" for number, name in lines if not is_unicode(name)]:
+        raise problems_in(path, bad)
+    names = [name for _, name in lines]
+    if repeated := sorted(name for name, count in Counter(names).items() if count > 1):
         raise ValueError(f"{path} has {repeated} more than once: each class has one line")
     if len(names) < 2:
         raise ValueError(f"{path} must name at least two classes, a line each, got {names}")
     return tuple(names)
 
 
+def _class_name(name: str) -> str:
+    # one accented letter may be one character or two
+    return unicodedata.normalize("NFC", name.strip())
+
+
 def _file_names(folder: Path) -> frozenset[str]:
     try:
-        return frozenset(os.listdir(folder))
-    except (FileNotFoundError, NotADirectoryError):
+        with os.scandir(folder) as entries:
+            return frozenset(entry.name for entry in entries if entry.is_file())
+    except (OSError, ValueError):  # not there, no folder, or no name that a folder could have
         return frozenset()
 
 
@@ -92,7 +106,8 @@ def _read_split(path: Path, root: Path, class_names: tuple[str, ...], missing_im
             row = _fields(line)
             if several is None:
                 several = isinstance(row["label"], list)
-            label = _label(row["label"], classes, several)
+            # looking for what was meant takes a while
+            label = _label(row["label"], classes, several, hint=len(problems) < SHOWN)
             image = None if not row["img"] else root / row["img"]
             there = image is not None and image.name in listing(image.parent)
             if not there and missing_images == "error":
@@ -136,15 +151,15 @@ def _fields(line: str) -> dict[str, Any]:
     return row
 
 
-def _label(value: Any, classes: dict[str, int], several: bool) -> int | tuple[int, ...]:
+def _label(value: Any, classes: dict[str, int], several: bool, hint: bool) -> int | tuple[int, ...]:
     if isinstance(value, list) != several:
         raise ValueError(f'field "label": expected {"a list of names" if several else "one name"} as above, got {value!r:.120}')
-    names = [name.strip() if isinstance(name, str) else name for name in (value if several else [value])]
+    names = [_class_name(name) if isinstance(name, str) else name for name in (value if several else [value])]
     for name in names:
         if not isinstance(name, str) or name not in classes:
-            near = difflib.get_close_matches(name, classes, 1) if isinstance(name, str) else []
-            hint = f"; is it {near[0]!r}?" if near else ""
-            raise ValueError(f'field "label": {name!r:.80} is not in labels.txt{hint}')
+            near = difflib.get_close_matches(name, classes, 1) if hint and isinstance(name, str) else []
+            meant = f"; is it {near[0]!r}?" if near else ""
+            raise ValueError(f'field "label": {name!r:.80} is not in labels.txt{meant}')
     if not several:
         return classes[names[0]]
     return tuple(int(name in names) for name in classes)

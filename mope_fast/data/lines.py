@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+SHOWN = 10
+"""Problems of a file that are told one by one."""
+
 
 def read_lines(path: Path) -> list[tuple[int, str]]:
     """Lines that aren't blank, with their numbers; bytes that aren't UTF-8 are kept as surrogates."""
@@ -26,7 +29,7 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def problems_in(path: Path, problems: Sequence[str]) -> ValueError:
-    """One exception with the first ten and their number."""
-    more = f"\n... and {len(problems) - 10} more" if len(problems) > 10 else ""
+    """One exception with the first :data:`SHOWN` and their number."""
+    more = f"\n... and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
     count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
-    return ValueError(f"{count} in {path}:\n" + "\n".join(problems[:10]) + more)
+    return ValueError(f"{count} in {path}:\n" + "\n".join(problems[:SHOWN]) + more)

@@ -94,7 +94,9 @@ def multi_label_metrics(logits: Tensor, labels: Tensor, *, threshold: float = 0.
     except ImportError as error:
         raise ImportError("multi_label_metrics needs scikit-learn: pip install 'mope_fast[few-shot]'") from error
     truth, guess = labels.long().numpy(), (logits.sigmoid() > threshold).long().numpy()
-    f1 = {f"f1_{name}": float(f1_score(truth, guess, average=name, zero_division=0)) for name in ("macro", "micro")}
+    # of one column scikit-learn would take 0 for a class too
+    classes = range(truth.shape[1]) if truth.shape[1] > 1 else [1]
+    f1 = {f"f1_{name}": float(f1_score(truth, guess, labels=classes, average=name, zero_division=0)) for name in ("macro", "micro")}
     return {"accuracy": float(accuracy_score(truth, guess)), **f1}
 
 

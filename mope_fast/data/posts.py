@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, overload
 import torch
 from torch import Tensor
 
+from .lines import SHOWN
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -74,8 +76,8 @@ class Posts(Sequence[Post]):
                 raise ValueError(f"post {post.id} has label {post.label!r}, expected {kind} as in post {self.posts[0].id}")
             if several and (len(post.label) != classes or not {*post.label} <= {0, 1}):
                 raise ValueError(f"post {post.id} has labels {post.label}, expected 0 or 1 for each of {self.class_names}")
-            if not several and not 0 <= post.label < classes:
-                raise ValueError(f"post {post.id} has label {post.label}, expected 0 to {classes - 1} for {self.class_names}")
+            if not several and not (isinstance(post.label, int) and 0 <= post.label < classes):
+                raise ValueError(f"post {post.id} has label {post.label!r}, expected 0 to {classes - 1} for {self.class_names}")
 
     def __len__(self) -> int:
         return len(self.posts)
@@ -106,6 +108,28 @@ class Posts(Sequence[Post]):
     def texts(self) -> list[str]:
         """Of all posts, in their order."""
         return [post.text for post in self.posts]
+
+    def check_images(self, *, progress: bool = True) -> None:
+        """Open every image once.
+
+        Args:
+            progress: show a bar.
+
+        Raises:
+            ImportError: pillow is not installed.
+            OSError: some can't be read; the message has the first ten, and their number.
+        """
+        from tqdm import tqdm
+
+        problems = []
+        for post in tqdm(self.posts, desc="checking images", unit="image", disable=not progress):
+            try:
+                post.open_image()
+            except OSError as error:
+                problems.append(str(error))
+        if problems:
+            more = f"\n... and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+            raise OSError(f"{len(problems)} of {len(self)} images can't be read:\n" + "\n".join(problems[:SHOWN]) + more)
 
     def __repr__(self) -> str:
         labels, count = self.labels, len(self.class_names)

@@ -122,6 +122,11 @@ def load(path: str | os.PathLike[str], model: "TaskModel", description: dict[str
         for name, (_, value) in expected.items()
         if name in saved and saved[name].shape != value.shape
     ]
+    if "complementary" in own and (description.get("complementary") is None) != (own["complementary"] is None):
+        problems.append(
+            "hint: the complementary side is None where features or a function, cache or black box that gives them were passed in; "
+            "functools.partial(mope_fast.encoders.encode, encoder) is such a function"
+        )
     if problems:
         raise ValueError(f"{Path(path)} doesn't fit this model:\n  " + "\n  ".join(problems))
     model.load_state_dict({key: shard_like(saved[name], value) for name, (key, value) in expected.items()}, strict=False)

@@ -80,12 +80,18 @@ def test_top_samples_are_the_same_however_samples_are_batched(batch):
             assert recorder.top_samples(layer, expert) == expected
 
 
+def test_negative_scores_count_as_none():
+    recorder = Recorder()
+    recorder.update(torch.tensor([[0.5, 0.5], [1.5, -0.5]]))
+    assert (recorder.samples, recorder.not_finite) == (1, 1)
+    assert torch.equal(recorder.importance, torch.tensor([[0.5, 0.5]]).double())
+
+
 def test_a_sample_that_comes_again_counts_with_its_last_score():
     recorder = Recorder(top=3)
     recorder.update(torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.5, 0.5], [0.4, 0.6]]), ids=[3, 5, 7, 7])
     recorder.update(torch.tensor([[0.3, 0.7]]), ids=[3])
-    assert [sample.id for sample in recorder.top_samples(0, 0)] == [7, 3]
-    assert recorder.top_samples(0, 0)[1].score == pytest.approx(0.3)
+    assert recorder.top_samples(0, 0) == [(7, pytest.approx(0.4)), (3, pytest.approx(0.3)), (5, pytest.approx(0.2))]
     with pytest.raises(IndexError, match="expert must be 0 to 1, got 2"):
         recorder.top_samples(0, 2)
 
@@ -129,7 +135,7 @@ def test_samples_that_are_not_finite_or_not_routed_count_nowhere_else():
     for name, value in expected.tensors().items():
         torch.testing.assert_close(recorder.tensors()[name], value, rtol=1e-12, atol=1e-12, equal_nan=True)
     assert [alarm.kind for alarm in recorder.alarms] == ["not finite"]
-    assert "2 samples have scores that are NaN or infinite" in str(recorder.alarms[0])
+    assert "2 samples have scores that are NaN, infinite or negative" in str(recorder.alarms[0])
 
 
 def test_curves_keep_their_length_and_lose_no_step():
@@ -176,7 +182,9 @@ def test_processes_together_are_as_one(monkeypatch):
     assert ranks[0]._stride > ranks[1]._stride
 
     def gather(states, own, group):
-        states[:] = [(r._sums and r._sums.cpu(), r._stride, r.steps, r.training_steps) for r in ranks]
+        settings = [{"top": r._top, "every": r._every, "windows": r._windows} for r in ranks]
+        recorded = [(r._sums and r._sums.cpu(), r._stride, r.steps, r.training_steps) for r in ranks]
+        states[:] = [(*each, own) for each, own in zip(recorded, settings, strict=True)]
 
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 3)
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
@@ -189,7 +197,12 @@ def test_processes_together_are_as_one(monkeypatch):
     for name, value in before.items():
         torch.testing.assert_close(ranks[1].tensors()[name], value, rtol=0, atol=0, equal_nan=True)
     ranks[2].update(torch.ones(LAYERS, 2, EXPERTS + 1))
-    with pytest.raises(ValueError, match="processes recorded different classes, layers and experts"):
+    with pytest.raises(
+        ValueError, match=rf"processes recorded with different experts \[{EXPERTS}, {EXPERTS}, {EXPERTS + 1}\]: make"
+    ):
+        ranks[0].gather()
+    ranks[2] = Recorder(windows=4, top=6)
+    with pytest.raises(ValueError, match=r"processes recorded with different top \[5, 5, 6\]"):
         ranks[0].gather()
 
 
@@ -242,7 +255,7 @@ def test_nothing_recorded_is_a_clear_error(measure):
         getattr(Recorder(), measure)
     recorder = Recorder()
     recorder.update(torch.full((1, 3, 2), math.nan))
-    with pytest.raises(RuntimeError, match="of 3 samples 3 had scores that are NaN or infinite"):
+    with pytest.raises(RuntimeError, match="of 3 samples 3 had scores that are NaN, infinite or negative"):
         getattr(recorder, measure)
 
 

@@ -136,23 +136,31 @@ def test_samples_are_shown_whatever_kind_they_are(tmp_path):
     normalised = torch.stack([torch.full((4, 4), 3.0), torch.full((4, 4), -1.0), torch.full((4, 4), -1.0)])
     samples = [
         "text alone", red, ("both", tmp_path / "red.png"), {"image": tensor, "text": "dict"}, ("path", str(tmp_path / "red.png")),
-        (tensor / 255, "picture first"), (None, normalised), ("label behind", tensor, 3),
-        Post("8", "post", tmp_path / "red.png", 0),
+        (tensor / 255, "picture first"), (None, normalised), ("label behind", tensor, 3), (tensor > 0, 5), ("only a label", 3),
+        Post("10", "post", tmp_path / "red.png", 0),
     ]  # fmt: skip
     recorder = Recorder(top=len(samples))
     recorder.update(torch.rand(1, len(samples), 2))
     data = data_of(recorder.report(tmp_path / "report.html", samples=samples))
     shown = {sample[0]: sample[1:] for sample in data["samples"]}
-    texts = ["text alone", None, "both", "dict", "path", "picture first", None, "label behind", "post"]
-    assert [shown[i][0] for i in range(9)] == texts
+    texts = ["text alone", None, "both", "dict", "path", "picture first", None, "label behind", None, "only a label", "post"]
+    assert [shown[i][0] for i in range(11)] == texts
     assert shown[0][1] is None
-    for i in range(1, 9):
+    assert shown[9][1] is None
+    for i in {*range(1, 11)} - {9}:
         picture = pixels(shown[i][1])
         assert max(picture.size) <= pictures.SIDE
         red, green, blue = picture.convert("RGB").getpixel((1, 1))
         assert red > 250
         assert max(green, blue) < 5
     assert pixels(shown[1][1]).size == (112, 56)
+
+
+def test_lone_surrogates_do_not_cost_the_report(tmp_path):
+    recorder = Recorder(class_names=["caf\udce9", "tea"])
+    recorder.update(torch.rand(1, 2, 2), labels=[0, 1])
+    assert "caf?" in recorder.report(tmp_path / "report.html", samples=["a \ud800 b", "c"], title="\udce9").read_text()
+    recorder.save(tmp_path / "routing.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import functools
 import pickle
 
+import numpy
 import pytest
 import torch
 from PIL import Image
@@ -65,6 +66,31 @@ def test_dicts_with_fields_of_other_names_and_features(tokenizer):
     batch = FusionCollator(tokenizer, None, **names)(samples)
     assert torch.equal(batch["complementary_inputs"], torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
     assert torch.equal(batch["labels"], torch.tensor([0.5, 1.5]))
+
+
+@pytest.mark.parametrize(
+    ("labels", "dtype"),
+    [
+        ([True, False], torch.int64),
+        ([[True, False], [True, True]], torch.int64),
+        (list(numpy.array([1, 0], dtype=numpy.int32)), torch.int64),
+        (list(numpy.array([0.5, 1.5])), torch.float32),
+        ([torch.tensor([1, 0], dtype=torch.uint8), torch.tensor([1, 1], dtype=torch.uint8)], torch.int64),
+    ],
+)
+def test_labels_are_int64_or_float32(tokenizer, labels, dtype):
+    samples = [{"text": "red", "image": torch.ones(2), "label": label} for label in labels]
+    got = FusionCollator(tokenizer, None)(samples)["labels"]
+    assert got.dtype == dtype
+    assert got.tolist() == [getattr(label, "tolist", lambda label=label: label)() for label in labels]
+
+
+def test_values_that_do_not_stack_are_named(tokenizer, posts):
+    samples = [{"text": "red", "image": torch.ones(2 + i)} for i in range(2)]
+    with pytest.raises(ValueError, match=r"complementary_inputs can't be stacked: .*make them of one size"):
+        FusionCollator(tokenizer, None)(samples)
+    with pytest.raises(ValueError, match=r"complementary_inputs can't be stacked"):
+        FusionCollator(tokenizer, StackEach(vision.to_tensor))(posts)
 
 
 def test_a_feature_extractor_of_sound(tokenizer):

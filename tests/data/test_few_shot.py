@@ -156,6 +156,12 @@ def test_multi_label_metrics_by_hand():
     assert multi_label_metrics(logits, labels.float(), threshold=0.6)["accuracy"] == pytest.approx(3 / 4)
 
 
+def test_multi_label_metrics_of_one_class():
+    logits, labels = torch.tensor([[1.0], [-1], [1], [-1]]), torch.tensor([[1], [0], [0], [0]])
+    expected = {"accuracy": 0.75, "f1_macro": 2 / 3, "f1_micro": 2 / 3}
+    assert multi_label_metrics(logits, labels) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize(
     ("logits", "labels", "error", "message"),
     [

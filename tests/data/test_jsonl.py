@@ -1,5 +1,6 @@
 """Folders of JSON lines: what is read, and one message for all that is wrong."""
 
+import difflib
 import json
 import os
 
@@ -77,9 +78,25 @@ def test_dev_stands_in_for_val(tmp_path):
     assert "val.jsonl is not there" in message_of(write(tmp_path / "other", val=None), FileNotFoundError)
 
 
-@pytest.mark.parametrize("fields", [{"img": None}, {"img": ""}, {"img": "images/a/gone.png"}, {"img": "no/such/folder/1.png"}])
-def test_missing_images(tmp_path, fields):
-    root = write(tmp_path, train=[line(1), line(2, **fields)])
+@pytest.mark.parametrize(
+    "img",
+    [
+        None,
+        "",
+        "images/a/gone.png",
+        "no/such/folder/1.png",
+        "images/a",
+        "images/",
+        ".",
+        "images/dangling.png",
+        "a" * 300 + "/1.png",
+        "nul\0l/1.png",
+    ],
+    ids=range(10),
+)
+def test_missing_images(tmp_path, img):
+    root = write(tmp_path, train=[line(1), line(2, img=img)])
+    (root / "images" / "dangling.png").symlink_to(root / "nothing.png")
     message = message_of(root)
     assert "1 problem in" in message
     assert 'train.jsonl:\nline 2: field "img": ' in message
@@ -150,6 +167,23 @@ def test_labels_file(tmp_path, labels, expected):
     assert expected in message_of(write(tmp_path, labels=labels))
 
 
+def test_labels_that_are_not_utf8_are_named(tmp_path):
+    (write(tmp_path) / "labels.txt").write_bytes("pizza\ncafé\n".encode("latin-1"))
+    assert f"1 problem in {tmp_path / 'labels.txt'}:\nline 2: not UTF-8" in message_of(tmp_path)
+
+
+def test_accents_are_the_same_however_they_are_written(tmp_path):
+    root = write(tmp_path, labels="cafe\u0301\npizza\n", train=[line(1, "caf\u00e9")], val=[line(2)], test=[line(3)])
+    assert read_jsonl_folder(root)["train"].labels.tolist() == [0]
+
+
+def test_a_file_full_of_mistakes_is_told_quickly(tmp_path, monkeypatch):
+    calls, near = [], difflib.get_close_matches
+    monkeypatch.setattr(difflib, "get_close_matches", lambda *arguments: calls.append(1) or near(*arguments))
+    message_of(write(tmp_path, train=[line(2, "piza") for _ in range(500)]))
+    assert len(calls) == 10
+
+
 def test_missing_files_are_named(tmp_path):
     root = write(tmp_path, test=None)
     assert "test.jsonl is not there: expected a line {" in message_of(root, FileNotFoundError)
@@ -159,6 +193,8 @@ def test_missing_files_are_named(tmp_path):
 
 
 def test_unknown_setting(tmp_path):
+    with pytest.raises(TypeError, match=r"splits must be a list of names, got 'train': give \['train'\]"):
+        read_jsonl_folder(tmp_path, "train")
     assert "missing_images must be one of ('error', 'skip', 'grey'), got 'gray'" in message_of(tmp_path, missing_images="gray")
 
 

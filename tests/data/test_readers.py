@@ -219,6 +219,7 @@ def test_a_label_without_a_class_is_refused():
         ([(1, 0), (1,)], r"post 1 has labels \(1,\), expected 0 or 1 for each of \('no', 'yes'\)"),
         ([(1, 2)], r"post 0 has labels \(1, 2\), expected 0 or 1"),
         ([1, (1, 0)], r"post 1 has label \(1, 0\), expected one class as in post 0"),
+        ([0, [1]], r"post 1 has label \[1\], expected 0 to 1"),
         ([(1, 0), 1], "post 1 has label 1, expected 0 or 1 for each class as in post 0"),
     ],
 )

@@ -24,7 +24,7 @@ ARGUMENTS = ["--experts=4", "--prompt-length=2", "--batch-size=8", "--epochs=6",
 
 def train(folder: Path, output: Path) -> None:
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        classify_jsonl.main([str(folder), "--output", str(output), *ARGUMENTS])
+        classify_jsonl.main([str(folder), "--output", str(output), *ARGUMENTS, *sys.argv[5:]])
 
 
 def start(folder: Path, output: Path) -> multiprocessing.Process:
@@ -73,7 +73,7 @@ def adapter(output: Path) -> list[str]:
 def main() -> None:
     folder, output, kills, seed = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
     torch.set_num_threads(1)
-    use_tiny_encoders()
+    use_tiny_encoders(output)
     draw = random.Random(seed)
     began = time.perf_counter()
     first = start(folder, output / "undisturbed")
@@ -89,7 +89,7 @@ def main() -> None:
         finished = False
         while not finished:
             process = start(folder, disturbed)
-            process.join(draw.uniform(0, 0.6 * whole if done < kills else 1000))
+            process.join(draw.uniform(0, whole) if done < kills else 1000)
             if process.is_alive():
                 process.kill()
                 process.join()
@@ -102,7 +102,7 @@ def main() -> None:
         rounds += 1
         assert results(disturbed) == expected
         assert adapter(disturbed) == expected_adapter  # names have a hash of the content
-        assert not list(disturbed.glob(".*.part"))
+        assert {file.name for file in disturbed.glob(".*")} == {".lock"}
     print(json.dumps({"kills": done, "runs": rounds, "seconds": whole, "steps": steps_at_kill}))
 
 

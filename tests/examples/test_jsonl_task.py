@@ -20,6 +20,7 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "blue", "which", "
 def task(tmp_path, monkeypatch):
     monkeypatch.setattr(jsonl_task, "text_encoder", tiny_task.text_encoder)
     monkeypatch.setattr(jsonl_task, "image_encoder", tiny_task.image_encoder)
+    monkeypatch.setattr(jsonl_task, "CACHE", tmp_path)
     folder = tiny_task.write_folder(tmp_path / "data")
 
     def make(*arguments):
@@ -84,7 +85,9 @@ def test_learning_rates(task):
 
 
 def test_the_papers_schedule_and_rates(task):
-    made = task("--epochs", "10", "--schedule", "steps")
+    others = ("--text-model", "bert-base-uncased", "--image-model", "timm/vit_base_patch16_224")
+    made = task("--epochs", "10", "--schedule", "steps", *others)
+    assert (made.args.head_lr, made.args.dropout, made.args.prompt_init) == (None, 0.1, None)
     optimizer, schedule = made.optimizer(steps_per_epoch=2)
     assert [group["lr"] for group in optimizer.param_groups] == [5e-4, 4e-4]
     rates = []
@@ -93,8 +96,40 @@ def test_the_papers_schedule_and_rates(task):
         optimizer.step()
         schedule.step()
     assert rates == pytest.approx([5e-4] * 6 + [2e-4] * 6 + [8e-5] * 8)
-    image_first = task("--main", "image").optimizer(1)[0]
+    image_first = task("--main", "image", *others).optimizer(1)[0]
     assert [group["initial_lr"] for group in image_first.param_groups] == [4e-4, 5e-4]
+
+
+def test_small_encoders_have_rates_of_their_own(task):
+    made = task()
+    assert (made.args.lr, made.args.complementary_lr, made.args.head_lr) == (1e-3, 4e-4, 5e-3)
+    assert (made.model.config.dropout, made.model.config.prompt_init) == (0.0, 0.06)
+    assert task("--lr", "2e-3", "--dropout", "0.3").model.config.dropout == 0.3
+
+
+def test_settings_reach_the_model(task):
+    settings = {"experts": 3, "prompt-length": 2, "complementary-prompt-length": 5, "importance-weight": 0.5}
+    settings |= {"dropout": 0.2, "noise-std": 0.25, "prompt-init": 0.75, "mapper-norm": "layer"}
+    config = task(*[f"--{name}={value}" for name, value in settings.items()]).model.config
+    names = {"experts": "num_experts"}
+    assert {name: getattr(config, names.get(name, name.replace("-", "_"))) for name in settings} == settings
+
+
+def test_metrics_of_either_kind(task, tmp_path):
+    logits = torch.tensor([[2.0, 1, 0], [0, 1, 0], [0, 1, 0], [0, 0, 1.0]])
+    made, labels = task(), torch.tensor([0, 1, 2, 2])
+    assert made.chosen_by == "accuracy"
+    f1 = [1.0, 2 / 3, 2 / 3]
+    assert made.metrics(logits, labels) == pytest.approx({"accuracy": 0.75, "f1_macro": sum(f1) / 3, "f1_micro": 0.75})
+    folder = tiny_task.write_folder(tmp_path / "several", multi_label=True)
+    parser = jsonl_task.argument_parser("", "")
+    several = jsonl_task.load_task(jsonl_task.check(parser, parser.parse_args([str(folder)])))
+    assert several.chosen_by == "f1_macro"
+    assert several.model.problem_type == "multi_label_classification"
+    several_labels = torch.nn.functional.one_hot(labels)
+    assert several.metrics(logits, several_labels) == pytest.approx(
+        {"accuracy": 1 / 2, "f1_macro": (1 + 1 / 2 + 2 / 3) / 3, "f1_micro": 6 / (6 + 2 + 1)}
+    )
 
 
 def test_training_batches_are_all_of_one_size_unless_there_is_but_one(task):
@@ -161,7 +196,7 @@ def test_check_fills_in_rates_and_refuses_a_file_as_folder(tmp_path, capsys):
     parser = jsonl_task.argument_parser("", "")
     args = jsonl_task.check(parser, parser.parse_args([str(tmp_path)]))
     assert isinstance(args, argparse.Namespace)
-    assert (args.lr, args.complementary_lr, args.folder) == (5e-4, 4e-4, Path(tmp_path))
+    assert (args.lr, args.complementary_lr, args.folder) == (1e-3, 4e-4, Path(tmp_path))
     with pytest.raises(SystemExit):
         jsonl_task.check(parser, parser.parse_args([str(tmp_path), "--samples", "1"]))
     assert "--samples must be at least 2, got 1" in capsys.readouterr().err

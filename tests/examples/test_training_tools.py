@@ -18,9 +18,10 @@ ARGUMENTS += ["--dropout=0", "--noise-std=0", "--mapper-norm=layer"]
 
 
 @pytest.fixture(autouse=True)
-def _tiny_encoders(monkeypatch):
+def _tiny_encoders(monkeypatch, tmp_path):
     monkeypatch.setattr(jsonl_task, "text_encoder", tiny_task.text_encoder)
     monkeypatch.setattr(jsonl_task, "image_encoder", tiny_task.image_encoder)
+    monkeypatch.setattr(jsonl_task, "CACHE", tmp_path)
 
 
 @pytest.fixture
@@ -32,7 +33,8 @@ def trained(main, folder, output, *more):
     """(parameters before, parameters after)"""
     arguments = [str(folder), "--output", str(output), *ARGUMENTS, *more]
     parser = jsonl_task.argument_parser("", "")
-    start = jsonl_task.load_task(jsonl_task.check(parser, parser.parse_args(arguments[: len(arguments) - len(more)])))
+    unused = ["--output", str(output.with_name("unused"))]
+    start = jsonl_task.load_task(jsonl_task.check(parser, parser.parse_args([str(folder), *unused, *ARGUMENTS])))
     main(arguments)
     described = json.loads((output / "adapter" / "mope_fast.json").read_text())
     return start.model.trained_state_dict(), load_file(output / "adapter" / described["weights"])
@@ -87,3 +89,21 @@ def test_the_trainers_checkpointing_and_logging_work(folder, tmp_path, monkeypat
     assert list((tmp_path / "logs").rglob("events.*"))
     for name, value in expected.items():
         torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("tool", [with_plain_loop, with_trainer, with_accelerate, with_lightning])
+def test_all_samples_of_val_are_judged_and_an_output_is_not_overwritten(folder, tmp_path, tool, monkeypatch, capsys):
+    judged, metrics = [], jsonl_task.Task.metrics
+    monkeypatch.setattr(jsonl_task.Task, "metrics", lambda self, *args: judged.append(len(args[0])) or metrics(self, *args))
+    trained(tool.main, folder, tmp_path / "out", "--batch-size=8", "--epochs=1")
+    assert set(judged) == {12}
+    with pytest.raises(SystemExit):
+        tool.main([str(folder), "--output", str(tmp_path / "out")])
+    assert "has files already" in capsys.readouterr().err
+
+
+def test_lightning_goes_on_with_this_run_and_no_other(folder, tmp_path):
+    trained(with_lightning.main, folder, tmp_path / "out")
+    with_lightning.main([str(folder), "--output", str(tmp_path / "out"), *ARGUMENTS, "--epochs=6", "--resume"])
+    assert [path.name for path in (tmp_path / "out").glob("last*")] == ["last.ckpt"]
+    assert torch.load(tmp_path / "out" / "last.ckpt", weights_only=False)["epoch"] == 5

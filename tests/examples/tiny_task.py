@@ -49,8 +49,12 @@ def text_encoder(name: str, max_length: int) -> jsonl_task.Encoder:
 
 def image_encoder(name: str, size: int) -> jsonl_task.Encoder:
     torch.manual_seed(2)
-    return make_dinov2().float().eval(), StackEach(vision.to_tensor)
+    return make_dinov2().float().eval(), StackEach(_pixels)
 
 
-def use_tiny_encoders() -> None:
-    jsonl_task.text_encoder, jsonl_task.image_encoder = text_encoder, image_encoder
+def _pixels(image: Image.Image) -> torch.Tensor:
+    return vision.to_tensor(image.resize((12, 12)))
+
+
+def use_tiny_encoders(cache: Path) -> None:
+    jsonl_task.text_encoder, jsonl_task.image_encoder, jsonl_task.CACHE = text_encoder, image_encoder, cache

@@ -1,0 +1,104 @@
+"""The output folder of a run that may be killed at any moment: whose it is, its checkpoints, its adapters."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from filelock import FileLock, Timeout
+from jsonl_task import is_unused, write_atomically
+
+_CHECKPOINT, _ADAPTER = r"step-\d{8}", r"adapter-epoch-\d+"
+_PART = rf"\.({_CHECKPOINT}|{_ADAPTER}|(settings|results|predictions-\w+)\.jsonl?\.\d+)\.part|\.report\.html\.\w+\.tmp"
+
+
+class RunFolder:
+    """Checkpoints are folders ``step-N``, each made under another name and renamed when it is whole; the newest one stays.
+
+    Only what has these very names is ever removed.
+    """
+
+    def __init__(self, folder: Path, accelerator: Accelerator):
+        self.folder, self.accelerator = folder, accelerator
+        self._lock = FileLock(folder / ".lock")
+
+    def claim(self, settings: dict[str, Any], resume: bool) -> None:
+        """Make it this run's.
+
+        Raises:
+            SystemExit: another process is using it, or it has files of something else, of a run that is not to be resumed, or of
+                one with other settings.
+        """
+        if self.accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                raise SystemExit(f"another process is using {self.folder}: wait for it, or give another --output") from None
+            self._check(settings, resume)
+            write_atomically(self.folder / "settings.json", json.dumps(settings, indent=2))
+            for part in self._named(_PART):  # of a killed process
+                shutil.rmtree(part) if part.is_dir() else part.unlink()
+        self.accelerator.wait_for_everyone()
+
+    def _check(self, settings: dict[str, Any], resume: bool) -> None:
+        file = self.folder / "settings.json"
+        if not file.exists():
+            if not is_unused(self.folder):
+                raise SystemExit(f"{self.folder} has files, but none of this program's runs: give another --output")
+            return
+        if not resume:
+            raise SystemExit(f"{self.folder} has a run already: go on with it by --resume, or give another --output")
+        try:
+            saved = dict(json.loads(file.read_text()))
+        except (ValueError, TypeError) as error:
+            raise SystemExit(f"{file} is damaged ({error}): restore it, or give another --output") from None
+        if changed := [name for name in {**saved, **settings} if saved.get(name) != settings.get(name)]:
+            what = "; ".join(f"{name} was {saved.get(name)!r}, now it is {settings.get(name)!r}" for name in changed)
+            raise SystemExit(f"{self.folder} is of another configuration: {what}. Give the same, or another --output")
+
+    def load(self) -> None:
+        """The newest checkpoint, if there is any.
+
+        Raises:
+            SystemExit: it is damaged.
+        """
+        if not (whole := self._named(_CHECKPOINT)):
+            return
+        try:
+            self.accelerator.load_state(str(whole[-1]))
+        except Exception as error:  # a reader's of each kind of file
+            what = f"{type(error).__name__}: {error}"
+            raise SystemExit(f"{whole[-1]} can't be read ({what}): restore it, or delete it to start anew") from error
+        self.accelerator.print(f"goes on from {whole[-1]}")
+
+    def save(self, step: int) -> None:
+        """A checkpoint of what the accelerator has."""
+        part, whole = self.folder / f".step-{step:08}.part", self.folder / f"step-{step:08}"
+        self.accelerator.save_state(str(part))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            part.rename(whole)
+            for old in self._named(_CHECKPOINT)[:-1]:
+                self._remove(old)
+        self.accelerator.wait_for_everyone()
+
+    def adapter(self, epoch: int) -> Path:
+        """Folder of the adapter that was the best when this epoch ended."""
+        return self.folder / f"adapter-epoch-{epoch}"
+
+    def keep_adapter(self, epoch: int) -> None:
+        """Remove the others."""
+        if self.accelerator.is_main_process:
+            for old in self._named(_ADAPTER):
+                if old != self.adapter(epoch):
+                    self._remove(old)
+
+    def _remove(self, folder: Path) -> None:
+        # renamed first: a half deleted folder is not taken for a whole one
+        shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.part")))
+
+    def _named(self, pattern: str) -> list[Path]:
+        return sorted(path for path in self.folder.iterdir() if re.fullmatch(pattern, path.name))
