@@ -89,7 +89,7 @@ class Recorder:
             raise RuntimeError("this recorder is already recording: leave its block first, or make a second recorder")
         # compiled models run their hooks outside of the graph; nobody should compile this one
         hook = torch.compiler.disable(self._after_forward)
-        self._handle = self.model.register_forward_hook(hook, with_kwargs=True)
+        self._handle = self.model.register_forward_hook(hook, with_kwargs=True, always_call=True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
@@ -127,6 +127,8 @@ class Recorder:
             return
         ids, labels = self._noted
         self._noted = (None, None)
+        if output is None:  # the forward has failed
+            return
         classes = None if self.class_names is None else len(self.class_names)
         if labels is None and isinstance(module, MoPEFusion):
             labels = _class_labels(module, kwargs.get("labels", args[2] if len(args) > 2 else None), output.logits)

@@ -100,7 +100,8 @@ class TaskModel(nn.Module, ABC):
         many, and never that of the importance loss, which is a statistic of the batch. With this, ``loss``, ``task_loss`` and
         ``importance_loss`` are those of the joint batch, the same on every rank, and a rank's gradient is its own part of theirs
         times the number of ranks, so that the average is the joint batch's gradient. Routing scores summed over samples, the task
-        loss and how many terms it has go through one all-reduce in the forward pass. In eval mode nothing is exchanged.
+        loss (in float32 at least) and how many terms it has go through one all-reduce in the forward pass. In eval mode nothing is
+        exchanged.
 
         Every rank has to run the same forwards in training mode, all with labels or all without. The mapper's batch norm keeps its
         statistics to a rank's own batch: ``MoPEConfig(mapper_norm="layer")``, or ``nn.SyncBatchNorm`` on GPUs. A loss of your own

@@ -324,6 +324,18 @@ def test_one_class_a_pixel_is_no_class_of_the_sample():
     assert recorder.by_class is None
 
 
+def test_a_note_before_a_forward_that_fails_is_not_taken_for_the_next_one():
+    model = make_fusion()
+    text, images = inputs()
+    with analysis.record(model) as recorder:
+        recorder.note(ids=[7, 7, 7, 7], labels=[0, 0, 0, 0])
+        with pytest.raises(ValueError, match="differ in batch length"):
+            model(text, images[:2])
+        model(text, images, LABELS)
+    assert recorder.class_counts.tolist() == torch.bincount(LABELS, minlength=CLASSES).tolist()
+    assert {sample.id for sample in recorder.top_samples(0, 0)} == {0, 1, 2, 3}
+
+
 def test_nothing_recorded_is_a_clear_error():
     with analysis.record(make_fusion()) as recorder:
         pass
