@@ -144,5 +144,6 @@ def test_bad_input(posts, tokenizer):
         collate([{**image, "label": [1, 0]}, {**image, "label": [1]}])
     with pytest.raises(ValueError, match="labels must be numbers"):
         collate([{**image, "label": "pizza"}])
-    with pytest.raises(ValueError, match="no field 'label'"):
-        collate([{**image, "label": 1}, image])
+    for samples in ([{**image, "label": 1}, image], [image, {**image, "label": 1}]):
+        with pytest.raises(ValueError, match="no field 'label'"):
+            collate(samples)

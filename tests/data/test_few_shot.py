@@ -156,6 +156,10 @@ def test_multi_label_metrics_by_hand():
     assert multi_label_metrics(logits, labels.float(), threshold=0.6)["accuracy"] == pytest.approx(3 / 4)
 
 
+def test_a_score_at_the_threshold_is_not_above_it():
+    assert multi_label_metrics(torch.zeros(1, 2), torch.zeros(1, 2))["accuracy"] == 1
+
+
 def test_multi_label_metrics_of_one_class():
     logits, labels = torch.tensor([[1.0], [-1], [1], [-1]]), torch.tensor([[1], [0], [0], [0]])
     expected = {"accuracy": 0.75, "f1_macro": 2 / 3, "f1_micro": 2 / 3}

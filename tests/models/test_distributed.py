@@ -203,6 +203,15 @@ def test_anything_but_a_process_group_is_refused():
         make_fusion().use_joint_batch([0, 1])
 
 
+def test_losses_of_a_joint_batch_have_float32_at_least():
+    model, (text, images, labels) = make_fusion(**DETERMINISTIC).bfloat16().train(), make_batch()
+    expected = model(text, images.bfloat16(), labels)
+    model.use_joint_batch()
+    output = model(text, images.bfloat16(), labels)
+    assert output.task_loss.dtype == torch.float32
+    torch.testing.assert_close(output.task_loss, torch.nn.functional.cross_entropy(expected.logits.float(), labels))
+
+
 def test_labels_need_a_head():
     model = make_fusion(num_classes=None).train()
     model.use_joint_batch()
