@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -63,7 +64,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def settings_of(task: Task, processes: int) -> dict[str, Any]:
     """What a run's numbers depend on: arguments, processes, and which samples there are."""
     settings = {name: value for name, value in vars(task.args).items() if name not in MAY_CHANGE}
-    samples = [(split, post.id, post.text, str(post.image), post.label) for split, posts in task.splits.items() for post in posts]
+    samples = [
+        # wherever the folder is
+        (split, post.id, post.text, post.image and os.path.relpath(post.image, task.args.folder), post.label)
+        for split, posts in task.splits.items()
+        for post in posts
+    ]
     data = hashlib.sha256(repr((task.class_names, samples)).encode()).hexdigest()[:16]
     return {"data": data, "processes": processes, **settings}
 

@@ -175,6 +175,7 @@ def test_a_run_is_neither_overwritten_nor_mixed_with_another(folder, tmp_path, c
     assert "has files already: go on with it by --resume, or give another --output" in capsys.readouterr().err
     with pytest.raises(SystemExit, match=r"of another configuration: experts was 4, now it is 5\. Give the same"):
         run(folder, output, "--experts", 5, "--resume")
+    folder = folder.rename(folder.with_name("moved"))
     assert run(folder, output, "--workers", 1, "--resume") == first
     with open(folder / "train.jsonl", "a") as file:
         file.write("\n" + (folder / "train.jsonl").read_text().splitlines()[0])
