@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.report.model import Row, Skip, parse, parse_skipped
+from benchmarks.report.model import Row, Skip, by_key, parse, parse_skipped
 
 VERDICTS = ("slower", "more memory", "failed now", "faster", "less memory", "the same", "only in new", "only in old")
 BAD = VERDICTS[:3]
@@ -62,7 +62,7 @@ def compare(old: Sequence[Row], new: Sequence[Row], skipped: Iterable[Skip], lea
         found = [sorted({row.info.get(fact, "wall time") for row in rows}) for rows in (old, new)]
         if old and new and found[0] != found[1]:
             raise ValueError(f"old results are of {fact} {', '.join(found[0])}, new ones of {', '.join(found[1])}: measure alike")
-    before, after = _by_key(old), _by_key(new)
+    before, after = by_key(old), by_key(new)
     failed = {(s.op, s.mode, s.timing, s.case, s.provider): s.reason for s in skipped}
     changes = []
     for key in {**before, **after}:
@@ -75,13 +75,6 @@ def compare(old: Sequence[Row], new: Sequence[Row], skipped: Iterable[Skip], lea
         else:
             changes += _changes(name, before[key], after[key], least)
     return sorted(changes, key=lambda change: (VERDICTS.index(change.verdict), -(change.ratio or 0)))
-
-
-def _by_key(rows: Iterable[Row]) -> dict[tuple[str, ...], list[Row]]:
-    runs: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        runs.setdefault(row.key, []).append(row)
-    return runs
 
 
 def _changes(name: str, old: Sequence[Row], new: Sequence[Row], least: float) -> list[Change]:

@@ -106,6 +106,8 @@ class Run:
         optimizer, self.schedule = task.optimizer(len(self.loader))
         task.model.leave_frozen_out_of_state_dict()
         self.model, self.optimizer = accelerator.prepare(task.model, optimizer)
+        # once: the accelerator keeps every loader that it has prepared
+        self.judged = {name: accelerator.prepare_data_loader(task.loader(name)) for name in task.splits if name != "train"}
         if accelerator.num_processes > 1:
             task.model.use_joint_batch()
         self.trained = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
@@ -196,7 +198,7 @@ class Run:
         """Logits and labels, in the split's order."""
         self.model.eval()
         outputs = []
-        for batch in self.accelerator.prepare_data_loader(self.task.loader(split)):
+        for batch in self.judged[split]:
             outputs.append(self.accelerator.gather_for_metrics((self.model(**batch).logits.float(), batch["labels"])))
         logits, labels = zip(*outputs, strict=True)
         return torch.cat(logits).cpu(), torch.cat(labels).cpu()
@@ -208,7 +210,7 @@ class Run:
         self.folder.keep_adapter(position.best_epoch)
         self.task.model.load_pretrained(self.folder.adapter(position.best_epoch))
         results = {"samples": self.samples(), "best_epoch": position.best_epoch, "history": position.history}
-        for split in [name for name in self.task.splits if name != "train"]:
+        for split in self.judged:
             with analysis.record(self.task.model, class_names=self.task.class_names) as recorder:
                 logits, labels = self._predict(split)
             results[split] = self.task.metrics(logits, labels)

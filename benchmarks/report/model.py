@@ -150,12 +150,17 @@ def parse_skipped(document: dict[str, Any]) -> list[Skip]:
     return [Skip(**entry) for entry in document.get("skipped", [])]
 
 
-def merge(rows: Iterable[Row]) -> list[Row]:
-    """One row a key: the median over runs of the median, of each quartile, of the taxes and of the device's peaks."""
+def by_key(rows: Iterable[Row]) -> dict[tuple[str, ...], list[Row]]:
+    """The runs of each measurement."""
     runs: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         runs.setdefault(row.key, []).append(row)
-    return [_middle(same) for same in runs.values()]
+    return runs
+
+
+def merge(rows: Iterable[Row]) -> list[Row]:
+    """One row a key: the median over runs of the median, of each quartile, of the taxes and of the device's peaks."""
+    return [_middle(same) for same in by_key(rows).values()]
 
 
 def _middle(same: Sequence[Row]) -> Row:

@@ -30,6 +30,10 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 def problems_in(path: Path, problems: Sequence[str]) -> ValueError:
     """One exception with the first :data:`SHOWN` and their number."""
+    return ValueError(f"{len(problems)} problem{'s' * (len(problems) > 1)} in {path}:\n{listed(problems)}")
+
+
+def listed(problems: Sequence[str]) -> str:
+    """The first :data:`SHOWN`, a line each, and how many more there are."""
     more = f"\n... and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-    count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
-    return ValueError(f"{count} in {path}:\n" + "\n".join(problems[:SHOWN]) + more)
+    return "\n".join(problems[:SHOWN]) + more

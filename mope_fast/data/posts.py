@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, overload
 import torch
 from torch import Tensor
 
-from .lines import SHOWN
+from .lines import listed
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -128,8 +128,7 @@ class Posts(Sequence[Post]):
             except OSError as error:
                 problems.append(str(error))
         if problems:
-            more = f"\n... and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-            raise OSError(f"{len(problems)} of {len(self)} images can't be read:\n" + "\n".join(problems[:SHOWN]) + more)
+            raise OSError(f"{len(problems)} of {len(self)} images can't be read:\n{listed(problems)}")
 
     def __repr__(self) -> str:
         labels, count = self.labels, len(self.class_names)

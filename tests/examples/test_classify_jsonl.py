@@ -33,9 +33,7 @@ KILLS = int(os.environ.get("MOPE_FAST_KILLS", "12"))
 
 @pytest.fixture
 def _tiny_encoders(monkeypatch, tmp_path):
-    monkeypatch.setattr(jsonl_task, "text_encoder", tiny_task.text_encoder)
-    monkeypatch.setattr(jsonl_task, "image_encoder", tiny_task.image_encoder)
-    monkeypatch.setattr(jsonl_task, "CACHE", tmp_path)
+    tiny_task.use_tiny_encoders(tmp_path, monkeypatch.setattr)
 
 
 @pytest.fixture

@@ -18,9 +18,7 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "blue", "which", "
 
 @pytest.fixture
 def task(tmp_path, monkeypatch):
-    monkeypatch.setattr(jsonl_task, "text_encoder", tiny_task.text_encoder)
-    monkeypatch.setattr(jsonl_task, "image_encoder", tiny_task.image_encoder)
-    monkeypatch.setattr(jsonl_task, "CACHE", tmp_path)
+    tiny_task.use_tiny_encoders(tmp_path, monkeypatch.setattr)
     folder = tiny_task.write_folder(tmp_path / "data")
 
     def make(*arguments):

@@ -19,9 +19,7 @@ ARGUMENTS += ["--dropout=0", "--noise-std=0", "--mapper-norm=layer"]
 
 @pytest.fixture(autouse=True)
 def _tiny_encoders(monkeypatch, tmp_path):
-    monkeypatch.setattr(jsonl_task, "text_encoder", tiny_task.text_encoder)
-    monkeypatch.setattr(jsonl_task, "image_encoder", tiny_task.image_encoder)
-    monkeypatch.setattr(jsonl_task, "CACHE", tmp_path)
+    tiny_task.use_tiny_encoders(tmp_path, monkeypatch.setattr)
 
 
 @pytest.fixture

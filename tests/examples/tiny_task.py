@@ -3,6 +3,7 @@
 import json
 import random
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import jsonl_task
@@ -56,5 +57,7 @@ def _pixels(image: Image.Image) -> torch.Tensor:
     return vision.to_tensor(image.resize((12, 12)))
 
 
-def use_tiny_encoders(cache: Path) -> None:
-    jsonl_task.text_encoder, jsonl_task.image_encoder, jsonl_task.CACHE = text_encoder, image_encoder, cache
+def use_tiny_encoders(cache: Path, put: Callable[..., None] = setattr) -> None:
+    """``put``: monkeypatch.setattr, for one test only."""
+    for name, value in {"text_encoder": text_encoder, "image_encoder": image_encoder, "CACHE": cache}.items():
+        put(jsonl_task, name, value)
