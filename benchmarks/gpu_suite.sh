@@ -3,7 +3,7 @@
 #
 #   benchmarks/gpu_suite.sh --group GROUP [--shard I/N] [--shards N] [--output DIR] [--wheels DIR] [--commit ID] [--smoke]
 #
-# GROUP: tests, route_and_mix, prompt_attention, receptive_field_attention, window_prompt_attention, fused_encoders, fused_swin,
+# GROUP: tests, route_and_mix, prompt_attention, receptive_field_attention, window_prompt_attention, end_to_end,
 # mope_baf or all.
 # A group is cut into N shards (default: see below) that are stopped after 9 minutes at most. --shard runs one of them and leaves the
 # report to you (python -m benchmarks.report); without it all run in turn. A shard whose result is in the output folder (default $OUT,
@@ -17,8 +17,8 @@ cd "$(dirname "$0")/.."
 # Of attention each size compiles FlexAttention twice and Triton's kernels once, tens of seconds in all. Of whole models one size:
 # about 36 measurements of 6 seconds, or five models compiled by Inductor; of MoPE-BAF one size and mode, 18 of 10 seconds or two compiled.
 declare -A default_shards=([tests]=6 [route_and_mix]=4 [prompt_attention]=6 [receptive_field_attention]=4
-    [window_prompt_attention]=6 [fused_encoders]=11 [fused_swin]=8 [mope_baf]=13)
-benchmarks=(route_and_mix prompt_attention receptive_field_attention window_prompt_attention fused_encoders fused_swin mope_baf)
+    [window_prompt_attention]=6 [end_to_end]=29 [mope_baf]=13)
+benchmarks=(route_and_mix prompt_attention receptive_field_attention window_prompt_attention end_to_end mope_baf)
 group=all shard="" shards="" output="${OUT:-outputs}" wheels="" smoke=() failed=0
 while (($#)); do
     case "$1" in

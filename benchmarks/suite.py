@@ -49,6 +49,10 @@ class Group:
         """Those for which it makes sense there."""
         return self.providers
 
+    def captures(self, provider: str) -> bool:
+        """Whether it can go into a CUDA graph."""
+        return True
+
 
 @dataclass(frozen=True)
 class Op(Group):
@@ -122,6 +126,7 @@ def parametrize(metafunc, group: Group) -> None:
         for mode in case.modes
         for timing in (["called", "replay"] if device.type == "cuda" else ["called"])
         for provider in group.providers_at(case, mode)
+        if timing == "called" or group.captures(provider)
     ]
     metafunc.parametrize("point", points, ids=str)
 

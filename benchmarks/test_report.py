@@ -8,15 +8,14 @@ from benchmarks import report
 from benchmarks.cases import attention as attention_cases
 from benchmarks.cases import window_attention as window_cases
 from benchmarks.cases.attention import AttentionCase
-from benchmarks.cases.fused_encoders import BERT_B, SWIN_B, VIT_B, FusedCase
+from benchmarks.cases.end_to_end import BERT_B, SWIN_B, VIT_B, FusedCase
 from benchmarks.cases.mope_baf import BAFCase
 from benchmarks.cases.mope_baf import cases as baf_cases
 from benchmarks.cases.route_and_mix import CUDA, Case
 from benchmarks.cases.window_attention import WindowCase
 from benchmarks.report import model, text
 from benchmarks.report.profiles import (
-    FUSED_ENCODERS,
-    FUSED_SWIN,
+    END_TO_END,
     MOPE_BAF,
     PROMPT_ATTENTION,
     RECEPTIVE_FIELD_ATTENTION,
@@ -59,7 +58,7 @@ def tax_entry(provider: str, tax: float, case: FusedCase | BAFCase = FUSED, mode
     facts = {
         "device": "GPU 1", "device_type": "cuda", "cpu_threads": 2, "python": "3", "torch": "2", "triton": "3", "mope_fast": "0",
         "commit": "abc", "clock": "wall time", "date": "2026-01-01", "copy_bandwidth_gbps": 4000.0, "l2": "warm",
-        "implementation": "prompt_attention triton", "op": "fused_encoders", "mode": mode, "timing": "replay", "provider": provider,
+        "implementation": "prompt_attention triton", "op": "end_to_end", "mode": mode, "timing": "replay", "provider": provider,
         "calls_per_iteration": 1, "peak_memory": 3 * 2**20, "memory_tax": 1.5, "flops": 1,
         "tax": tax, "tax_low": 0.99 * tax, "tax_high": 1.01 * tax,
     }  # fmt: skip
@@ -202,7 +201,7 @@ def test_taxes_of_one_size_are_one_table():
         tax_entry("mope_fast", 1.2, timing="called", peak_memory=6 * 2**20, memory_tax=2.0),
         tax_entry("folded", 1.02, mode="inference"),
     ]
-    lines = text.tax_table(groups(*entries, profile=FUSED_ENCODERS), FUSED_ENCODERS).splitlines()
+    lines = text.tax_table(groups(*entries, profile=END_TO_END), END_TO_END).splitlines()
     assert lines[0] == (
         "| provider | training, replay: time | ms | training, called: time | ms | training: memory (MiB) "
         "| inference: time | ms | inference: memory (MiB) |"
@@ -221,13 +220,13 @@ def test_repeated_runs_give_the_median_tax():
 
 @pytest.mark.parametrize(("tax", "answer"), [(1.05, "met"), (1.059, "level (the spread reaches it)"), (1.26, "missed by 20.0%")])
 def test_goals_from_above(tax, answer):
-    (line,) = goal_lines(FUSED_ENCODERS, f"training, replay | {FUSED} |", tax_entry("mope_fast", tax))
+    (line,) = goal_lines(END_TO_END, f"training, replay | {FUSED} |", tax_entry("mope_fast", tax))
     assert line == f"| tax of mope_fast, ViT-B/16 B=64 | training, replay | {FUSED} | <= 1.05 | {tax:.3f} | {answer} |"
 
 
 def test_losses_are_to_other_methods_not_to_the_frozen_encoder():
     entries = [tax_entry(name, tax) for name, tax in (("frozen", 1.0), ("lora", 1.02), ("mope_fast", 1.1), ("full", 1.5))]
-    (line,) = text.losses(groups(*entries, profile=FUSED_ENCODERS))
+    (line,) = text.losses(groups(*entries, profile=END_TO_END))
     assert line.endswith("LoRA r=8 takes 1.020 times as long as the frozen encoder, mope_fast 1.100 times")
 
 
@@ -274,10 +273,7 @@ def test_goals_about_restricted_fields(restricted, answer):
             "| mope_fast | 1.040 (1.030 - 1.050) | 1.04 | 1.50 (3) |",
         ),
         (
-            [
-                tax_entry(name, tax, FUSED_SWIN_B, op=FUSED_SWIN.op)
-                for name, tax in (("frozen", 1.0), ("frozen-sdpa", 0.8), ("mope_fast", 0.9))
-            ],
+            [tax_entry(name, tax, FUSED_SWIN_B) for name, tax in (("frozen", 1.0), ("frozen-sdpa", 0.8), ("mope_fast", 0.9))],
             ("taxes_training_replay.png",),
             "| frozen encoder with SDPA | 0.800 (0.792 - 0.808) | 0.8 | 1.50 (3) |",
         ),

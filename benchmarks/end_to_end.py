@@ -1,61 +1,63 @@
 """How fused encoders are measured: what is right, with dropout and routing noise and without."""
 
+import dataclasses
 import functools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
 from benchmarks import models, suite
-from benchmarks.baselines import fused_encoders as providers
+from benchmarks.baselines import end_to_end as providers
+from benchmarks.baselines.encoders import FROZEN, FusedProvider, Inputs
 from benchmarks.baselines.models import is_compiled
-from benchmarks.cases.fused_encoders import FusedCase
-from benchmarks.cases.models import TRAINING
+from benchmarks.cases.end_to_end import FusedCase, cases
 from benchmarks.models import WIDER, Named
-from mope_fast import MoPEConfig, _implementations
+from mope_fast import _implementations
 
 LEAST_COSINE = 0.8
 """Seen: 0.95 to 1.00 for gradients behind dropout at the sizes measured, less at tiny ones; 1.00 for the others."""
-PROMPTS = 2 * MoPEConfig().prompt_length + 1
 SWIN_HEAD_DIM = 32  # of all but the tiny one
 
 
 class FusedGroup(models.ModelGroup):
     def providers_at(self, case: FusedCase, mode: str) -> Sequence[str]:
-        fitting = [name for name in self.providers if mode in providers.PROVIDERS[name][0]]
-        return [name for name in fitting if is_compiled(name) == case.compiled]
+        fitting = [name for name, (modes, _) in providers.PROVIDERS.items() if mode in modes and is_compiled(name) == case.compiled]
+        return [
+            name for name in fitting if name != providers.FROZEN_WITH_SDPA or case.encoder.window
+        ]  # the others use it as they are
 
-
-def group(name: str, cases: Callable[[torch.device, bool], Sequence[FusedCase]], without: Sequence[str] = ()) -> FusedGroup:
-    names = [provider for provider in providers.PROVIDERS if provider not in without]
-    return FusedGroup(name, names, cases, providers.why_not, providers.FROZEN, batch_of, prepared, implementation)
-
-
-@functools.lru_cache(maxsize=1)
-def batch_of(case: FusedCase, device: torch.device) -> providers.Inputs:
-    torch.manual_seed(1)
-    return providers.Inputs.random(case, device)
+    def captures(self, provider: str) -> bool:
+        return provider != providers.PAPER_LITERAL
 
 
 @functools.lru_cache(maxsize=2)
+def batch_of(case: FusedCase, device: torch.device) -> Inputs:
+    torch.manual_seed(1)
+    return Inputs.random(case, device)
+
+
+@functools.lru_cache(maxsize=3)
 def expected(name: str, case: FusedCase, mode: str, device: torch.device) -> tuple[Named, Named]:
     """A provider's outputs, dropout and noise off, in the case's dtype and in a wider one: the eager form and the truth."""
     outputs = []
     for dtype in (None, WIDER[case.dtype]):
         provider = providers.build(name, case, device, mode, dtype)
         inputs = batch_of(case, device)
+        if case.batch == 1 and provider.bank is not None:
+            provider.bank.eval()  # the mapper's batch norm can't train on one sample
         with provider.without_randomness():
             outputs.append(provider.step(inputs if dtype is None else inputs.to(dtype), mode))
     return outputs[0], outputs[1]
 
 
-def check(provider: providers.FusedProvider, case: FusedCase, mode: str, got: Named, device: torch.device) -> None:
+def check(provider: FusedProvider, case: FusedCase, mode: str, got: Named, device: torch.device) -> None:
     """Against the provider's truth, if it has one."""
     models.check(got, *(expected(provider.truth, case, mode, device) if provider.truth else ({}, {})))
 
 
-def check_random(provider: providers.FusedProvider, case: FusedCase, mode: str, got: Named, device: torch.device) -> None:
+def check_random(provider: FusedProvider, case: FusedCase, mode: str, got: Named, device: torch.device) -> None:
     """With dropout and noise there is no truth: what is there without them shows where outputs and gradients must lie."""
     eager, truth = expected(provider.truth, case, mode, device)
     cosines = []
@@ -68,19 +70,25 @@ def check_random(provider: providers.FusedProvider, case: FusedCase, mode: str, 
     assert mean > LEAST_COSINE, f"outputs have little to do with what they are without dropout: mean cosine {mean:.3f}"
 
 
-def is_random(provider: providers.FusedProvider, mode: str) -> bool:
-    return mode == TRAINING and provider.bank is not None
+def check_without_randomness(provider: FusedProvider, case: FusedCase, mode: str, device: torch.device) -> None:
+    if provider.alone:
+        case = dataclasses.replace(case, batch=1)
+    with provider.without_randomness():
+        check(provider, case, mode, provider.step(batch_of(case, device), mode), device)
+
+
+def check_finite(provider: FusedProvider, case: FusedCase, mode: str, got: Named, device: torch.device) -> None:
+    models.check(got, {}, {})
 
 
 def prepared(name: str, point: suite.Point, device: torch.device) -> models.Prepared:
     case, mode = point.case, point.mode
-    provider = providers.build(name, case, device, mode)
-    inputs = batch_of(case, device)
-    if is_random(provider, mode) and not is_compiled(name):  # those would be compiled a second time
-        with provider.without_randomness():
-            check(provider, case, mode, provider.step(inputs, mode), device)
-    right = check_random if is_random(provider, mode) else check
-    return models.prepare(provider, point, inputs, lambda got: right(provider, case, mode, got, device))
+    provider, right = providers.build(name, case, device, mode), check
+    if provider.is_random(mode):
+        if not is_compiled(name):  # those would be compiled a second time
+            check_without_randomness(provider, case, mode, device)
+        right = check_finite if provider.alone and case.batch > 1 else check_random
+    return models.prepare(provider, point, batch_of(case, device), lambda got: right(provider, case, mode, got, device))
 
 
 def implementation(provider: str, case: FusedCase, device: torch.device) -> dict[str, str]:
@@ -88,7 +96,12 @@ def implementation(provider: str, case: FusedCase, device: torch.device) -> dict
     encoder = case.encoder
     masked = "attention_mask" in encoder.inputs(1, encoder.tokens, torch.device("cpu"), case.dtype)
     keys, head_dim = (encoder.window**2, SWIN_HEAD_DIM) if encoder.window else (encoder.tokens, 0)
-    problem = _implementations.Problem(device, case.dtype, keys + PROMPTS, masked, head_dim=head_dim)
+    problem = _implementations.Problem(device, case.dtype, keys + 2 * case.length + 1, masked, head_dim=head_dim)
     attention = "window_prompt_attention" if encoder.window else "prompt_attention"
     chosen = [f"{op} {_implementations.choose(op, 'auto', problem)}" for op in (attention, "route_and_mix")]
     return {"implementation": ", ".join(chosen)}
+
+
+GROUP = FusedGroup(
+    "end_to_end", list(providers.PROVIDERS), cases, providers.why_not, FROZEN, batch_of, prepared, implementation
+)  # fmt: skip

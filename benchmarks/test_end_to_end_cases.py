@@ -7,14 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import fused_encoders
-from benchmarks.baselines import fused_encoders as providers
-from benchmarks.cases.fused_encoders import TINY, TINY_SWIN, cases, swin_cases
+from benchmarks import end_to_end
+from benchmarks.baselines import end_to_end as providers
+from benchmarks.cases.end_to_end import TINY, TINY_SWIN, cases
 from benchmarks.cases.models import INFERENCE, TRAINING
 from mope_fast.encoders import family_of
 
 CPU = torch.device("cpu")
-CASES = [*cases(CPU, smoke=True), *swin_cases(CPU, smoke=True)]
+CASES = cases(CPU, smoke=True)
 
 
 @pytest.fixture(params=CASES, ids=str)
@@ -36,7 +36,7 @@ def swin():
 
 
 def step(name, case, mode):
-    return providers.build(name, case, CPU, mode).step(fused_encoders.batch_of(case, CPU), mode)
+    return providers.build(name, case, CPU, mode).step(end_to_end.batch_of(case, CPU), mode)
 
 
 def test_flops_of_a_tiny_vit(vit):
@@ -61,10 +61,13 @@ def test_what_each_provider_trains(case):
     head = {"logits", "loss", "head.weight", "head.bias"}
     assert set(step("head-only", case, TRAINING)) == head
     fused = set(step("mope_fast", case, TRAINING))
-    assert fused == set(step("concatenated", case, TRAINING)) == set(step("checkpointed", case, TRAINING))
+    for other in ("paper-literal", "concatenated", "checkpointed"):
+        assert set(step(other, case, TRAINING)) == fused
+    encoder = providers.build("frozen", case, CPU, TRAINING).model["encoder"]
+    deep = set(step("vpt-deep", case, TRAINING)) - head
+    assert deep == {f"prompts.{width}" for width in {layer.width for layer in family_of(encoder).layers(encoder)}}
     assert fused > head
     assert all(name in head or name.startswith("bank.") for name in fused)
-    encoder = providers.build("frozen", case, CPU, TRAINING).model["encoder"]
     weights = [name for name, _ in encoder.named_parameters() if "embed_positions" not in name]
     assert len(step("full", case, TRAINING)) == len(head) + len(weights)
 
@@ -80,32 +83,61 @@ def test_lora_trains_its_adapters_only(case):
 
 @pytest.mark.parametrize(("provider", "mode"), [("mope_fast", INFERENCE), ("mope_fast", TRAINING), ("folded", INFERENCE)])
 def test_another_samples_feature_is_found(case, provider, mode):
-    built, inputs = providers.build(provider, case, CPU, mode), fused_encoders.batch_of(case, CPU)
+    built, inputs = providers.build(provider, case, CPU, mode), end_to_end.batch_of(case, CPU)
     with built.without_randomness():
         right = built.step(inputs, mode)
         wrong = built.step(dataclasses.replace(inputs, cross=inputs.cross.roll(1, 0)), mode)
-    fused_encoders.check(built, case, mode, right, CPU)
+    end_to_end.check(built, case, mode, right, CPU)
     with pytest.raises(AssertionError, match="error of logits"):
-        fused_encoders.check(built, case, mode, wrong, CPU)
+        end_to_end.check(built, case, mode, wrong, CPU)
 
 
 def test_a_lost_gradient_is_found(vit):
     built = providers.build("mope_fast", vit, CPU, TRAINING)
     with built.without_randomness():
-        outputs = built.step(fused_encoders.batch_of(vit, CPU), TRAINING)
+        outputs = built.step(end_to_end.batch_of(vit, CPU), TRAINING)
     (experts,) = [name for name in outputs if name.endswith("experts")]
     with pytest.raises(AssertionError, match=r"error of gradient of bank.*experts"):
-        fused_encoders.check(built, vit, TRAINING, outputs | {experts: torch.zeros_like(outputs[experts])}, CPU)
+        end_to_end.check(built, vit, TRAINING, outputs | {experts: torch.zeros_like(outputs[experts])}, CPU)
+
+
+@pytest.mark.parametrize("mode", [INFERENCE, TRAINING])
+def test_the_paper_literal_form_has_mopes_numbers_for_one_sample(case, mode):
+    built = providers.build("paper-literal", case, CPU, mode)
+    end_to_end.check_without_randomness(built, case, mode, CPU)
+    with torch.no_grad():
+        built.bank.keys.mul_(-1)
+    with pytest.raises(AssertionError, match="error of logits"):
+        end_to_end.check_without_randomness(built, case, mode, CPU)
+
+
+def test_its_windows_get_prompts_of_other_samples_as_released(case):
+    built, inputs = providers.build("paper-literal", case, CPU, INFERENCE), end_to_end.batch_of(case, CPU)
+    changed = inputs.cross.clone()
+    changed[1] += 1
+    changed = dataclasses.replace(inputs, cross=changed)
+    with built.without_randomness():
+        one, other = (built.step(each, INFERENCE)["logits"] for each in (inputs, changed))
+    differ = (one != other).any(1)
+    assert differ[1]
+    assert differ[torch.arange(case.batch) != 1].any() == bool(case.encoder.window)
+
+
+def test_the_importance_of_the_paper_literal_form_branches_on_values(vit):
+    built = providers.build("paper-literal", vit, CPU, TRAINING)
+    torch.testing.assert_close(built._importance(torch.full((4, 3), 1 / 3)), torch.tensor(0.0))
+    sums = torch.tensor([3.0, 1.0])
+    torch.testing.assert_close(built._importance(torch.tensor([[1.0, 0.0]] * 3 + [[0.0, 1.0]])), (sums.std() / sums.mean()) ** 2)
 
 
 def test_random_steps_are_random_and_near_the_truth(vit):
-    built, inputs = providers.build("mope_fast", vit, CPU, TRAINING), fused_encoders.batch_of(vit, CPU)
+    built, inputs = providers.build("mope_fast", vit, CPU, TRAINING), end_to_end.batch_of(vit, CPU)
     one, other = (built.step(inputs, TRAINING) for _ in range(2))
     assert not torch.equal(one["logits"], other["logits"])
-    fused_encoders.check_random(built, vit, TRAINING, one, CPU)
+    end_to_end.check_random(built, vit, TRAINING, one, CPU)
     unrelated = {name: torch.randn_like(tensor) for name, tensor in one.items()}
     with pytest.raises(AssertionError, match="little to do with"):
-        fused_encoders.check_random(built, vit, TRAINING, unrelated, CPU)
+        end_to_end.check_random(built, vit, TRAINING, unrelated, CPU)
 
 
 def test_both_ways_of_mixing_are_measured():
@@ -123,7 +155,7 @@ def test_timms_swin_is_on_sdpa_where_its_label_says_so(provider, fused, swin):
 
 def test_prompts_are_tokens_of_the_windows_of_their_image(swin):
     """A sample's logits are what they are without the others."""
-    provider, inputs = providers.build("concatenated", swin, CPU, INFERENCE), fused_encoders.batch_of(swin, CPU)
+    provider, inputs = providers.build("concatenated", swin, CPU, INFERENCE), end_to_end.batch_of(swin, CPU)
     together = provider.step(inputs, INFERENCE)["logits"]
     one = dataclasses.replace(inputs, main={"x": inputs.main["x"][3:4]}, cross=inputs.cross[3:4])
     torch.testing.assert_close(provider.step(one, INFERENCE)["logits"], together[3:4])

@@ -35,16 +35,22 @@ class Encoder:
 
 @dataclass(frozen=True)
 class FusedCase:
-    """One encoder at one batch size; ``compiled``: the providers that torch.compile makes, else the others."""
+    """One encoder at one batch size; ``compiled``: the providers that torch.compile makes, else the others.
+
+    ``experts`` (K) of ``length`` (L) rows are the paper's if nothing else is said.
+    """
 
     encoder: Encoder
     batch: int
     dtype: torch.dtype
     modes: tuple[str, ...] = MODES
     compiled: bool = False
+    experts: int = 16
+    length: int = 6
 
     def __str__(self) -> str:
-        return f"{self.encoder.name} B={self.batch} S={self.encoder.tokens} {DTYPE_NAMES[self.dtype]}"
+        own = "" if (self.experts, self.length) == (16, 6) else f" K={self.experts} L={self.length}"
+        return f"{self.encoder.name} B={self.batch} S={self.encoder.tokens}{own} {DTYPE_NAMES[self.dtype]}"
 
     def inputs(self, device: torch.device | str) -> dict[str, Tensor]:
         return self.encoder.inputs(self.batch, self.encoder.tokens, torch.device(device), self.dtype)
@@ -56,7 +62,7 @@ class FusedCase:
     def describe(self) -> dict[str, Any]:
         return {
             "case": str(self), "model": self.encoder.name, "B": self.batch, "S": self.encoder.tokens,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "K": self.experts, "L": self.length, "dtype": str(self.dtype).removeprefix("torch."),
         }  # fmt: skip
 
 
@@ -177,56 +183,42 @@ SIDES = {
 
 
 def cases(device: torch.device, smoke: bool) -> list[FusedCase]:
-    """In order of interest: of N shards the first has the first case."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    if smoke:
-        # 17 samples are mixed in K/V space, 3 as prompts
-        return [FusedCase(TINY[0], 17, dtype), FusedCase(TINY[1], 3, dtype), FusedCase(TINY[2], 17, dtype)]
+    """In order of interest, which is that of measuring."""
     if device.type == "cuda":
-        return [
-            FusedCase(VIT_B, 64, dtype),
-            FusedCase(BERT_B, 64, dtype),
-            FusedCase(VIT_B, 64, dtype, compiled=True),
-            FusedCase(BERT_B, 64, dtype, compiled=True),
-            FusedCase(VIT_S, 64, dtype),
-            FusedCase(WHISPER, 64, dtype),
-            FusedCase(LONG_BERT_B, 64, dtype),
-            FusedCase(VIT_B, 16, dtype),
-            FusedCase(BERT_B, 16, dtype),
-            FusedCase(VIT_B, 1, dtype, modes=(INFERENCE,)),  # the mapper's batch norm can't train on one sample
-            FusedCase(BERT_B, 1, dtype, modes=(INFERENCE,)),
-        ]
+        return _tiny_cases(torch.bfloat16) if smoke else _gpu_cases(torch.bfloat16)
+    return _tiny_cases(torch.float32) if smoke else _cpu_cases(torch.float32)
+
+
+def _tiny_cases(dtype: torch.dtype) -> list[FusedCase]:
+    # 17 samples are mixed in K/V space, 3 as prompts
+    sizes = {TINY[0]: 17, TINY[1]: 3, TINY[2]: 17, TINY_SWIN: 17}
+    return [FusedCase(encoder, batch, dtype) for encoder, batch in sizes.items()]
+
+
+def _gpu_cases(dtype: torch.dtype) -> list[FusedCase]:
+    first, all_five = [VIT_B, SWIN_B, BERT_B], [VIT_B, SWIN_B, BERT_B, VIT_S, WHISPER]
     return [
-        FusedCase(VIT_B, 8, dtype),
-        FusedCase(BERT_B, 8, dtype),
-        FusedCase(VIT_S, 8, dtype),
-        FusedCase(WHISPER, 8, dtype),
-        FusedCase(VIT_B, 1, dtype, modes=(INFERENCE,)),
-        FusedCase(VIT_B, 8, dtype, compiled=True),
-        FusedCase(BERT_B, 8, dtype, compiled=True),
+        *(FusedCase(encoder, 64, dtype) for encoder in first),
+        *(FusedCase(encoder, 16, dtype) for encoder in first),
+        *(FusedCase(encoder, 64, dtype, compiled=True) for encoder in first),
+        *(
+            FusedCase(encoder, 1, dtype, modes=(INFERENCE,)) for encoder in all_five
+        ),  # the mapper's batch norm can't train on one sample
+        *(FusedCase(encoder, 64, dtype) for encoder in (VIT_S, WHISPER)),
+        # Swin-B: 36 GB for the truth's step in float32, beside two graphs of half of it each
+        *(FusedCase(encoder, 256, dtype) for encoder in (VIT_B, BERT_B)),
+        *(FusedCase(encoder, 64, dtype) for encoder in (LONG_BERT_B, SWIN_T, LARGE_SWIN_B, LARGE_SWIN_T)),
+        *(FusedCase(encoder, 16, dtype) for encoder in (VIT_S, WHISPER)),
+        *(FusedCase(encoder, 256, dtype) for encoder in (SWIN_B, VIT_S, WHISPER)),
     ]
 
 
-def swin_cases(device: torch.device, smoke: bool) -> list[FusedCase]:
-    """In order of interest, as above."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    if smoke:
-        return [FusedCase(TINY_SWIN, 17, dtype)]
-    if device.type == "cuda":
-        return [
-            FusedCase(SWIN_B, 64, dtype),
-            FusedCase(SWIN_T, 64, dtype),
-            FusedCase(SWIN_B, 64, dtype, compiled=True),
-            FusedCase(LARGE_SWIN_B, 64, dtype),  # 36 GB for the truth's step in float32, beside two graphs of half of it each
-            FusedCase(LARGE_SWIN_T, 64, dtype),
-            FusedCase(SWIN_B, 16, dtype),
-            FusedCase(SWIN_B, 1, dtype, modes=(INFERENCE,)),
-            FusedCase(SWIN_T, 1, dtype, modes=(INFERENCE,)),
-        ]
+def _cpu_cases(dtype: torch.dtype) -> list[FusedCase]:
     return [
-        FusedCase(SWIN_B, 8, dtype),
-        FusedCase(SWIN_T, 8, dtype),
-        FusedCase(LARGE_SWIN_T, 8, dtype),
-        FusedCase(SWIN_T, 1, dtype, modes=(INFERENCE,)),
-        FusedCase(SWIN_B, 8, dtype, compiled=True),
+        *(FusedCase(encoder, 8, dtype) for encoder in (VIT_B, SWIN_B, BERT_B)),
+        *(FusedCase(encoder, 1, dtype, modes=(INFERENCE,)) for encoder in (VIT_B, SWIN_B, BERT_B, VIT_S, WHISPER)),
+        *(FusedCase(encoder, 16, dtype, modes=(TRAINING,)) for encoder in (VIT_B, SWIN_B)),
+        *(FusedCase(encoder, 8, dtype) for encoder in (VIT_S, WHISPER, SWIN_T, LARGE_SWIN_T)),
+        *(FusedCase(encoder, 64, dtype, modes=(INFERENCE,)) for encoder in (VIT_B, SWIN_B, BERT_B)),
+        *(FusedCase(encoder, 8, dtype, compiled=True) for encoder in (VIT_B, SWIN_B, BERT_B)),
     ]

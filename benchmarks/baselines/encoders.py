@@ -1,0 +1,102 @@
+"""What all that is done with one frozen encoder starts from: a batch, the weights that all share, the encoder as it is.
+
+All have the same linear head. Encoders are in eval mode always: they have no dropout.
+"""
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.baselines import models
+from benchmarks.cases.end_to_end import CLASSES, Encoder, FusedCase
+from benchmarks.cases.models import TRAINING
+from mope_fast import MoPEConfig, PromptBank
+from mope_fast.encoders import family_of
+
+FROZEN = "frozen"
+"""What the others' time and memory are divided by."""
+
+
+@dataclass(frozen=True)
+class Inputs(models.Inputs):
+    """With the complementary features."""
+
+    cross: Tensor
+
+    @classmethod
+    def random(cls, case: FusedCase, device: torch.device) -> "Inputs":
+        main = case.inputs(device)
+        cross = torch.randn(case.batch, case.encoder.cross_dim, device=device)
+        return cls(main, torch.randint(CLASSES, (case.batch,), device=device), cross)
+
+    def to(self, dtype: torch.dtype) -> "Inputs":
+        return dataclasses.replace(super().to(dtype), cross=self.cross.to(dtype))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The weights that all providers share: ``of`` gives copies."""
+
+    encoder: nn.Module
+    bank: PromptBank
+    head: nn.Module
+
+    @classmethod
+    def of(cls, case: FusedCase, device: torch.device, dtype: torch.dtype | None = None) -> "Parts":
+        """The encoder as the case has it and trained parts in float32; all of them in ``dtype`` if one is given."""
+        parts = copy.deepcopy(_random_parts(case.encoder, case.experts, case.length))
+        encoder = parts.encoder.to(device, case.dtype).requires_grad_(False).eval()
+        modules = (encoder, parts.bank.to(device), parts.head.to(device))
+        return cls(*(module if dtype is None else module.to(dtype) for module in modules))
+
+
+@functools.lru_cache(maxsize=2)  # the main encoder and its complementary one
+def _random_parts(encoder: Encoder, experts: int, length: int) -> Parts:
+    torch.manual_seed(0)
+    model = encoder.make()
+    layers = family_of(model).layers(model)
+    config = MoPEConfig(cross_dim=encoder.cross_dim, num_experts=experts, prompt_length=length)
+    bank = PromptBank([layer.width for layer in layers], encoder.cross_dim, config)
+    return Parts(model, bank, nn.Linear(family_of(model).feature_width(model), CLASSES))
+
+
+class FusedProvider(models.Provider):
+    truth: str | None = FROZEN
+    """The provider whose numbers it has to give, to rounding; None if it has none to give."""
+    alone = False
+    """It gives them for a batch of one only."""
+    bank: PromptBank | None = None
+
+    def is_random(self, mode: str) -> bool:
+        """Dropout or routing noise makes every step another."""
+        return mode == TRAINING and self.bank is not None
+
+    @contextmanager
+    def without_randomness(self) -> Iterator[None]:
+        """Dropout and routing noise off."""
+        if self.bank is None:
+            yield
+            return
+        config = self.bank.config
+        self.bank.config = dataclasses.replace(config, dropout=0.0, noise_std=0.0)
+        try:
+            yield
+        finally:
+            self.bank.config = config
+
+
+class Plain(models.Headed, FusedProvider):
+    """The encoder as its library runs it, and the head. As it is, what trains is what requires a gradient."""
+
+    def __init__(self, encoder: nn.Module, head: nn.Module):
+        super().__init__(encoder, head)
+        self.family = family_of(encoder)
+
+    def features(self, inputs: Inputs) -> Tensor:
+        return self.family.encode(self.model["encoder"], inputs.main)
