@@ -1,30 +1,38 @@
 import datetime
+import math
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import environment, measure, suite
-
-SKIPPED = pytest.StashKey[list[dict[str, str]]]()
+from benchmarks.record import Record
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("mope_fast benchmarks")
     group.addoption("--smoke", action="store_true", help="tiny sizes, no compiled baselines, few rounds: does it run at all?")
-    group.addoption("--shard", default="1/1", metavar="I/N", help="every N-th problem size, from the I-th (counted from 1)")
+    group.addoption("--results", metavar="DIR", type=Path, help="save each measurement here at once; leave out those it has")
+    group.addoption("--budget", metavar="SECONDS", type=float, default=math.inf, help="begin no measurement after so many")
     group.addoption("--compile-on-cpu", action="store_true", help="compiled encoders on a CPU too, where each takes minutes")
     group.addoption("--cpu-time", action="store_true", help="one thread, CPU time instead of wall time: for a busy machine, no GPU")
 
 
 def pytest_configure(config):
-    config.stash[SKIPPED] = []
+    config.stash[suite.RECORD] = Record(config.getoption("results"), config.getoption("budget"))
     if config.getoption("cpu_time"):
         if torch.cuda.is_available():
             raise pytest.UsageError(
                 "--cpu-time leaves out what a GPU does: hide the GPU (CUDA_VISIBLE_DEVICES=) or drop the option"
             )
         measure.count_cpu_time()
+
+
+def pytest_collection_finish(session):
+    """What ``-k`` left out is not planned."""
+    planned = sum("point" in item.callspec.params for item in session.items if hasattr(item, "callspec"))
+    session.config.stash[suite.RECORD].planned = planned
 
 
 def pytest_benchmark_generate_machine_info(config):
@@ -37,7 +45,7 @@ def pytest_benchmark_generate_commit_info(config):
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
     """Adds what was skipped and why. Keeps the statistics and drops the single timings, which are most of the file."""
-    output_json["skipped"] = config.stash[SKIPPED]
+    output_json["skipped"] = config.stash[suite.RECORD].skipped
     for entry in output_json["benchmarks"]:
         entry["stats"].pop("data", None)
 
@@ -54,4 +62,4 @@ def session(request) -> suite.Session:
         "copy_bandwidth_gbps": measure.copy_bandwidth(device, smoke) / 1e9,
         **measure.peak_arithmetic(device, environment.device_name(device), smoke),
     }
-    return suite.Session(device, smoke, facts, request.config.stash[SKIPPED], request.config.getoption("compile_on_cpu"))
+    return suite.Session(device, smoke, facts, request.config.stash[suite.RECORD], request.config.getoption("compile_on_cpu"))

@@ -41,12 +41,12 @@ def seconds_per_call(target: Callable[[], Any], calls: int, warm_up: int = 3) ->
 
 
 def schedule(
-    target: Callable[[], Any], round_seconds: float = 0.01, total_seconds: float = 2.0, warm_up: int = 3
+    target: Callable[[], Any], round_seconds: float = 0.01, total_seconds: float = 2.0, warm_up: int = 3, least: int = 10
 ) -> tuple[int, int]:
-    """Rounds (10 to 50) and calls in each, so that a round is long enough to hide the timer's own wait for the device."""
+    """Rounds (``least`` to 50) and calls in each, so that a round is long enough to hide the timer's own wait for the device."""
     seconds = seconds_per_call(target, max(1, warm_up), warm_up)
     iterations = max(1, min(1000, int(round_seconds / seconds)))
-    return max(10, min(50, int(total_seconds / (iterations * seconds)))), iterations
+    return max(least, min(50, int(total_seconds / (iterations * seconds)))), iterations
 
 
 class InTurns:

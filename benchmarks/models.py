@@ -56,6 +56,7 @@ def prepare(provider: Provider, point: suite.Point, inputs: Inputs, right: Calla
 
 
 def run(benchmark, group: ModelGroup, point: suite.Point, session: suite.Session) -> None:
+    session.begin(group, point)
     mode, case, device = point.mode, point.case, session.device
     reason = group.why_not(point.provider, case, device, session.smoke)
     if reason is None and case.compiled and device.type == "cpu" and not session.compile_on_cpu:
@@ -74,13 +75,14 @@ def run(benchmark, group: ModelGroup, point: suite.Point, session: suite.Session
         flops=case.flops(mode), peak_memory=memory, memory_tax=memory and memory / other_memory,
     )  # fmt: skip
     time_in_turns(benchmark, target, other, session.smoke)
+    session.record.add(benchmark)
 
 
 def time_in_turns(benchmark, target: Callable[[], object], divisor: Callable[[], object], smoke: bool) -> None:
     rounds, calls = 3, 1
     if not smoke:
-        # at least ten rounds: three quarters of a minute where a step takes seconds
-        rounds, calls = measure.schedule(lambda: (divisor(), target()), round_seconds=0.1, total_seconds=45.0, warm_up=1)
+        # three quarters of a minute, more where a step takes seconds
+        rounds, calls = measure.schedule(lambda: (divisor(), target()), round_seconds=0.1, total_seconds=45.0, warm_up=1, least=7)
     turns = measure.InTurns(divisor, calls)
 
     def call() -> None:

@@ -14,8 +14,10 @@ import torch
 
 from benchmarks import measure
 from benchmarks.environment import default_device
+from benchmarks.record import Key, Record
 
 Step = Callable[[Any], measure.Outputs]
+RECORD = pytest.StashKey[Record]()
 
 
 class Case(Protocol):
@@ -77,27 +79,30 @@ class Point:
     timing: str
     provider: str
 
+    def key(self, group: Group) -> Key:
+        return (group.name, self.mode, self.timing, str(self.case), self.provider)
+
     def __str__(self) -> str:
         return f"{self.mode}-{str(self.case).replace(' ', '-')}-{self.timing}-{self.provider}"
 
 
 @dataclass(frozen=True)
 class Session:
-    """What all measurements of a run share. ``skipped``, with what failed, is saved with them."""
+    """What all measurements of a run share. What is skipped, or fails, is saved with what is measured."""
 
     device: torch.device
     smoke: bool
     facts: dict[str, Any]
-    skipped: list[dict[str, str]] = field(default_factory=list)
+    record: Record = field(default_factory=Record)
     compile_on_cpu: bool = False
     """Where compiling takes minutes."""
 
-    def note(self, group: Group, point: Point, reason: str) -> None:
-        names = {"op": group.name, "mode": point.mode, "timing": point.timing, "case": str(point.case), "provider": point.provider}
-        self.skipped.append(names | {"reason": reason})
+    def begin(self, group: Group, point: Point) -> None:
+        if not self.record.begin(point.key(group)):
+            pytest.skip("the budget is used up")
 
     def skip(self, group: Group, point: Point, reason: str) -> NoReturn:
-        self.note(group, point, reason)
+        self.record.skip(point.key(group), reason)
         pytest.skip(f"{point.provider}: {reason}")
 
     @contextmanager
@@ -108,7 +113,7 @@ class Session:
         except NotImplementedError as error:  # how a library says that none of its kernels takes the case
             self.skip(group, point, _first_line(error))
         except Exception as error:
-            self.note(group, point, f"failed, {_first_line(error)}")
+            self.record.skip(point.key(group), f"failed, {_first_line(error)}")
             raise
 
 
@@ -118,16 +123,16 @@ def _first_line(error: Exception) -> str:
 
 def parametrize(metafunc, group: Group) -> None:
     """All providers of one size, mode and timing run one after the other, so that a busy machine is busy for all of them."""
-    smoke, device = metafunc.config.getoption("smoke"), default_device()
-    index, count = map(int, metafunc.config.getoption("shard").split("/"))
+    smoke, device, record = metafunc.config.getoption("smoke"), default_device(), metafunc.config.stash[RECORD]
     points = [
         Point(mode, case, timing, provider)
-        for case in group.cases(device, smoke)[index - 1 :: count]
+        for case in group.cases(device, smoke)
         for mode in case.modes
         for timing in (["called", "replay"] if device.type == "cuda" else ["called"])
         for provider in group.providers_at(case, mode)
         if timing == "called" or group.captures(provider)
     ]
+    points = [point for point in points if point.key(group) not in record.done]
     metafunc.parametrize("point", points, ids=str)
 
 
@@ -154,6 +159,7 @@ def throughput(case: OpCase, mode: str, seconds: float, facts: dict[str, Any]) -
 
 
 def run(benchmark, op: Op, point: Point, session: Session) -> None:
+    session.begin(op, point)
     mode, case, device, facts = point.mode, point.case, session.device, session.facts
     if (reason := op.why_not(point.provider, case, device, session.smoke)) is not None:
         session.skip(op, point, reason)
@@ -176,3 +182,4 @@ def run(benchmark, op: Op, point: Point, session: Session) -> None:
     benchmark.pedantic(target, rounds=rounds, iterations=iterations, warmup_rounds=1)
     if benchmark.stats is not None:
         benchmark.extra_info.update(throughput(case, mode, benchmark.stats.stats.median / calls, facts))
+    session.record.add(benchmark)
