@@ -83,7 +83,8 @@ class Point:
         return (group.name, self.mode, self.timing, str(self.case), self.provider)
 
     def __str__(self) -> str:
-        return f"{self.mode}-{str(self.case).replace(' ', '-')}-{self.timing}-{self.provider}"
+        """Of such letters as pytest's ``-k`` takes."""
+        return f"{self.mode}-{str(self.case).replace(' ', '-').replace('=', '')}-{self.timing}-{self.provider}"
 
 
 @dataclass(frozen=True)
