@@ -23,8 +23,8 @@ def _key(entry: Mapping[str, Any]) -> Key:
     return tuple(entry[name] for name in NAMES)
 
 
-def documents(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+def read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text())
 
 
 def _keys(document: Mapping[str, Any]) -> Iterator[Key]:
@@ -33,7 +33,7 @@ def _keys(document: Mapping[str, Any]) -> Iterator[Key]:
 
 
 def done(folder: Path) -> set[Key]:
-    saved = documents(folder)
+    saved = [read(file) for file in folder.glob("*.json")]
     died = collections.Counter(_key(document["running"]) for document in saved if document.get("running"))
     return {key for document in saved for key in _keys(document)} | {key for key, times in died.items() if times >= DEATHS}
 

@@ -13,10 +13,11 @@ from benchmarks.cases.mope_baf import BAFCase
 from benchmarks.cases.mope_baf import cases as baf_cases
 from benchmarks.cases.route_and_mix import CUDA, Case
 from benchmarks.cases.window_attention import WindowCase
-from benchmarks.report import model, text
+from benchmarks.report import model, overview, text
 from benchmarks.report.profiles import (
     END_TO_END,
     MOPE_BAF,
+    PROFILES,
     PROMPT_ATTENTION,
     RECEPTIVE_FIELD_ATTENTION,
     ROUTE_AND_MIX,
@@ -80,8 +81,8 @@ def groups(*entries: dict, profile: model.Profile = ROUTE_AND_MIX) -> list[model
 
 
 def goal_lines(profile: model.Profile, wanted: str, *entries: dict, device_type: str = "cuda") -> list[str]:
-    table = text.goals_table(groups(*entries, profile=profile), profile, device_type)
-    return [line for line in table.splitlines() if wanted in line]
+    lines = text.goal_lines(groups(*entries, profile=profile), profile, device_type)
+    return [line for line in text.table(text.GOAL_HEADER, lines).splitlines() if wanted in line]
 
 
 def test_time_is_that_of_one_call():
@@ -269,32 +270,32 @@ def test_goals_about_restricted_fields(restricted, answer):
                 tax_entry("mope_fast", 1.04),
                 tax_entry("frozen", 1.0, FUSED_BERT),
             ],
-            ("taxes_training_replay.png",),
+            ("taxes_training_replay.svg",),
             "| mope_fast | 1.040 (1.030 - 1.050) | 1.04 | 1.50 (3) |",
         ),
         (
             [tax_entry(name, tax, FUSED_SWIN_B) for name, tax in (("frozen", 1.0), ("frozen-sdpa", 0.8), ("mope_fast", 0.9))],
-            ("taxes_training_replay.png",),
+            ("taxes_training_replay.svg",),
             "| frozen encoder with SDPA | 0.800 (0.792 - 0.808) | 0.8 | 1.50 (3) |",
         ),
         (
             [baf_entry("plain", 1.0, 1.0), baf_entry("mope_fast", 1.3), baf_entry("mope_fast", 1.5, mode="inference")],
-            ("taxes_training_replay.png", "taxes_inference_replay.png"),
+            ("taxes_training_replay.svg", "taxes_inference_replay.svg"),
             f"## {BAF}, inference",
         ),
         (
             [entry("timm", 40.0, case=SWIN_STAGE), entry("flex", 50.0, case=SWIN_STAGE), entry("auto", 20.0, case=SWIN_STAGE)],
-            ("times_forward_backward_replay.png", "speedup.png", "speedup_timm.png", "roofline_share.png"),
+            ("times_forward_backward_replay.svg", "speedup.svg", "speedup_timm.svg", "roofline_share.svg"),
             "| mope_fast auto (triton) | 20.0 | 18.0 - 22.0 | 2.00x |",
         ),
         (
             [entry("literal", 90.0), entry("matmul", 50.0), entry("mope_fast", 20.0)],
-            ("times_forward_backward_replay.png", "speedup.png", "copy_share.png"),
+            ("times_forward_backward_replay.svg", "speedup.svg", "copy_share.svg"),
             "| mope_fast | 20.0 | 18.0 - 22.0 | 2.50x |",
         ),
         (
             [entry("sdpa-mask", 50.0, case=VIT), entry("flex", 40.0, case=VIT), entry("auto", 20.0, case=VIT)],
-            ("times_forward_backward_replay.png", "speedup.png", "speedup_mask.png", "roofline_share.png"),
+            ("times_forward_backward_replay.svg", "speedup.svg", "speedup_mask.svg", "roofline_share.svg"),
             "| mope_fast auto (triton) | 20.0 | 18.0 - 22.0 | 2.50x |",
         ),
     ],
@@ -302,7 +303,8 @@ def test_goals_about_restricted_fields(restricted, answer):
 def test_report_and_pictures_are_written(tmp_path, entries, pictures, line):
     source = tmp_path / "run.json"
     source.write_text(json.dumps({"benchmarks": entries}))
-    (written,) = report.write([source], tmp_path / "out")
+    written, page = report.write([source], tmp_path / "out")
+    assert page == tmp_path / "out" / "REPORT.md"
     assert written == tmp_path / "out" / entries[0]["extra_info"]["op"] / "report.md"
     assert line in written.read_text()
     for picture in pictures:
@@ -317,9 +319,10 @@ def test_every_op_gets_a_report_with_its_own_skips(tmp_path):
         "op": "prompt_attention", "mode": "forward", "timing": "called", "case": str(VIT), "provider": "flex", "reason": "no GPU",
     }  # fmt: skip
     source.write_text(json.dumps({"benchmarks": entries, "skipped": [skip, skip | {"mode": "forward+backward"}]}))
-    mix, prompt, field = (path.read_text() for path in report.write([source], tmp_path / "out"))
+    mix, prompt, field, page = (path.read_text() for path in report.write([source], tmp_path / "out"))
     assert f"## Not measured\n\n- FlexAttention: no GPU ({VIT})\n" in prompt
     assert "Not measured" not in mix + field
+    assert all(f"(./{op}/report.md)" in page for op in ("route_and_mix", "prompt_attention", "receptive_field_attention"))
 
 
 def test_two_devices_are_refused(tmp_path):
@@ -327,3 +330,49 @@ def test_two_devices_are_refused(tmp_path):
     source.write_text(json.dumps({"benchmarks": [entry("matmul", 50.0), entry("mope_fast", 20.0, device="GPU 2")]}))
     with pytest.raises(SystemExit, match="GPU 1, GPU 2"):
         report.write([source], tmp_path / "out")
+
+
+def device(*entries: dict) -> overview.Device:
+    by_op = {}
+    for op in dict.fromkeys(each["extra_info"]["op"] for each in entries):
+        profile = PROFILES[op]
+        by_op[op] = groups(*(each for each in entries if each["extra_info"]["op"] == op), profile=profile)
+    return overview.Device("GPU 1", "results/gpu-1", by_op)
+
+
+def test_the_page_has_taxes_goals_and_what_would_close_a_gap():
+    goal = next(goal for goal in END_TO_END.goals if goal.text == "times the speed of paper-literal, ViT-B/16 B=16")
+    small = FusedCase(VIT_B, 16, torch.bfloat16)
+
+    def taxed(ours: float, literal: float) -> list[dict]:
+        taxes = {"frozen": 1.0, "mope_fast": ours, "paper-literal": literal}
+        return [tax_entry(name, tax, small, timing="called") for name, tax in taxes.items()]
+
+    page = overview.page([device(*taxed(1.1, 1.65), entry("matmul", 50.0), entry("mope_fast", 20.0))])
+    assert f"| {small}, as called | 1 | 1.650 | 1.100 |" in page
+    assert f"| {small} | 1.50 | 1.50 |" in page
+    assert "| 1.50 | missed by 25% |" in page
+    assert goal.closing in page
+    assert "No GPU has been measured" not in page
+    assert "(results/gpu-1/route_and_mix/report.md) | forward+backward | in a CUDA graph | 1 | 2.50 | 2.50 | 2.50 |" in page
+    assert goal.closing not in overview.page([device(*taxed(1.0, 4.0))])
+
+
+def test_the_headline_is_of_the_batch_size_at_which_most_was_measured():
+    entries = [
+        tax_entry(name, tax, FusedCase(encoder, batch, torch.bfloat16), timing="called")
+        for encoder in (VIT_B, BERT_B, SWIN_B)
+        for batch, taxes in ((16, {"frozen": 1.0}), (64, {"frozen": 1.0, "mope_fast": 1.04, "full": 1.5}))
+        for name, tax in taxes.items()
+    ]
+    table = overview.headline(device(*entries))
+    assert "| BERT-B, B = 64 | - | - | 1.040 | 1.50 | - | - | - | 1.500 | - |" in table
+    document = "before\n<!-- from benchmarks/REPORT.md -->\nold\n<!-- end -->\nafter\n"
+    assert overview.put(document, "new") == document.replace("old", "\nnew\n")
+    with pytest.raises(ValueError, match="one pair of marks"):
+        overview.put("no marks", "new")
+
+
+def test_the_page_and_the_readme_are_of_the_results_kept():
+    for path, content in report.pages(report.kept()).items():
+        assert path.read_text() == content, f"{path.name} is not what `python -m benchmarks.report` writes"

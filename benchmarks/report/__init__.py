@@ -1,33 +1,75 @@
-"""Turn saved pytest-benchmark JSON into tables and plots: ``python -m benchmarks.report FILE.json [...] --output DIR``.
+"""Turn saved results into tables and plots, or, without arguments, all that the repository keeps into benchmarks/REPORT.md.
 
-Several files are repeated runs or shards of one device's suite: a size measured more than once gets the median of its medians.
-Every op gets a report of its own, DIR/OP/report.md.
+Several files are repeated runs or parts of one device's suite: a size measured more than once gets the median of its medians. Every
+op gets a report of its own, DIR/OP/report.md, and all together a page, DIR/REPORT.md.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.report import pictures, text
-from benchmarks.report.model import distinct, group, merge, parse, parse_skipped
+from benchmarks import record
+from benchmarks.report import overview, pictures, text
+from benchmarks.report.model import Group, distinct, group, merge, parse, parse_skipped
+from benchmarks.report.overview import Device
 from benchmarks.report.profiles import PROFILES
 
+FOLDER = Path(__file__).parents[1]
+RESULTS, PAGE, README = FOLDER / "results", FOLDER / "REPORT.md", FOLDER.parent / "README.md"
 
-def write(files: Sequence[Path], output: Path) -> list[Path]:
-    """The reports written, one for each op."""
-    documents = [json.loads(file.read_text()) for file in files]
+
+def read(files: Sequence[Path], folder: str = ".") -> Device:
+    """What files of one device say."""
+    documents = [record.read(file) for file in files]
     rows = merge(row for document in documents for row in parse(document))
-    skipped = [skip for document in documents for skip in parse_skipped(document)]
     if not rows:
         raise SystemExit(f"no benchmark in {', '.join(map(str, files))}")
     if len({row.info["device"] for row in rows}) > 1:
         raise SystemExit(f"one report is about one device, these files are from {distinct(rows, 'device')}")
+    groups: dict[str, list[Group]] = {}
+    for op in (op for op in PROFILES if any(row.info["op"] == op for row in rows)):
+        groups[op] = group((row for row in rows if row.info["op"] == op), PROFILES[op])
+        if PROFILES[op].baseline is not None:
+            groups[op].sort(key=lambda each: (each.info["model"], -each.info["B"]))
+    skipped = [skip for document in documents for skip in parse_skipped(document)]
+    return Device(rows[0].info["device"], folder, groups, skipped)
+
+
+def write(files: Sequence[Path], output: Path) -> list[Path]:
+    """The reports written: one for each op, and the page about all."""
+    device = read(files)
+    reports = _write_ops(device, output)
+    reports.append(output / "REPORT.md")
+    reports[-1].write_text(overview.page([device]))
+    return reports
+
+
+def _write_ops(device: Device, output: Path) -> list[Path]:
     reports = []
-    for op in dict.fromkeys(row.info["op"] for row in rows):
-        profile, folder = PROFILES[op], output / op
-        groups = group((row for row in rows if row.info["op"] == op), profile)
+    for op, groups in device.groups.items():
+        folder = output / op
         folder.mkdir(parents=True, exist_ok=True)
         reports.append(folder / "report.md")
-        names = pictures.plot_all(groups, profile, folder)
-        reports[-1].write_text(text.markdown(groups, profile, [skip for skip in skipped if skip.op == op], names))
+        names = pictures.plot_all(groups, PROFILES[op], folder)
+        reports[-1].write_text(text.markdown(groups, PROFILES[op], [skip for skip in device.skipped if skip.op == op], names))
+    return reports
+
+
+def kept() -> list[Device]:
+    """What the repository has, GPUs first."""
+    folders = [folder for folder in sorted(RESULTS.iterdir()) if any(folder.glob("*.json"))]
+    devices = [read(sorted(folder.glob("*.json")), folder.relative_to(FOLDER).as_posix()) for folder in folders]
+    return sorted(devices, key=lambda device: device.type, reverse=True)
+
+
+def pages(devices: Sequence[Device]) -> dict[Path, str]:
+    """The page about all devices, and the README with its headline from the first of them."""
+    return {PAGE: overview.page(devices), README: overview.put(README.read_text(), overview.headline(devices[0]))}
+
+
+def write_kept() -> list[Path]:
+    devices = kept()
+    reports = [path for device in devices for path in _write_ops(device, FOLDER / device.folder)]
+    for path, content in pages(devices).items():
+        path.write_text(content)
+        reports.append(path)
     return reports

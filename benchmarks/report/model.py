@@ -88,6 +88,8 @@ class Goal:
     """One line for all sizes, about the worst."""
     at_most: bool = False
     """Bounded from above, not from below."""
+    closing: str = ""
+    """What would close the gap, where it is missed."""
 
     def wanted(self) -> str:
         return f"{'<=' if self.at_most else '>='} {self.bound:g}"
@@ -119,6 +121,8 @@ class Profile:
     ratios: Sequence["Ratio"]
     axis_label: Callable[[str], str]
     """A size on short lines."""
+    title: str = ""
+    """Of its part of the page about all ops, where there are taxes."""
     baseline: str | None = None
     """The provider in turns with which all were timed, if they were: taxes on it are shown in place of times."""
     table_per_mode: bool = False

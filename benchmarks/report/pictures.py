@@ -4,15 +4,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.cases.models import INFERENCE
 from benchmarks.report.model import Group, Profile, Ratio, Row
 from benchmarks.report.text import TIMING_TITLES
 
-RATIO_COLOURS = {
-    ("forward", "called"): "#9ec5e8",
-    ("forward+backward", "called"): "#1f6fb4",
-    ("forward", "replay"): "#e3c29b",
-    ("forward+backward", "replay"): "#c98a3c",
-}
+RATIO_COLOURS = {"called": ("#9ec5e8", "#1f6fb4"), "replay": ("#e3c29b", "#c98a3c")}
+"""Light and dark, of the mode without a backward pass and with one."""
 
 
 def _new_axes(groups: Sequence[Group], profile: Profile):
@@ -30,12 +27,14 @@ def _new_axes(groups: Sequence[Group], profile: Profile):
 
 
 def _finish(figure, axes, path: Path, title: str) -> str:
+    import matplotlib
     from matplotlib import pyplot
 
     axes.set_title(title, fontsize=10)
     columns = max(2, min(5, int(figure.get_figwidth() / 2.3)))
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
-    figure.savefig(path, dpi=110)
+    with matplotlib.rc_context({"svg.hashsalt": path.stem}):  # the same picture has the same bytes
+        figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
     return path.name
 
@@ -113,7 +112,7 @@ def plot_ratio(groups: Sequence[Group], profile: Profile, path: Path, device: st
         shown = [(x, y) for x, y in values if y is not None]
         bars = axes.bar(
             [x + (i - (len(series) - 1) / 2) * width for x, _ in shown], [y for _, y in shown], 0.92 * width,
-            color=RATIO_COLOURS[mode, timing], label=f"{mode}, {timing}",
+            color=RATIO_COLOURS[timing][mode not in ("forward", INFERENCE)], label=f"{mode}, {timing}",
         )  # fmt: skip
         axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=3, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})
     axes.axhline(1.0, color="#333333", linewidth=0.8)
@@ -128,7 +127,7 @@ def plot_all(groups: Sequence[Group], profile: Profile, output: Path) -> list[st
     for mode, timing in dict.fromkeys((g.mode, g.timing) for g in groups):
         chosen = [g for g in groups if (g.mode, g.timing) == (mode, timing)]
         plot, kind = (plot_times, "times") if profile.baseline is None else (plot_taxes, "taxes")
-        names.append(plot(chosen, profile, output / f"{kind}_{mode.replace('+', '_')}_{timing}.png", device))
+        names.append(plot(chosen, profile, output / f"{kind}_{mode.replace('+', '_')}_{timing}.svg", device))
     for ratio in profile.ratios:
         if any(ratio.value(each) is not None for each in groups):
             names.append(plot_ratio(groups, profile, output / ratio.file, device, ratio))

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.report.model import Goal, Group, Profile, Row, Skip, distinct, optional, overlap
+from benchmarks.report.model import Goal, Group, Profile, Row, Skip, distinct, optional, overlap, speed
 
 TIMING_TITLES = {"called": "as called from Python", "replay": "one call's share of a CUDA graph"}
 
@@ -40,7 +40,7 @@ def _tax(row: Row | None) -> str:
     return f"{row.info['tax']:.3f} ({row.info['tax_low']:.3f} - {row.info['tax_high']:.3f})"
 
 
-def _milliseconds(row: Row | None) -> str:
+def milliseconds(row: Row | None) -> str:
     return "-" if row is None else f"{float(f'{row.median * 1e3:.4g}'):g}"  # four digits, but no exponent
 
 
@@ -73,7 +73,7 @@ def tax_table(groups: Sequence[Group], profile: Profile) -> str:
         for each in of_mode:
             name = mode if len(of_mode) == 1 else f"{mode}, {each.timing}"
             header += [f"{name}: time", "ms"]
-            columns += [(each.rows, _tax), (each.rows, _milliseconds)]
+            columns += [(each.rows, _tax), (each.rows, milliseconds)]
             if counted:
                 header.append("time / tokens")
                 columns.append((each.rows, _excess))
@@ -81,6 +81,11 @@ def tax_table(groups: Sequence[Group], profile: Profile) -> str:
         columns.append((of_mode[0].rows, _memory))
     present = [name for name in profile.labels if name in all_rows]
     return table(header, ([profile.labels[name], *(cell(rows.get(name)) for rows, cell in columns)] for name in present))
+
+
+def lead(group: Group) -> float | None:
+    """How many times the speed of the fastest rival ours has."""
+    return speed(group, group.profile.rivals(group))
 
 
 def losses(groups: Iterable[Group]) -> list[str]:
@@ -127,24 +132,36 @@ def verdict(goal: Goal, group: Group) -> tuple[float | None, str]:
 
 def _worst(goal: Goal, groups: Sequence[Group]) -> tuple[str, float | None, str]:
     """Of all sizes: the one that misses most, its value, and how many have which verdict."""
-    judged = [(each.case, *verdict(goal, each)) for each in groups]
-    measured = [each for each in judged if each[1] is not None]
+    answers = [(each.case, *verdict(goal, each)) for each in groups]
+    measured = [each for each in answers if each[1] is not None]
     if not measured:
         return "-", None, "not measured"
     case, value, answer = max(measured, key=lambda each: goal.excess(each[1]))
-    if len(measured) == len(judged) and all(each[2] == "met" for each in measured):
+    if len(measured) == len(answers) and all(each[2] == "met" for each in measured):
         return case, value, f"met at all {len(measured)}"
-    counts = {kind: sum(each[2].startswith(kind) for each in judged) for kind in ("met", "level", "missed", "not measured")}
+    counts = {kind: sum(each[2].startswith(kind) for each in answers) for kind in ("met", "level", "missed", "not measured")}
     worst = f"; worst: {answer}" if answer.startswith("missed") else ""
     return case, value, f"{', '.join(f'{kind} at {n}' for kind, n in counts.items() if n)}{worst}"
 
 
-def goals_table(groups: Sequence[Group], profile: Profile, device_type: str) -> str:
+GOAL_HEADER = ["goal", "mode", "size (the worst, if several)", "wanted", "measured", "verdict"]
+
+
+def judged(goal: Goal, groups: Sequence[Group]) -> list[Group]:
+    """Those that a goal is about."""
+    return [g for g in groups if (g.mode, g.timing) == (goal.mode, goal.timing) and goal.fits(g.info)]
+
+
+def is_missed(goal: Goal, groups: Sequence[Group]) -> bool:
+    return any(verdict(goal, group)[1].startswith("missed") for group in judged(goal, groups))
+
+
+def goal_lines(groups: Sequence[Group], profile: Profile, device_type: str) -> list[list[str]]:
     lines = []
     for goal in profile.goals:
         if goal.device_type != device_type:
             continue
-        fitting = [g for g in groups if (g.mode, g.timing) == (goal.mode, goal.timing) and goal.fits(g.info)]
+        fitting = judged(goal, groups)
         if not fitting:
             answers = [("-", None, "not measured")]
         elif goal.summary:
@@ -154,8 +171,7 @@ def goals_table(groups: Sequence[Group], profile: Profile, device_type: str) -> 
         name = [goal.text, f"{goal.mode}, {goal.timing}"]
         form = "{:.3f}" if goal.at_most else "{:.2f}"
         lines += [[*name, case, goal.wanted(), optional(value, form), answer] for case, value, answer in answers]
-    size = "size (the worst, if several)" if any(goal.summary for goal in profile.goals) else "size"
-    return table(["goal", "mode", size, "wanted", "measured", "verdict"], lines)
+    return lines
 
 
 def _peaks(rows: Sequence[Row], profile: Profile) -> list[str]:
@@ -220,7 +236,7 @@ def markdown(groups: Sequence[Group], profile: Profile, skipped: Sequence[Skip],
     rows = [row for each in groups for row in each.rows.values()]
     parts = [f"# {profile.op} on {distinct(rows, 'device')}", preamble(rows, profile)]
     parts += results(groups, profile)
-    parts += ["## Goals", goals_table(groups, profile, rows[0].info["device_type"])]
+    parts += ["## Goals", table(GOAL_HEADER, goal_lines(groups, profile, rows[0].info["device_type"]))]
     parts += ["## Where mope_fast loses", "\n".join(f"- {line}" for line in losses(groups)) or "At no size measured."]
     if lines := skips(skipped, profile):
         parts += ["## Not measured", "\n".join(f"- {line}" for line in lines)]

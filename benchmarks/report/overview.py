@@ -1,0 +1,183 @@
+"""One page about all devices: what MoPE costs on top of a frozen encoder, against other ways, and which goals are met."""
+
+import collections
+import re
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from benchmarks.cases.models import INFERENCE, TRAINING
+from benchmarks.report import text
+from benchmarks.report.model import Group, Profile, Row, Skip, distinct
+from benchmarks.report.profiles import END_TO_END, PROFILES
+
+WHERE = {"called": "as called", "replay": "in a CUDA graph"}
+HEADLINE_COLUMNS = (
+    "inference", "folded", "training", "its memory", "paper-literal", "VPT-deep", "LoRA r=8", "full fine-tuning", "head only",
+)  # fmt: skip
+HEADLINE = ("ViT-B/16", "BERT-B", "Swin-B/224")
+
+
+@dataclass(frozen=True)
+class Device:
+    """What was measured on one device; ``folder``: from the page to the reports of its ops."""
+
+    name: str
+    folder: str
+    groups: dict[str, list[Group]]
+    """op -> its groups."""
+    skipped: Sequence[Skip] = ()
+
+    @property
+    def type(self) -> str:
+        return next(iter(self.groups.values()))[0].info["device_type"]
+
+    def rows(self) -> list[Row]:
+        return [row for groups in self.groups.values() for group in groups for row in group.rows.values()]
+
+    def picture(self, op: str, name: str) -> str:
+        return f"![{op}: {name}]({self.folder}/{op}/{name}.svg)"
+
+
+def _tax(row: Row | None) -> str:
+    return "-" if row is None else f"{row.info['tax']:.3f}"
+
+
+def _memory(row: Row | None) -> str:
+    return "-" if row is None or not row.info["memory_tax"] else f"{row.info['memory_tax']:.2f}"
+
+
+def _columns(groups: Sequence[Group], profile: Profile) -> list[str]:
+    """All that shares the baseline's task and inputs; what doesn't says so in its label."""
+    return [name for name in profile.labels if name != profile.baseline and any(name in group.rows for group in groups)]
+
+
+def tax_tables(groups: Sequence[Group], profile: Profile) -> Iterator[str]:
+    """For every mode the times and the peak memory of all providers over the baseline's."""
+    for mode in dict.fromkeys(group.mode for group in groups):
+        chosen = [group for group in groups if group.mode == mode]
+        names = _columns(chosen, profile)
+        labels = [f"**{profile.labels[name]}**" if name == profile.ours else profile.labels[name] for name in names]
+        times = [
+            [f"{each.case}, {WHERE[each.timing]}", text.milliseconds(each.rows.get(profile.baseline)),
+             *(_tax(each.rows.get(name)) for name in names)]
+            for each in chosen
+        ]  # fmt: skip
+        yield f"**{mode.capitalize()}**, time over the {profile.labels[profile.baseline]}'s:"
+        yield text.table(["", f"{profile.labels[profile.baseline]}, ms", *labels], times)
+        called = [each for each in chosen if each.timing == "called"]
+        memory = [[each.case, *(_memory(each.rows.get(name)) for name in names)] for each in called]
+        if any(cell != "-" for line in memory for cell in line[1:]):
+            yield f"**{mode.capitalize()}**, peak memory over the {profile.labels[profile.baseline]}'s:"
+            yield text.table(["", *labels], memory)
+
+
+def _link(device: Device, op: str) -> str:
+    return f"[{op}]({device.folder}/{op}/report.md)"
+
+
+def _speed_tables(device: Device) -> Iterator[str]:
+    lines = []
+    for op, groups in device.groups.items():
+        profile = PROFILES[op]
+        if profile.baseline is None:
+            for mode, timing in dict.fromkeys((group.mode, group.timing) for group in groups):
+                chosen = [group for group in groups if (group.mode, group.timing) == (mode, timing)]
+                speeds = sorted(speed for group in chosen if (speed := text.lead(group)) is not None)
+                if speeds:
+                    lines.append(
+                        [_link(device, op), mode, WHERE[timing], str(len(speeds)),
+                         *(f"{speed:.2f}" for speed in (speeds[0], statistics.median(speeds), speeds[-1]))]
+                    )  # fmt: skip
+    if lines:
+        yield '### Functions\n\nSpeed of `impl="auto"` over the fastest other form of the same size, over all sizes:'
+        yield text.table(["", "mode", "", "sizes", "worst", "middle", "best"], lines)
+
+
+def _goals(device: Device) -> Iterator[str]:
+    lines = [
+        [op, *line] for op, profile in PROFILES.items() for line in text.goal_lines(device.groups.get(op, []), profile, device.type)
+    ]
+    yield "### Goals"
+    yield text.table(["", *text.GOAL_HEADER], lines)
+    closing = [
+        f"- {goal.text} ({goal.mode}): {goal.closing}"
+        for op, groups in device.groups.items()
+        for goal in PROFILES[op].goals
+        if goal.device_type == device.type and goal.closing and text.is_missed(goal, groups)
+    ]
+    if closing:
+        yield "What would close the gap where a goal is missed:"
+        yield "\n".join(closing)
+
+
+def _section(device: Device) -> Iterator[str]:
+    rows = device.rows()
+    yield f"## {device.name}"
+    yield (
+        f"torch {distinct(rows, 'torch')}, triton {distinct(rows, 'triton')}; {distinct(rows, 'cpu_threads')} CPU thread(s), "
+        f"{distinct(rows, 'clock')}; measured {distinct(rows, 'date')} at commits {distinct(rows, 'commit')}."
+    )
+    for op, groups in device.groups.items():
+        profile = PROFILES[op]
+        if profile.baseline is not None:
+            yield f"### {profile.title}"
+            yield from tax_tables(groups, profile)
+            for mode, timing in dict.fromkeys((group.mode, group.timing) for group in groups):
+                yield device.picture(op, f"taxes_{mode}_{timing}")
+            yield f"Spreads, sizes and what was not measured: {_link(device, op)}."
+    yield from _speed_tables(device)
+    yield from _goals(device)
+    yield "### Where mope_fast loses"
+    whole = [line for op, groups in device.groups.items() if PROFILES[op].baseline for line in text.losses(groups)]
+    yield "\n".join(f"- {line}" for line in whole) or "No whole model is slower than another method."
+    yield f"Functions, size by size: {', '.join(_link(device, op) for op in device.groups if not PROFILES[op].baseline)}."
+
+
+def page(devices: Sequence[Device]) -> str:
+    head = """\
+# What MoPE costs
+
+Time and peak memory of a fused model's step over those of the frozen encoder's own step (1.000), same mode, same run; the
+complementary encoder is in neither. A training step of the frozen encoder goes back through every layer, so **head only**, which
+never goes back into the encoder, is cheaper than 1. [README](README.md) says what each provider is and how it is checked and timed.
+Written by `python -m benchmarks.report`; `python -m benchmarks.run` writes the same page about your machine."""
+    without = [] if any(device.type == "cuda" for device in devices) else ["**No GPU has been measured yet.**"]
+    return "\n\n".join([head, *without, *(part for device in devices for part in _section(device))]) + "\n"
+
+
+def headline(device: Device) -> str:
+    """The README's table: three encoders at the batch size at which most was measured."""
+    lines = []
+    for model in HEADLINE:
+        named = [group for group in device.groups[END_TO_END.op] if group.info["model"] == model and group.timing == "called"]
+        batch = collections.Counter(row.info["B"] for group in named for row in group.rows.values()).most_common(1)[0][0]
+        rows = {group.mode: group.rows for group in named if group.info["B"] == batch}
+        inference, training = rows.get(INFERENCE, {}), rows.get(TRAINING, {})
+        others = (training.get(name) for name in ("paper-literal", "vpt-deep", "lora", "full", "head-only"))
+        taxes = (inference.get("mope_fast"), inference.get("folded"), training.get("mope_fast"), *others)
+        lines.append([f"{model}, B = {batch}", *map(_tax, taxes)])
+        lines[-1].insert(4, _memory(training.get("mope_fast")))
+    header = [
+        "",
+        "inference",
+        "folded",
+        "training",
+        "its memory",
+        "paper-literal",
+        "VPT-deep",
+        "LoRA r=8",
+        "full fine-tuning",
+        "head only",
+    ]
+    return text.table(header, lines)
+
+
+def put(document: str, table: str) -> str:
+    """``document`` with the table between its two marks."""
+    begin, end = "<!-- from benchmarks/REPORT.md -->", "<!-- end -->"
+    between = re.compile(f"{begin}.*?{end}", re.DOTALL)
+    replaced, count = between.subn(lambda _: f"{begin}\n\n{table}\n\n{end}", document)
+    if count != 1:
+        raise ValueError(f"expected one pair of marks {begin} ... {end}, got {count}")
+    return replaced

@@ -1,0 +1,104 @@
+"""Measure everything, or some groups, in resumable shards, and write the report: ``python -m benchmarks.run [GROUP ...]``.
+
+A shard is a pytest of its own that begins no measurement after some minutes. What was measured is saved at once and stays, whenever
+the program is stopped; called again it goes on with the rest. Arguments that it doesn't know are pytest's: ``-k "ViT-B and B64"``,
+``--cpu-time``, ``--smoke``.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import record, report
+
+FOLDER = Path(__file__).parent
+GROUPS = sorted(file.stem.removeprefix("test_") for file in FOLDER.glob("test_*.py") if "suite.parametrize(" in file.read_text())
+GRACE = 180.0
+"""Seconds that the last measurement of a shard may go on after its time is up."""
+NOTHING_LEFT = 5  # pytest's exit status
+
+
+class Shard:
+    """One pytest process for one group."""
+
+    def __init__(self, group: str, results: Path, minutes: float, arguments: Sequence[str]):
+        self.group, self.results, self.seconds = group, results, 60 * minutes
+        self.command = [
+            sys.executable, "-m", "pytest", str(FOLDER / f"test_{group}.py"), "--benchmark-only", "-q", "-o", "timeout=0",
+            "--results", str(results), "--budget", str(self.seconds), *arguments,
+        ]  # fmt: skip
+        self.log = results / f"{group}.log"
+        self.before = set(results.glob("*.json"))
+
+    def run(self) -> int:
+        """Its exit status, after a progress bar."""
+        with open(self.log, "ab") as log, subprocess.Popen(self.command, stdout=log, stderr=log, cwd=FOLDER.parent) as process:
+            try:
+                self._watch(process)
+            finally:
+                process.kill()
+        return process.returncode
+
+    def _watch(self, process: subprocess.Popen) -> None:
+        from tqdm import tqdm
+
+        end = time.monotonic() + self.seconds + GRACE
+        with tqdm(desc=self.group, unit="point") as bar:
+            while process.poll() is None and time.monotonic() < end:
+                time.sleep(0.5)
+                self._show(bar)
+            self._show(bar)
+
+    def _show(self, bar) -> None:
+        if (document := self.document()) is not None:
+            bar.total, bar.n = document["planned"], len(document["benchmarks"]) + len(document["skipped"])
+            bar.set_postfix_str(" ".join((document["running"] or {}).get(name, "") for name in ("mode", "case", "provider")))
+
+    def document(self) -> dict | None:
+        """What it has saved so far."""
+        files = set(self.results.glob("*.json")) - self.before
+        return record.read(files.pop()) if files else None
+
+    def is_last(self) -> bool:
+        document = self.document()
+        return document is None or not (document["left"] or document["running"])
+
+
+def run_group(group: str, results: Path, minutes: float, shards: int | None, arguments: Sequence[str]) -> bool:
+    """False if something failed, which the log tells."""
+    count, good = 0, True
+    while shards is None or count < shards:
+        shard = Shard(group, results, minutes, arguments)
+        status = shard.run()
+        count += 1
+        if status not in (0, NOTHING_LEFT):
+            good = False
+            print(f"{group}: pytest ended with {status}, see {shard.log}", file=sys.stderr)
+        if shard.is_last():
+            break
+    return good
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=__doc__.split("\n\n")[1])
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"of {', '.join(GROUPS)}; none: all")
+    parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks"), metavar="DIR", help="results and report")
+    parser.add_argument("--minutes", type=float, default=6.0, help="after which a shard begins no measurement (default 6)")
+    parser.add_argument("--shards", type=int, help="of each group at most, for a machine that is lent for minutes")
+    options, arguments = parser.parse_known_args()
+    if unknown := set(options.groups) - set(GROUPS):
+        parser.error(f"no such group: {', '.join(sorted(unknown))}; there are {', '.join(GROUPS)}")
+    options.output.mkdir(parents=True, exist_ok=True)
+    good = [
+        run_group(group, options.output.resolve(), options.minutes, options.shards, arguments) for group in options.groups or GROUPS
+    ]
+    if files := sorted(options.output.glob("*.json")):
+        print(*report.write(files, options.output), sep="\n")
+    return 0 if all(good) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""That a run that was stopped goes on with what is left, and that nothing measured is lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks import record, run
+
+KEYS = [("op", "forward", "called", f"B={size}", "ours") for size in range(3)]
+SMOKE = ["-k", "tiny-ViT and inference and not lora", "--smoke"]
+
+
+def measured(key: record.Key) -> SimpleNamespace:
+    """A benchmark fixture that is done."""
+    stats = SimpleNamespace(median=1.0, q1=0.9, q3=1.1, min=0.8, max=1.2, mean=1.0, stddev=0.1, rounds=3)
+    info = dict(zip(record.NAMES, key, strict=True))
+    return SimpleNamespace(name="name", extra_info=info, stats=SimpleNamespace(stats=stats))
+
+
+def test_measured_and_skipped_points_are_done(tmp_path):
+    first = record.Record(tmp_path)
+    first.begin(KEYS[0])
+    first.add(measured(KEYS[0]))
+    first.begin(KEYS[1])
+    first.skip(KEYS[1], "no GPU")
+    first.begin(KEYS[2])
+    assert record.done(tmp_path) == set(KEYS[:2])
+    document = record.read(tmp_path / "run001.json")
+    assert [entry["stats"]["median"] for entry in document["benchmarks"]] == [1.0]
+    assert [entry["reason"] for entry in document["skipped"]] == ["no GPU"]
+    assert tuple(document["running"].values()) == KEYS[2]
+
+
+def test_what_two_runs_died_of_is_given_up(tmp_path):
+    for times in (0, 1):
+        assert (KEYS[0] in record.done(tmp_path)) == (times == record.DEATHS)
+        record.Record(tmp_path).begin(KEYS[0])
+    assert record.done(tmp_path) == {KEYS[0]}
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_after_its_time_a_run_begins_nothing(tmp_path):
+    late = record.Record(tmp_path, seconds=-1.0)
+    assert not late.begin(KEYS[0])
+    document = record.read(tmp_path / "run001.json")
+    assert (document["left"], document["running"]) == (1, None)
+    assert not record.done(tmp_path)
+
+
+def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    memory = record.Record()
+    assert memory.begin(KEYS[0])
+    memory.add(measured(KEYS[0]))
+    assert len(memory.benchmarks) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def points(folder) -> list[str]:
+    files = sorted(folder.glob("run*.json"))
+    return [entry["name"] for file in files for entry in json.loads(file.read_text())["benchmarks"]]
+
+
+def test_a_killed_run_goes_on_and_measures_nothing_twice(tmp_path):
+    for library in ("timm", "transformers"):
+        pytest.importorskip(library)
+    command = [sys.executable, "-m", "benchmarks.run", "end_to_end", "--output", str(tmp_path), *SMOKE]
+    process = subprocess.Popen(command, cwd=run.FOLDER.parent, start_new_session=True, stderr=subprocess.DEVNULL)
+    try:
+        while process.poll() is None and not points(tmp_path):
+            time.sleep(0.05)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    before = points(tmp_path)
+    assert before
+    finished = subprocess.run(command, cwd=run.FOLDER.parent, capture_output=True, text=True, check=True)
+    providers = [name.split("called-")[1].rstrip("]") for name in points(tmp_path)]
+    assert sorted(providers) == ["concatenated", "folded", "frozen", "mope_fast", "paper-literal", "side", "vpt-deep"]
+    assert points(tmp_path)[: len(before)] == before
+    assert str(tmp_path / "REPORT.md") in finished.stdout
+    assert "folded" in (tmp_path / "REPORT.md").read_text()
+
+
+def test_an_unknown_group_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run", "end_to_endd"])
+    with pytest.raises(SystemExit):
+        run.main()
+    assert "no such group: end_to_endd; there are end_to_end," in capsys.readouterr().err
