@@ -30,7 +30,8 @@ def text(found: dict[str, Any]) -> str:
 
 
 _OPS = (
-    "Self time of ops on the host leaves out the ops that they call; every figure is of one step, the median over blocks. "
+    "Self time of ops on the host leaves out the ops that they call. Every figure is of one step: of each call on the host the "
+    "fastest one, because other programs only make it slower, and of each kernel the median. "
     "`autograd::engine` is the engine's own work around each backward formula. A negative difference is saved."
 )
 

@@ -55,6 +55,10 @@ class Block:
     activities: list[Activity]
 
 
+Pick = Callable[[Sequence[float]], float]
+"""One of several measurements of the same thing."""
+
+
 class Cost(NamedTuple):
     """A step's share; ``total`` includes what an op calls, ``device`` what it itself launched."""
 
@@ -120,7 +124,7 @@ def read_blocks(document: dict[str, Any], steps: int) -> list[Block]:
     return [
         Block(
             mark.name.removeprefix(BLOCK), steps, mark,
-            [op for op in ops if mark.start <= op.start < end], [a for a in activities if mark.start <= a.start < end],
+            [op for op in ops if mark.start <= op.start < mark.end], [a for a in activities if mark.start <= a.start < end],
         )
         for mark, end in zip(marks, ends, strict=True)
     ]  # fmt: skip
@@ -165,44 +169,55 @@ def of_run(blocks: Iterable[Block], run: str) -> list[Block]:
     return [block for block in blocks if block.run == run]
 
 
-def _costs(blocks: Sequence[Block], of_block: Callable[[Block], dict[str, list[float]]]) -> dict[str, Cost]:
-    """Medians over blocks, of which one may have been disturbed."""
-    each = [of_block(block) for block in blocks]
-    names = {name: None for sums in each for name in sums}
-    nothing = [0.0] * len(Cost._fields)
-    columns = {name: zip(*(sums.get(name, nothing) for sums in each), strict=True) for name in names}
-    return {
-        name: Cost(*(statistics.median(column) / blocks[0].steps for column in columns[name]))
-        for name in names
-    }  # fmt: skip
+def _per_step(blocks: Sequence[Block], values: Callable[[Block], dict[str, list[float]]], pick: Pick) -> dict[str, float]:
+    """Sums over a step of what ``values`` gives by name for a block's calls, in order.
+
+    ``pick`` takes the one value out of all steps' at the same place in a step; where steps differ, of the blocks' sums.
+    """
+    each = [values(block) for block in blocks]
+    result = {}
+    for name in {name: None for calls in each for name in calls}:
+        columns = [calls.get(name, []) for calls in each]
+        size, rest = divmod(len(columns[0]), blocks[0].steps)
+        if rest or any(len(column) != len(columns[0]) for column in columns):
+            result[name] = pick([sum(column) / blocks[0].steps for column in columns])
+        else:
+            steps = [column[i : i + size] for column in columns for i in range(0, len(column), size)]
+            result[name] = sum(pick(calls) for calls in zip(*steps, strict=True))
+    return result
+
+
+def _of_ops(blocks: Sequence[Block], value: Callable[[Op], float], pick: Pick = min) -> dict[str, float]:
+    """Of what the host does the least: a busy machine makes it slower, nothing makes it faster."""
+    return _per_step(blocks, lambda block: _by_name((op.name, value(op)) for op in block.ops), pick)
+
+
+def _of_activities(blocks: Sequence[Block], name: Callable[[Activity], str | None]) -> dict[str, float]:
+    return _per_step(blocks, lambda block: _by_name((name(a), a.duration) for a in block.activities), statistics.median)
+
+
+def _by_name(pairs: Iterable[tuple[str | None, float]]) -> dict[str, list[float]]:
+    values = defaultdict(list)
+    for name, value in pairs:
+        if name is not None:
+            values[name].append(value)
+    return values
 
 
 def op_costs(blocks: Sequence[Block]) -> dict[str, Cost]:
     """By name; an op within one of its own name counts once in ``total``."""
-
-    def of_block(block: Block) -> dict[str, list[float]]:
-        sums = defaultdict(lambda: [0.0] * len(Cost._fields))
-        for op in block.ops:
-            again = any(parent.name == op.name for parent in op.parents)
-            _add(sums[op.name], Cost(1, 0.0 if again else op.duration, op.self_time))
-        for activity in block.activities:
-            if activity.op is not None:
-                _add(sums[activity.op.name], Cost(device=activity.duration))
-        return sums
-
-    return _costs(blocks, of_block)
+    calls = _of_ops(blocks, lambda op: 1.0, statistics.median)
+    total = _of_ops(blocks, lambda op: 0.0 if any(parent.name == op.name for parent in op.parents) else op.duration)
+    own = _of_ops(blocks, lambda op: op.self_time)
+    device = _of_activities(blocks, lambda a: None if a.op is None else a.op.name)
+    return {name: Cost(calls[name], total[name], own[name], device.get(name, 0.0)) for name in calls}
 
 
 def kernel_costs(blocks: Sequence[Block]) -> dict[str, Cost]:
     """By name, copies and fills too."""
-
-    def of_block(block: Block) -> dict[str, list[float]]:
-        sums = defaultdict(lambda: [0.0] * len(Cost._fields))
-        for activity in block.activities:
-            _add(sums[activity.name], Cost(1, activity.duration, activity.duration, activity.duration))
-        return sums
-
-    return _costs(blocks, of_block)
+    times = _of_activities(blocks, lambda a: a.name)
+    calls = _per_step(blocks, lambda block: _by_name((a.name, 1.0) for a in block.activities), statistics.median)
+    return {name: Cost(calls[name], time, time, time) for name, time in times.items()}
 
 
 def time_within(blocks: Sequence[Block], names: Collection[str]) -> dict[str, float]:
@@ -211,22 +226,13 @@ def time_within(blocks: Sequence[Block], names: Collection[str]) -> dict[str, fl
     The device's time if there is a device, else the host's.
     """
 
-    def of_block(block: Block) -> dict[str, list[float]]:
-        sums = defaultdict(lambda: [0.0] * len(Cost._fields))
-        on_device = bool(block.activities)
-        spans = [(a.duration, (*a.op.parents, a.op)) for a in block.activities if a.op is not None]
-        for duration, chain in spans if on_device else [(op.duration, (*op.parents, op)) for op in block.ops]:
-            responsible = next((op for op in chain if op.name in names), None)
-            if responsible is not None and (on_device or responsible is chain[-1]):
-                _add(sums[responsible.name], Cost(total=duration))
-        return sums
+    def responsible(op: Op | None) -> Op | None:
+        chain = () if op is None else (*op.parents, op)
+        return next((op for op in chain if op.name in names), None)
 
-    return {name: cost.total for name, cost in _costs(blocks, of_block).items()}
-
-
-def _add(sums: list[float], cost: Cost) -> None:
-    for i, value in enumerate(cost):
-        sums[i] += value
+    if any(block.activities for block in blocks):
+        return _of_activities(blocks, lambda a: (op := responsible(a.op)) and op.name)
+    return _per_step(blocks, lambda block: _by_name((op.name, op.duration) for op in block.ops if responsible(op) is op), min)
 
 
 def differences(ours: dict[str, Cost], theirs: dict[str, Cost], by: str) -> list[tuple[str, Cost, Cost]]:
@@ -269,12 +275,7 @@ def timeline(blocks: Sequence[Block]) -> Timeline | None:
 
 
 def host(blocks: Sequence[Block]) -> Host:
-    """Medians over blocks. Threads that run at the same time count once in ``between_ops``."""
-
-    def of_block(block: Block) -> tuple[float, float, float]:
-        within = [op for op in block.ops if op.start < block.span.end]
-        outer = [op for op in within if not op.parents]
-        return len(within), sum(op.self_time for op in within), max(0.0, block.span.duration - union(outer))
-
-    columns = zip(*map(of_block, blocks), strict=True)
-    return Host(*(statistics.median(column) / blocks[0].steps for column in columns))
+    """Threads that run at the same time count once in ``between_ops``, the least over blocks."""
+    between = [max(0.0, block.span.duration - union(op for op in block.ops if not op.parents)) for block in blocks]
+    costs = op_costs(blocks).values()
+    return Host(sum(cost.calls for cost in costs), sum(cost.own for cost in costs), min(between) / blocks[0].steps)
