@@ -286,4 +286,6 @@ def _ragged_prefixes_as_tokens(
 
 
 def _in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(t.to(autocast_dtype(t)) for t in tensors)
+    """Tensors of one dtype."""
+    dtype = autocast_dtype(tensors[0])
+    return tensors if dtype == tensors[0].dtype else tuple(t.to(dtype) for t in tensors)

@@ -58,10 +58,15 @@ def concatenated(k: Tensor, v: Tensor, prefixes: Sequence[tuple[Tensor, Tensor]]
     if not prefixes:
         return k, v
     keys, values = zip(*prefixes, strict=True)
-    return tuple(
-        torch.cat([*(p.to(tokens.dtype).expand(tokens.shape[0], -1, -1, -1) for p in prefix), tokens], dim=2)
-        for prefix, tokens in ((keys, k), (values, v))
-    )
+    return _joined(keys, k), _joined(values, v)
+
+
+def _joined(prefixes: Sequence[Tensor], tokens: Tensor) -> Tensor:
+    batch = tokens.shape[0]
+    # calls that change nothing cost as much as one that does where batches are small
+    parts = [rows if rows.dtype == tokens.dtype else rows.to(tokens.dtype) for rows in prefixes]
+    parts = [rows if rows.shape[0] == batch else rows.expand(batch, -1, -1, -1) for rows in parts]
+    return torch.cat([*parts, tokens], dim=2)
 
 
 _VECTOR = 16
