@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._autocast import cast
 from ..receptive_field import ReceptiveField
 from ..reference.attention import causal_mask
 
@@ -63,8 +64,7 @@ def concatenated(k: Tensor, v: Tensor, prefixes: Sequence[tuple[Tensor, Tensor]]
 
 def _joined(prefixes: Sequence[Tensor], tokens: Tensor) -> Tensor:
     batch = tokens.shape[0]
-    # calls that change nothing cost as much as one that does where batches are small
-    parts = [rows if rows.dtype == tokens.dtype else rows.to(tokens.dtype) for rows in prefixes]
+    parts = [cast(rows, tokens.dtype) for rows in prefixes]
     parts = [rows if rows.shape[0] == batch else rows.expand(batch, -1, -1, -1) for rows in parts]
     return torch.cat([*parts, tokens], dim=2)
 
