@@ -16,6 +16,11 @@ def without_autocast(device_type: str) -> AbstractContextManager:
     return torch.autocast(device_type, enabled=False) if _is_on(device_type) else nullcontext()
 
 
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, but for the call where there is nothing to convert: small batches consist of calls."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
     """The autocast dtype where autocast is on and the tensor isn't float64, else the tensor's own."""
     device_type = tensor.device.type

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from ._autocast import autocast_dtype, without_autocast
+from ._autocast import autocast_dtype, cast, without_autocast
 from ._checks import (
     check_importance_loss,
     check_prompt_attention,
@@ -286,4 +286,6 @@ def _ragged_prefixes_as_tokens(
 
 
 def _in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(t.to(autocast_dtype(t)) for t in tensors)
+    """Tensors of one dtype."""
+    dtype = autocast_dtype(tensors[0])
+    return tuple(cast(tensor, dtype) for tensor in tensors)

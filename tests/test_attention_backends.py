@@ -66,6 +66,9 @@ CASES = {
     "bias of heads and samples": Case(bias=(BATCH, HEADS)),
     "bias, prefix, more tokens": Case(queries=6, bias=(1, HEADS), prefixes=(1,)),
     "everything": Case(bias=(BATCH, 1), prefixes=(BATCH, 1), is_causal=True, padded=True),
+    "padding, 31 keys": Case(tokens=23, queries=23, prefixes=(1, BATCH), padded=True),
+    "causal, 26 keys": Case(tokens=23, queries=23, prefixes=(BATCH,), is_causal=True),
+    "everything, 31 keys": Case(23, 23, (BATCH, 1), is_causal=True, padded=True, bias=(BATCH, 1)),
     "intervals": Case(field=INTERVALS),
     "intervals, padding": Case(field=INTERVALS, padded=True),
     "intervals, bias": Case(field=INTERVALS, bias=(1, HEADS)),
@@ -294,6 +297,25 @@ def assert_right(
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_output_and_gradients_are_those_of_the_dense_formula(case, dtype, backend):
     assert_right(backend, case, make_tensors(case, dtype), make_padding(case.tokens) if case.padded else None)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "masked", "keys"),
+    [
+        (23, torch.float32, True, 32), (16, torch.float32, True, 32), (23, torch.bfloat16, True, 32),
+        # whole vectors, a few keys more, float64, no mask
+        (24, torch.float32, True, 32), (14, torch.float32, True, 22), (23, torch.float64, True, 31), (23, torch.float32, False, 31),
+    ],
+)  # fmt: skip
+def test_on_a_cpu_a_mask_hides_keys_up_to_whole_vectors(tokens, dtype, masked, keys, monkeypatch):
+    seen, attention = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda q, k, v, **kw: seen.append(k.shape[2]) or attention(q, k, v, **kw)
+    )
+    case = Case(tokens, tokens, (1, BATCH))
+    tensors = make_tensors(case, dtype)
+    Backend("sdpa", CPU)(case, tensors, make_padding(tokens) if masked else None)
+    assert seen == [keys]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

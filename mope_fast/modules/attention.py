@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+from .._autocast import cast
 from .._checks import MAX_HEAD_DIM
 from ..receptive_field import ReceptiveField
 from .rows import Prefix
@@ -193,7 +194,7 @@ class PromptAttention(nn.Module):
             raise ValueError("field takes neither prefixes nor is_causal: put the prompts into the sequence as groups of the field")
         q, k, v = self._heads("x", x)
         # under autocast a norm may answer in float32
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        q, k = cast(self.q_norm(q), v.dtype), cast(self.k_norm(k), v.dtype)
         if attn_mask is not None:
             if key_padding_mask is not None or bias is not None:
                 raise ValueError("attn_mask stands for key_padding_mask or bias: pass them, or attn_mask alone")

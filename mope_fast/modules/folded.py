@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
-from .._autocast import without_autocast
+from .._autocast import cast, without_autocast
 from .config import MoPEConfig
 from .output import expert_table, project, split_heads
 from .prompts import LayerRouter, PromptBank, check_input
@@ -122,7 +122,7 @@ class FoldedBank(nn.Module):
         if context.mapped[index] is not None:
             per_sample.append(context.mapped[index][:, None])
         if per_sample:
-            rows = per_sample[0] if len(per_sample) == 1 else torch.cat([part.to(per_sample[0].dtype) for part in per_sample], 1)
+            rows = per_sample[0] if len(per_sample) == 1 else torch.cat([cast(part, per_sample[0].dtype) for part in per_sample], 1)
             prefixes.append(split_heads(rows, layer.num_heads, layer.key_norm))
         return prefixes, scores
 
@@ -142,9 +142,9 @@ def mix_tables(tables: nn.Module, cross_logits: Tensor, feature: Tensor, **routi
     """
     with without_autocast(feature.device.type):
         dtype = cross_logits.dtype
-        logits = torch.addmm(cross_logits, feature.to(dtype), tables.logit_map.to(dtype))
+        logits = torch.addmm(cross_logits, cast(feature, dtype), cast(tables.logit_map, dtype))
     mixed, scores = functional.route_and_mix(logits, tables.experts, gram=tables.gram, eps=tables.eps, **routing)
-    return mixed if tables.shift is None else mixed + tables.shift.to(mixed.dtype), scores
+    return mixed if tables.shift is None else mixed + cast(tables.shift, mixed.dtype), scores
 
 
 class _Tables(nn.Module):

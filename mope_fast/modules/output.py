@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import functional
-from .._autocast import without_autocast
+from .._autocast import cast, without_autocast
 from .config import MoPEConfig
 from .rows import Prefix, Projection, Rows, mixes_in_kv_space, stacked_rows
 
@@ -76,7 +76,9 @@ class MoPEOutput:
             return None
         if self._dynamic is None:
             mixed, self._scores = self._mix(self.routing.experts)
-            self._dynamic = F.dropout(mixed, self.config.dynamic_dropout, self.routing.training).to(self.dtype)
+            if self.routing.training and self.config.dynamic_dropout > 0:
+                mixed = F.dropout(mixed, self.config.dynamic_dropout)
+            self._dynamic = cast(mixed, self.dtype)
         return self._dynamic
 
     @property
@@ -137,7 +139,7 @@ class MoPEOutput:
             dynamic = self.dynamic.flatten(0, 1)
             sizes["dynamic"] = dynamic.shape[0]
             dynamic = dynamic if norm is None else norm(dynamic)
-            values = torch.cat([values, dynamic.to(values.dtype)]) if rows.sizes else dynamic
+            values = torch.cat([values, cast(dynamic, values.dtype)]) if rows.sizes else dynamic
         both = project(values, k_proj, v_proj)
         parts = dict(zip(sizes, both.split(list(sizes.values())), strict=True))
 
@@ -164,7 +166,7 @@ class MoPEOutput:
         table, shift = expert_table(parts, scales, self.config.num_experts)
         gram, eps = (None, 1e-5) if norm is None else (self.routing.gram(), norm.eps)
         mixed, self._scores = self._mix(table, gram, eps)
-        return mixed if shift is None else mixed + shift.to(mixed.dtype)
+        return mixed if shift is None else mixed + cast(shift, mixed.dtype)
 
 
 def project(rows: Tensor, k_proj: Projection, v_proj: Projection | None) -> Tensor:
@@ -183,11 +185,11 @@ def expert_table(parts: dict[str, Tensor], scales: Tensor | None, num_experts: i
     table, zero = parts["experts"], parts.get("zero")
     # the linear part of an affine map is its value less its value at zero
     table = table if zero is None else table - zero
-    table = table if scales is None else table * scales.to(table.dtype)
+    table = table if scales is None else table * cast(scales, table.dtype)
     return table.unflatten(0, (num_experts, -1)), parts.get("bias", zero)
 
 
 def split_heads(rows: Tensor, num_heads: int, key_norm: Projection | None = None) -> Prefix:
     """Keys and values side by side (B, P, 2 * H * Dh) -> two views (B, H, P, Dh), keys normed."""
     keys, values = rows.unflatten(-1, (2, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
-    return (keys if key_norm is None else key_norm(keys).to(values.dtype)), values
+    return (keys if key_norm is None else cast(key_norm(keys), values.dtype)), values

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._autocast import without_autocast
+from .._autocast import cast, without_autocast
 
 
 def global_feature(x: Tensor) -> Tensor:
@@ -16,7 +16,7 @@ def linear_fp32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     """A linear map in float32 (float64 if the weight is), whatever autocast says: logits / tau has no bits to spare."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
     with without_autocast(x.device.type):
-        return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        return F.linear(cast(x, dtype), cast(weight, dtype), None if bias is None else cast(bias, dtype))
 
 
 def orthogonal_keys(num_experts: int, routing_dim: int) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._autocast import cast
 from ..receptive_field import ReceptiveField
 from ..reference.attention import causal_mask
 
@@ -29,9 +30,14 @@ def prompt_attention(
     if is_causal and queries == tokens and not prefix_length and plain:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     # a triangle aligned to the last key would do for prefixes too, but torch's object for it (CausalBias) doesn't compile in 2.15
-    k, v = concatenated(k, v, prefixes)
     visible = causal_mask(queries, tokens, q.device) if is_causal else None
-    return _attention(q, k, v, visible, key_padding_mask, bias, prefix_length, scale)
+    masked = visible is not None or key_padding_mask is not None or bias is not None
+    hidden = _hidden_keys(k, prefix_length + tokens) if masked and prefix_length else 0
+    if hidden:
+        rows = k.new_zeros(1, k.shape[1], hidden, k.shape[3])
+        prefixes = [(rows, rows), *prefixes]
+    k, v = concatenated(k, v, prefixes)
+    return _attention(q, k, v, visible, key_padding_mask, bias, prefix_length, scale, hidden)
 
 
 def receptive_field_attention(
@@ -53,10 +59,27 @@ def concatenated(k: Tensor, v: Tensor, prefixes: Sequence[tuple[Tensor, Tensor]]
     if not prefixes:
         return k, v
     keys, values = zip(*prefixes, strict=True)
-    return tuple(
-        torch.cat([*(p.to(tokens.dtype).expand(tokens.shape[0], -1, -1, -1) for p in prefix), tokens], dim=2)
-        for prefix, tokens in ((keys, k), (values, v))
-    )
+    return _joined(keys, k), _joined(values, v)
+
+
+def _joined(prefixes: Sequence[Tensor], tokens: Tensor) -> Tensor:
+    batch = tokens.shape[0]
+    parts = [cast(rows, tokens.dtype) for rows in prefixes]
+    parts = [rows if rows.shape[0] == batch else rows.expand(batch, -1, -1, -1) for rows in parts]
+    return torch.cat([*parts, tokens], dim=2)
+
+
+_VECTOR = 16
+"""Floats of the widest vector that torch's kernel for CPUs works with; it takes what is left of a row of products one by one."""
+
+
+def _hidden_keys(k: Tensor, keys: int) -> int:
+    """How many hidden keys make attention with a mask faster."""
+    if k.device.type != "cpu" or k.dtype.itemsize > 4 or torch.compiler.is_compiling():
+        return 0
+    rest = keys % _VECTOR
+    # a few are sooner done than a whole vector more
+    return _VECTOR - rest if rest >= _VECTOR // 2 else 0
 
 
 def there_of(prefixes: Sequence, like: Tensor) -> Tensor | None:
@@ -94,6 +117,12 @@ def visible_and_blind(
     return visible, None if can_look and not blind.any() else blind
 
 
+def _behind(mask: Tensor, prefix_length: int, hidden: int, *, seen: float, unseen: float) -> Tensor:
+    """A mask of token keys behind what ``prefix_length`` and ``hidden`` keys before them have in it."""
+    mask = F.pad(mask, (prefix_length, 0), value=seen)
+    return F.pad(mask, (hidden, 0), value=unseen) if hidden else mask
+
+
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -103,17 +132,18 @@ def _attention(
     bias: Tensor | None,
     prefix_length: int,
     scale: float | None,
+    hidden: int = 0,
 ) -> Tensor:
-    """Everything but the prefix length is about token keys, the last of k and v."""
+    """Masks are about token keys, the last of k and v; before them is the prefix, and before that are hidden keys."""
     bias = None if bias is None else in_range(bias, q.dtype)
     visible, blind = visible_and_blind(visible, key_padding_mask, bias, prefix_length)
     if bias is not None:
         mask = bias if visible is None else bias.masked_fill(~visible, float("-inf"))
-        mask = F.pad(mask, (prefix_length, 0))
+        mask = _behind(mask, prefix_length, hidden, seen=0.0, unseen=float("-inf"))
         # a softmax over nothing is undefined: let a blind query see everything, then take its output away
         mask = mask if blind is None else mask.masked_fill(blind, 0.0)
     else:
-        mask = None if visible is None else F.pad(visible, (prefix_length, 0), value=True)
+        mask = None if visible is None else _behind(visible, prefix_length, hidden, seen=True, unseen=False)
         mask = mask if blind is None else mask | blind
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return out if blind is None else out.masked_fill(blind, 0.0)

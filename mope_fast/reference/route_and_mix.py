@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .._autocast import cast
+
 
 def accumulator_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 if any input is, else float32."""
@@ -11,8 +13,8 @@ def accumulator_dtype(*tensors: Tensor) -> torch.dtype:
 
 def routing_logits(logits: Tensor, noise: Tensor | None, temperature: float, dtype: torch.dtype) -> Tensor:
     """``logits / temperature + noise``, the argument of the softmax, in ``dtype``."""
-    x = logits.to(dtype) / temperature
-    return x if noise is None else x + noise.to(dtype)
+    x = cast(logits, dtype) / temperature
+    return x if noise is None else x + cast(noise, dtype)
 
 
 def kept_experts(x: Tensor, top_k: int) -> Tensor:
@@ -34,7 +36,7 @@ def gated_softmax(x: Tensor, top_k: int | None, renormalize: bool) -> Tensor:
 
 def reciprocal_norm(scores: Tensor, gram: Tensor, eps: float) -> Tensor:
     """(B, L): ``1 / sqrt(r' gram_l r + eps)``."""
-    return torch.rsqrt(((scores @ gram.to(scores.dtype)) * scores).sum(-1).T + eps)
+    return torch.rsqrt(((scores @ cast(gram, scores.dtype)) * scores).sum(-1).T + eps)
 
 
 def route_and_mix(
@@ -53,7 +55,7 @@ def route_and_mix(
     dtype = experts.dtype if dtype is None else dtype
     x = routing_logits(logits, noise, temperature, accumulator_dtype(logits, experts))
     scores = gated_softmax(x, top_k, renormalize)
-    mixed = (scores.to(dtype) @ experts.to(dtype).flatten(1)).unflatten(1, experts.shape[1:])
+    mixed = (cast(scores, dtype) @ cast(experts, dtype).flatten(1)).unflatten(1, experts.shape[1:])
     if gram is not None:
-        mixed = (mixed * reciprocal_norm(scores, gram, eps)[..., None]).to(dtype)
+        mixed = cast(mixed * reciprocal_norm(scores, gram, eps)[..., None], dtype)
     return mixed, scores
