@@ -8,7 +8,7 @@ from benchmarks import environment, profile_report, profile_steps
 from benchmarks.baselines.encoders import FROZEN
 from benchmarks.cases import route_and_mix
 from benchmarks.profile_trace import Cost
-from benchmarks.profile_traffic import count_traffic, footprint
+from benchmarks.profile_traffic import count_traffic, cpu_times, footprint
 from mope_fast.ops.route_and_mix import route_and_mix_forward
 
 DEVICE = environment.default_device()
@@ -117,6 +117,22 @@ def test_views_and_what_is_repeated_move_nothing():
     assert traffic["aten::add_"].bytes == 3 * x.nbytes
     assert traffic["aten::clone"].bytes == 2 * x.nbytes + 2 * 6 * 4  # reshape had to copy
     assert set(traffic) == {"aten::add", "aten::add_", "aten::clone"}
+
+
+def test_what_a_tensor_is_made_like_is_not_read():
+    x = torch.randn(4, 6)
+    traffic = count_traffic(lambda: (x.new_zeros(2), torch.zeros_like(x), torch.empty(6).copy_(x[0])))
+    assert {name: moved.bytes for name, moved in traffic.items()} == {
+        "aten::new_zeros": 2 * 4, "aten::zeros_like": x.nbytes, "aten::copy_": 2 * 6 * 4,
+    }  # fmt: skip
+
+
+def test_cpu_time_is_of_ops_that_are_not_made_of_others():
+    x, weight = torch.randn(300, 300), torch.randn(300, 300, requires_grad=True)
+    calls = cpu_times(lambda: torch.nn.functional.linear(x, weight).sum().backward())
+    assert [name for name, _ in calls].count("aten::mm") == 2
+    assert "aten::linear" not in dict(calls)
+    assert min(seconds for name, seconds in calls if name == "aten::mm") > max(s for name, s in calls if name == "aten::t")
 
 
 def test_products_and_both_passes_are_counted():
