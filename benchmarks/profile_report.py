@@ -49,7 +49,7 @@ def _heading(facts: dict[str, Any]) -> str:
 _BETWEEN = {
     "wall time": "Between ops is Python; the profiler makes ops and Python slower.",
     "CPU time": "Nested ops are counted too. Their CPU time was taken around each op that is not made of others; what is left of a "
-    "step is Python and dispatch.",
+    "step is Python and dispatch, and where steps take seconds mostly their scatter.",
 }
 
 
