@@ -17,7 +17,7 @@ def text(found: dict[str, Any]) -> str:
     facts, runs = found["facts"], found["runs"]
     ours, theirs = facts["provider"], facts["against"]
     on_device = runs[ours]["timeline"] is not None
-    parts = [_heading(facts), _times(runs), _device_bound(runs) if on_device else ""]
+    parts = [_heading(facts), _times(runs, facts["clock"]), _device_bound(runs) if on_device else ""]
     parts += [f"{label} was not captured in a graph: {reason}" for label, reason in found["not_captured"].items()]
     parts += ["## What is added, by op", _added(runs[ours], runs[theirs], "ops", on_device), _OPS]
     parts += [f"## Ops of {ours}", _costs(runs[ours], runs[theirs], "ops", theirs, "device" if on_device else "own")]
@@ -46,8 +46,15 @@ def _heading(facts: dict[str, Any]) -> str:
     )
 
 
-def _times(runs: dict[str, Any]) -> str:
-    header = ["run", "us a step", "until the call is back", "profiled, called", "ops", "us in ops", "us an op", "us between ops"]
+_BETWEEN = {
+    "wall time": "Between ops is Python; the profiler makes ops and Python slower.",
+    "CPU time": "Nested ops are counted too. Their CPU time was taken around each op that is not made of others; what is left of a "
+    "step is Python and dispatch, and where steps take seconds mostly their scatter.",
+}
+
+
+def _times(runs: dict[str, Any], clock: str) -> str:
+    header = ["run", "us a step", "until the call is back", "profiled", "ops", "us in ops", "us an op", "us between ops"]
     lines = []
     for label, run in runs.items():
         host = run["host"]
@@ -56,7 +63,7 @@ def _times(runs: dict[str, Any]) -> str:
             label, f"{run['step_us']:.0f}", f"{run['host_us']:.0f}", f"{run['profiled_us']:.0f}",
             f"{host['ops']:.0f}", f"{host['in_ops']:.0f}", f"{each:.2f}", f"{host['between_ops']:.0f}",
         ])  # fmt: skip
-    return "## Time and host\n\n" + table(header, lines) + "\n\nBetween ops is Python; the profiler makes ops and Python slower."
+    return "## Time and host\n\n" + table(header, lines) + f"\n\n{_BETWEEN[clock]}"
 
 
 def _device_bound(runs: dict[str, Any]) -> str:

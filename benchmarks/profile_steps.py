@@ -25,7 +25,7 @@ from benchmarks.baselines.encoders import FROZEN
 from benchmarks.baselines.models import is_compiled
 from benchmarks.cases.end_to_end import FusedCase, cases
 from benchmarks.cases.models import MODES
-from benchmarks.profile_traffic import count_traffic
+from benchmarks.profile_traffic import count_traffic, cpu_times
 from mope_fast._files import write_atomically
 
 Steps = dict[str, Callable[[], Any]]
@@ -111,14 +111,34 @@ def record(steps: Steps, count: int, rounds: int) -> dict[str, Any]:
     return document
 
 
-def summarise(label: str, blocks: list[profile_trace.Block], traffic: dict | None) -> dict[str, Any]:
-    """One run's costs a step, in microseconds."""
+def clock_ops(steps: Steps, rounds: int) -> list[profile_trace.Block]:
+    """As :func:`record`, by the CPU time of each op in place of wall time; a step a block."""
+    blocks = []
+    for _ in range(rounds):
+        for label, step in steps.items():
+            ops = [profile_trace.Op(name, 0.0, 1e6 * took, 1e6 * took, (), None) for name, took in cpu_times(step)]
+            blocks.append(profile_trace.Block(label, 1, profile_trace.Span(label, 0.0, 0.0), ops, []))
+    return blocks
+
+
+def summarise(
+    label: str,
+    blocks: list[profile_trace.Block],
+    clocked: list[profile_trace.Block],
+    traffic: dict | None,
+    times: dict[str, float],
+) -> dict[str, Any]:
+    """One run's costs a step, in microseconds; ``clocked`` blocks, if there are any, say what ops take."""
     blocks = profile_trace.of_run(blocks, label)
-    ops, timeline = profile_trace.op_costs(blocks), profile_trace.timeline(blocks)
-    summary = {
+    timed = profile_trace.of_run(clocked, label) or blocks
+    ops, timeline, host = profile_trace.op_costs(timed), profile_trace.timeline(blocks), profile_trace.host(blocks)
+    if timed is not blocks:
+        in_ops = sum(cost.own for cost in ops.values())
+        host = profile_trace.Host(host.ops, in_ops, times["step_us"] - in_ops)
+    summary = times | {
         "ops": {name: cost._asdict() for name, cost in ops.items()},
         "kernels": {name: cost._asdict() for name, cost in profile_trace.kernel_costs(blocks).items()},
-        "host": profile_trace.host(blocks)._asdict(),
+        "host": host._asdict(),
         "profiled_us": min(block.span.duration for block in blocks) / blocks[0].steps,
         "timeline": None,
         "traffic": None,
@@ -129,11 +149,11 @@ def summarise(label: str, blocks: list[profile_trace.Block], traffic: dict | Non
             "idle_share": timeline.idle_share, "gaps": largest, "gap_count": len(timeline.gaps) / sum(b.steps for b in blocks),
         }  # fmt: skip
     if traffic is not None:
-        times = profile_trace.time_within(blocks, traffic)
+        took = profile_trace.time_within(timed, traffic)
         summary["traffic"] = {
-            name: dataclasses.asdict(moved) | {"us": times[name], "gbps": moved.bytes / times[name] / 1e3}
+            name: dataclasses.asdict(moved) | {"us": took[name], "gbps": moved.bytes / took[name] / 1e3}
             for name, moved in traffic.items()
-            if times.get(name)
+            if took.get(name)
         }
     return summary
 
@@ -155,8 +175,10 @@ def profile(
     everything, failed = with_graphs(running) if device.type == "cuda" else (running, {})
     times = time_steps(everything, max(3, count * rounds))
     trace = record(everything, count, rounds)
-    blocks = profile_trace.read_blocks(trace, count)
-    runs = {label: summarise(label, blocks, traffic.get(label)) | times[label] for label in everything}
+    blocks, clocked = profile_trace.read_blocks(trace, count), []
+    if measure.clock is time.process_time and not any(map(is_compiled, running)):
+        clocked = clock_ops(running, count * rounds)
+    runs = {label: summarise(label, blocks, clocked, traffic.get(label), times[label]) for label in everything}
     facts = environment.describe(device) | case.describe()
     facts |= {
         "commit": environment.commit(),
@@ -177,7 +199,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--against", default=FROZEN, metavar="NAME", help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=4, metavar="N", help="of a block (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="blocks of each provider (default: %(default)s)")
-    parser.add_argument("--cpu-time", action="store_true", help="one thread, and CPU time where nothing is profiled; no GPU")
+    parser.add_argument("--cpu-time", action="store_true", help="one thread, CPU time of steps and of ops; no GPU")
     parser.add_argument("--smoke", action="store_true", help="a small copy to compare with: does it run at all?")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="for NAME.md, NAME.json, NAME.trace.json.gz")
     options = parser.parse_args(arguments)
