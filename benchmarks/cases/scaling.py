@@ -83,7 +83,7 @@ def cases(device: torch.device, smoke: bool) -> list[ScalingCase]:
     """In order of interest, which is that of measuring."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if smoke:
-        return Curves(ScalingCase(TINY[0], 17, dtype), (2,), (3,), (3,), (TINY[1],), (4,)).cases()
+        return Curves(ScalingCase(TINY[0], 32, dtype), (2,), (3,), (3,), (TINY[1],), (4,)).cases()
     return _gpu_cases(dtype) if device.type == "cuda" else _cpu_cases(dtype)
 
 
