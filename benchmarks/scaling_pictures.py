@@ -20,6 +20,7 @@ from benchmarks.scaling_points import Results, on_axis, read, table, verdicts, w
 from mope_fast._files import write_atomically
 
 AXIS_TITLES = {"K": "experts K", "L": "rows of a prompt L", "B": "batch B", "S": "tokens S"}
+OVER_THE_FROZEN = "time over the frozen encoder's"
 OPTIMIZER, STATIC = "optimizer", "vpt-deep"
 
 
@@ -87,17 +88,7 @@ def _draw(axes, series: Series, places: Sequence[Place]) -> None:
     axes.fill_between(xs, lows, highs, color=series.colour, alpha=0.18, linewidth=0)
 
 
-def _dress(axes, title: str, x_label: str, y_label: str, ticks: Iterable[float] | None) -> None:
-    """A logarithmic horizontal axis, ticks where the points are (None: its own)."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
-
-    axes.set_xscale("log", base=2 if ticks is not None else 10)
-    if ticks is not None:
-        axes.set_xticks(sorted(set(ticks)), labels=[f"{value:g}" for value in sorted(set(ticks))], fontsize=8)
-        axes.xaxis.set_minor_locator(NullLocator())
-    else:
-        axes.xaxis.set_major_formatter(FuncFormatter(_count))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+def _dress(axes, title: str, x_label: str, y_label: str) -> None:
     axes.tick_params(labelsize=8)
     axes.set_title(title, fontsize=9)
     axes.set_xlabel(x_label, fontsize=9)
@@ -105,6 +96,31 @@ def _dress(axes, title: str, x_label: str, y_label: str, ticks: Iterable[float] 
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(linewidth=0.5, color="#dddddd")
     axes.set_axisbelow(True)
+
+
+def _ticks_at(axes, values: Iterable[float]) -> None:
+    """A logarithmic horizontal axis with ticks where the points are."""
+    from matplotlib.ticker import NullLocator
+
+    values = sorted(set(values))
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(values, labels=[f"{value:g}" for value in values], fontsize=8)
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _count_parameters(axes) -> None:
+    """A horizontal axis of numbers of parameters, logarithmic if they span more than a factor of four."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    low, high = axes.dataLim.intervalx
+    axes.set_xlabel("trained parameters, millions", fontsize=9)
+    if high > 4 * low:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1e6:g}"))
 
 
 def _over_the_frozen(axes) -> None:
@@ -119,10 +135,6 @@ def _over_the_frozen(axes) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         axes.yaxis.set_major_locator(MaxNLocator(6))
-
-
-def _count(value: float, _: Any = None) -> str:
-    return f"{value / 1e6:g} M" if value >= 1e6 else f"{value / 1e3:g} k"
 
 
 def _save(figure, axes: Iterable[Any], path: Path) -> Path:
@@ -162,13 +174,15 @@ def plot_axis(rows: Sequence[Row], axis: str, path: Path, device: str) -> Path:
             if mode == OPTIMIZER:
                 places = _taxes(on_axis(rows, axis, OPTIMIZER, TRAINING, timing), axis)
                 _draw(axes, Series("AdamW's step, apart", "#e69f00", "D"), places)
-                _dress(axes, f"AdamW's step alone, {timing}", AXIS_TITLES[axis], "over the frozen training step", ticks)
+                _dress(axes, f"AdamW's step alone, {timing}", AXIS_TITLES[axis], "over the frozen training step")
+                _ticks_at(axes, ticks)
                 axes.set_ylim(bottom=0)
                 continue
             for provider, series in SERIES.items():
                 if provider != STATIC or axis == "L":
                     _draw(axes, series, _taxes(on_axis(rows, axis, provider, mode, timing), axis))
-            _dress(axes, f"{mode}, {timing}", AXIS_TITLES[axis], "time over the frozen encoder's", ticks)
+            _dress(axes, f"{mode}, {timing}", AXIS_TITLES[axis], OVER_THE_FROZEN)
+            _ticks_at(axes, ticks)
             _over_the_frozen(axes)
     return _save(figure, grid.flat, path)
 
@@ -183,7 +197,8 @@ def plot_both_ways(rows: Sequence[Row], path: Path, device: str) -> Path:
         for axes, mode in zip(line, modes, strict=True):
             for (axis, provider), series in BOTH_WAYS.items():
                 _draw(axes, series, _taxes(on_axis(rows, axis, provider, mode, timing), "trained_parameters"))
-            _dress(axes, f"{mode}, {timing}", "trained parameters", "time over the frozen encoder's", None)
+            _dress(axes, f"{mode}, {timing}", "", OVER_THE_FROZEN)
+            _count_parameters(axes)
             _over_the_frozen(axes)
     return _save(figure, grid.flat, path)
 
@@ -213,7 +228,8 @@ def plot_accuracy(runs: Sequence[dict[str, Any]], path: Path, device: str) -> Pa
             _draw(axes, series, _over_seeds(own, name, times))
             xs, ys = [run["trained_parameters"] for run in own], [times * run[name] for run in own]
             axes.scatter(xs, ys, s=9, color=series.colour, alpha=0.7)
-        _dress(axes, title, "trained parameters", title, None)
+        _dress(axes, "", "", title)
+        _count_parameters(axes)
     constant = 100 * runs[0]["constant_accuracy"]
     grid[0][0].axhline(constant, color="#333333", linewidth=1, linestyle="--", label="best constant answers")
     return _save(figure, grid.flat, path)
