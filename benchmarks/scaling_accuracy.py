@@ -13,7 +13,7 @@ import importlib
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -77,7 +77,7 @@ def constant_accuracy(data: Any) -> float:
 
 
 def train_and_test(run: Run, args: Namespace, train: Any, test: Any, classes: int) -> dict[str, Any]:
-    """What one run gives; seconds a step are of forward, backward and optimiser."""
+    """What one run gives; a step is forward, backward and optimiser."""
     example = easy_vqa()
     args = Namespace(**{**vars(args), "experts": run.experts, "prompt_length": run.length, "seed": run.seed})
     torch.manual_seed(run.seed)
@@ -112,8 +112,14 @@ def load(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def sweep(runs: Sequence[Run], settings: dict[str, Any], output: Path, measured: functools.partial, facts: dict[str, Any]) -> None:
-    """Run what isn't in ``output`` with these settings yet; each finished run is added to it."""
+def sweep(
+    runs: Sequence[Run],
+    settings: dict[str, Any],
+    output: Path,
+    measured: Callable[[Run], dict[str, Any]],
+    facts: dict[str, Any],
+) -> None:
+    """Run what isn't in ``output`` with these settings yet; what is ``measured`` of a run is added to it, with the ``facts``."""
     rows = load(output) if output.exists() else []
     done = [row["run"] for row in rows if row["settings"] == settings]
     todo = [run for run in runs if dataclasses.asdict(run) not in done]
