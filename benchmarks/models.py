@@ -29,6 +29,8 @@ class ModelGroup(suite.Group):
     """A provider's step and the function to time; its numbers are right."""
     facts: Callable[[str, Any, torch.device], dict[str, Any]]
     """What is saved of a provider at a case beside the measurement."""
+    seconds: float = 45.0
+    """What the rounds of one measurement should take, where ten rounds don't take longer."""
 
 
 def check(got: Named, eager: Named, truth: Named) -> None:
@@ -74,15 +76,18 @@ def run(benchmark, group: ModelGroup, point: suite.Point, session: suite.Session
         op=group.name, mode=mode, timing=point.timing, provider=point.provider, l2="what the step before left",
         flops=case.flops(mode), peak_memory=memory, memory_tax=memory and memory / other_memory,
     )  # fmt: skip
-    time_in_turns(benchmark, target, other, session.smoke)
+    time_in_turns(benchmark, target, other, session.smoke, group.seconds)
     session.record.add(benchmark)
 
 
-def time_in_turns(benchmark, target: Callable[[], object], divisor: Callable[[], object], smoke: bool) -> None:
+def time_in_turns(
+    benchmark, target: Callable[[], object], divisor: Callable[[], object], smoke: bool, total_seconds: float
+) -> None:
     rounds, calls = 3, 1
     if not smoke:
-        # three quarters of a minute, more where a step takes seconds
-        rounds, calls = measure.schedule(lambda: (divisor(), target()), round_seconds=0.1, total_seconds=45.0, warm_up=1, least=7)
+        rounds, calls = measure.schedule(
+            lambda: (divisor(), target()), round_seconds=0.1, total_seconds=total_seconds, warm_up=1, least=7
+        )
     turns = measure.InTurns(divisor, calls)
 
     def call() -> None:

@@ -15,7 +15,7 @@ With the image as main, the ViT takes them from MiniLM, which has trained prompt
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
@@ -45,7 +45,7 @@ FROZEN = ("late-concat-mlp", "text", "image")
 PROMPT_INIT = 0.06
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--main", choices=("text", "image"), default="text", help="the side whose layers take prompts")
     parser.add_argument("--method", choices=METHODS, default="mope", help="; ".join(f"{k}: {v}" for k, v in METHODS.items()))
@@ -63,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast, in training and testing")
     parser.add_argument("--compile", action="store_true", help="compile the training step")
     parser.add_argument("--output", type=Path, default=Path("outputs/easy_vqa"), help="folder for everything this writes")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     if args.main == "image" and args.method in FROZEN:
         parser.error(f"--method {args.method} prompts neither side: leave out --main image")
     if args.epochs is None:

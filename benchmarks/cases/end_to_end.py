@@ -147,7 +147,17 @@ def _text_encoder(name: str, tokens: int, **settings: Any) -> Encoder:
 MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
 TINY_TEXT = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 TINY_AUDIO = {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 48, "max_source_positions": 12}
-VIT_B = Encoder("ViT-B/16", "timm", functools.partial(_timm, "vit_base_patch16_224"), 197, _images(224), 768, ("qkv",), "MiniLM")
+
+
+@functools.cache  # one encoder a size: they are told apart by what makes them
+def vit(size: str, image: int) -> Encoder:
+    """ViT-B/16 or ViT-S/16, "B" or "S", for images of so many pixels a side."""
+    name = {"B": "vit_base_patch16_224", "S": "vit_small_patch16_224"}[size]
+    make = functools.partial(_timm, name, img_size=image)
+    return Encoder(f"ViT-{size}/16", "timm", make, (image // 16) ** 2 + 1, _images(image), 768, ("qkv",), "MiniLM")
+
+
+VIT_B = vit("B", 224)
 VIT_S = Encoder(
     "ViT-S/14", "timm", functools.partial(_timm, "vit_small_patch14_dinov2", img_size=224), 257, _images(224), 384, ("qkv",),
     "MiniLM",

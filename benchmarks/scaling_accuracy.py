@@ -1,0 +1,191 @@
+"""More experts or longer prompts, at equal trained parameters: accuracy on Easy-VQA. ``python -m benchmarks.scaling_accuracy``.
+
+Trains ``examples/easy_vqa.py``'s fused model, text as main, once for each number of experts K at L rows a prompt, and once for two
+experts of as many rows as take the same parameters; seed after seed. A finished run is in the output file at once, and isn't run
+again: the same command goes on where it was stopped. A small study by default: part of the questions, one pass.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import functools
+import importlib
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from benchmarks import environment, measure
+from benchmarks.cases.scaling import LENGTH_EXPERTS, equal_length
+from mope_fast._files import write_atomically
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SUBSET_SEED = 0
+"""Of the questions that are taken: the same for all runs."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model: ``experts`` of ``length`` rows; ``scaled`` says which of both grew from 2 experts."""
+
+    scaled: str
+    experts: int
+    length: int
+    seed: int
+
+
+def planned(experts: Iterable[int], length: int, seeds: Iterable[int]) -> Iterator[Run]:
+    """Seed after seed, so that a sweep that is cut short has whole seeds; where both ways are one model it is run once."""
+    for seed in seeds:
+        for count in experts:
+            yield Run("experts", count, length, seed)
+            if count != LENGTH_EXPERTS:
+                yield Run("length", LENGTH_EXPERTS, equal_length(count, length), seed)
+
+
+def easy_vqa() -> ModuleType:
+    """The example; its folder is of programs, not a package."""
+    if str(EXAMPLES) not in sys.path:
+        sys.path.insert(0, str(EXAMPLES))
+    return importlib.import_module("easy_vqa")
+
+
+def subset(data: Any, count: int | None) -> Any:
+    """So many of a split's questions, drawn once for all runs; None for all, in their order."""
+    if count is None or count >= len(data):
+        return data
+    index = torch.randperm(len(data), generator=torch.Generator().manual_seed(SUBSET_SEED))[:count]
+    on_device = index.to(data.answers.device)
+    return dataclasses.replace(
+        data, input_ids=data.input_ids[on_device], lengths=data.lengths[index], images=data.images[on_device],
+        answers=data.answers[on_device],
+    )  # fmt: skip
+
+
+def constant_accuracy(data: Any) -> float:
+    """Of answering each question by the commonest of its answers among these very questions: what no image is needed for."""
+    _, groups = data.input_ids.unique(dim=0, return_inverse=True)
+    counts = torch.zeros(int(groups.max()) + 1, int(data.answers.max()) + 1)
+    counts.index_put_((groups.cpu(), data.answers.cpu()), torch.ones(len(data)), accumulate=True)
+    return (counts.amax(1).sum() / len(data)).item()
+
+
+def train_and_test(run: Run, args: Namespace, train: Any, test: Any, classes: int) -> dict[str, Any]:
+    """What one run gives; a step is forward, backward and optimiser."""
+    example = easy_vqa()
+    args = Namespace(**{**vars(args), "experts": run.experts, "prompt_length": run.length, "seed": run.seed})
+    torch.manual_seed(run.seed)
+    model = example.build(args, train.image_inputs.shape[1], classes).to(args.device)
+    start = measure.synchronised_time()
+    example.train(model, train, args)
+    seconds = measure.synchronised_time() - start
+    steps = args.epochs * -(-len(train) // args.batch_size)
+    logits = example.predict(model, test, args)
+    return {
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "test_accuracy": (logits.argmax(-1) == test.answers.cpu()).double().mean().item(),
+        "step_ms": seconds / steps * 1e3,
+    }
+
+
+def load(path: Path) -> list[dict[str, Any]]:
+    """The runs of a file, one a line.
+
+    Raises:
+        ValueError: a line is not of a run; the message says which.
+    """
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            if not {"run", "settings", "test_accuracy", "trained_parameters", "step_ms"} <= row.keys():
+                raise ValueError(f"it has {sorted(row)}")
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{path}, line {number} is not a run of benchmarks.scaling_accuracy: {error}") from error
+        rows.append(row)
+    return rows
+
+
+def sweep(
+    runs: Sequence[Run],
+    settings: dict[str, Any],
+    output: Path,
+    measured: Callable[[Run], dict[str, Any]],
+    facts: dict[str, Any],
+) -> None:
+    """Run what isn't in ``output`` with these settings yet; what is ``measured`` of a run is added to it, with the ``facts``."""
+    rows = load(output) if output.exists() else []
+    done = [row["run"] for row in rows if row["settings"] == settings]
+    todo = [run for run in runs if dataclasses.asdict(run) not in done]
+    if len(todo) < len(runs):
+        print(f"{len(runs) - len(todo)} of {len(runs)} runs are in {output} already")
+    for number, run in enumerate(todo, start=1):
+        print(f"run {number} of {len(todo)}: {run.experts} experts of {run.length} rows, seed {run.seed}", flush=True)
+        rows.append({"run": dataclasses.asdict(run), "settings": settings, **facts, **measured(run)})
+        write_atomically(output, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        print(f"  test accuracy {rows[-1]['test_accuracy']:.4f}, {rows[-1]['step_ms']:.0f} ms a step", flush=True)
+
+
+def parse_arguments(words: Sequence[str] | None = None) -> Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        prog="benchmarks.scaling_accuracy",
+    )
+    parser.add_argument("--output", type=Path, default=Path("outputs/scaling-accuracy.jsonl"), help="one line a finished run")
+    parser.add_argument("--experts", type=int, nargs="+", default=[2, 4, 8, 16, 32], metavar="K")
+    parser.add_argument("--length", type=int, default=6, metavar="L", help="rows of a prompt of expert-scaling")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED")
+    parser.add_argument("--samples", type=int, default=12000, help="training questions, drawn once; 38,575 are all")
+    parser.add_argument("--test-samples", type=int, default=4000, help="test questions, drawn once; 9,673 are all")
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--image-size", type=int, default=70, help="pixels, a multiple of 14")
+    parser.add_argument("--cpu-time", action="store_true", help="one thread, CPU time instead of wall time")
+    parser.add_argument("--smoke", action="store_true", help="a minimum of questions, experts and seeds: does it run at all?")
+    args = parser.parse_args(words)
+    if args.smoke:
+        args.experts, args.seeds, args.samples, args.test_samples, args.image_size = [2, 4], [0], 64, 64, 14
+    for name in ("length", "samples", "test_samples", "epochs"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    if min(args.experts) < 1:
+        parser.error(f"--experts must be at least 1, got {min(args.experts)}")
+    try:
+        list(planned(args.experts, args.length, args.seeds))
+    except ValueError as error:
+        parser.error(str(error))
+    if args.cpu_time and torch.cuda.is_available():
+        parser.error("--cpu-time leaves out what a GPU does: hide the GPU (CUDA_VISIBLE_DEVICES=) or drop the option")
+    return args
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    args = parse_arguments(words)
+    if args.cpu_time:
+        measure.count_cpu_time()
+    example = easy_vqa()
+    options = example.parse_arguments(["--epochs", str(args.epochs), "--image-size", str(args.image_size)])
+    train, test, names = example.load_data(options)
+    train, test = subset(train, args.samples), subset(test, args.test_samples)
+    settings = {
+        "training_questions": len(train), "test_questions": len(test), "epochs": args.epochs, "batch_size": options.batch_size,
+        "lr": options.lr, "head_lr": options.head_lr, "weight_decay": options.weight_decay, "image_size": args.image_size,
+    }  # fmt: skip
+    facts = {
+        **environment.describe(environment.default_device()), "commit": environment.commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "clock": "CPU time" if args.cpu_time else "wall time", "constant_accuracy": constant_accuracy(test),
+    }  # fmt: skip
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    measured = functools.partial(train_and_test, args=options, train=train, test=test, classes=len(names))
+    sweep(list(planned(args.experts, args.length, args.seeds)), settings, args.output, measured, facts)
+
+
+if __name__ == "__main__":
+    main()
