@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Tests and benchmarks on a machine that has a GPU, torch, triton and pytest, and no network. Run it from anywhere.
 #
-#   benchmarks/gpu_suite.sh [--wheels DIR] [--commit ID] [--output DIR] tests [I/N] | [GROUP...] [ARGUMENT...]
+#   benchmarks/gpu_suite.sh [--wheels DIR] [--commit ID] [--output DIR] tests [I/N] | profiles | [GROUP...] [ARGUMENT...]
 #
 # tests: those that need a GPU or gain by one, or only each N-th, from the I-th; shards that passed are not run again.
+# profiles: of ViT-B, BERT-B and Swin-B at two batch sizes; what is there is not made again.
 # Else the arguments are those of python -m benchmarks.run: groups, --shards 1 for one of less than 9 minutes, -k, --smoke. Results stay
 # in the output folder (default outputs/gpu), where the next call goes on; if OUT is set they are copied there too.
 # --wheels: a folder with wheels of Python packages the machine lacks (pytest-benchmark; xformers with nvidia-cuda-runtime-cu12; timm,
@@ -31,6 +32,19 @@ trap copy_results EXIT
 [[ -z $wheels ]] || python3 -m pip install --quiet --no-index --no-deps "$wheels"/*.whl
 python3 -m pip install --quiet --no-deps --no-build-isolation -e .
 
+if [[ ${1:-} == profiles ]]; then
+    for encoder in ViT-B/16 BERT-B Swin-B/224; do
+        for batch in 64 16; do
+            for mode in training inference; do
+                made="$output/profiles/.$(tr -c 'A-Za-z0-9\n' - <<< "$encoder-$batch-$mode")"
+                [[ ! -e $made ]] || continue
+                timeout 170 python3 -m benchmarks.profile_steps --encoder "$encoder" --batch "$batch" --mode "$mode" --output "$output/profiles"
+                touch "$made"
+            done
+        done
+    done
+    exit
+fi
 if [[ ${1:-} != tests ]]; then
     python3 -m benchmarks.run --output "$output" "$@"
     exit
