@@ -95,7 +95,7 @@ def main() -> int:
     good = [
         run_group(group, options.output.resolve(), options.minutes, options.shards, arguments) for group in options.groups or GROUPS
     ]
-    if files := sorted(options.output.glob("*.json")):
+    if files := sorted(options.output.glob("run*.json")):
         print(*report.write(files, options.output), sep="\n")
     return 0 if all(good) else 1
 

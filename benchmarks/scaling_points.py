@@ -24,6 +24,10 @@ COLUMNS = (
 )  # fmt: skip
 
 
+def is_in(document: dict[str, Any]) -> bool:
+    return any(entry["extra_info"]["op"] == OP for entry in document["benchmarks"])
+
+
 @dataclass(frozen=True)
 class Results:
     """``rows`` are times of the benchmark group, ``runs`` lines of :mod:`benchmarks.scaling_accuracy`."""

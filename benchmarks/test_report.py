@@ -337,7 +337,7 @@ def device(*entries: dict) -> overview.Device:
     for op in dict.fromkeys(each["extra_info"]["op"] for each in entries):
         profile = PROFILES[op]
         by_op[op] = groups(*(each for each in entries if each["extra_info"]["op"] == op), profile=profile)
-    return overview.Device("GPU 1", "results/gpu-1", by_op)
+    return overview.Device(rows(*entries), "results/gpu-1", by_op)
 
 
 def test_the_page_has_taxes_goals_and_what_would_close_a_gap():

@@ -4,10 +4,11 @@ Several files are repeated runs or parts of one device's suite: a size measured 
 op gets a report of its own, DIR/OP/report.md, and all together a page, DIR/REPORT.md.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import record
+from benchmarks import record, scaling_pictures, scaling_points
 from benchmarks.report import overview, pictures, text
 from benchmarks.report.model import Group, distinct, group, merge, parse, parse_skipped
 from benchmarks.report.overview import Device
@@ -19,7 +20,7 @@ RESULTS, PAGE, README = FOLDER / "results", FOLDER / "REPORT.md", FOLDER.parent 
 
 def read(files: Sequence[Path], folder: str = ".") -> Device:
     """What files of one device say."""
-    documents = [record.read(file) for file in files]
+    documents = [record.read(file) for file in files if file.suffix == ".json"]
     rows = merge(row for document in documents for row in parse(document))
     if not rows:
         raise SystemExit(f"no benchmark in {', '.join(map(str, files))}")
@@ -31,13 +32,27 @@ def read(files: Sequence[Path], folder: str = ".") -> Device:
         if PROFILES[op].baseline is not None:
             groups[op].sort(key=lambda each: (each.info["model"], -each.info["B"]))
     skipped = [skip for document in documents for skip in parse_skipped(document)]
-    return Device(rows[0].info["device"], folder, groups, skipped)
+    return Device(rows, folder, groups, skipped)
+
+
+def _with_curves(device: Device, files: Sequence[Path], folder: Path) -> Device:
+    """With the pictures that are in ``folder``."""
+    names = tuple(sorted(file.stem for file in folder.glob("*.svg")))
+    verdicts = tuple(scaling_points.verdicts(scaling_points.read(files).rows)) if names else ()
+    return dataclasses.replace(device, curves=names, flatness=verdicts)
+
+
+def _has_curves(files: Sequence[Path]) -> bool:
+    return any(file.suffix == ".jsonl" or scaling_points.is_in(record.read(file)) for file in files)
 
 
 def write(files: Sequence[Path], output: Path) -> list[Path]:
     """The reports written: one for each op, and the page about all."""
     device = read(files)
     reports = _write_ops(device, output)
+    if _has_curves(files):
+        reports += scaling_pictures.write(files, output / "scaling")
+        device = _with_curves(device, files, output / "scaling")
     reports.append(output / "REPORT.md")
     reports[-1].write_text(overview.page([device]))
     return reports
@@ -54,10 +69,17 @@ def _write_ops(device: Device, output: Path) -> list[Path]:
     return reports
 
 
+def _files(folder: Path) -> list[Path]:
+    return sorted([*folder.glob("*.json"), *folder.glob("*.jsonl")])
+
+
 def kept() -> list[Device]:
     """What the repository has, GPUs first."""
     folders = [folder for folder in sorted(RESULTS.iterdir()) if any(folder.glob("*.json"))]
-    devices = [read(sorted(folder.glob("*.json")), folder.relative_to(FOLDER).as_posix()) for folder in folders]
+    devices = [
+        _with_curves(read(_files(folder), folder.relative_to(FOLDER).as_posix()), _files(folder), folder / "scaling")
+        for folder in folders
+    ]
     return sorted(devices, key=lambda device: device.type, reverse=True)
 
 
@@ -67,9 +89,13 @@ def pages(devices: Sequence[Device]) -> dict[Path, str]:
 
 
 def write_kept() -> list[Path]:
-    devices = kept()
-    reports = [path for device in devices for path in _write_ops(device, FOLDER / device.folder)]
-    for path, content in pages(devices).items():
+    reports = []
+    for device in kept():
+        folder = FOLDER / device.folder
+        reports += _write_ops(device, folder)
+        if _has_curves(_files(folder)):
+            reports += scaling_pictures.write(_files(folder), folder / "scaling")
+    for path, content in pages(kept()).items():
         path.write_text(content)
         reports.append(path)
     return reports

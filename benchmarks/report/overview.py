@@ -22,18 +22,23 @@ HEADLINE = ("ViT-B/16", "BERT-B", "Swin-B/224")
 class Device:
     """What was measured on one device; ``folder``: from the page to the reports of its ops."""
 
-    name: str
+    rows: Sequence[Row]
     folder: str
     groups: dict[str, list[Group]]
-    """op -> its groups."""
+    """op -> its groups; scaling has curves instead."""
     skipped: Sequence[Skip] = ()
+    curves: Sequence[str] = ()
+    """Names of pictures in the folder's ``scaling``, if that was measured."""
+    flatness: Sequence[str] = ()
+    """What they say about the goal, a sentence each."""
+
+    @property
+    def name(self) -> str:
+        return self.rows[0].info["device"]
 
     @property
     def type(self) -> str:
-        return next(iter(self.groups.values()))[0].info["device_type"]
-
-    def rows(self) -> list[Row]:
-        return [row for groups in self.groups.values() for group in groups for row in group.rows.values()]
+        return self.rows[0].info["device_type"]
 
     def picture(self, op: str, name: str) -> str:
         return f"![{op}: {name}]({self.folder}/{op}/{name}.svg)"
@@ -94,6 +99,15 @@ def _speed_tables(device: Device) -> Iterator[str]:
         yield text.table(["", "mode", "", "sizes", "worst", "middle", "best"], lines)
 
 
+def _scaling(device: Device) -> Iterator[str]:
+    if device.curves:
+        yield "### Along K, L, B and S"
+        if device.flatness:
+            yield "\n".join(f"- {line}" for line in device.flatness)
+        yield "\n\n".join(device.picture("scaling", name) for name in device.curves)
+        yield f"Every point: [points.csv]({device.folder}/scaling/points.csv)."
+
+
 def _goals(device: Device) -> Iterator[str]:
     lines = [
         [op, *line] for op, profile in PROFILES.items() for line in text.goal_lines(device.groups.get(op, []), profile, device.type)
@@ -112,7 +126,7 @@ def _goals(device: Device) -> Iterator[str]:
 
 
 def _section(device: Device) -> Iterator[str]:
-    rows = device.rows()
+    rows = device.rows
     yield f"## {device.name}"
     yield (
         f"torch {distinct(rows, 'torch')}, triton {distinct(rows, 'triton')}; {distinct(rows, 'cpu_threads')} CPU thread(s), "
@@ -126,6 +140,7 @@ def _section(device: Device) -> Iterator[str]:
             for mode, timing in dict.fromkeys((group.mode, group.timing) for group in groups):
                 yield device.picture(op, f"taxes_{mode}_{timing}")
             yield f"Spreads, sizes and what was not measured: {_link(device, op)}."
+    yield from _scaling(device)
     yield from _speed_tables(device)
     yield from _goals(device)
     yield "### Where mope_fast loses"
