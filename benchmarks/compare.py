@@ -121,7 +121,7 @@ def read(path: Path) -> tuple[list[Row], list[Skip]]:
         try:
             document = json.loads(file.read_text())
             rows += parse(document)
-            skipped += parse_skipped(document)
+            skipped += parse_skipped([document])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file} is no result of these benchmarks ({type(error).__name__}: {error})") from error
     return rows, skipped

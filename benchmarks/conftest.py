@@ -29,6 +29,11 @@ def pytest_configure(config):
         measure.count_cpu_time()
 
 
+def pytest_sessionfinish(session, exitstatus):
+    if exitstatus == pytest.ExitCode.INTERRUPTED and session.config.stash[suite.RECORD].running:
+        session.config.stash[suite.RECORD].interrupted()
+
+
 def pytest_collection_finish(session):
     """What ``-k`` left out is not planned."""
     planned = sum("point" in item.callspec.params for item in session.items if hasattr(item, "callspec"))
@@ -61,5 +66,10 @@ def session(request) -> suite.Session:
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "copy_bandwidth_gbps": measure.copy_bandwidth(device, smoke) / 1e9,
         **measure.peak_arithmetic(device, environment.device_name(device), smoke),
+        "smoke": smoke,
     }
+    try:
+        request.config.stash[suite.RECORD].check_same(facts)
+    except ValueError as error:
+        pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
     return suite.Session(device, smoke, facts, request.config.stash[suite.RECORD], request.config.getoption("compile_on_cpu"))

@@ -7,7 +7,7 @@
 # profiles: of ViT-B, BERT-B and Swin-B at two batch sizes; what is there is not made again.
 # Else the arguments are those of python -m benchmarks.run: groups, --shards 1 for one of less than 9 minutes, -k, --smoke. Results stay
 # in the output folder (default outputs/gpu), where the next call goes on; if OUT is set they are copied there too.
-# --wheels: a folder with wheels of Python packages the machine lacks (pytest-benchmark; xformers with nvidia-cuda-runtime-cu12; timm,
+# --wheels: a folder with wheels of Python packages the machine lacks (pytest-benchmark, tqdm, matplotlib; xformers with nvidia-cuda-runtime-cu12; timm,
 # transformers and peft with what they need: sizes and providers whose library is missing are skipped).
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -27,7 +27,9 @@ export PYTHONUNBUFFERED=1
 copy_results() {
     if [[ -n ${OUT:-} ]]; then cp -r "$output"/. "$OUT"; fi
 }
-trap copy_results EXIT
+# a lease may end in the middle
+while sleep 30; do copy_results; done &
+trap "kill $!; copy_results" EXIT
 
 [[ -z $wheels ]] || python3 -m pip install --quiet --no-index --no-deps "$wheels"/*.whl
 python3 -m pip install --quiet --no-deps --no-build-isolation -e .
@@ -38,8 +40,8 @@ if [[ ${1:-} == profiles ]]; then
             for mode in training inference; do
                 made="$output/profiles/.$(tr -c 'A-Za-z0-9\n' - <<< "$encoder-$batch-$mode")"
                 [[ ! -e $made ]] || continue
-                timeout 170 python3 -m benchmarks.profile_steps --encoder "$encoder" --batch "$batch" --mode "$mode" --output "$output/profiles"
-                touch "$made"
+                if timeout 170 python3 -m benchmarks.profile_steps --encoder "$encoder" --batch "$batch" --mode "$mode" --output "$output/profiles"
+                then touch "$made"; else echo "no profile of $encoder, B=$batch, $mode" >&2; fi
             done
         done
     done

@@ -30,7 +30,7 @@ class ModelGroup(suite.Group):
     facts: Callable[[str, Any, torch.device], dict[str, Any]]
     """What is saved of a provider at a case beside the measurement."""
     seconds: float = 45.0
-    """What the rounds of one measurement should take, where ten rounds don't take longer."""
+    """What the rounds of one measurement should take, where seven rounds don't take longer."""
 
 
 def check(got: Named, eager: Named, truth: Named) -> None:
@@ -59,15 +59,20 @@ def prepare(provider: Provider, point: suite.Point, inputs: Inputs, right: Calla
 
 def run(benchmark, group: ModelGroup, point: suite.Point, session: suite.Session) -> None:
     session.begin(group, point)
+    with session.noting_failures(group, point):
+        _run(benchmark, group, point, session)
+    session.record.add(benchmark)
+
+
+def _run(benchmark, group: ModelGroup, point: suite.Point, session: suite.Session) -> None:
     mode, case, device = point.mode, point.case, session.device
     reason = group.why_not(point.provider, case, device, session.smoke)
     if reason is None and case.compiled and device.type == "cpu" and not session.compile_on_cpu:
         reason = "on a CPU, where compiling takes minutes, only with --compile-on-cpu"
     if reason is not None:
         session.skip(group, point, reason)
-    with session.noting_failures(group, point):
-        other_step, other = group.prepared(group.divisor, point, device)
-        step, target = group.prepared(point.provider, point, device)
+    other_step, other = group.prepared(group.divisor, point, device)
+    step, target = group.prepared(point.provider, point, device)
     inputs = group.batch_of(case, device)
     memory, other_memory = (measure.peak_memory(lambda s=s: s(inputs), device) for s in (step, other_step))
     benchmark.group = f"{group.name} {mode} {point.timing} {case}"
@@ -77,7 +82,6 @@ def run(benchmark, group: ModelGroup, point: suite.Point, session: suite.Session
         flops=case.flops(mode), peak_memory=memory, memory_tax=memory and memory / other_memory,
     )  # fmt: skip
     time_in_turns(benchmark, target, other, session.smoke, group.seconds)
-    session.record.add(benchmark)
 
 
 def time_in_turns(

@@ -1,14 +1,15 @@
 """What a run measured: saved after every measurement, so that a run that was stopped at any moment goes on where it was.
 
-A folder of such files is one set of results. A measurement in it, made or skipped for a reason, is not made again; nor is one that
-two runs died of.
+A folder of such files, run*.json, is one set of results of one device, written by one run at a time. A measurement in it, made or
+skipped for a reason, is not made again. One that failed or that a run died of is tried a second time, and then given up.
 """
 
 import collections
+import itertools
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from mope_fast._files import write_atomically
 
 NAMES = ("op", "mode", "timing", "case", "provider")
 Key = tuple[str, ...]
-DEATHS = 2
+TRIES = 2
+FAILED = "failed, "
+DIED = FAILED + "a run was killed or died while it measured this"
 
 
 def _key(entry: Mapping[str, Any]) -> Key:
@@ -24,18 +27,38 @@ def _key(entry: Mapping[str, Any]) -> Key:
 
 
 def read(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text())
+    """Empty where a run was killed before it wrote anything.
+
+    Raises:
+        ValueError: it is no file of results.
+    """
+    text = file.read_text()
+    document = json.loads(text) if text else {"benchmarks": []}
+    if not isinstance(document, dict) or "benchmarks" not in document:
+        raise ValueError(f"{file} has no results of benchmarks: take it out of the folder, or leave it out of the arguments")
+    return document
 
 
-def _keys(document: Mapping[str, Any]) -> Iterator[Key]:
-    yield from (_key(entry["extra_info"]) for entry in document["benchmarks"])
-    yield from (_key(entry) for entry in document.get("skipped", []))
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("run*.json"))
+
+
+def skips(documents: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """What was not measured, with the reason, and is not measured in another of these."""
+    documents = list(documents)
+    measured = {_key(entry["extra_info"]) for document in documents for entry in document["benchmarks"]}
+    entries = [entry for document in documents for entry in document.get("skipped", [])]
+    entries += [document["running"] | {"reason": DIED} for document in documents if document.get("running")]
+    return [entry for entry in entries if _key(entry) not in measured]
 
 
 def done(folder: Path) -> set[Key]:
-    saved = [read(file) for file in folder.glob("*.json")]
-    died = collections.Counter(_key(document["running"]) for document in saved if document.get("running"))
-    return {key for document in saved for key in _keys(document)} | {key for key, times in died.items() if times >= DEATHS}
+    documents = [read(file) for file in files(folder)]
+    measured = {_key(entry["extra_info"]) for document in documents for entry in document["benchmarks"]}
+    tries = collections.Counter()
+    for entry in skips(documents):
+        tries[_key(entry)] += 1 if entry["reason"].startswith(FAILED) else TRIES
+    return measured | {key for key, times in tries.items() if times >= TRIES}
 
 
 class Record:
@@ -47,17 +70,36 @@ class Record:
         self.benchmarks: list[dict[str, Any]] = []
         self.skipped: list[dict[str, str]] = []
         self.planned = self.left = 0
+        self.begun = False
         self.running: dict[str, str] | None = None
 
     def begin(self, key: Key) -> bool:
-        """False if there is no time for it: it is left for another run."""
-        if time.monotonic() > self.end:
+        """False if there is no time for it: it is left for another run. There always is for a run's first."""
+        if self.begun and time.monotonic() > self.end:
             self.left += 1
             self._save()
             return False
+        self.begun = True
         self.running = dict(zip(NAMES, key, strict=True))
         self._save()
         return True
+
+    def interrupted(self) -> None:
+        """By the user, not by the measurement."""
+        self.running = None
+        self._save()
+
+    def check_same(self, facts: Mapping[str, Any]) -> None:
+        """
+        Raises:
+            ValueError: the folder has results of another device or clock.
+        """
+        for file in [] if self.folder is None else files(self.folder):
+            for entry in read(file)["benchmarks"]:
+                for name in ("device", "clock", "smoke"):
+                    if (before := entry["extra_info"].get(name)) != facts[name]:
+                        what = f"{name} {before!r}, this run's is {facts[name]!r}"
+                        raise ValueError(f"{self.folder} has results with {what}: give each a folder of its own")
 
     def skip(self, key: Key, reason: str) -> None:
         self.skipped.append(dict(zip(NAMES, key, strict=True)) | {"reason": reason})
@@ -83,5 +125,10 @@ class Record:
 
     def _new_file(self) -> Path:
         self.folder.mkdir(parents=True, exist_ok=True)
-        number = 1 + max((int(file.stem[3:]) for file in self.folder.glob("run[0-9]*.json")), default=0)
-        return self.folder / f"run{number:03}.json"
+        for number in itertools.count(1):
+            path = self.folder / f"run{number:03}.json"
+            try:
+                path.open("x").close()
+            except FileExistsError:
+                continue
+            return path

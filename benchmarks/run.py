@@ -6,6 +6,9 @@ the program is stopped; called again it goes on with the rest. Arguments that it
 """
 
 import argparse
+import contextlib
+import itertools
+import signal
 import subprocess
 import sys
 import time
@@ -31,13 +34,18 @@ class Shard:
             "--results", str(results), "--budget", str(self.seconds), *arguments,
         ]  # fmt: skip
         self.log = results / f"{group}.log"
-        self.before = set(results.glob("*.json"))
+        self.before = set(record.files(results))
 
     def run(self) -> int:
         """Its exit status, after a progress bar."""
         with open(self.log, "ab") as log, subprocess.Popen(self.command, stdout=log, stderr=log, cwd=FOLDER.parent) as process:
             try:
                 self._watch(process)
+            except KeyboardInterrupt:
+                process.send_signal(signal.SIGINT)  # so that it notes that its measurement is not to blame
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(10)
+                raise
             finally:
                 process.kill()
         return process.returncode
@@ -59,26 +67,30 @@ class Shard:
 
     def document(self) -> dict | None:
         """What it has saved so far."""
-        files = set(self.results.glob("*.json")) - self.before
-        return record.read(files.pop()) if files else None
+        files = set(record.files(self.results)) - self.before
+        document = record.read(files.pop()) if files else {}
+        return document if "planned" in document else None
 
     def is_last(self) -> bool:
         document = self.document()
-        return document is None or not (document["left"] or document["running"])
+        failed = document is not None and any(entry["reason"].startswith(record.FAILED) for entry in document["skipped"])
+        return document is None or not (document["left"] or document["running"] or failed)
 
 
 def run_group(group: str, results: Path, minutes: float, shards: int | None, arguments: Sequence[str]) -> bool:
     """False if something failed, which the log tells."""
-    count, good = 0, True
-    while shards is None or count < shards:
+    good = True
+    for _ in itertools.count() if shards is None else range(shards):
         shard = Shard(group, results, minutes, arguments)
         status = shard.run()
-        count += 1
-        if status not in (0, NOTHING_LEFT):
+        if shard.document() is None and status in (0, NOTHING_LEFT):
+            print(f"{group}: nothing to measure: all is there, or -k takes none", file=sys.stderr)
+        elif status not in (0, NOTHING_LEFT):
             good = False
             print(f"{group}: pytest ended with {status}, see {shard.log}", file=sys.stderr)
         if shard.is_last():
-            break
+            return good
+    print(f"{group}: {shard.document()['left']} are left for another call", file=sys.stderr)
     return good
 
 
@@ -86,16 +98,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=__doc__.split("\n\n")[1])
     parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"of {', '.join(GROUPS)}; none: all")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks"), metavar="DIR", help="results and report")
+    parser.add_argument("-k", metavar="EXPRESSION", help="pytest's: which measurements, by parts of their names")
     parser.add_argument("--minutes", type=float, default=6.0, help="after which a shard begins no measurement (default 6)")
     parser.add_argument("--shards", type=int, help="of each group at most, for a machine that is lent for minutes")
     options, arguments = parser.parse_known_args()
     if unknown := set(options.groups) - set(GROUPS):
         parser.error(f"no such group: {', '.join(sorted(unknown))}; there are {', '.join(GROUPS)}")
     options.output.mkdir(parents=True, exist_ok=True)
-    good = [
-        run_group(group, options.output.resolve(), options.minutes, options.shards, arguments) for group in options.groups or GROUPS
-    ]
-    if files := sorted(options.output.glob("run*.json")):
+    if options.k:
+        arguments += ["-k", options.k]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    good = []
+    try:
+        for group in options.groups or GROUPS:
+            good.append(run_group(group, options.output.resolve(), options.minutes, options.shards, arguments))
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on with the rest", file=sys.stderr)
+        good.append(False)
+    if files := [*record.files(options.output), *sorted(options.output.glob("*.jsonl"))]:
         print(*report.write(files, options.output), sep="\n")
     return 0 if all(good) else 1
 

@@ -45,7 +45,7 @@ def read(files: Sequence[Path]) -> Results:
     """
     documents = [json.loads(file.read_text()) for file in files if file.suffix != ".jsonl"]
     rows = merge(row for document in documents for row in parse(document) if row.info["op"] == OP)
-    skipped = [skip for document in documents for skip in parse_skipped(document) if skip.op == OP]
+    skipped = [skip for skip in parse_skipped(documents) if skip.op == OP]
     runs = [run for file in files if file.suffix == ".jsonl" for run in scaling_accuracy.load(file)]
     names = ", ".join(map(str, files))
     if not rows and not runs:

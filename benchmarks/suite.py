@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import measure
 from benchmarks.environment import default_device
-from benchmarks.record import Key, Record
+from benchmarks.record import FAILED, Key, Record
 
 Step = Callable[[Any], measure.Outputs]
 RECORD = pytest.StashKey[Record]()
@@ -114,7 +114,7 @@ class Session:
         except NotImplementedError as error:  # how a library says that none of its kernels takes the case
             self.skip(group, point, _first_line(error))
         except Exception as error:
-            self.record.skip(point.key(group), f"failed, {_first_line(error)}")
+            self.record.skip(point.key(group), f"{FAILED}{_first_line(error)}")
             raise
 
 
@@ -161,6 +161,12 @@ def throughput(case: OpCase, mode: str, seconds: float, facts: dict[str, Any]) -
 
 def run(benchmark, op: Op, point: Point, session: Session) -> None:
     session.begin(op, point)
+    with session.noting_failures(op, point):
+        _run(benchmark, op, point, session)
+    session.record.add(benchmark)
+
+
+def _run(benchmark, op: Op, point: Point, session: Session) -> None:
     mode, case, device, facts = point.mode, point.case, session.device, session.facts
     if (reason := op.why_not(point.provider, case, device, session.smoke)) is not None:
         session.skip(op, point, reason)
@@ -168,8 +174,7 @@ def run(benchmark, op: Op, point: Point, session: Session) -> None:
     count, l2 = measure.input_sets(case.bytes(mode), device)
     sets = [op.random(case, device, mode) for _ in range(count)]
     step = op.step(point.provider, case, device, mode)
-    with session.noting_failures(op, point):
-        target = prepare(step, point.timing, sets, lambda got, inputs: op.check(point.provider, case, mode, got, inputs))
+    target = prepare(step, point.timing, sets, lambda got, inputs: op.check(point.provider, case, mode, got, inputs))
     calls = count if point.timing == "replay" else 1
     benchmark.group = f"{op.name} {mode} {point.timing} {case}"
     benchmark.extra_info.update(facts | case.describe())
@@ -183,4 +188,3 @@ def run(benchmark, op: Op, point: Point, session: Session) -> None:
     benchmark.pedantic(target, rounds=rounds, iterations=iterations, warmup_rounds=1)
     if benchmark.stats is not None:
         benchmark.extra_info.update(throughput(case, mode, benchmark.stats.stats.median / calls, facts))
-    session.record.add(benchmark)

@@ -1,11 +1,11 @@
 """That a run that was stopped goes on with what is left, and that nothing measured is lost."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -39,18 +39,61 @@ def test_measured_and_skipped_points_are_done(tmp_path):
 
 def test_what_two_runs_died_of_is_given_up(tmp_path):
     for times in (0, 1):
-        assert (KEYS[0] in record.done(tmp_path)) == (times == record.DEATHS)
+        assert (KEYS[0] in record.done(tmp_path)) == (times == record.TRIES)
         record.Record(tmp_path).begin(KEYS[0])
     assert record.done(tmp_path) == {KEYS[0]}
     assert len(list(tmp_path.iterdir())) == 2
+    assert {entry["reason"] for entry in record.skips(map(record.read, record.files(tmp_path)))} == {record.DIED}
+
+
+def test_what_failed_is_tried_again_and_what_was_interrupted_too(tmp_path):
+    for done in (False, True):
+        run = record.Record(tmp_path)
+        run.begin(KEYS[0])
+        run.skip(KEYS[0], f"{record.FAILED}OutOfMemoryError")
+        run.begin(KEYS[1])
+        run.interrupted()
+        assert record.done(tmp_path) == ({KEYS[0]} if done else set())
+    again = record.Record(tmp_path)
+    again.begin(KEYS[0])
+    again.add(measured(KEYS[0]))
+    assert not record.skips(map(record.read, record.files(tmp_path)))
+
+
+def test_two_runs_in_one_folder_have_a_file_each(tmp_path):
+    runs = [record.Record(tmp_path) for _ in range(4)]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda pair: pair[0].skip(pair[1], "no GPU"), zip(runs, KEYS * 2, strict=False)))
+    assert len(record.files(tmp_path)) == 4
+    assert record.done(tmp_path) == set(KEYS)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}"])
+def test_a_foreign_file_is_named(tmp_path, text):
+    (tmp_path / "run007.json").write_text(text)
+    with pytest.raises(ValueError, match=r"run007.json has no results of benchmarks"):
+        record.Record(tmp_path)
+
+
+def test_a_folder_is_of_one_device(tmp_path):
+    facts = {"device": "GPU 1", "clock": "wall time", "smoke": False}
+    first = record.Record(tmp_path)
+    benchmark = measured(KEYS[0])
+    benchmark.extra_info.update(facts)
+    first.add(benchmark)
+    record.Record(tmp_path).check_same(facts)
+    with pytest.raises(ValueError, match="device 'GPU 1', this run's is 'GPU 2': give each a folder"):
+        record.Record(tmp_path).check_same(facts | {"device": "GPU 2"})
 
 
 def test_after_its_time_a_run_begins_nothing(tmp_path):
     late = record.Record(tmp_path, seconds=-1.0)
-    assert not late.begin(KEYS[0])
+    assert late.begin(KEYS[0])  # else one with too little time would never end
+    late.add(measured(KEYS[0]))
+    assert not late.begin(KEYS[1])
     document = record.read(tmp_path / "run001.json")
     assert (document["left"], document["running"]) == (1, None)
-    assert not record.done(tmp_path)
+    assert record.done(tmp_path) == {KEYS[0]}
 
 
 def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
@@ -63,11 +106,11 @@ def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
 
 
 def points(folder) -> list[str]:
-    files = sorted(folder.glob("run*.json"))
-    return [entry["name"] for file in files for entry in json.loads(file.read_text())["benchmarks"]]
+    return [entry["name"] for file in record.files(folder) for entry in record.read(file)["benchmarks"]]
 
 
-def test_a_killed_run_goes_on_and_measures_nothing_twice(tmp_path):
+def test_a_killed_run_goes_on_and_measures_nothing_twice(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # pytest-benchmark measures nothing in one
     for library in ("timm", "transformers"):
         pytest.importorskip(library)
     command = [sys.executable, "-m", "benchmarks.run", "end_to_end", "--output", str(tmp_path), *SMOKE]

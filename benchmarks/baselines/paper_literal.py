@@ -10,7 +10,10 @@ have no dropout. For batch norm and windows the numbers are MoPE's for a batch o
 
 Not kept, so that numbers can be compared: there the first layer of each Swin stage isn't routed (4 of 24 in Swin-B) but takes what
 the stage before made of its prompts; routers see prompts too; prompts are pooled with the image at the end; a second GELU and
-dropout stand behind the mapper.
+dropout stand behind the mapper. The importance loss is computed for inference too, with its waits; here in training only.
+
+The release has this for Swin alone. Its BERT as the main side has another router (one linear map of the complementary feature) and
+another order of prompts, a ViT isn't in it: there this is what its Swin code would do to them, experts expanded for all layers.
 """
 
 import torch

@@ -13,6 +13,7 @@ from benchmarks.report import overview, pictures, text
 from benchmarks.report.model import Group, distinct, group, merge, parse, parse_skipped
 from benchmarks.report.overview import Device
 from benchmarks.report.profiles import PROFILES
+from mope_fast._files import write_atomically
 
 FOLDER = Path(__file__).parents[1]
 RESULTS, PAGE, README = FOLDER / "results", FOLDER / "REPORT.md", FOLDER.parent / "README.md"
@@ -31,7 +32,7 @@ def read(files: Sequence[Path], folder: str = ".") -> Device:
         groups[op] = group((row for row in rows if row.info["op"] == op), PROFILES[op])
         if PROFILES[op].baseline is not None:
             groups[op].sort(key=lambda each: (each.info["model"], -each.info["B"]))
-    skipped = [skip for document in documents for skip in parse_skipped(document)]
+    skipped = parse_skipped(documents)
     return Device(rows, folder, groups, skipped)
 
 
@@ -54,7 +55,7 @@ def write(files: Sequence[Path], output: Path) -> list[Path]:
         reports += scaling_pictures.write(files, output / "scaling")
         device = _with_curves(device, files, output / "scaling")
     reports.append(output / "REPORT.md")
-    reports[-1].write_text(overview.page([device]))
+    write_atomically(reports[-1], overview.page([device]).encode())
     return reports
 
 
@@ -65,7 +66,9 @@ def _write_ops(device: Device, output: Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         reports.append(folder / "report.md")
         names = pictures.plot_all(groups, PROFILES[op], folder)
-        reports[-1].write_text(text.markdown(groups, PROFILES[op], [skip for skip in device.skipped if skip.op == op], names))
+        write_atomically(
+            reports[-1], text.markdown(groups, PROFILES[op], [skip for skip in device.skipped if skip.op == op], names).encode()
+        )
     return reports
 
 
@@ -84,8 +87,11 @@ def kept() -> list[Device]:
 
 
 def pages(devices: Sequence[Device]) -> dict[Path, str]:
-    """The page about all devices, and the README with its headline from the first of them."""
-    return {PAGE: overview.page(devices), README: overview.put(README.read_text(), overview.headline(devices[0]))}
+    """The page about all devices, and the README with its table from the first of them that has all of it."""
+    written = {PAGE: overview.page(devices)}
+    if (complete := next(filter(overview.is_complete, devices), None)) is not None:
+        written[README] = overview.put(README.read_text(), overview.headline(complete))
+    return written
 
 
 def write_kept() -> list[Path]:
@@ -96,6 +102,6 @@ def write_kept() -> list[Path]:
         if _has_curves(_files(folder)):
             reports += scaling_pictures.write(_files(folder), folder / "scaling")
     for path, content in pages(kept()).items():
-        path.write_text(content)
+        write_atomically(path, content.encode())
         reports.append(path)
     return reports

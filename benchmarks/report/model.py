@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from benchmarks import record
+
 
 @dataclass(frozen=True)
 class Row:
@@ -150,8 +152,9 @@ def parse(document: dict[str, Any]) -> list[Row]:
     return rows
 
 
-def parse_skipped(document: dict[str, Any]) -> list[Skip]:
-    return [Skip(**entry) for entry in document.get("skipped", [])]
+def parse_skipped(documents: Iterable[dict[str, Any]]) -> list[Skip]:
+    """What none of them has."""
+    return [Skip(**entry) for entry in record.skips(documents)]
 
 
 def by_key(rows: Iterable[Row]) -> dict[tuple[str, ...], list[Row]]:

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from benchmarks.cases.models import INFERENCE, TRAINING
 from benchmarks.report import text
 from benchmarks.report.model import Group, Profile, Row, Skip, distinct
-from benchmarks.report.profiles import END_TO_END, PROFILES
+from benchmarks.report.profiles import END_TO_END, PROFILES, TOKENS, like
 
 WHERE = {"called": "as called", "replay": "in a CUDA graph"}
 HEADLINE_COLUMNS = (
     "inference", "folded", "training", "its memory", "paper-literal", "VPT-deep", "LoRA r=8", "full fine-tuning", "head only",
 )  # fmt: skip
-HEADLINE = ("ViT-B/16", "BERT-B", "Swin-B/224")
 
 
 @dataclass(frozen=True)
@@ -161,31 +160,27 @@ Written by `python -m benchmarks.report`; `python -m benchmarks.run` writes the 
     return "\n\n".join([head, *without, *(part for device in devices for part in _section(device))]) + "\n"
 
 
+def is_complete(device: Device) -> bool:
+    """Whether all models of the README's table have been measured."""
+    measured = {group.info["model"] for group in device.groups.get(END_TO_END.op, []) if "mope_fast" in group.rows}
+    return measured.issuperset(TOKENS)
+
+
 def headline(device: Device) -> str:
     """The README's table: three encoders at the batch size at which most was measured."""
     lines = []
-    for model in HEADLINE:
-        named = [group for group in device.groups[END_TO_END.op] if group.info["model"] == model and group.timing == "called"]
-        batch = collections.Counter(row.info["B"] for group in named for row in group.rows.values()).most_common(1)[0][0]
-        rows = {group.mode: group.rows for group in named if group.info["B"] == batch}
+    for model, tokens in TOKENS.items():
+        named = [group for group in device.groups.get(END_TO_END.op, []) if like(model=model, S=tokens)(group.info)]
+        called = [group for group in named if group.timing == "called"]
+        counts = collections.Counter(row.info["B"] for group in called for row in group.rows.values())
+        batch = counts.most_common(1)[0][0] if counts else None
+        rows = {group.mode: group.rows for group in called if group.info["B"] == batch}
         inference, training = rows.get(INFERENCE, {}), rows.get(TRAINING, {})
-        others = (training.get(name) for name in ("paper-literal", "vpt-deep", "lora", "full", "head-only"))
-        taxes = (inference.get("mope_fast"), inference.get("folded"), training.get("mope_fast"), *others)
-        lines.append([f"{model}, B = {batch}", *map(_tax, taxes)])
-        lines[-1].insert(4, _memory(training.get("mope_fast")))
-    header = [
-        "",
-        "inference",
-        "folded",
-        "training",
-        "its memory",
-        "paper-literal",
-        "VPT-deep",
-        "LoRA r=8",
-        "full fine-tuning",
-        "head only",
-    ]
-    return text.table(header, lines)
+        ours = [inference.get("mope_fast"), inference.get("folded"), training.get("mope_fast")]
+        others = [training.get(name) for name in ("paper-literal", "vpt-deep", "lora", "full", "head-only")]
+        name = model if batch is None else f"{model}, B = {batch}"
+        lines.append([name, *map(_tax, ours), _memory(training.get("mope_fast")), *map(_tax, others)])
+    return text.table(["", *HEADLINE_COLUMNS], lines)
 
 
 def put(document: str, table: str) -> str:

@@ -313,7 +313,7 @@ def at_most(
     def level(group: Group) -> bool:
         return group.rows[provider].info["tax_low"] <= bound
 
-    text, fits = f"tax of {END_TO_END_LABELS[provider]}, {model} B={batch}", like(model=model, B=batch)
+    text, fits = f"tax of {END_TO_END_LABELS[provider]}, {model} B={batch}", like(model=model, B=batch, S=TOKENS[model])
     return Goal(text, device_type, mode, timing, fits, tax_of(provider), bound, level, at_most=True, closing=closing)
 
 
@@ -327,7 +327,7 @@ def faster_than_literal(bound: float, device_type: str, model: str, closing: str
     def level(group: Group) -> bool:
         return group.rows["paper-literal"].info["tax_high"] / group.ours.info["tax_low"] >= bound
 
-    text, fits = f"times the speed of paper-literal, {model} B=16", like(model=model, B=16)
+    text, fits = f"times the speed of paper-literal, {model} B=16", like(model=model, B=16, S=TOKENS[model])
     return Goal(text, device_type, TRAINING, "called", fits, over_literal, bound, level, closing=closing)
 
 
@@ -361,6 +361,8 @@ SHARED_WORK = (
     "is saved already; the rest is the encoder, which both run"
 )
 VIT_BERT, SWIN = ("ViT-B/16", "BERT-B"), "Swin-B/224"
+TOKENS = {"ViT-B/16": 197, "BERT-B": 128, SWIN: 3136}
+"""Of the models that goals and the README's table are about."""
 END_TO_END = Profile(
     op="end_to_end",
     labels=END_TO_END_LABELS,
