@@ -120,16 +120,25 @@ def sweep(
     facts: dict[str, Any],
 ) -> None:
     """Run what isn't in ``output`` with these settings yet; what is ``measured`` of a run is added to it, with the ``facts``."""
-    rows = load(output) if output.exists() else []
-    done = [row["run"] for row in rows if row["settings"] == settings]
-    todo = [run for run in runs if dataclasses.asdict(run) not in done]
+    todo = [run for run in runs if not _is_done(run, settings, output)]
     if len(todo) < len(runs):
         print(f"{len(runs) - len(todo)} of {len(runs)} runs are in {output} already")
     for number, run in enumerate(todo, start=1):
+        if _is_done(run, settings, output):  # another process was faster
+            continue
         print(f"run {number} of {len(todo)}: {run.experts} experts of {run.length} rows, seed {run.seed}", flush=True)
-        rows.append({"run": dataclasses.asdict(run), "settings": settings, **facts, **measured(run)})
-        write_atomically(output, "".join(json.dumps(row) + "\n" for row in rows).encode())
-        print(f"  test accuracy {rows[-1]['test_accuracy']:.4f}, {rows[-1]['step_ms']:.0f} ms a step", flush=True)
+        row = {"run": dataclasses.asdict(run), "settings": settings, **facts, **measured(run)}
+        rows = [*_finished(output), row]
+        write_atomically(output, "".join(json.dumps(each) + "\n" for each in rows).encode())
+        print(f"  test accuracy {row['test_accuracy']:.4f}, {row['step_ms']:.0f} ms a step", flush=True)
+
+
+def _finished(output: Path) -> list[dict[str, Any]]:
+    return load(output) if output.exists() else []
+
+
+def _is_done(run: Run, settings: dict[str, Any], output: Path) -> bool:
+    return any(row["run"] == dataclasses.asdict(run) and row["settings"] == settings for row in _finished(output))
 
 
 def parse_arguments(words: Sequence[str] | None = None) -> Namespace:

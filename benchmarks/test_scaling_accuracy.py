@@ -54,6 +54,20 @@ def test_a_sweep_that_was_stopped_goes_on(tmp_path):
     assert [row["run"] for row in scaling_accuracy.load(output)] == [dataclasses.asdict(run) for run in runs]
 
 
+def test_two_processes_share_a_sweep(tmp_path):
+    runs, output, second = list(scaling_accuracy.planned([2, 4], 6, [0])), tmp_path / "runs.jsonl", []
+
+    def overtaken(run):
+        """While the first run goes on, another process makes the second."""
+        if run == runs[0]:
+            scaling_accuracy.sweep(runs[1:2], {}, output, lambda other: second.append(other) or measured(other), {})
+        return measured(run)
+
+    scaling_accuracy.sweep(runs, {}, output, overtaken, {})
+    assert second == [runs[1]]
+    assert [row["run"] for row in scaling_accuracy.load(output)] == [dataclasses.asdict(runs[i]) for i in (1, 0, 2)]
+
+
 def test_other_settings_are_other_runs(tmp_path):
     runs, output = [Run("experts", 2, 6, 0)], tmp_path / "runs.jsonl"
     for epochs in (1, 2):
