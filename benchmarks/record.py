@@ -43,10 +43,14 @@ def files(folder: Path) -> list[Path]:
     return sorted(folder.glob("run*.json"))
 
 
+def _measured(documents: Iterable[Mapping[str, Any]]) -> set[Key]:
+    return {_key(entry["extra_info"]) for document in documents for entry in document["benchmarks"]}
+
+
 def skips(documents: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
     """What was not measured, with the reason, and is not measured in another of these."""
     documents = list(documents)
-    measured = {_key(entry["extra_info"]) for document in documents for entry in document["benchmarks"]}
+    measured = _measured(documents)
     entries = [entry for document in documents for entry in document.get("skipped", [])]
     entries += [document["running"] | {"reason": DIED} for document in documents if document.get("running")]
     return [entry for entry in entries if _key(entry) not in measured]
@@ -54,11 +58,10 @@ def skips(documents: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
 
 def done(folder: Path) -> set[Key]:
     documents = [read(file) for file in files(folder)]
-    measured = {_key(entry["extra_info"]) for document in documents for entry in document["benchmarks"]}
     tries = collections.Counter()
     for entry in skips(documents):
         tries[_key(entry)] += 1 if entry["reason"].startswith(FAILED) else TRIES
-    return measured | {key for key, times in tries.items() if times >= TRIES}
+    return _measured(documents) | {key for key, times in tries.items() if times >= TRIES}
 
 
 class Record:

@@ -2,13 +2,12 @@
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import scaling_accuracy
+from benchmarks import record, scaling_accuracy
 from benchmarks.cases.models import TRAINING
 from benchmarks.report.model import Row, Skip, distinct, merge, parse, parse_skipped
 
@@ -24,10 +23,6 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def is_in(document: dict[str, Any]) -> bool:
-    return any(entry["extra_info"]["op"] == OP for entry in document["benchmarks"])
-
-
 @dataclass(frozen=True)
 class Results:
     """``rows`` are times of the benchmark group, ``runs`` lines of :mod:`benchmarks.scaling_accuracy`."""
@@ -38,12 +33,12 @@ class Results:
 
 
 def read(files: Sequence[Path]) -> Results:
-    """pytest-benchmark JSON, runs or shards, and ``.jsonl`` of accuracy; all of one device.
+    """Saved results, and ``.jsonl`` of accuracy; all of one device.
 
     Raises:
         ValueError: no point in them, or of several devices.
     """
-    documents = [json.loads(file.read_text()) for file in files if file.suffix != ".jsonl"]
+    documents = [record.read(file) for file in files if file.suffix != ".jsonl"]
     rows = merge(row for document in documents for row in parse(document) if row.info["op"] == OP)
     skipped = [skip for skip in parse_skipped(documents) if skip.op == OP]
     runs = [run for file in files if file.suffix == ".jsonl" for run in scaling_accuracy.load(file)]

@@ -32,30 +32,28 @@ def read(files: Sequence[Path], folder: str = ".") -> Device:
         groups[op] = group((row for row in rows if row.info["op"] == op), PROFILES[op])
         if PROFILES[op].baseline is not None:
             groups[op].sort(key=lambda each: (each.info["model"], -each.info["B"]))
-    skipped = parse_skipped(documents)
-    return Device(rows, folder, groups, skipped)
+    flatness = tuple(scaling_points.verdicts(row for row in rows if row.info["op"] == scaling_points.OP))
+    return Device(rows, folder, groups, parse_skipped(documents), flatness=flatness)
 
 
-def _with_curves(device: Device, files: Sequence[Path], folder: Path) -> Device:
+def _with_curves(device: Device, folder: Path) -> Device:
     """With the pictures that are in ``folder``."""
-    names = tuple(sorted(file.stem for file in folder.glob("*.svg")))
-    verdicts = tuple(scaling_points.verdicts(scaling_points.read(files).rows)) if names else ()
-    return dataclasses.replace(device, curves=names, flatness=verdicts)
-
-
-def _has_curves(files: Sequence[Path]) -> bool:
-    return any(file.suffix == ".jsonl" or scaling_points.is_in(record.read(file)) for file in files)
+    return dataclasses.replace(device, curves=tuple(sorted(file.stem for file in folder.glob("*.svg"))))
 
 
 def write(files: Sequence[Path], output: Path) -> list[Path]:
     """The reports written: one for each op, and the page about all."""
     device = read(files)
+    reports = [*_write_parts(device, files, output), output / "REPORT.md"]
+    write_atomically(reports[-1], overview.page([_with_curves(device, output / "scaling")]).encode())
+    return reports
+
+
+def _write_parts(device: Device, files: Sequence[Path], output: Path) -> list[Path]:
+    """All but the page."""
     reports = _write_ops(device, output)
-    if _has_curves(files):
+    if any(row.info["op"] == scaling_points.OP for row in device.rows) or any(file.suffix == ".jsonl" for file in files):
         reports += scaling_pictures.write(files, output / "scaling")
-        device = _with_curves(device, files, output / "scaling")
-    reports.append(output / "REPORT.md")
-    write_atomically(reports[-1], overview.page([device]).encode())
     return reports
 
 
@@ -79,10 +77,7 @@ def _files(folder: Path) -> list[Path]:
 def kept() -> list[Device]:
     """What the repository has, GPUs first."""
     folders = [folder for folder in sorted(RESULTS.iterdir()) if any(folder.glob("*.json"))]
-    devices = [
-        _with_curves(read(_files(folder), folder.relative_to(FOLDER).as_posix()), _files(folder), folder / "scaling")
-        for folder in folders
-    ]
+    devices = [_with_curves(read(_files(folder), folder.relative_to(FOLDER).as_posix()), folder / "scaling") for folder in folders]
     return sorted(devices, key=lambda device: device.type, reverse=True)
 
 
@@ -95,13 +90,12 @@ def pages(devices: Sequence[Device]) -> dict[Path, str]:
 
 
 def write_kept() -> list[Path]:
-    reports = []
+    reports, devices = [], []
     for device in kept():
         folder = FOLDER / device.folder
-        reports += _write_ops(device, folder)
-        if _has_curves(_files(folder)):
-            reports += scaling_pictures.write(_files(folder), folder / "scaling")
-    for path, content in pages(kept()).items():
+        reports += _write_parts(device, _files(folder), folder)
+        devices.append(_with_curves(device, folder / "scaling"))  # there may be more of them now
+    for path, content in pages(devices).items():
         write_atomically(path, content.encode())
         reports.append(path)
     return reports
