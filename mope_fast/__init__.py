@@ -2,7 +2,7 @@
 
 from . import functional
 from .data import FeatureCache, FusionCollator
-from .encoders import PromptedEncoder, register_encoder, supported_encoders
+from .encoders import PromptedEncoder, register_encoder, supported_encoders, unwrap_encoder
 from .models import (
     BAFConfig,
     FoldedModel,
@@ -43,4 +43,5 @@ __all__ = [
     "functional",
     "register_encoder",
     "supported_encoders",
+    "unwrap_encoder",
 ]

@@ -24,9 +24,14 @@ def freeze(module: nn.Module) -> Callable[[], None]:
         for path, part in module.named_modules()
         for name, parameter in part.named_parameters(recurse=False)
     ]
-    module.requires_grad_(False).eval()
     # no closure: it is deep-copied and pickled with the model that holds it
-    return functools.partial(_thaw, module, modes, flags)
+    thaw = functools.partial(_thaw, module, modes, flags)
+    try:
+        module.requires_grad_(False).eval()
+    except BaseException:  # a Ctrl-C too
+        thaw()
+        raise
+    return thaw
 
 
 def _thaw(module: nn.Module, modes: list[tuple[nn.Module, bool]], flags: list[_Flag]) -> None:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from ..functional import window_prompt_attention
 from ..modules import PromptAttention
 from ..modules.rows import is_plain
+from .attachment import prefixes_of
 from .families import EncoderFamily, Inputs, PromptedLayer, keys_and_values, refuse_encoder, register_encoder
 from .pooling import Pool, first_token, token_mean
-from .prompted import prefixes_of
 
 
 def _layer(block: nn.Module, width: int) -> PromptedLayer:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import prompt_attention
+from .attachment import prefixes_of
 from .families import EncoderFamily, Inputs, PromptedLayer, keys_and_values, register_encoder
 from .pooling import Pool, first_token, last_real_token, masked_mean, token_at, token_mean
-from .prompted import prefixes_of
 
 NAME = "mope_fast"
 

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from mope_fast import MoPEConfig, MoPEFusion, functional, register_encoder, supported_encoders
-from mope_fast.encoders import EncoderFamily, PromptedEncoder, PromptedLayer, families, find_family, first_token
-from mope_fast.encoders.prompted import prefixes_of
+from mope_fast.encoders import EncoderFamily, PromptedEncoder, PromptedLayer, families, find_family, first_token, prefixes_of
 
 DIM, HEADS, LAYERS = 16, 2, 2
 

@@ -1,7 +1,6 @@
 """What a model does to other people's objects, and what it gives back; changes behind its back."""
 
 import copy
-import threading
 
 import pytest
 import torch
@@ -61,37 +60,6 @@ def test_one_module_as_several_layers_is_refused_before_it_is_touched():
         PromptedEncoder(encoder)
     assert encoder.training
     assert all(p.requires_grad for p in encoder.parameters())
-
-
-def test_the_encoder_alone_in_another_thread_during_a_forward_is_an_error():
-    model, text, cross = make_fusion(make_bert(), None, cross_dim=20), make_text(3), torch.randn(3, 20, dtype=torch.float64)
-    expected, errors = model(text, cross).logits, []
-
-    def call():
-        try:
-            model.main.encoder(**text)
-        except RuntimeError as error:
-            errors.append(str(error))
-
-    def meanwhile(module, args):
-        thread = threading.Thread(target=call)
-        thread.start()
-        thread.join()
-
-    hook = model.main.encoder.encoder.layer[1].register_forward_pre_hook(meanwhile)
-    close(model(text, cross).logits, expected)
-    hook.remove()
-    assert "was called by another thread" in errors[0]
-
-
-def test_the_encoder_alone_within_a_forward_is_an_error():
-    model, text, cross = make_fusion(make_bert(), None, cross_dim=20), make_text(3), torch.randn(3, 20, dtype=torch.float64)
-    expected = model(text, cross).logits
-    hook = model.main.encoder.encoder.layer[1].register_forward_pre_hook(lambda *args: model.main.encoder(**text))
-    with pytest.raises(RuntimeError, match="by another forward within this one"):
-        model(text, cross)
-    hook.remove()
-    close(model(text, cross).logits, expected)
 
 
 def test_encoders_that_share_a_config_do_not_disturb_each_other():

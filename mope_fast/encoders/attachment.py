@@ -1,0 +1,319 @@
+"""What wrapping does to an encoder and undoes, and how prompts find their layer within a forward."""
+
+import functools
+import gc
+import os
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..modules.rows import Prefix
+from .families import EncoderFamily, Inputs
+from .frozen import freeze
+from .pooling import Pool
+
+_SLOT = "_mope_fast_slot"
+
+
+class PromptProvider(Protocol):
+    """Where the prompts of one forward come from. Any function of this signature will do."""
+
+    def __call__(self, index: int, hidden_states: Tensor, pool: Pool) -> tuple[Sequence[Prefix], Tensor | None]:
+        """(layer index, its input, how this encoder pools it) -> up to two key/value prefixes, and its routing scores or None."""
+
+
+class Encoded(NamedTuple):
+    """What a prompted encoder gives."""
+
+    feature: Tensor
+    """(B, D), over tokens only."""
+    scores: list[Tensor | None]
+    """Routing scores (B, K) of each layer, or None; without prompts there are none."""
+    feature_maps: tuple[Tensor, ...] | None = None
+    """(B, C, H, W) of each stage, if asked for."""
+
+
+@dataclass
+class _Running:
+    """A forward on its way."""
+
+    prompts: PromptProvider
+    pool: Pool
+    gradient_checkpointing: bool
+    scores: list[Tensor | None]  # of the layers that have run
+    thread: int
+
+
+class _State:
+    """Holds the forward on its way. Not a module: its attribute is set in one step, which no Ctrl-C can split."""
+
+    running: _Running | None = None
+
+
+class _Call:
+    """One call of one layer."""
+
+    def __init__(self, prefixes: Sequence[Prefix]):
+        self.prefixes = prefixes
+        self.read = False
+
+
+class _Slot:
+    """Carries prefixes from a layer to its attention; a thread that computes a layer again has its own."""
+
+    def __init__(self, attachment: "Attachment"):
+        self.attachment = attachment
+        self.calls: dict[int, _Call] = {}
+        self.traced: _Call | None = None  # while it compiles: a graph has no thread
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"attachment": self.attachment, "calls": {}, "traced": None}
+
+
+def prefixes_of(attention: nn.Module) -> Sequence[Prefix]:
+    """The prefixes this attention shall see in the running forward; none outside of one."""
+    slot = getattr(attention, _SLOT, None)
+    if slot is None:
+        return ()
+    call = slot.traced
+    if call is None and not torch.compiler.is_dynamo_compiling():
+        call = slot.calls.get(threading.get_ident())
+    if call is None:
+        return ()
+    call.read = True
+    return call.prefixes
+
+
+class Attachment:
+    """One encoder's wrapping. The encoder's own layers hold it, so that it can be undone when nobody else is left.
+
+    Threads take turns at prompted forwards. The lock, and who owns the encoder, are of this object alone: deep copies and pickles
+    start with a free lock and without owners. A compiled forward takes no turn: its prompts are values of its graph.
+
+    Raises:
+        ValueError: the encoder takes prompts from another model that is alive, or uses one module as several layers.
+    """
+
+    def __init__(self, encoder: nn.Module, family: EncoderFamily):
+        layers = [(layer.module, layer.attention) for layer in family.layers(encoder)]
+        for what, parts in zip(("layers", "attentions"), zip(*layers, strict=True), strict=True):
+            if len({id(part) for part in parts}) < len(parts):
+                raise ValueError(f"this {type(encoder).__name__} uses one module as several {what}: each needs prompts of its own")
+        _take_over(encoder)
+        family.setup()
+        self.encoder, self.family = encoder, family
+        self._start()
+        self.layers: list[tuple[nn.Module, nn.Module]] = []
+        self._forwards: list[Callable[..., Any]] = []
+        self._previous: list[Callable[..., Any] | None] = []
+        self._restore: Callable[[nn.Module], None] | None = None
+        self._thaw = freeze(encoder)
+        self.active = True
+        try:
+            self._restore = family.attach(encoder)
+            # the family may have put attentions of ours in their place
+            self.layers = [(layer.module, layer.attention) for layer in family.layers(encoder)]
+            self._forwards = [functools.partial(self._layer_forward, index) for index in range(len(self.layers))]
+            # usually None: a library may have put a forward of its own on the object, in place of its class's
+            self._previous = [vars(module).get("forward") for module, _ in self.layers]
+            for (module, attention), forward in zip(self.layers, self._forwards, strict=True):
+                setattr(attention, _SLOT, _Slot(self))
+                module.forward = forward
+        except BaseException:  # a Ctrl-C too
+            self.detach()
+            raise
+
+    def _start(self) -> None:
+        self.owners: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._lock = threading.RLock()
+        self._eager, self._traced = _State(), _State()
+        _ATTACHMENTS.add(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("owners", "_lock", "_eager", "_traced")
+        return {name: value for name, value in vars(self).items() if name not in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._start()
+
+    def run(self, inputs: Inputs, prompts: PromptProvider | None, *, feature_maps: bool, gradient_checkpointing: bool) -> Encoded:
+        """See :meth:`PromptedEncoder.forward`."""
+        if torch.compiler.is_dynamo_compiling():
+            return self._run(self._traced, 0, inputs, prompts, feature_maps, gradient_checkpointing)
+        with self._lock:
+            if self._eager.running is not None:
+                raise RuntimeError(
+                    f"this {type(self.encoder).__name__} is in a forward that called it again (from a hook, or from what gives the "
+                    "prompts?): let one end before the next, or deep-copy the model"
+                )
+            return self._run(self._eager, threading.get_ident(), inputs, prompts, feature_maps, gradient_checkpointing)
+
+    def _run(
+        self,
+        state: _State,
+        thread: int,
+        inputs: Inputs,
+        prompts: PromptProvider | None,
+        feature_maps: bool,
+        gradient_checkpointing: bool,
+    ) -> Encoded:
+        if not self.active:
+            raise RuntimeError("this model was unwrapped and has given its encoder back: make a new one on it")
+        if prompts is None:
+            return self._encode(inputs, [], feature_maps)
+        scores: list[Tensor | None] = []
+        running = _Running(prompts, self.family.pool(self.encoder, inputs), gradient_checkpointing, scores, thread)
+        state.running = running
+        try:
+            encoded = self._encode(inputs, scores, feature_maps)
+        finally:
+            state.running = None
+        if len(scores) < len(self.layers):
+            raise RuntimeError(
+                f"{len(scores)} of {len(self.layers)} layers of this {type(self.encoder).__name__} took their prompts: the others "
+                "were skipped or replaced after wrapping, or ran in another thread, or this is a replica (use DDP)"
+            )
+        return encoded
+
+    def _encode(self, inputs: Inputs, scores: list[Tensor | None], feature_maps: bool) -> Encoded:
+        """``scores`` are filled by the layers on the way."""
+        if feature_maps:
+            feature, maps = self.family.encode_with_maps(self.encoder, inputs)
+            return Encoded(feature, scores, maps)
+        return Encoded(self.family.encode(self.encoder, inputs), scores)
+
+    def _layer_forward(self, index: int, *args: Any, **kwargs: Any) -> Any:
+        """In place of the layer's own forward."""
+        running = self._traced.running
+        if running is None:
+            running = self._eager.running
+            # a layer that is compiled on its own can't tell whose thread it is in
+            if running is not None and not torch.compiler.is_dynamo_compiling() and running.thread != threading.get_ident():
+                running = None
+        if running is None:
+            return self._plain_layer(index, *args, **kwargs)
+        if len(running.scores) != index:
+            raise RuntimeError(
+                f"layer {index} of this {type(self.encoder).__name__} was called out of order, by another forward within this one: "
+                "let one end before the next, or deep-copy the model"
+            )
+        run = functools.partial(self._prompted_layer, index, running.prompts, running.pool)
+        if running.gradient_checkpointing and torch.is_grad_enabled():
+            # the frozen layer draws no random numbers; asking for the generator's state would break a graph capture
+            random = getattr(running.prompts, "draws_random_numbers", False)
+            output, layer_scores = checkpoint(run, *args, use_reentrant=False, preserve_rng_state=random, **kwargs)
+        else:
+            output, layer_scores = run(*args, **kwargs)
+        running.scores.append(layer_scores)
+        return output
+
+    def _prompted_layer(
+        self, index: int, prompts: PromptProvider, pool: Pool, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Tensor | None]:
+        """The layer's output and its scores; all it needs are arguments, because checkpointing calls it again after forward."""
+        if not self.active:
+            raise RuntimeError("the model was unwrapped before the backward pass of its last step: call backward() first")
+        slot: _Slot = getattr(self.layers[index][1], _SLOT)
+        prefixes, scores = prompts(index, args[0] if args else kwargs["hidden_states"], pool)
+        call = _Call(prefixes)
+        if torch.compiler.is_dynamo_compiling():
+            slot.traced = call
+            try:
+                output = self._plain_layer(index, *args, **kwargs)
+            finally:
+                slot.traced = None
+        else:
+            thread = threading.get_ident()
+            slot.calls[thread] = call
+            try:
+                output = self._plain_layer(index, *args, **kwargs)
+            finally:
+                del slot.calls[thread]
+        if not call.read:
+            raise RuntimeError(
+                f"prompts did not reach layer {index} of {type(self.encoder).__name__}: its attention was changed after wrapping "
+                "(set_attn_implementation?)"
+            )
+        return output, scores
+
+    def _plain_layer(self, index: int, *args: Any, **kwargs: Any) -> Any:
+        module, previous = self.layers[index][0], self._previous[index]
+        return type(module).forward(module, *args, **kwargs) if previous is None else previous(*args, **kwargs)
+
+    def detach(self) -> None:
+        """Give the encoder back as it was."""
+        if not self.active:
+            return
+        self.active = False
+        for (module, attention), forward, previous in zip(self.layers, self._forwards, self._previous, strict=False):
+            if vars(module).get("forward") is forward:
+                del module.forward
+                if previous is not None:
+                    module.forward = previous
+            vars(attention).pop(_SLOT, None)
+        if self._restore is not None:
+            self._restore(self.encoder)
+        self._thaw()
+
+
+_ATTACHMENTS: weakref.WeakSet[Attachment] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """The thread that held a lock is not in the child process."""
+    for attachment in list(_ATTACHMENTS):
+        attachment._lock, attachment._eager = threading.RLock(), _State()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _attachments(module: nn.Module) -> list[Attachment]:
+    slots = [vars(part)[_SLOT] for part in module.modules() if _SLOT in vars(part)]
+    return list({id(slot.attachment): slot.attachment for slot in slots}.values())
+
+
+def _take_over(encoder: nn.Module) -> None:
+    """Undo wrappings that nobody owns any more; raises ValueError for one that somebody does."""
+    attachments = _attachments(encoder)
+    if any(attachment.owners for attachment in attachments):
+        gc.collect()  # a model that was dropped may be waiting for that
+    if any(attachment.owners for attachment in attachments):
+        raise ValueError(
+            f"this {type(encoder).__name__} already takes prompts from another model: unwrap() that one first, let both share one "
+            "PromptedEncoder, or take it back with mope_fast.unwrap_encoder(encoder)"
+        )
+    for attachment in attachments:
+        attachment.detach()
+
+
+def unwrap_encoder(encoder: nn.Module) -> nn.Module:
+    """Give an encoder back as it was before a model of this library wrapped it, whoever holds that model.
+
+    Models that still hold it can't be used afterwards. An encoder whose models are gone, or a deep copy or a pickle of a wrapped
+    encoder alone, is given back so too. Does nothing where nothing is wrapped.
+
+    Args:
+        encoder: the encoder, or a module that has it as a part.
+
+    Returns:
+        The same object.
+
+    Example:
+        >>> model = MoPEFusion(bert, dinov2, num_classes=13)    # a notebook's cell, and then once more:
+        >>> unwrap_encoder(bert), unwrap_encoder(dinov2)
+        >>> model = MoPEFusion(bert, dinov2, num_classes=13)
+    """
+    if not isinstance(encoder, nn.Module):
+        raise TypeError(f"unwrap_encoder takes an encoder, a torch.nn.Module, got {type(encoder).__name__}")
+    for attachment in _attachments(encoder):
+        attachment.detach()
+    return encoder
