@@ -1,9 +1,11 @@
 """timm's encoders: a wrapped attention computes the same on the same parameters, and sees prompts too."""
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..functional import window_prompt_attention
@@ -11,6 +13,7 @@ from ..modules import PromptAttention
 from ..modules.rows import is_plain
 from .attachment import prefixes_of
 from .families import EncoderFamily, Inputs, PromptedLayer, keys_and_values, refuse_encoder, register_encoder
+from .front import Front
 from .pooling import Pool, first_token, token_mean
 
 
@@ -30,13 +33,35 @@ def _method(module: nn.Module, name: str) -> str:
     return f"{method.__module__}.{method.__qualname__}" if method is not None else ""
 
 
-def _run(encoder: nn.Module, inputs: Inputs) -> Tensor:
+_TURN = threading.Lock()
+
+
+def _features(encoder: nn.Module, inputs: Inputs, *, maps: bool = False) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    """Feature and maps out of the model's own call."""
     _check_not_checkpointing(encoder)
-    return encoder.forward_features(**inputs)
+    if (front := Front.of(encoder)) is not None:
+        return front.ask(inputs, maps=maps)
+    if is_plain(encoder):  # not wrapped, and nothing stands at its front door
+        return encoder.forward_head(encoder.forward_features(**inputs), pre_logits=True), None
+    if torch.compiler.is_dynamo_compiling():
+        raise RuntimeError(
+            f"this {type(encoder).__name__} has hooks or a forward of its own, which a compiled graph can't pass: wrap it in a "
+            "PromptedEncoder, or leave it out of the graph with torch.compiler.disable"
+        )
+    with _TURN:
+        front = Front(encoder)
+        try:
+            return front.ask(inputs, maps=maps)
+        finally:
+            front.remove()
+
+
+def _run(encoder: nn.Module, inputs: Inputs) -> Tensor:
+    return _features(encoder, inputs)[0]
 
 
 def _feature(encoder: nn.Module, output: Tensor, inputs: Inputs) -> Tensor:
-    return encoder.forward_head(output, pre_logits=True)
+    return output
 
 
 def _feature_width(encoder: nn.Module) -> int:
@@ -103,6 +128,7 @@ def _vit_pool(encoder: nn.Module, inputs: Inputs) -> Pool:
 
 def _attach_vit(encoder: nn.Module) -> Callable[[nn.Module], None]:
     own = [block.attn for block in encoder.blocks]
+    Front(encoder)
     for block in encoder.blocks:
         block.attn = _as_prompt_attention(block.attn)
         block.attn.forward = functools.partial(_attention, block.attn)
@@ -110,6 +136,7 @@ def _attach_vit(encoder: nn.Module) -> Callable[[nn.Module], None]:
 
 
 def _detach_vit(own: list[nn.Module], encoder: nn.Module) -> None:
+    Front.of(encoder).remove()
     for block, attention in zip(encoder.blocks, own, strict=True):
         del block.attn.forward
         block.attn = attention
@@ -175,19 +202,20 @@ def _swin_pool(encoder: nn.Module, inputs: Inputs) -> Pool:
 
 
 def _attach_swin(encoder: nn.Module) -> Callable[[nn.Module], None]:
+    Front(encoder)
     for block in _swin_blocks(encoder):
         block._attn = functools.partial(_shifted_windows, block)
     return _detach_swin
 
 
 def _detach_swin(encoder: nn.Module) -> None:
+    Front.of(encoder).remove()
     for block in _swin_blocks(encoder):
         del block._attn
 
 
-def _swin_feature_maps(encoder: nn.Module, inputs: Inputs) -> tuple[Tensor, list[Tensor]]:
-    _check_not_checkpointing(encoder)
-    return encoder.forward_intermediates(**inputs)
+def _swin_feature_maps(encoder: nn.Module, inputs: Inputs) -> tuple[Tensor, tuple[Tensor, ...]]:
+    return _features(encoder, inputs, maps=True)
 
 
 _SWIN_V2 = (

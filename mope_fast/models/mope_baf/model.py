@@ -146,9 +146,7 @@ class MoPEBAF(TaskModel):
         """
         if pixel_values is None:
             raise ValueError("MoPEBAF got no pixel_values: its passes are joint, of text and image")
-        groups = self.hidden_states(input_ids, attention_mask, pixel_values)
-        features = self._pooled(groups, input_ids)
-        read = self.backbone.mlm_score(features) if isinstance(self.head, Verbalizer) else features
+        features, read = self.backbone(input_ids, attention_mask, pixel_values, run=self._features)
         logits = apply_head(self.head, read)
         loss = self.task_loss(logits, labels)
         return FusionOutput(loss=loss, logits=logits, task_loss=loss, features=features)
@@ -158,6 +156,15 @@ class MoPEBAF(TaskModel):
 
         Arguments and errors are those of :meth:`forward`.
         """
+        return self.backbone(input_ids, attention_mask, pixel_values, run=self._hidden_states)
+
+    def _features(self, input_ids: Tensor, attention_mask: Tensor | None, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B, D) and what the head reads, within the backbone's call."""
+        features = self._pooled(self._hidden_states(input_ids, attention_mask, pixel_values), input_ids)
+        return features, self.backbone.mlm_score(features) if isinstance(self.head, Verbalizer) else features
+
+    def _hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None, pixel_values: Tensor) -> Groups:
+        """Within the backbone's call."""
         vlmo = self.backbone
         groups = {"text": vlmo.embed_text(input_ids), "image": vlmo.embed_image(pixel_values)}
         check_same_batch(input_ids, pixel_values)
@@ -247,7 +254,8 @@ class MoPEBAF(TaskModel):
             dropout = self.backbone.text_embeddings.dropout
             training, dropout.training = dropout.training, False
             try:
-                rows = self.backbone.embed_text(source[None].to(prompt.device))[0]
+                ids = source[None].to(prompt.device)
+                rows = self.backbone(ids, run=lambda input_ids, *others: self.backbone.embed_text(input_ids))[0]
             finally:
                 dropout.training = training
         width = prompt.shape[-1]

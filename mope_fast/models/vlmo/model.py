@@ -118,7 +118,8 @@ class VLMo(nn.Module):
         pixel_values: Tensor | None = None,
         *,
         vl_experts: bool = False,
-    ) -> VLMoOutput:
+        run: Callable[[Tensor | None, Tensor | None, Tensor | None], Any] | None = None,
+    ) -> Any:
         """A joint pass with both modalities, else a pass of one of them.
 
         Args:
@@ -127,10 +128,17 @@ class VLMo(nn.Module):
             pixel_values: (B, 3, image_size, image_size).
             vl_experts: of one modality: the layers that have a vision-language expert take that one (the second path of the
                 pre-training) in place of the modality's own. A joint pass always does.
+            run: a pass of somebody else's, out of this model's parts, in place of its own: called with the three inputs, its result
+                is returned. Hooks, FSDP and offloading of this model take part in it.
+
+        Returns:
+            A :class:`VLMoOutput`, or what ``run`` returns.
 
         Raises:
             TypeError, ValueError: inputs of wrong types or shapes, or none at all.
         """
+        if run is not None:
+            return run(input_ids, attention_mask, pixel_values)
         parts = []
         if input_ids is not None:
             parts.append(("text", self.embed_text(input_ids)))
@@ -158,12 +166,15 @@ class VLMo(nn.Module):
     def embed_text(self, input_ids: Tensor) -> Tensor:
         """int64 (B, T) -> (B, T, D), as the first layer takes it."""
         _check_text(input_ids, self.config)
-        return self.text_embeddings(input_ids) + self.token_type_embeddings.weight[0]
+        return self.text_embeddings(input_ids) + self._token_type(0, input_ids)
 
     def embed_image(self, pixel_values: Tensor) -> Tensor:
         """(B, 3, image_size, image_size) -> (B, I, D), as the first layer takes it."""
         _check_image(pixel_values, self.config)
-        return self.transformer.embed(pixel_values) + self.token_type_embeddings.weight[1]
+        return self.transformer(pixel_values) + self._token_type(1, pixel_values)
+
+    def _token_type(self, index: int, like: Tensor) -> Tensor:
+        return self.token_type_embeddings(torch.full((), index, dtype=torch.int64, device=like.device))
 
     def key_padding_mask(
         self, attention_mask: Tensor | None, input_ids: Tensor | None, *, before: int = 0, after: int
@@ -235,7 +246,8 @@ class _Transformer(nn.Module):
             if parameter is not None:
                 nn.init.normal_(parameter, std=_INIT_STD)
 
-    def embed(self, pixel_values: Tensor) -> Tensor:
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Embeds patches; the layers are called one by one."""
         patches = self.patch_embed(pixel_values)
         x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
         return x if self.pos_embed is None else x + self.pos_embed
