@@ -11,6 +11,8 @@ from packages import package_folder
 from PIL import Image
 from torch import Tensor
 
+from mope_fast.data import load_image
+
 
 @dataclass(frozen=True)
 class Split:
@@ -40,7 +42,7 @@ def load_pictures(paths: list[Path], size: int) -> Tensor:
     """(n, 3, size, size), uint8: decoded and resized once for all epochs."""
     pictures = torch.empty(len(paths), size, size, 3, dtype=torch.uint8)
     for picture, path in zip(pictures, paths, strict=True):
-        image = Image.open(path).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+        image = load_image(path).resize((size, size), Image.Resampling.BICUBIC)
         picture.copy_(torch.from_numpy(np.array(image)))
     return pictures.permute(0, 3, 1, 2).contiguous()
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import torch
 from easy_vqa_data import Split, easy_vqa
-from PIL import Image
 from torch import Tensor
 
 from mope_fast import VLMoProcessor
+from mope_fast.data import load_image
 
 SIZE = 48
 LONGEST = 12
@@ -73,7 +73,7 @@ def load(held_out: str, device: str) -> tuple[Questions, Questions, Questions, i
 
 def _pictures(split: Split, processor: VLMoProcessor) -> Tensor:
     chunks = [split.paths[start : start + 500] for start in range(0, len(split.paths), 500)]
-    return torch.cat([processor(images=[Image.open(path) for path in chunk])["pixel_values"] for chunk in chunks])
+    return torch.cat([processor(images=[load_image(path) for path in chunk])["pixel_values"] for chunk in chunks])
 
 
 def _questions(

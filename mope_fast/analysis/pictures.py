@@ -2,7 +2,6 @@
 
 import base64
 import io
-import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..data import Post
+from ..data.images import load_image, pillow
 
 SIDE = 112
 """Longest side of a picture, in pixels."""
@@ -57,18 +57,13 @@ def show(sample: Any, name: str) -> Shown:
 
 def _data_uri(picture: Any, name: str) -> str:
     try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError("pictures on a report need Pillow: pip install 'mope_fast[analysis]'") from error
-    try:
-        image = _image(picture, Image).convert("RGBA")
-    except Exception as error:  # decoders raise whatever they like
+        image = load_image(_pillow_image(picture) if isinstance(picture, Tensor) else picture)
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
         kind = f"{picture.dtype} {tuple(picture.shape)}" if isinstance(picture, Tensor) else repr(picture)[:80]
         raise ValueError(
             f"{name}: expected a text, a PIL image, a path of one, or a tensor (3, H, W), got {kind} ({error})"
         ) from error
     image.thumbnail((SIDE, SIDE))
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     encoded = {}
     for kind, settings in (("png", {"optimize": True}), ("jpeg", {"quality": 82})):
         image.save(buffer := io.BytesIO(), kind, **settings)
@@ -77,21 +72,18 @@ def _data_uri(picture: Any, name: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(encoded[kind]).decode()}"
 
 
-def _image(picture: Any, pillow: Any) -> Any:
-    if isinstance(picture, pillow.Image):
-        return picture
-    if isinstance(picture, (str, os.PathLike)):
-        return pillow.open(picture)
-    if not isinstance(picture, Tensor):
-        raise TypeError(f"type {type(picture).__name__}")
+def _pillow_image(picture: Tensor) -> Any:
     if picture.dim() != 3 or picture.shape[0] not in (1, 3) or 0 in picture.shape:
         raise ValueError("the shape is not (3, H, W)")
     pixels = picture.detach().cpu()
     if pixels.dtype != torch.uint8:
+        if pixels.dtype != torch.bool and not pixels.is_floating_point():
+            raise ValueError("of integers only those of uint8 have a known range: scale the others to it")
         pixels = pixels.float()
-    if pixels.is_floating_point():
+        if not pixels.isfinite().all():
+            raise ValueError("it has NaN or infinite values")
         low, high = pixels.min(), pixels.max()
         if low < 0 or high > 1:  # normalised for a model
             pixels = (pixels - low) / (high - low).clamp(min=1e-12)
-        pixels = (pixels * 255).round().clamp(0, 255)
-    return pillow.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).to(torch.uint8).numpy())
+        pixels = (pixels * 255).round()
+    return pillow().fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).to(torch.uint8).numpy())

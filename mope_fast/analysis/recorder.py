@@ -346,7 +346,8 @@ class Recorder:
             path: the file.
             samples: what a sample is: a sequence, data set or function, id -> its text, its picture, a pair or dict of both, or a
                 :class:`mope_fast.data.Post`.
-                A picture is a PIL image, a path, or a tensor (3, H, W), uint8 or in 0..1 (others are stretched to it).
+                A picture is a PIL image or a path, shown as :func:`mope_fast.data.load_image` does, or a tensor (3, H, W): uint8,
+                bool, or floating-point in 0..1 (other values, normalised for a model, are stretched to it).
                 Without it top samples are shown by their ids.
             training: a recorder of the same model's training, whose curves are shown; without it these are of this recorder.
             title: default: "Routing of" and the model.

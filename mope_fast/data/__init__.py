@@ -3,6 +3,7 @@
 from .collator import FusionCollator, StackEach
 from .feature_cache import FeatureCache
 from .few_shot import FewShotSplit
+from .images import load_image
 from .jsonl import read_jsonl_folder
 from .metrics import Summary, classification_metrics, multi_label_metrics, summarize
 from .posts import Post, Posts
@@ -20,6 +21,7 @@ __all__ = [
     "StackEach",
     "Summary",
     "classification_metrics",
+    "load_image",
     "multi_label_metrics",
     "predict",
     "read_jsonl_folder",

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .images import is_pillow_image, load_image
 from .posts import Post
 
 Preprocess = Callable[..., Any]
@@ -24,7 +25,8 @@ class StackEach:
 class FusionCollator:
     """Makes a batch for :class:`MoPEFusion` of a list of samples: ``collate_fn`` of a DataLoader, ``data_collator`` of a Trainer.
 
-    Samples are :class:`Post` objects, whose images are opened here, in the DataLoader's worker; or dicts, as ``datasets`` has them.
+    Samples are :class:`Post` objects, whose images are opened here, in the DataLoader's worker; or dicts, as ``datasets`` has them,
+    whose PIL images become RGB as a viewer shows them, too (:func:`load_image`).
 
     Args:
         main: how the main side's values become the main encoder's inputs. A transformers tokenizer (pads to the longest,
@@ -97,7 +99,8 @@ def _value(sample: Post | Mapping[str, Any], field: str) -> Any:
             f"a sample has no field {field!r}, only {list(sample)}: name it (main_field=..., complementary_field=..., "
             "label_field=...); transformers' Trainer drops fields unless remove_unused_columns=False"
         )
-    return sample[field]
+    value = sample[field]
+    return load_image(value) if is_pillow_image(value) else value
 
 
 def _inputs(name: str, preprocess: Preprocess | None, values: list[Any]) -> Any:

@@ -1,7 +1,7 @@
 """FeatureCache: what a frozen encoder gives for each sample, computed once and kept on disk."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import chain
 from multiprocessing.util import Finalize
@@ -12,22 +12,27 @@ import torch
 from torch import Tensor, nn
 
 from .. import encoders
+from .._locks import Guarded
 from .feature_store import FeatureStore
 from .fingerprint import encoder_fingerprint, sample_keys
 
 Inputs = Tensor | Mapping[str, Tensor]
+TEXT_FAMILIES = ("bert", "roberta", "distilbert", "bart", "gpt2")
+TOKEN_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
 
 class FeatureCache:
     """Features of a frozen encoder, found by the content of each sample and computed once for all runs and processes.
 
     A plain callable, not a module: a model it is part of neither saves, nor moves, nor casts its encoder. Rows are looked up by a
-    hash of what the encoder would get, so order, batches and padding behind the last real token don't matter; a row is what the
-    encoder gave in the batch it was first seen in. Inputs on a GPU are copied to the host for that, which waits for the device: for
-    training steps that never wait, take :meth:`precompute`'s tensor. ``torch.compile`` leaves a call out of the graph.
+    hash of what the encoder would get, every byte of it, so order and batches don't matter, nor does padding of text behind the
+    last real token (see ``padded_inputs``); a row is what the encoder gave in the batch it was first seen in. Inputs on a GPU are
+    copied to the host for that, which waits for the device: for training steps that never wait, take :meth:`precompute`'s tensor.
+    ``torch.compile`` leaves a call out of the graph.
 
     Processes may share a folder without any coordination. A kill loses at most the rows not flushed yet. Copies and pickles share
-    the folder too. Within a process use it from one thread at a time.
+    the folder too. Threads of a process may call it at once: they take turns. Rows that another version of the library stored under
+    keys made otherwise are computed again; their files are left alone, and a warning names them.
 
     Args:
         folder: made if it isn't there; for one encoder only.
@@ -38,11 +43,15 @@ class FeatureCache:
             config, parameters and buffers. Change it with anything else that features depend on.
         flush_every: rows kept in memory at most before they are written; also written by :meth:`flush`, at the end of a ``with``
             block and of the interpreter.
+        padded_inputs: names of inputs (B, S, ...) that hold padding which the encoder doesn't read: what is behind a sample's last
+            real token by ``attention_mask`` (B, S), itself one of them. It is left out of the key. Default: input_ids,
+            attention_mask, token_type_ids and position_ids for transformers' BERT, RoBERTa, DistilBERT, BART and GPT-2; nothing for
+            any other encoder. CLIP may find its end of text behind the mask.
 
     Raises:
-        TypeError: the encoder can't be called.
-        ValueError: a fingerprint is missing, the folder is of another encoder or a newer version, or a file in it is damaged; the
-            message says which and what to do. Nothing stored is lost by it.
+        TypeError: the encoder can't be called, or ``padded_inputs`` are no names.
+        ValueError: a fingerprint is missing, the folder is of another encoder, or a file in it is damaged; the message says which
+            and what to do. Nothing stored is lost by it.
         NotADirectoryError: ``folder`` is a file.
 
     Example:
@@ -58,6 +67,7 @@ class FeatureCache:
         *,
         fingerprint: str | None = None,
         flush_every: int = 1024,
+        padded_inputs: Collection[str] | None = None,
     ):
         if not callable(encoder):
             raise TypeError(f"encoder must be a module or a callable that gives (B, D) features, got {type(encoder).__name__}")
@@ -70,6 +80,13 @@ class FeatureCache:
             )
         if not isinstance(flush_every, int) or flush_every < 1:
             raise ValueError(f"flush_every must be an integer >= 1, got {flush_every!r}")
+        if padded_inputs is None:
+            padded_inputs = _padded_inputs(encoder)
+        elif isinstance(padded_inputs, str) or not all(isinstance(name, str) for name in padded_inputs):
+            raise TypeError(
+                f"padded_inputs must be names of inputs, such as ('input_ids', 'attention_mask'), got {padded_inputs!r}"
+            )
+        self._padded = frozenset(padded_inputs)
         self.encoder = encoder
         self._named = fingerprint is not None
         self._open(Path(folder).absolute(), encoder_fingerprint(encoder) if fingerprint is None else fingerprint, flush_every)
@@ -96,19 +113,21 @@ class FeatureCache:
         """
         inputs = keywords if inputs is None else inputs
         named = _check_inputs(inputs)
-        self._check_unchanged()
-        keys = sample_keys(named)
-        missing = self._missing(keys)
-        if missing:
-            self._store.refresh()
+        keys = sample_keys(named, self._padded)
+        with self._store.lock:
+            self._check_unchanged()
             missing = self._missing(keys)
-        if missing:
-            index = torch.tensor(list(missing.values()))
-            batch = {name: tensor.detach()[index.to(tensor.device)] for name, tensor in named.items()}
-            features = self._encode(batch, len(missing))
-            self._flush_at_exit()
-            self._store.add(list(missing), features)
-        return torch.stack([self._store.get(key) for key in keys]).to(next(iter(named.values())).device)
+            if missing:
+                self._store.refresh()
+                missing = self._missing(keys)
+            if missing:
+                index = torch.tensor(list(missing.values()))
+                batch = {name: tensor.detach()[index.to(tensor.device)] for name, tensor in named.items()}
+                features = self._encode(batch, len(missing))
+                self._flush_at_exit()
+                self._store.add(list(missing), features)
+            rows = torch.stack([self._store.get(key) for key in keys])
+        return rows.to(next(iter(named.values())).device)
 
     def precompute(self, loader: Iterable[Inputs], *, progress: bool = True) -> Tensor:
         """The features of all batches of ``loader``, (N, D) in its order, where its inputs are.
@@ -164,7 +183,8 @@ class FeatureCache:
 
     def __len__(self) -> int:
         """Distinct samples that this process knows features of."""
-        return len(self._store)
+        with self._store.lock:
+            return len(self._store)
 
     def flush(self) -> None:
         """Write what is only in memory; when this returns, no kill or power cut loses it."""
@@ -181,13 +201,14 @@ class FeatureCache:
         return f"FeatureCache({str(self.folder)!r}, {_name(self.encoder)}, {len(self)} features{width})"
 
     def __getstate__(self) -> dict[str, Any]:
-        self._check_unchanged()
-        self.flush()
+        with self._store.lock:
+            self._check_unchanged()
+            self.flush()
         arguments = (self.folder, self.fingerprint, self._store.flush_every)
-        return {"encoder": self.encoder, "named": self._named, "arguments": arguments}
+        return {"encoder": self.encoder, "named": self._named, "padded": self._padded, "arguments": arguments}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.encoder, self._named = state["encoder"], state["named"]
+        self.encoder, self._named, self._padded = state["encoder"], state["named"], state["padded"]
         self._open(*state["arguments"])
 
     def _missing(self, keys: list[bytes]) -> dict[bytes, int]:
@@ -258,15 +279,46 @@ def _versions(encoder: object) -> list[tuple[Any, ...]]:
     return [(id(t), t.dtype, 0 if t.is_inference() else t._version) for t in _tensors(encoder)]
 
 
+def _padded_inputs(encoder: object) -> tuple[str, ...]:
+    """Where the feature is of real tokens only, as these families have it; a subclass or other pooling may read more."""
+    family, kind = encoders.find_family(encoder), type(encoder)
+    if family is None or family.name not in TEXT_FAMILIES or f"{kind.__module__}.{kind.__qualname__}" not in family.models:
+        return ()
+    ours = all(function.__module__.startswith(encoders.__name__) for function in (family.run, family.feature))
+    return TOKEN_INPUTS if ours else ()
+
+
+class _Modes(Guarded):
+    """Of each module that is evaluated: its mode before the first block, and the blocks that hold it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: dict[tuple[int, nn.Module], tuple[bool, set[object]]] = {}
+
+
+_modes = _Modes()
+
+
 @contextmanager
 def evaluating(encoder: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in encoder.modules()]
-    encoder.eval()
+    """Eval mode for the block. Blocks of several threads may share modules: the last one gives the modes back."""
+    # by process: a forked one inherits blocks of threads that it doesn't have
+    block, keys = object(), [(os.getpid(), module) for module in encoder.modules()]
     try:
+        with _modes.lock:
+            for key in keys:
+                _modes.of.setdefault(key, (key[1].training, set()))[1].add(block)
+            encoder.eval()
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        with _modes.lock:
+            for key in keys:
+                mode, blocks = _modes.of.get(key, (None, None))
+                if blocks is not None:
+                    blocks.discard(block)
+                    if not blocks:
+                        key[1].training = mode
+                        del _modes.of[key]
 
 
 def _check_inputs(inputs: object) -> dict[str, Tensor]:

@@ -1,15 +1,21 @@
-"""Rows on disk under keys: immutable segments, each published at once, that any number of processes read and write without locks.
+"""Rows on disk under keys: immutable segments, each published at once, that any number of processes read and write without locks
+between them.
 
 A segment is a safetensors file under a name of its own, mapped when read. Two writers never touch one file, so a row may be stored
 twice, but none is lost. A row that was flushed is in some durable segment at every moment: the sources of a merged segment are
 removed only after it is on disk.
+
+The names of files have the number of their format. Those of another format are never read, merged or removed: versions of the
+library that share a folder don't meet.
 """
 
 import contextlib
 import hashlib
 import json
 import os
+import re
 import uuid
+import warnings
 import zlib
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,12 +28,16 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from .._files import is_leftover, write_atomically
+from .._locks import Guarded
 from .fingerprint import KEY_BYTES, raw_bytes
 
-META = "meta.json"
-FORMAT = 1
+FORMAT = 2
+"""Of keys and files: what a key is made of belongs to it. The first one's files are meta.json and features-*."""
+META = f"meta.{FORMAT}.json"
 FIELDS = {"format": int, "fingerprint": str, "encoder": str, "width": int, "dtype": str}
-PREFIX, SUFFIX = "features-", ".safetensors"
+PREFIX, SUFFIX = f"features.{FORMAT}-", ".safetensors"
+SEGMENT = re.compile(r"features(\.[0-9]+)?-[0-9a-f]+\.safetensors")
+"""Of any format."""
 MANY = 16
 """So many small segments are merged when a store is opened."""
 SMALL = 64 << 20
@@ -104,8 +114,10 @@ class Segment:
         return self.features[index]
 
 
-class FeatureStore:
+class FeatureStore(Guarded):
     """key -> feature row (D,), in a folder of one encoder.
+
+    Where several threads use it, each holds ``lock`` while it asks or adds; :meth:`flush` takes it itself.
 
     Args:
         folder: made if it isn't there.
@@ -114,6 +126,7 @@ class FeatureStore:
     """
 
     def __init__(self, folder: Path, fingerprint: str, encoder: str, flush_every: int):
+        super().__init__()
         self.folder, self.fingerprint, self.encoder, self.flush_every = folder, fingerprint, encoder, flush_every
         self.width: int | None = None
         self.dtype: torch.dtype | None = None
@@ -125,6 +138,7 @@ class FeatureStore:
         folder.mkdir(parents=True, exist_ok=True)
         self._read_meta()
         self.refresh()
+        self._warn_of_other_formats()
         # only to have fewer files: a folder that can't be written, or a full disk, is good enough for reading
         with contextlib.suppress(OSError):
             self._remove_leftovers()
@@ -163,8 +177,11 @@ class FeatureStore:
 
     def flush(self) -> None:
         """Make all rows durable; on an error they stay in memory."""
-        if not self.pending:
-            return
+        with self.lock:
+            if self.pending:
+                self._write_pending()
+
+    def _write_pending(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / META).exists():
             write_atomically(self.folder / META, json.dumps(self._meta(), indent=2).encode(), replace=False)
@@ -186,6 +203,15 @@ class FeatureStore:
             for name in sorted(names - self._segments.keys()):
                 with contextlib.suppress(FileNotFoundError):
                     self._adopt(name)
+
+    def _warn_of_other_formats(self) -> None:
+        others = sorted(name for name in self._files() if SEGMENT.fullmatch(name) and not name.startswith(PREFIX))
+        if others:
+            warnings.warn(
+                f"{self.folder} also holds {len(others)} files of another version of mope_fast ({others[0]}, ...): their rows are "
+                "not used but computed again; delete them if no process of that version needs them",
+                stacklevel=5,
+            )
 
     def _files(self) -> list[str]:
         try:
@@ -221,11 +247,9 @@ class FeatureStore:
 
     def _check(self, meta: Any, path: Path) -> None:
         """Take the width and dtype of a description, once it is known to be of this encoder."""
-        version = meta.get("format") if isinstance(meta, dict) else None
-        if isinstance(version, int) and version > FORMAT:
-            raise ValueError(f"{path} has format {version}, this version reads {FORMAT}: update mope_fast, or use another folder")
-        if version != FORMAT or any(not isinstance(meta.get(name), kind) for name, kind in FIELDS.items()):
-            raise _damaged(path, f"expected {', '.join(FIELDS)}")
+        whole = isinstance(meta, dict) and all(isinstance(meta.get(name), kind) for name, kind in FIELDS.items())
+        if not whole or meta["format"] != FORMAT:
+            raise _damaged(path, f"expected {', '.join(FIELDS)}, of format {FORMAT}")
         dtype = getattr(torch, meta["dtype"], None)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise _damaged(path, f"{meta['dtype']!r} is no dtype of features")

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -25,53 +26,43 @@ def _on_host(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().resolve_conj().resolve_neg()
 
 
-def sample_keys(inputs: dict[str, Tensor]) -> list[bytes]:
+def sample_keys(inputs: dict[str, Tensor], padded: Collection[str] = ()) -> list[bytes]:
     """One key for each sample, of names, dtypes, shapes and bytes.
-
-    What is behind a sample's last real token, by an ``attention_mask`` (B, S), is left out of every tensor (B, S, ...) if it looks
-    like padding: zeros, or one repeated integer. A table or an image whose second dimension happens to be S is no padding.
 
     Args:
         inputs: tensors (B, ...) with one B >= 1.
+        padded: names of tensors of token sequences. Of those that are (B, S, ...) for an ``attention_mask`` (B, S) in ``inputs``,
+            what is behind a sample's last real token (mask nonzero) is left out.
     """
     tensors = {name: _on_host(inputs[name]) for name in sorted(inputs)}
-    lengths, padded = _real_lengths(tensors.get("attention_mask"))
+    mask = tensors.get("attention_mask")
+    lengths = _real_lengths(mask) if padded and mask is not None and mask.dim() == 2 and mask.numel() else []
     batch = len(next(iter(tensors.values())))
     digests = [hashlib.blake2b(digest_size=KEY_BYTES) for _ in range(batch)]
     for name, tensor in tensors.items():
         data, shape = raw_bytes(tensor), tuple(tensor.shape[1:])
         size = tensor.nbytes // batch
+        cut = bool(lengths) and name in padded and shape[:1] == mask.shape[1:]
         for i, digest in enumerate(digests):
-            sample, kept = data[i * size : (i + 1) * size], shape
-            if lengths and shape and shape[0] == padded:
-                end = lengths[i] * (size // padded)
-                if _is_padding(sample[end:], tensor):
-                    sample, kept = sample[:end], (lengths[i], *shape[1:])
-            digest.update(repr((name, str(tensor.dtype), kept)).encode())
-            digest.update(sample)
+            kept, end = ((lengths[i], *shape[1:]), lengths[i] * (size // shape[0])) if cut else (shape, size)
+            # one that was cut is never taken for one that wasn't
+            digest.update(repr((name, str(tensor.dtype), kept, cut)).encode())
+            digest.update(data[i * size : i * size + end])
     return [digest.digest() for digest in digests]
 
 
-def _real_lengths(mask: Tensor | None) -> tuple[Sequence[int], int]:
-    """Where each sample's padding begins, and S; no lengths without a mask (B, S)."""
-    if mask is None or mask.dim() != 2 or not mask.numel():
-        return (), 0
-    padded = mask.shape[1]
-    lengths = (mask.ne(0) * torch.arange(1, padded + 1)).amax(1)
+def _real_lengths(mask: Tensor) -> list[int]:
+    """Where the padding of each row (B, S) begins."""
+    tokens = mask.shape[1]
+    lengths = (mask.ne(0) * torch.arange(1, tokens + 1)).amax(1)
     # a sample without any real token is all that it has
-    return torch.where(lengths > 0, lengths, padded).tolist(), padded
-
-
-def _is_padding(data: memoryview, tensor: Tensor) -> bool:
-    size = tensor.element_size()
-    value = bytes(size) if tensor.is_floating_point() else bytes(data[:size])
-    return data == value * (len(data) // size)
+    return torch.where(lengths > 0, lengths, tokens).tolist()
 
 
 def encoder_fingerprint(encoder: nn.Module) -> str:
     """A hash of an encoder's class, structure, settings, configuration, parameters and buffers.
 
-    Not of its device or training mode, or of attributes that are neither numbers nor texts.
+    Not of its device or training mode, or of attributes that are neither numbers, texts, functions nor lists and dicts of them.
     """
     digest = hashlib.blake2b(digest_size=KEY_BYTES)
     configs: list[Any] = []
@@ -90,11 +81,18 @@ def encoder_fingerprint(encoder: nn.Module) -> str:
 def _settings(module: nn.Module) -> list[tuple[str, Any]]:
     """Plain public attributes: what shows in no parameter, as timm's way to pool."""
     names = sorted(name for name in vars(module) if not name.startswith("_") and name not in SWITCHES)
-    return [(name, value) for name in names if _is_plain(value := vars(module)[name])]
+    return [(name, value) for name in names if (value := _plain(vars(module)[name])) is not None]
 
 
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, (bool, int, float, str)) or (isinstance(value, tuple) and all(map(_is_plain, value)))
+def _plain(value: Any) -> Any:
+    """What reads the same in every process, or None."""
+    if isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return [(str(key), _plain(item)) for key, item in value.items()]
+    return f"{value.__module__}.{value.__qualname__}" if isinstance(value, (FunctionType, BuiltinFunctionType, type)) else None
 
 
 def _lasting(config: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, overload
 import torch
 from torch import Tensor
 
+from .images import load_image, pillow
 from .lines import listed
 
 if TYPE_CHECKING:
@@ -30,26 +31,23 @@ class Post:
     label: int | tuple[int, ...]
 
     def open_image(self) -> "Image.Image":
-        """The whole image, decoded, in RGB; for a post without one a grey picture of 256 x 256, as MoPE's released code has it.
+        """The image as a viewer shows it, in RGB (:func:`load_image`).
+
+        For a post without one a grey picture of 256 x 256, as MoPE's released code has it.
 
         Raises:
-            ImportError: pillow is not installed.
-            OSError: the file is missing (FileNotFoundError), truncated or no image; the message names it.
+            ImportError: Pillow is not installed.
+            OSError: the file is missing (FileNotFoundError), or can't be shown; the message names it.
         """
-        try:
-            from PIL import Image
-        except ImportError as error:
-            raise ImportError("open_image needs pillow: pip install 'mope_fast[few-shot]'") from error
         if self.image is None:
-            return Image.new("RGB", (256, 256), (128, 128, 128))
+            return pillow().new("RGB", (256, 256), (128, 128, 128))
         try:
-            with Image.open(self.image) as image:
-                return image.convert("RGB")
+            return load_image(self.image)
         except FileNotFoundError:
             raise FileNotFoundError(f"the image of post {self.id} is missing: {self.image}") from None
-        except Exception as error:  # decoders raise whatever they like: SyntaxError, struct.error, DecompressionBombError
-            reason = f"({type(error).__name__}: {error}); get it again or leave the post out"
-            raise OSError(f"the image of post {self.id} can't be read: {self.image} {reason}") from error
+        except OSError as error:
+            reason = f"{error}; get it again or leave the post out"
+            raise OSError(f"the image of post {self.id} can't be read: {reason}") from error.__cause__
 
 
 @dataclass(frozen=True, repr=False)
@@ -116,7 +114,7 @@ class Posts(Sequence[Post]):
             progress: show a bar.
 
         Raises:
-            ImportError: pillow is not installed.
+            ImportError: Pillow is not installed.
             OSError: some can't be read; the message has the first ten, and their number.
         """
         from tqdm import tqdm

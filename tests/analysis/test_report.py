@@ -5,6 +5,7 @@ import io
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -156,6 +157,19 @@ def test_samples_are_shown_whatever_kind_they_are(tmp_path):
     assert pixels(shown[1][1]).size == (112, 56)
 
 
+def test_a_picture_is_what_a_viewer_shows(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(np.full((4, 8), 128 * 257, np.uint16)).save(tmp_path / "grey.png", exif=exif)
+    recorder = Recorder(top=2)
+    recorder.update(torch.rand(1, 2, 2))
+    samples = [("turned grey", tmp_path / "grey.png"), ("white", Image.new("LA", (4, 8), 0))]
+    data = data_of(recorder.report(tmp_path / "report.html", samples=samples))
+    for _, text, uri in data["samples"]:
+        assert pixels(uri).size == (4, 8)
+        assert pixels(uri).convert("RGB").getcolors() == [(32, (255 if text == "white" else 128,) * 3)]
+
+
 def test_lone_surrogates_do_not_cost_the_report(tmp_path):
     recorder = Recorder(class_names=["caf\udce9", "tea"])
     recorder.update(torch.rand(1, 2, 2), labels=[0, 1])
@@ -170,6 +184,9 @@ def test_lone_surrogates_do_not_cost_the_report(tmp_path):
         ({0: "text"}, "samples has no 1"),
         ([3, 4], "sample [01]: expected a text, a PIL image, a path of one, or a tensor .* got [34]"),
         ([torch.zeros(4, 4)] * 2, r"sample [01]: .* got torch.float32 \(4, 4\) \(the shape is not \(3, H, W\)\)"),
+        ([torch.full((3, 4, 4), float("nan"))] * 2, r"sample [01]: .* \(it has NaN or infinite values\)"),
+        ([torch.zeros(3, 4, 4, dtype=torch.uint16)] * 2, r"got torch.uint16 .*of integers only those of uint8 have a known range"),
+        ([Image.new("F", (4, 4))] * 2, r"sample [01]: .*mode F of an image in memory has no range"),
         ([{"label": 1}] * 2, r"sample [01]: a dict must have 'text' or 'image', got \['label'\]"),
         ([("text", "missing.png")] * 2, "sample [01]: .* got 'missing.png'"),
     ],
@@ -187,7 +204,7 @@ def test_a_page_of_texts_needs_no_pillow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     recorder = recorded(samples=2)
     recorder.report(tmp_path / "report.html", samples=["a", "b"])
-    with pytest.raises(ImportError, match=r"need Pillow: pip install 'mope_fast\[analysis\]'"):
+    with pytest.raises(ImportError, match="pictures need Pillow: pip install pillow"):
         recorder.report(tmp_path / "report.html", samples=[torch.zeros(3, 4, 4)] * 2)
 
 

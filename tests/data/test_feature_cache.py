@@ -1,5 +1,6 @@
 import contextlib
 import copy
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -8,6 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -16,11 +18,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, CLIPTextConfig, CLIPTextModel
 
 import mope_fast
 from mope_fast import FeatureCache, MoPEConfig, MoPEFusion, _files, encoders
 from mope_fast.data import feature_store
+from mope_fast.data.feature_cache import evaluating
 from mope_fast.data.fingerprint import encoder_fingerprint
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="forks, and reads /proc")
@@ -72,7 +75,7 @@ def padded(text, more, **values):
 
 
 def segments(folder):
-    return sorted(Path(folder).glob("features-*.safetensors"))
+    return sorted(Path(folder).glob("features.2-*.safetensors"))
 
 
 def forked(function, *args):
@@ -194,28 +197,26 @@ def test_inputs_of_other_dtypes(tmp_path, dtype):
 # padding
 
 
-@pytest.mark.parametrize("pad", [0, 1])
 @pytest.mark.parametrize("mask_dtype", [torch.long, torch.bool, torch.float32])
-def test_the_same_text_padded_to_another_length_is_the_same_sample(tmp_path, pad, mask_dtype):
+def test_the_same_text_padded_to_another_length_is_the_same_sample(tmp_path, mask_dtype):
     spy, text = Spy(lambda **tensors: torch.randn(3, 2)), make_text()
-    text["input_ids"].masked_fill_(text["attention_mask"] == 0, pad)
-    text["token_type_ids"] = torch.zeros_like(text["input_ids"])
     text["boxes"] = text["attention_mask"][..., None].expand(-1, -1, 4)
     text["image"] = torch.randn(3, 3, 8, 8)
     text["attention_mask"] = text["attention_mask"].to(mask_dtype)
-    cache = make_cache(tmp_path, spy)
-    longer = padded({k: v for k, v in text.items() if v.dim() == 2}, 5, input_ids=pad)
-    longer |= {"boxes": nn.functional.pad(text["boxes"], (0, 0, 0, 5)), "image": text["image"]}
-    assert torch.equal(cache(longer), cache(text))
+    cache = make_cache(tmp_path, spy, padded_inputs=("input_ids", "attention_mask", "boxes"))
+    longer = padded({k: v for k, v in text.items() if v.dim() == 2}, 5, input_ids=1)
+    longer |= {"boxes": nn.functional.pad(text["boxes"], (0, 0, 0, 5), value=2), "image": text["image"]}
+    expected = cache(text)
     longest = int(text["attention_mask"].ne(0).sum(1).max())
     shorter = {name: tensor if name == "image" else tensor[:, :longest] for name, tensor in text.items()}
-    assert torch.equal(cache(shorter), cache(text))
+    assert torch.equal(cache(longer), expected)
+    assert torch.equal(copy.copy(cache)(shorter), expected)
     assert len(spy.batches) == 1
 
 
 def test_padding_before_and_between_real_tokens_counts(tmp_path):
     spy = Spy(lambda **tensors: torch.ones(1, 2))
-    cache = make_cache(tmp_path, spy)
+    cache = make_cache(tmp_path, spy, padded_inputs=("input_ids", "attention_mask"))
     ids = torch.tensor([[5, 6, 7, 0]])
     for mask in ([1, 1, 1, 0], [0, 1, 1, 0], [1, 0, 1, 0], [1, 1, 1, 1], [1, 1, 0, 0]):
         cache({"input_ids": ids, "attention_mask": torch.tensor([mask])})
@@ -224,27 +225,79 @@ def test_padding_before_and_between_real_tokens_counts(tmp_path):
 
 def test_samples_without_a_real_token_are_told_apart(tmp_path):
     spy = Spy(lambda **tensors: torch.ones(len(tensors["input_ids"]), 2))
-    cache = make_cache(tmp_path, spy)
+    cache = make_cache(tmp_path, spy, padded_inputs=("input_ids", "attention_mask"))
     cache({"input_ids": torch.tensor([[1, 1], [3, 3]]), "attention_mask": torch.zeros(2, 2)})
     assert len(cache) == 2
 
 
-def test_what_only_looks_like_padding_is_not_cut(tmp_path):
-    """Three tokens and three channels, four tokens and four columns."""
-    spy = Spy(lambda **tensors: torch.ones(1, 2))
-    cache = make_cache(tmp_path, spy)
-    images, table = torch.randn(2, 1, 3, 5, 5), torch.randn(2, 1, 3)
-    images[1, :, 0], table[1, :, 0] = images[0, :, 0], table[0, :, 0]
-    table[:, :, 1:] = torch.tensor([1.0, 2.0])[:, None, None]
-    text = {"input_ids": torch.tensor([[4, 0, 0]]), "attention_mask": torch.tensor([[1, 0, 0]])}
-    for i in range(2):
-        cache({**text, "image": images[i]})
-        cache({**text, "table": table[i]})
-    assert len(spy.batches) == 4
+@pytest.mark.parametrize(
+    ("name", "shape", "padded_inputs"),
+    [("values", (4, 1), None), ("pixel_values", (4, 4), None), ("values", (4, 1), ("input_ids", "attention_mask"))],
+)
+def test_what_only_looks_like_padding_is_content(tmp_path, name, shape, padded_inputs):
+    """Three real tokens of four, and something else of length four."""
+    cache = make_cache(tmp_path, lambda **inputs: inputs[name].flatten(1).double(), padded_inputs=padded_inputs)
+    text = {"input_ids": torch.tensor([[1, 2, 3, 0]]), "attention_mask": torch.tensor([[1, 1, 1, 0]])}
+    value = torch.arange(1, 5)[:, None].expand(shape)
+    for sample in (value, torch.cat([value[:3], value[3:] * 100])):
+        assert torch.equal(cache({**text, name: sample[None]}), sample.flatten()[None].double())
+
+
+def test_an_encoder_that_reads_padding_gets_its_own_feature(tmp_path):
+    mean = make_cache(tmp_path, lambda input_ids, attention_mask: input_ids.float().mean(1, keepdim=True))
+    mask = torch.tensor([[1, 1, 0, 0]])
+    for ids in ([[5, 6, 0, 0]], [[5, 6, 7, 7]]):
+        assert mean({"input_ids": torch.tensor(ids), "attention_mask": mask}).item() == sum(ids[0]) / 4
+    assert mean({"input_ids": torch.tensor([[5, 6]]), "attention_mask": mask[:, :2]}).item() == 5.5
+
+
+def test_what_was_cut_is_never_taken_for_what_was_not(tmp_path):
+    text = {"input_ids": torch.tensor([[5, 6, 0]]), "attention_mask": torch.tensor([[1, 1, 0]])}
+    make_cache(tmp_path, lambda **inputs: torch.ones(1, 2), padded_inputs=text)(text)
+    short = {name: tensor[:, :2] for name, tensor in text.items()}
+    assert torch.equal(make_cache(tmp_path, lambda **inputs: torch.zeros(1, 2))(short), torch.zeros(1, 2))
+
+
+def test_padding_is_left_out_by_itself_only_where_the_feature_is_known_not_to_see_it(tmp_path, monkeypatch):
+    class ReadsAll(BertModel):
+        def forward(self, input_ids, attention_mask):
+            output = super().forward(input_ids=input_ids, attention_mask=attention_mask)
+            output.last_hidden_state = output.last_hidden_state.mean(1, keepdim=True)
+            return output
+
+    bert, text = make_bert(), make_text()
+    others = padded(text, 3)
+    FeatureCache(tmp_path / "bert", bert)(text)
+    cache = FeatureCache(tmp_path / "bert", bert)
+    cache(others)
+    assert len(cache) == 3
+    cache = FeatureCache(tmp_path / "subclass", ReadsAll(bert.config).eval())
+    cache(text)
+    cache(others)
+    assert len(cache) == 6
+    family = encoders.find_family(bert)
+    monkeypatch.setattr(encoders.families, "_FAMILIES", dict(encoders.families._FAMILIES))
+    mean = dataclasses.replace(family, feature=lambda encoder, output, inputs: output.last_hidden_state.mean(1))
+    encoders.register_encoder(mean)
+    cache = FeatureCache(tmp_path / "mean", bert)
+    with torch.no_grad():
+        expected = bert(**others).last_hidden_state.mean(1)
+    cache(text)
+    assert torch.equal(cache(others), expected)
+
+
+def test_an_end_of_text_behind_the_mask_counts(tmp_path):
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 40}
+    config = CLIPTextConfig(**sizes, max_position_embeddings=24, bos_token_id=48, eos_token_id=49, pad_token_id=49)
+    clip = CLIPTextModel(config).requires_grad_(False).eval()
+    cache, mask = FeatureCache(tmp_path, clip), torch.tensor([[1, 1, 1, 0]])
+    for last in (49, 0):
+        text = {"input_ids": torch.tensor([[48, 3, 4, last]]), "attention_mask": mask}
+        torch.testing.assert_close(cache(text), clip(**text).pooler_output)
 
 
 def test_a_mask_of_another_shape_cuts_nothing(tmp_path):
-    cache = make_cache(tmp_path, lambda **tensors: torch.ones(2, 2))
+    cache = make_cache(tmp_path, lambda **tensors: torch.ones(2, 2), padded_inputs=["input_ids", "attention_mask"])
     ids = torch.tensor([[1, 2, 0], [1, 2, 3]])
     cache({"input_ids": ids, "attention_mask": ids.ne(0)[:, None, None].expand(2, 1, 3, 3)})
     cache({"input_ids": ids, "attention_mask": torch.ones(2, 0)})
@@ -441,9 +494,9 @@ def test_a_trained_encoder_is_refused_until_it_is_back(tmp_path):
 def test_the_cache_of_another_encoder_is_refused(tmp_path):
     with FeatureCache(tmp_path, make_encoder()) as cache:
         expected = cache(torch.ones(1, 6))
-    with pytest.raises(ValueError, match=r"meta.json is of another encoder: expected Sequential .* use another folder"):
+    with pytest.raises(ValueError, match=r"meta.2.json is of another encoder: expected Sequential .* use another folder"):
         FeatureCache(tmp_path, make_encoder(seed=1))
-    (tmp_path / "meta.json").unlink()
+    (tmp_path / "meta.2.json").unlink()
     with pytest.raises(ValueError, match=r"safetensors is of another encoder"):
         FeatureCache(tmp_path, make_encoder(seed=1))
     assert torch.equal(FeatureCache(tmp_path, make_encoder())(torch.ones(1, 6)), expected)
@@ -472,8 +525,8 @@ def test_reopened_it_encodes_nothing(tmp_path):
     assert len(reopened) == 10
     assert torch.equal(reopened(x), rows_of(x))
     assert not spy.batches
-    assert json.loads((tmp_path / "meta.json").read_text()) == {
-        "format": 1,
+    assert json.loads((tmp_path / "meta.2.json").read_text()) == {
+        "format": 2,
         "fingerprint": "rows",
         "encoder": "rows_of",
         "width": WIDTH,
@@ -577,6 +630,28 @@ def test_stored_rows_are_read_through_a_mapping(tmp_path):
     assert torch.equal(cache(x), rows_of(x))
 
 
+def test_rows_of_another_format_are_computed_again_and_its_processes_go_on(tmp_path, monkeypatch):
+    """A store of the first format, whose keys left out what only looked like padding."""
+    x, spy = torch.randn(3, 6), Spy()
+    with monkeypatch.context() as context:
+        for name, value in (("FORMAT", 1), ("META", "meta.json"), ("PREFIX", "features-")):
+            context.setattr(feature_store, name, value)
+        old = make_cache(tmp_path, lambda x: rows_of(x) * 0, flush_every=1)
+        old(x)
+        before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.warns(UserWarning, match=r"1 files of another version of mope_fast \(features-.*rows are not used but computed"):
+        cache = make_cache(tmp_path, spy, flush_every=1)
+    assert torch.equal(cache(x), rows_of(x))
+    assert torch.equal(spy.batches[0], x)
+    assert all(file.read_bytes() == data for file, data in before.items())
+    with monkeypatch.context() as context, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, value in (("FORMAT", 1), ("META", "meta.json"), ("PREFIX", "features-")):
+            context.setattr(feature_store, name, value)
+        assert torch.equal(old(x + 1), rows_of(x) * 0)
+        assert len(make_cache(tmp_path)) == 6
+
+
 # merging
 
 
@@ -624,7 +699,7 @@ def test_a_merged_segment_keeps_rows_that_others_have_too(tmp_path, monkeypatch)
     for cache in caches:
         cache.flush()
     big = max(segments(tmp_path), key=lambda file: file.stat().st_size)
-    big.rename(tmp_path / "features-0.safetensors")
+    big.rename(tmp_path / "features.2-0.safetensors")
     monkeypatch.setattr(feature_store, "MANY", 2)
     monkeypatch.setattr(feature_store, "SMALL", 4 * WIDTH * 5)
     make_cache(tmp_path)
@@ -705,7 +780,7 @@ def test_a_folder_that_can_not_be_written_can_be_read(tmp_path, monkeypatch, nam
 
 def test_leftovers_of_killed_processes_are_ignored_and_removed_when_old(tmp_path):
     fill(tmp_path, 2)
-    old, new, foreign = (tmp_path / name for name in (".features-a.safetensors.b.tmp", ".meta.json.c.tmp", "mine.tmp"))
+    old, new, foreign = (tmp_path / name for name in (".features.2-a.safetensors.b.tmp", ".meta.2.json.c.tmp", "mine.tmp"))
     for file in (old, new, foreign):
         file.write_bytes(b"half")
     for file in (old, foreign):
@@ -773,6 +848,8 @@ def test_wrong_features_are_refused_and_nothing_stored_is_lost(tmp_path, gives, 
         ({"flush_every": 1.5}, ValueError, "got 1.5"),
         ({"fingerprint": ""}, ValueError, "a text that names the encoder"),
         ({"fingerprint": 3}, ValueError, "got 3"),
+        ({"padded_inputs": "input_ids"}, TypeError, r"must be names of inputs, such as .*, got 'input_ids'"),
+        ({"padded_inputs": [0]}, TypeError, r"must be names of inputs, .* got \[0\]"),
     ],
 )
 def test_wrong_settings_are_refused(tmp_path, settings, error, message):
@@ -801,16 +878,16 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
 
 
 def change_meta(folder, **values):
-    file = folder / "meta.json"
+    file = folder / "meta.2.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
 
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda f: (f / "meta.json").write_text(""),
-        lambda f: (f / "meta.json").write_text("[1]"),
-        lambda f: (f / "meta.json").write_bytes(b"\xff\xfe\x00"),
+        lambda f: (f / "meta.2.json").write_text(""),
+        lambda f: (f / "meta.2.json").write_text("[1]"),
+        lambda f: (f / "meta.2.json").write_bytes(b"\xff\xfe\x00"),
         lambda f: change_meta(f, format=0),
         lambda f: change_meta(f, width="4"),
         lambda f: change_meta(f, dtype="nn"),
@@ -821,19 +898,12 @@ def change_meta(folder, **values):
 def test_a_damaged_meta_file_can_be_deleted(tmp_path, damage):
     fill(tmp_path, 2)
     damage(tmp_path)
-    with pytest.raises(ValueError, match=r"meta.json is damaged .*delete this one file"):
+    with pytest.raises(ValueError, match=r"meta.2.json is damaged .*delete this one file"):
         make_cache(tmp_path)
-    (tmp_path / "meta.json").unlink()
+    (tmp_path / "meta.2.json").unlink()
     all_right(make_cache(tmp_path, Spy()), 2)
     fill(tmp_path, 1, first=2)
-    assert json.loads((tmp_path / "meta.json").read_text())["width"] == WIDTH
-
-
-def test_a_newer_format_is_refused(tmp_path):
-    fill(tmp_path, 1)
-    change_meta(tmp_path, format=2)
-    with pytest.raises(ValueError, match=r"meta.json has format 2, this version reads 1: update mope_fast"):
-        make_cache(tmp_path)
+    assert json.loads((tmp_path / "meta.2.json").read_text())["width"] == WIDTH
 
 
 def test_segments_of_another_width_are_refused(tmp_path):
@@ -900,6 +970,77 @@ def test_a_damaged_row_is_found_when_it_is_read(tmp_path, monkeypatch):
     file.unlink()
     assert torch.equal(cache(x), rows_of(x))
     assert len(spy.batches[0]) == 2
+
+
+# threads
+
+
+def test_threads_share_a_cache(tmp_path):
+    x, errors, encoded = torch.randn(40, 6), [], []
+
+    def slow(batch):
+        encoded.extend(map(tuple, batch.tolist()))
+        time.sleep(0.001)
+        return rows_of(batch)
+
+    cache = make_cache(tmp_path, slow, flush_every=3)
+    start = threading.Barrier(4)
+
+    def serve(seed):
+        try:
+            start.wait()
+            for index in torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).split(2):
+                assert torch.equal(cache(x[index]), rows_of(x[index]))
+                copy.copy(cache) if seed == 0 and 0 in index else len(cache)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=serve, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not errors
+    assert sorted(encoded) == sorted(map(tuple, x.tolist()))
+    cache.flush()
+    assert torch.equal(make_cache(tmp_path, Spy())(x), rows_of(x))
+
+
+def test_an_encoder_that_several_threads_evaluate_keeps_its_mode_until_the_last_one_is_done():
+    encoder = make_encoder().train()
+    encoder[1].eval()
+    first, second, inner = evaluating(encoder), evaluating(encoder), evaluating(encoder[0])
+    for block in (first, second, inner):
+        block.__enter__()
+    for block in (first, inner):
+        block.__exit__(None, None, None)
+        assert not any(module.training for module in encoder.modules())
+    second.__exit__(None, None, None)
+    assert [module.training for module in encoder.modules()] == [True, True, False, True]
+
+
+@linux
+def test_a_process_forked_while_a_thread_encodes_is_not_blocked(tmp_path):
+    entered, go, x = threading.Event(), threading.Event(), torch.randn(2, 6)
+
+    def waits(batch):
+        if threading.current_thread() is thread:
+            entered.set()
+            assert go.wait(60)
+        return rows_of(batch)
+
+    cache = make_cache(tmp_path, waits)
+    thread = threading.Thread(target=cache, args=(x,))
+    thread.start()
+    assert entered.wait(60)
+    process = forked(lambda: cache(x + 1) is not None)
+    process.join(20)
+    blocked = process.exitcode is None
+    process.kill()
+    go.set()
+    thread.join(60)
+    assert not blocked
+    assert torch.equal(cache(x), rows_of(x))
 
 
 # processes
@@ -1051,3 +1192,11 @@ def test_a_setting_that_shows_in_no_parameter_makes_another_encoder(tmp_path):
     FeatureCache(tmp_path, mean)(torch.ones(1, 4))
     with pytest.raises(ValueError, match="another encoder"):
         FeatureCache(tmp_path, largest)(torch.ones(1, 4))
+
+
+@pytest.mark.parametrize(("attribute", "other"), [([1, 2], [1, 3]), ({"pool": "mean"}, {"pool": "max"}), (torch.relu, torch.tanh)])
+def test_lists_and_functions_are_settings_too(attribute, other):
+    one, two, same = (make_encoder() for _ in range(3))
+    one.setting, two.setting, same.setting = attribute, other, copy.copy(attribute)
+    assert encoder_fingerprint(one) == encoder_fingerprint(same)
+    assert encoder_fingerprint(one) != encoder_fingerprint(two)

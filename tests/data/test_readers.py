@@ -243,7 +243,7 @@ def test_image_is_rgb_whatever_the_file_has(tmp_path):
 
 def test_without_pillow(monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(ImportError, match=r"open_image needs pillow: pip install 'mope_fast\[few-shot\]'"):
+    with pytest.raises(ImportError, match=r"pictures need Pillow: pip install pillow"):
         make_posts()[0].open_image()
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...data.images import load_image
 from .model import VLMo
 
 
@@ -47,14 +48,17 @@ class VLMoProcessor:
 
         Args:
             text: one or several; None for images only.
-            images: PIL images, or arrays or tensors of uint8, (3, H, W) or (H, W, 3); one or several; None for text only.
+            images: PIL images, taken as :func:`mope_fast.data.load_image` shows them, or arrays or tensors of uint8, (3, H, W) or
+                (H, W, 3); one or several; None for text only.
 
         Returns:
             input_ids and attention_mask (B, max_text_length) int64, pixel_values (B, 3, image_size, image_size) float32.
 
         Raises:
             TypeError: something else than text or images.
-            ValueError: neither text nor images, none of them, different numbers of them, or an image of another shape.
+            ValueError: neither text nor images, none of them, different numbers of them, or an image of another shape or (3, W, 3),
+                which may be either.
+            OSError: a PIL image can't be shown: its file is cut short or too large, or its mode has no known range.
         """
         if text is None and images is None:
             raise ValueError("VLMoProcessor got neither text nor images")
@@ -76,7 +80,7 @@ class VLMoProcessor:
         """A PIL image -> (3, side, side), -1 to 1."""
         from PIL.Image import Resampling
 
-        resized = image.convert("RGB").resize((self.image_size, self.image_size), Resampling.BICUBIC)
+        resized = load_image(image).resize((self.image_size, self.image_size), Resampling.BICUBIC)
         return torch.from_numpy(np.array(resized)).permute(2, 0, 1) / 127.5 - 1
 
 
@@ -103,6 +107,8 @@ def _images(images: Any) -> list[Any]:
             array = image.cpu().numpy() if isinstance(image, Tensor) else image
             if array.ndim != 3 or 3 not in (array.shape[0], array.shape[2]) or not array.size:
                 raise ValueError(f"arrays and tensors of images must be (3, H, W) or (H, W, 3), got {tuple(array.shape)}")
+            if array.shape[0] == array.shape[2]:
+                raise ValueError(f"an image of shape {tuple(array.shape)} may have its channels first or last: pass a PIL image")
             image = fromarray(np.ascontiguousarray(array.transpose(1, 2, 0) if array.shape[0] == 3 else array))
         elif not isinstance(image, Image):
             raise TypeError(f"images must be of PIL, arrays or tensors, got {type(image).__name__}: open files with PIL.Image.open")

@@ -1,0 +1,26 @@
+"""Locks that a forked process finds free, whoever held them."""
+
+import os
+import threading
+import weakref
+
+
+class Guarded:
+    """Has a re-entrant ``lock``. In a forked process it is a new one: the thread that held the old one may not be there."""
+
+    def __init__(self) -> None:
+        # a bare one: between taking it and entering the block of ``with`` no interrupt can come
+        self.lock = threading.RLock()
+        _guarded.add(self)
+
+
+_guarded: weakref.WeakSet[Guarded] = weakref.WeakSet()
+
+
+def _renew_all() -> None:
+    for owner in _guarded:
+        owner.lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_all)
