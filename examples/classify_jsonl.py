@@ -2,6 +2,7 @@
 
 The folder has train.jsonl and val.jsonl, test.jsonl if there is one, labels.txt, and the images. Each line is {"id": ...,
 "text": ..., "img": "path/from/the/folder.jpg", "label": "name"}; label is a list of names where a sample may have several classes.
+A test.jsonl without labels is predicted.
 
     python examples/easy_vqa_jsonl.py outputs/easy_vqa_jsonl                     # or a folder of your own
     python examples/classify_jsonl.py outputs/easy_vqa_jsonl --complementary frozen
@@ -41,7 +42,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from mope_fast import analysis
 
-MAY_CHANGE = ("folder", "output", "resume", "workers", "checkpoint_every", "check_images", "debug")
+MAY_CHANGE = ("folder", "outside", "output", "resume", "workers", "checkpoint_every", "check_images", "debug")
 """Arguments that a resumed run may have otherwise."""
 
 
@@ -175,7 +176,7 @@ class Run:
     def _end_epoch(self) -> dict[str, float]:
         self._check_health()
         position, chosen_by = self.position, self.task.chosen_by
-        metrics = self.task.metrics(*self._predict("val"))
+        metrics = self.task.metrics(self._predict("val"), self.task.splits["val"].labels)
         best = max((earlier[chosen_by] for earlier in position.history), default=float("-inf"))
         position.epoch, position.step = position.epoch + 1, 0
         position.history.append(metrics)
@@ -194,14 +195,11 @@ class Run:
                 self.writer.add_scalar(name, value, self.done)
 
     @torch.inference_mode()
-    def _predict(self, split: str) -> tuple[Tensor, Tensor]:
-        """Logits and labels, in the split's order."""
+    def _predict(self, split: str) -> Tensor:
+        """Logits, in the split's order."""
         self.model.eval()
-        outputs = []
-        for batch in self.judged[split]:
-            outputs.append(self.accelerator.gather_for_metrics((self.model(**batch).logits.float(), batch["labels"])))
-        logits, labels = zip(*outputs, strict=True)
-        return torch.cat(logits).cpu(), torch.cat(labels).cpu()
+        logits = [self.accelerator.gather_for_metrics(self.model(**batch).logits.float()) for batch in self.judged[split]]
+        return torch.cat(logits).cpu()
 
     def finish(self) -> dict[str, Any]:
         """Metrics, predictions and a report of the best epoch's adapter."""
@@ -212,13 +210,19 @@ class Run:
         results = {"samples": self.samples(), "best_epoch": position.best_epoch, "history": position.history}
         for split in self.judged:
             with analysis.record(self.task.model, class_names=self.task.class_names) as recorder:
-                logits, labels = self._predict(split)
-            results[split] = self.task.metrics(logits, labels)
-            self.accelerator.print(f"{split}: {readable(results[split])}{self._commonest(labels)}")
+                logits = self._predict(split)
+            posts = self.task.splits[split]
+            if posts.labelled:
+                results[split] = self.task.metrics(logits, posts.labels)
+                self.accelerator.print(f"{split}: {readable(results[split])}{self._commonest(posts.labels)}")
+            else:
+                self.accelerator.print(f"{split}: it has no labels, so there are predictions and no metrics")
             if self.accelerator.is_main_process:
                 lines = "".join(f"{json.dumps(row)}\n" for row in self._predictions(split, logits))
                 write_atomically(output / f"predictions-{split}.jsonl", lines)
                 write_atomically(output / "results.json", json.dumps(results, indent=2))
+        if "test" not in self.judged:
+            self.accelerator.print("there is no test.jsonl: the numbers are of val, which the epoch was chosen by")
         alone = self.accelerator.num_processes == 1
         recorder = recorder if alone else recorder.gather()
         if self.accelerator.is_main_process:
@@ -246,15 +250,16 @@ class Run:
         return f" (the commonest class: {100 * labels.bincount().max().item() / len(labels):.1f} %)"
 
     def _predictions(self, split: str, logits: Tensor) -> list[dict[str, Any]]:
-        posts, names = self.task.splits[split], self.task.class_names
-        scores = logits.sigmoid() if posts.multi_label else logits.softmax(1)
+        posts, names, several = self.task.splits[split], self.task.class_names, self.task.splits["train"].multi_label
+        scores = logits.sigmoid() if several else logits.softmax(1)
         rows = []
         for post, score in zip(posts, scores.tolist(), strict=True):
-            if posts.multi_label:
-                label = [name for name, there in zip(names, post.label, strict=True) if there]
+            if several:
+                label = post.label and [name for name, there in zip(names, post.label, strict=True) if there]
                 predicted = [name for name, value in zip(names, score, strict=True) if value > 0.5]
             else:
-                label, predicted = names[post.label], names[max(range(len(names)), key=score.__getitem__)]
+                label = None if post.label is None else names[post.label]
+                predicted = names[max(range(len(names)), key=score.__getitem__)]
             rows.append({"id": post.id, "label": label, "predicted": predicted, "scores": [round(value, 4) for value in score]})
         return rows
 

@@ -33,7 +33,11 @@ Encoder = tuple[nn.Module, Callable[..., Any]]
 def argument_parser(description: str, output: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("folder", type=Path, help="train.jsonl, val.jsonl, labels.txt, the images; test.jsonl if there is one")
+    add(
+        "folder",
+        type=Path,
+        help="train.jsonl, val.jsonl, labels.txt, the images; test.jsonl if there is one, with or without labels",
+    )
     add("--main", choices=("text", "image"), default="text", help="the side whose layers take prompts")
     add("--text-model", default=PACKAGED_TEXT, help=f"a transformers folder or name; {PACKAGED_TEXT} comes from a package")
     add(
@@ -66,6 +70,9 @@ def argument_parser(description: str, output: str) -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=32, help="of each process")
     add("--samples", type=int, default=None, help="use the first so many of each split, for a quick try")
     add("--missing-images", choices=("error", "skip", "grey"), default="error", help="leave out, or put a grey picture in place")
+    add(
+        "--outside", type=Path, nargs="+", default=[], help="folders outside of FOLDER that its images may be in, by a link or path"
+    )
     add("--workers", type=int, default=0, help="processes that read and decode")
     add("--seed", type=int, default=42)
     add("--output", type=Path, default=Path("outputs") / output, help="folder for everything this writes")
@@ -160,8 +167,9 @@ class Task:
 
 def load_task(args: argparse.Namespace) -> Task:
     """Read the folder, and make the model from the seed."""
-    names = ["train", "val", *(["test"] if (args.folder / "test.jsonl").exists() else [])]
-    splits = read_jsonl_folder(args.folder, names, missing_images=args.missing_images)
+    splits = read_jsonl_folder(args.folder, missing_images=args.missing_images, outside=args.outside)
+    if unlabelled := [name for name in ("train", "val") if not splits[name].labelled]:
+        raise ValueError(f"{args.folder}: {', '.join(unlabelled)} has no labels: train and val need a label in each line")
     if args.samples is not None:
         splits = {name: replace(posts, posts=posts.posts[: args.samples]) for name, posts in splits.items()}
     if args.check_images:

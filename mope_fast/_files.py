@@ -1,8 +1,9 @@
 """Files that are there whole or not at all, whenever a process is killed."""
 
 import os
-import time
+import tempfile
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 
 LEFTOVER_AGE = 3600.0
@@ -24,7 +25,12 @@ def write_atomically(path: Path, data: bytes, *, replace: bool = True) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    if os.name == "posix":  # the name too must outlast a power cut
+    make_names_durable(path)
+
+
+def make_names_durable(path: Path) -> None:
+    """Wait until the names in a file's folder would outlast a power cut."""
+    if os.name == "posix":
         descriptor = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -44,9 +50,16 @@ def publish_first(temporary: Path, path: Path) -> None:
     temporary.unlink()
 
 
-def is_leftover(path: Path) -> bool:
-    """Whether it is older than any file that is still being written; False for one that is gone."""
-    try:
-        return time.time() - path.stat().st_mtime > LEFTOVER_AGE
-    except FileNotFoundError:
-        return False
+def remove_leftovers(folder: Path, files: Iterable[Path]) -> None:
+    """Remove those files of a folder that are older than any that is still being written."""
+    if not (files := list(files)):
+        return
+    # the file system's own clock: another machine's, or this one's a moment ago, may be hours away from ours
+    with tempfile.TemporaryFile(dir=folder) as file:
+        now = os.fstat(file.fileno()).st_mtime
+    for path in files:
+        try:
+            if now - path.stat().st_mtime > LEFTOVER_AGE:
+                path.unlink()
+        except FileNotFoundError:
+            pass

@@ -34,8 +34,8 @@ class FusionCollator:
             list of values that gives a tensor or a dict of tensors: ``functools.partial(tokenizer, padding=True, max_length=64,
             ...)``; ``StackEach(transform)`` for timm's and torchvision's transforms; None for features, stacked as they are.
         complementary: likewise for the other side.
-        main_field, complementary_field, label_field: where a sample has them. Samples without the label field make batches without
-            labels.
+        main_field, complementary_field, label_field: where a sample has them. Samples without the label field, or with None in it,
+            make batches without labels.
 
     Example:
         >>> collate = FusionCollator(tokenizer, image_processor)
@@ -67,7 +67,8 @@ class FusionCollator:
         Labels are int64, (B,) of classes or (B, C) of 0 and 1 for each class, or float32 for numbers with a point.
 
         Raises:
-            TypeError, ValueError: no sample, a sample lacks a field, labels of different shapes, or inputs that are no tensors.
+            TypeError, ValueError: no sample, a sample lacks a field, some have labels and some not, labels of different shapes, or
+                inputs that are no tensors.
             OSError: an image can't be read.
         """
         if not samples:
@@ -75,14 +76,19 @@ class FusionCollator:
         batch = {}
         for name, (field, preprocess) in self.sides.items():
             batch[name] = _inputs(name, preprocess, [_value(sample, field) for sample in samples])
-        labelled = [_has(sample, self.label_field) for sample in samples]
-        if any(labelled):
-            batch["labels"] = _labels([_value(sample, self.label_field) for sample in samples])
+        labels = [_value(sample, self.label_field) if _may_have(sample, self.label_field) else None for sample in samples]
+        without = sum(label is None for label in labels)
+        if without not in (0, len(samples)):
+            raise ValueError(
+                f"{without} of {len(samples)} samples have no {self.label_field!r}: a batch has labels of all, or of none"
+            )
+        if not without:
+            batch["labels"] = _labels(labels)
         return batch
 
 
-def _has(sample: Post | Mapping[str, Any], field: str) -> bool:
-    return isinstance(sample, Post) or (isinstance(sample, Mapping) and field in sample)
+def _may_have(sample: Post | Mapping[str, Any], field: str) -> bool:
+    return isinstance(sample, Post) or field in sample
 
 
 def _value(sample: Post | Mapping[str, Any], field: str) -> Any:

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from .._files import is_leftover, write_atomically
+from .._files import remove_leftovers, write_atomically
 from .._locks import Guarded
 from .fingerprint import KEY_BYTES, raw_bytes
 
@@ -266,10 +266,8 @@ class FeatureStore(Guarded):
         self.width, self.dtype = meta["width"], dtype
 
     def _remove_leftovers(self) -> None:
-        for name in self._files():
-            path = self.folder / name
-            if name.startswith((f".{PREFIX}", f".{META}")) and name.endswith(".tmp") and is_leftover(path):
-                path.unlink(missing_ok=True)
+        names = [name for name in self._files() if name.startswith((f".{PREFIX}", f".{META}")) and name.endswith(".tmp")]
+        remove_leftovers(self.folder, (self.folder / name for name in names))
 
     def _merge_small_segments(self) -> None:
         small = [s for _, s in sorted(self._segments.items()) if s.features.nbytes < SMALL]

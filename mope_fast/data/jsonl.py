@@ -1,7 +1,6 @@
 """Folders in the format of MoPE's released code: a JSON object in each line, an image file for each."""
 
 import difflib
-import functools
 import json
 import os
 import unicodedata
@@ -10,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from .folder import Folder
 from .lines import SHOWN, check_choice, is_unicode, problems_in, read_lines
 from .posts import Post, Posts
 
@@ -18,7 +18,11 @@ _NO_IMAGE = "no image"
 
 
 def read_jsonl_folder(
-    root: str | os.PathLike[str], splits: Iterable[str] = ("train", "val", "test"), *, missing_images: str = "error"
+    root: str | os.PathLike[str],
+    splits: Iterable[str] | None = None,
+    *,
+    missing_images: str = "error",
+    outside: Iterable[str | os.PathLike[str]] = (),
 ) -> dict[str, Posts]:
     """The splits of a folder as MoPE's released code (arXiv 2403.10568) reads it.
 
@@ -27,20 +31,31 @@ def read_jsonl_folder(
     have several classes or none. ``labels.txt`` has a name in each line, class 0 first; white space around names is dropped.
     Without ``val.jsonl`` there may be ``dev.jsonl``: the released scripts write that one.
 
+    An integer in place of a name is the name of these digits, where a name in ``labels.txt`` is a number. Where none is, it counts
+    the lines of ``labels.txt`` from 0; a set of which no sample has 0 is refused, because it may count from 1.
+
+    Where no line of a split has a label, or all have null, its samples' labels are None: they are there to be predicted.
+
+    Names of files may have accents in one form (NFC) here and in the other (NFD) on disk, and ``img`` Windows' separators.
+
     Nothing is decoded: an image that can't be read raises when it is opened, see :meth:`Post.open_image` and
     :meth:`Posts.check_images`. Ids need not be unique.
 
     Args:
         root: the folder.
-        splits: which to read.
+        splits: which to read. Default: train and val, and test if there is one.
         missing_images: what to do where ``img`` is absent, null or names no file: "error"; "skip" leaves the sample out, into
             ``dropped["no image"]``; "grey" gives it a grey picture, as the released code does.
+        outside: folders outside of ``root`` that its files may be in too. Whatever leads anywhere else, by an absolute path, ``..``
+            or a link, is an error: what it finds would be shown in reports.
 
     Returns:
         Split -> its samples, of the same ``class_names``.
 
     Raises:
         FileNotFoundError: a file is not there.
+        OSError: a file or folder can't be read.
+        TypeError: ``splits`` or ``outside`` is no list.
         ValueError: another ``missing_images``; a split without samples; problems in the files. One exception for each file has the
             first ten with line and field, and their number.
     """
@@ -48,32 +63,38 @@ def read_jsonl_folder(
     if isinstance(splits, str):
         raise TypeError(f"splits must be a list of names, got {splits!r}: give [{splits!r}]")
     root = Path(root)
-    class_names = _read_labels(root / "labels.txt")
-    # listed once: a look at each of thousands takes long on a network disk
-    listing = functools.cache(_file_names)
-    posts = {split: _read_split(_file_of(root, split), root, class_names, missing_images, listing) for split in splits}
-    kinds = {split: each.multi_label for split, each in posts.items()}
+    folder = Folder(root, outside)
+    classes = _Classes(_read_labels(folder, root / "labels.txt"))
+    if splits is None:
+        splits = ("train", "val", *(["test"] if folder.find(root / "test.jsonl") else []))
+    posts = {split: _read_split(_file_of(folder, split), folder, classes, missing_images) for split in splits}
+    kinds = {split: each.multi_label for split, each in posts.items() if each.labelled}
     if len(set(kinds.values())) > 1:
         several = [split for split, kind in kinds.items() if kind]
         raise ValueError(f"{root}: label is a list in {several} and one name in the other splits: use lists in all, or in none")
+    if classes.counted and 0 not in classes.counted:
+        raise ValueError(
+            f"{root}: labels are numbers, {min(classes.counted)} to {max(classes.counted)}, and no sample of {list(posts)} has 0, "
+            "which is the first line of labels.txt: if yours count from 1, write names in their place; if class 0 has no sample in "
+            "these splits, read them together with one where it has"
+        )
     return posts
 
 
-def _file_of(root: Path, split: str) -> Path:
-    path, dev = root / f"{split}.jsonl", root / "dev.jsonl"
-    if split == "val" and not path.exists() and dev.is_file():
-        return dev
-    if not path.is_file():
+def _file_of(folder: Folder, split: str) -> Path:
+    path = folder.root / f"{split}.jsonl"
+    found = folder.find(path) or (folder.find(folder.root / "dev.jsonl") if split == "val" else None)
+    if found is None:
         raise FileNotFoundError(
             f'{path} is not there: expected a line {{"id": ..., "text": ..., "img": ..., "label": ...}} for each sample'
         )
-    return path
+    return found
 
 
-def _read_labels(path: Path) -> tuple[str, ...]:
-    if not path.is_file():
+def _read_labels(folder: Folder, path: Path) -> tuple[str, ...]:
+    if (found := folder.find(path)) is None:
         raise FileNotFoundError(f"{path} is not there: write the name of each class in a line of its own, class 0 first")
-    lines = [(number, _class_name(name)) for number, name in read_lines(path)]
+    lines = [(number, _class_name(name)) for number, name in read_lines(found)]
     if bad := [f"line {number}: not UTF-8: {name!r:.80}" for number, name in lines if not is_unicode(name)]:
         raise problems_in(path, bad)
     names = [name for _, name in lines]
@@ -89,45 +110,57 @@ def _class_name(name: str) -> str:
     return unicodedata.normalize("NFC", name.strip())
 
 
-def _file_names(folder: Path) -> frozenset[str]:
-    try:
-        with os.scandir(folder) as entries:
-            return frozenset(entry.name for entry in entries if entry.is_file())
-    except (OSError, ValueError):  # not there, no folder, or no name that a folder could have
-        return frozenset()
-
-
-def _read_split(path: Path, root: Path, class_names: tuple[str, ...], missing_images: str, listing: Any) -> Posts:
-    classes = {name: i for i, name in enumerate(class_names)}
+def _read_split(path: Path, folder: Folder, classes: "_Classes", missing_images: str) -> Posts:
     shared: dict[tuple[int, ...], tuple[int, ...]] = {}
     problems, posts, dropped, several = [], [], [], None
+    with_label, without_label = None, []
     for number, line in read_lines(path):
         try:
             row = _fields(line)
-            if several is None:
-                several = isinstance(row["label"], list)
-            # looking for what was meant takes a while
-            label = _label(row["label"], classes, several, hint=len(problems) < SHOWN)
-            image = None if not row["img"] else root / row["img"]
-            there = image is not None and image.name in listing(image.parent)
-            if not there and missing_images == "error":
-                what = "there is none" if image is None else f"{image} is not there"
-                raise ValueError(f'field "img": {what}; missing_images="skip" leaves such samples out, "grey" gives a grey picture')
+            label = row["label"]
+            if label is None:
+                without_label.append(number)
+            else:
+                with_label = with_label or number
+                if several is None:
+                    several = isinstance(label, list)
+                # looking for what was meant takes a while
+                label = classes.label(label, several, hint=len(problems) < SHOWN)
+            image = _image(folder, row["img"], missing_images)
         except ValueError as error:
             problems.append(f"line {number}: {error}")
             continue
-        if there or missing_images == "grey":
+        if image is not None or missing_images == "grey":
             # samples of the same classes share one tuple
             label = shared.setdefault(label, label) if several else label
-            posts.append(Post(str(row["id"]), row["text"], image if there else None, label))
+            posts.append(Post(str(row["id"]), row["text"], image, label))
         else:
             dropped.append(str(row["id"]))
+    if with_label:
+        problems += [
+            f"line {number}: has no label, line {with_label} has one: give it to all lines, or to none" for number in without_label
+        ]
     if not posts and not problems:
         why = f": all {len(dropped)} have no image" if dropped else ": the file is empty"
         raise ValueError(f"{path} has no sample{why}")
     if problems:
         raise problems_in(path, problems)
-    return Posts(tuple(posts), class_names, {_NO_IMAGE: tuple(dropped)} if dropped else {})
+    return Posts(tuple(posts), classes.names, {_NO_IMAGE: tuple(dropped)} if dropped else {})
+
+
+def _image(folder: Folder, img: str | None, missing_images: str) -> Path | None:
+    """The file, None if there is none and that is no error."""
+    found = None
+    try:
+        if img:
+            # the second: a file written on Windows
+            found = folder.find(folder.root / img) or ("\\" in img and folder.find(folder.root / img.replace("\\", "/"))) or None
+    except ValueError as error:
+        raise ValueError(f'field "img": {error}') from None
+    if found is None and missing_images == "error":
+        what = f"{folder.root / img} is not there" if img else "there is none"
+        raise ValueError(f'field "img": {what}; missing_images="skip" leaves such samples out, "grey" gives a grey picture')
+    return found
 
 
 def _fields(line: str) -> dict[str, Any]:
@@ -138,11 +171,11 @@ def _fields(line: str) -> dict[str, Any]:
         raise ValueError(f"not JSON ({error}): {line!r:.120}") from None
     if not isinstance(row, dict):
         raise ValueError(f"expected an object with id, text, img and label, got {line!r:.120}")
-    if lacking := [name for name in ("id", "text", "label") if name not in row]:
+    if lacking := [name for name in ("id", "text") if name not in row]:
         raise ValueError(f"lacks {', '.join(map(repr, lacking))}; it has {list(row)!r:.200}")
-    row.setdefault("img", None)
-    kinds = {"id": (str, int), "text": (str,), "img": (str, type(None)), "label": (str, list)}
-    expected = {"id": "a text or an integer", "text": "a text", "img": "a path or null", "label": "a name or a list of names"}
+    row = {"img": None, "label": None, **row}
+    kinds = {"id": (str, int), "text": (str,), "img": (str, type(None)), "label": (str, int, list, type(None))}
+    expected = {"id": "a text or an integer", "text": "a text", "img": "a path or null", "label": "a name, a list of names or null"}
     for name, kind in kinds.items():
         if not isinstance(row[name], kind) or isinstance(row[name], bool):
             raise ValueError(f'field "{name}": expected {expected[name]}, got {row[name]!r:.120}')
@@ -151,15 +184,46 @@ def _fields(line: str) -> dict[str, Any]:
     return row
 
 
-def _label(value: Any, classes: dict[str, int], several: bool, hint: bool) -> int | tuple[int, ...]:
-    if isinstance(value, list) != several:
-        raise ValueError(f'field "label": expected {"a list of names" if several else "one name"} as above, got {value!r:.120}')
-    names = [_class_name(name) if isinstance(name, str) else name for name in (value if several else [value])]
-    for name in names:
-        if not isinstance(name, str) or name not in classes:
-            near = difflib.get_close_matches(name, classes, 1) if hint and isinstance(name, str) else []
-            meant = f"; is it {near[0]!r}?" if near else ""
-            raise ValueError(f'field "label": {name!r:.80} is not in labels.txt{meant}')
-    if not several:
-        return classes[names[0]]
-    return tuple(int(name in names) for name in classes)
+class _Classes:
+    """The classes by the names, or the numbers, that samples give."""
+
+    def __init__(self, names: tuple[str, ...]):
+        self.names = names
+        self.counted: set[int] = set()
+        """Numbers that were taken for lines of labels.txt, counted from 0."""
+        self._index = {name: i for i, name in enumerate(names)}
+        self._numbered = any(_is_number(name) for name in names)
+
+    def label(self, value: str | int | list[Any], several: bool, hint: bool) -> int | tuple[int, ...]:
+        """The class; or, of a list, 0 or 1 for each class."""
+        if isinstance(value, list) != several:
+            raise ValueError(f'field "label": expected {"a list of names" if several else "one name"} as above, got {value!r:.120}')
+        if not several:
+            return self._class(value, hint)
+        numbers = [each for each in value if isinstance(each, int)]
+        if len(set(numbers)) < len(numbers) or (len(numbers) == len(self.names) and {*numbers} <= {0, 1}):
+            raise ValueError(f'field "label": {value!r:.120} looks like 0 or 1 for each class: expected the names of its classes')
+        chosen = {self._class(each, hint) for each in value}
+        return tuple(int(i in chosen) for i in range(len(self.names)))
+
+    def _class(self, value: Any, hint: bool) -> int:
+        is_integer = isinstance(value, int) and not isinstance(value, bool)
+        if is_integer and not self._numbered:
+            if not 0 <= value < len(self.names):
+                raise ValueError(f'field "label": {value} is no line of labels.txt, counted from 0 to {len(self.names) - 1}')
+            self.counted.add(value)
+            return value
+        name = str(value) if is_integer else _class_name(value) if isinstance(value, str) else value
+        if isinstance(name, str) and name in self._index:
+            return self._index[name]
+        near = difflib.get_close_matches(name, self._index, 1) if hint and isinstance(name, str) else []
+        meant = f"; is it {near[0]!r}?" if near else ""
+        raise ValueError(f'field "label": {name!r:.80} is not in labels.txt{meant}')
+
+
+def _is_number(name: str) -> bool:
+    try:
+        float(name)
+    except ValueError:
+        return False
+    return True

@@ -22,13 +22,13 @@ class Post:
 
     Attributes:
         image: None for a post without one.
-        label: the class; or, where a post may have several, 0 or 1 for each class.
+        label: the class; or, where a post may have several, 0 or 1 for each class; None for one that is there to be predicted.
     """
 
     id: str
     text: str
     image: Path | None
-    label: int | tuple[int, ...]
+    label: int | tuple[int, ...] | None
 
     def open_image(self) -> "Image.Image":
         """The image as a viewer shows it, in RGB (:func:`load_image`).
@@ -59,7 +59,7 @@ class Posts(Sequence[Post]):
         dropped: why the reader left samples out, and the ids of these; empty for a part of a set.
 
     Raises:
-        ValueError: a post's label is none of the classes, or some posts have one class and others several.
+        ValueError: a post's label is none of the classes, or some posts have one class and others several or none.
     """
 
     posts: tuple[Post, ...]
@@ -69,6 +69,10 @@ class Posts(Sequence[Post]):
     def __post_init__(self):
         several, classes = self.multi_label, len(self.class_names)
         for post in self.posts:
+            if not self.labelled:
+                if post.label is not None:
+                    raise ValueError(f"post {post.id} has label {post.label!r}, expected None as in post {self.posts[0].id}")
+                continue
             if several != isinstance(post.label, tuple):
                 kind = "0 or 1 for each class" if several else "one class"
                 raise ValueError(f"post {post.id} has label {post.label!r}, expected {kind} as in post {self.posts[0].id}")
@@ -93,13 +97,20 @@ class Posts(Sequence[Post]):
         return self.posts[index]
 
     @property
+    def labelled(self) -> bool:
+        """Whether posts have labels: all of them do, or none."""
+        return not self.posts or self.posts[0].label is not None
+
+    @property
     def multi_label(self) -> bool:
         """Whether a post may have several classes, or none."""
         return bool(self.posts) and isinstance(self.posts[0].label, tuple)
 
     @cached_property
     def labels(self) -> Tensor:
-        """int64: classes (N,), or 0 and 1 (N, classes) where a post may have several."""
+        """int64: classes (N,), or 0 and 1 (N, classes) where a post may have several; ValueError where they have none."""
+        if not self.labelled:
+            raise ValueError("these posts have no labels (labelled is False): they can be predicted, not trained on or judged by")
         return torch.tensor([post.label for post in self.posts], dtype=torch.int64)
 
     @cached_property
@@ -129,8 +140,10 @@ class Posts(Sequence[Post]):
             raise OSError(f"{len(problems)} of {len(self)} images can't be read:\n{listed(problems)}")
 
     def __repr__(self) -> str:
-        labels, count = self.labels, len(self.class_names)
-        counts = (labels.sum(0) if self.multi_label else torch.bincount(labels, minlength=count)).tolist()
-        classes = ", ".join(f"{name}: {count}" for name, count in zip(self.class_names, counts, strict=True))
+        classes = "no labels"
+        if self.labelled:
+            labels, count = self.labels, len(self.class_names)
+            counts = (labels.sum(0) if self.multi_label else torch.bincount(labels, minlength=count)).tolist()
+            classes = ", ".join(f"{name}: {count}" for name, count in zip(self.class_names, counts, strict=True))
         dropped = "".join(f"; dropped, {reason}: {len(ids)}" for reason, ids in self.dropped.items())
         return f"Posts({len(self)}; {classes}{dropped})"

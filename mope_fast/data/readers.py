@@ -3,13 +3,16 @@
 import ast
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
+from .folder import Folder
 from .lines import check_choice, problems_in, read_lines
 from .posts import Post, Posts
 
 _TWITTER = "Cai et al. 2019, https://github.com/headacheboy/data-of-multimodal-sarcasm-detection"
 _MVSA = "Niu et al. 2016, http://mcrlab.net/research/mvsa-sentiment-analysis-on-multi-view-social-data"
+_IMAGES = "dataset_image"
 _SPLITS = {"train": "train.txt", "valid": "valid2.txt", "test": "test2.txt"}
 _CUES = {"exgag", "sarcasm", "sarcastic", "reposting", "<url>", "joke", "humour", "humor", "jokes", "irony", "ironic"}
 _SENTIMENTS = ("negative", "neutral", "positive")
@@ -18,7 +21,12 @@ _LONGEST = 10_000
 
 
 def read_twitter_sarcasm(
-    folder: str | os.PathLike[str], split: str, *, images: str | os.PathLike[str] = "dataset_image", missing_images: str = "error"
+    folder: str | os.PathLike[str],
+    split: str,
+    *,
+    images: str | os.PathLike[str] = _IMAGES,
+    missing_images: str = "error",
+    outside: Iterable[str | os.PathLike[str]] = (),
 ) -> Posts:
     """The image-text tweets of Cai et al. 2019: 0 is not sarcastic, 1 sarcastic.
 
@@ -31,18 +39,26 @@ def read_twitter_sarcasm(
     Args:
         folder: that holds ``text`` and the images.
         split: "train", "valid" or "test".
-        images: folder of ``<id>.jpg``, absolute or relative to ``folder``.
+        images: folder of ``<id>.jpg``, absolute or relative to ``folder``; another than the default may be anywhere.
         missing_images: "error", or "skip" to leave out posts whose image is gone, into ``dropped["no image"]``.
+        outside: other folders that a link may lead to; a file that is anywhere else is an error.
 
     Raises:
         FileNotFoundError: the file or the folder of images is not there.
+        OSError: a file or folder can't be read.
+        TypeError: ``outside`` is no list.
         ValueError: another ``split`` or ``missing_images``, or problems in the set: lines that are not of that form, ids that occur
-            twice or are not digits, missing images. One exception has the first ten with file and line, and their number.
+            twice or are not digits, missing images, files outside. One exception has the first ten with file and line, and
+            their number.
     """
     check_choice("split", split, tuple(_SPLITS))
     path, pictures = Path(folder) / "text" / _SPLITS[split], Path(folder) / images
-    lines = _lines(path, _TWITTER)
-    available = _images(pictures, _TWITTER, missing_images)
+    check_choice("missing_images", missing_images, ("error", "skip"))
+    files = Folder(Path(folder), outside)
+    lines = _lines(files, path, _TWITTER)
+    if os.fspath(images) != _IMAGES:
+        files = Folder(pictures, outside)
+    _check_images(pictures, _TWITTER)
     form = ["id of digits", "text", *["label 0 or 1"] * (1 if split == "train" else 2)]
     problems, posts, seen = [], [], set()
     dropped: dict[str, list[str]] = {"tells the label": [], "no image": []}
@@ -58,16 +74,20 @@ def read_twitter_sarcasm(
         seen.add(post)
         if not _CUES.isdisjoint(text.split()):
             dropped["tells the label"].append(post)
-        elif f"{post}.jpg" in available:
-            posts.append(Post(post, text, pictures / f"{post}.jpg", labels[-1]))
-        elif missing_images == "skip":
-            dropped["no image"].append(post)
         else:
-            problems.append(_missing(path, number, pictures / f"{post}.jpg"))
+            try:
+                if image := _image(files, pictures / f"{post}.jpg", missing_images):
+                    posts.append(Post(post, text, image, labels[-1]))
+                else:
+                    dropped["no image"].append(post)
+            except ValueError as error:
+                problems.append(f"{path}, line {number}: {error}")
     return _finish(path, problems, posts, ("not sarcastic", "sarcastic"), dropped)
 
 
-def read_mvsa_single(folder: str | os.PathLike[str], *, missing_images: str = "error") -> Posts:
+def read_mvsa_single(
+    folder: str | os.PathLike[str], *, missing_images: str = "error", outside: Iterable[str | os.PathLike[str]] = ()
+) -> Posts:
     """The image-text tweets of MVSA-Single (Niu et al. 2016): 0 is negative, 1 neutral, 2 positive.
 
     ``labelResultAll.txt`` has a header, ``ID<tab>text,image``, and for each post a sentiment of the text and one of the image,
@@ -81,15 +101,20 @@ def read_mvsa_single(folder: str | os.PathLike[str], *, missing_images: str = "e
     Args:
         folder: that holds ``labelResultAll.txt`` and ``data``.
         missing_images: "error", or "skip" to leave out posts whose image is gone, into ``dropped["no image"]``.
+        outside: other folders that a link may lead to; a file that is anywhere else is an error.
 
     Raises:
         FileNotFoundError: the file or the folder ``data`` is not there.
+        OSError: a file or folder can't be read.
+        TypeError: ``outside`` is no list.
         ValueError: another ``missing_images``, or problems in the set: lines that are not of that form, ids twice, missing texts or
-            images. One exception has the first ten with file and line, and their number.
+            images, files outside. One exception has the first ten with file and line, and their number.
     """
     path, data = Path(folder) / "labelResultAll.txt", Path(folder) / "data"
-    lines = _lines(path, _MVSA)
-    available = _images(data, _MVSA, missing_images)
+    check_choice("missing_images", missing_images, ("error", "skip"))
+    files = Folder(Path(folder), outside)
+    lines = _lines(files, path, _MVSA)
+    _check_images(data, _MVSA)
     problems, posts, seen = [], [], set()
     dropped: dict[str, list[str]] = {"positive against negative": [], "no image": []}
     header, *rows = lines or [(1, "")]
@@ -106,17 +131,20 @@ def read_mvsa_single(folder: str | os.PathLike[str], *, missing_images: str = "e
             problems.append(f"{path}, line {number}: id {post} occurs twice")
             continue
         seen.add(post)
-        image, text, label = data / f"{post}.jpg", data / f"{post}.txt", _combine(*map(_SENTIMENTS.index, sentiments))
+        label = _combine(*map(_SENTIMENTS.index, sentiments))
         if label is None:
             dropped["positive against negative"].append(post)
-        elif image.name not in available and missing_images == "skip":
-            dropped["no image"].append(post)
-        elif image.name not in available:
-            problems.append(_missing(path, number, image))
-        elif text.name not in available:
-            problems.append(f"{path}, line {number}: its text is missing, {text}")
-        else:
-            posts.append(Post(post, _decoded(text.read_bytes()), image, label))
+            continue
+        try:
+            image = _image(files, data / f"{post}.jpg", missing_images)
+            if image is None:
+                dropped["no image"].append(post)
+            elif (text := files.find(data / f"{post}.txt")) is None:
+                raise ValueError(f"its text is missing, {data / f'{post}.txt'}")
+            else:
+                posts.append(Post(post, _decoded(text.read_bytes()), image, label))
+        except ValueError as error:
+            problems.append(f"{path}, line {number}: {error}")
     return _finish(path, problems, posts, _SENTIMENTS, dropped)
 
 
@@ -151,22 +179,23 @@ def _decoded(data: bytes) -> str:
     return text.strip()
 
 
-def _lines(path: Path, source: str) -> list[tuple[int, str]]:
-    if not path.is_file():
+def _lines(files: Folder, path: Path, source: str) -> list[tuple[int, str]]:
+    if (found := files.find(path)) is None:
         raise FileNotFoundError(f"{path} is not there: expected the file of that name of {source}")
-    return read_lines(path)
+    return read_lines(found)
 
 
-def _images(folder: Path, source: str, missing_images: str) -> set[str]:
-    """Names of the files, listed once: a look at each of thousands takes long on a network disk."""
-    check_choice("missing_images", missing_images, ("error", "skip"))
+def _check_images(folder: Path, source: str) -> None:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not there: expected a folder with the images <id>.jpg of {source}")
-    return set(os.listdir(folder))
 
 
-def _missing(path: Path, number: int, image: Path) -> str:
-    return f"{path}, line {number}: its image is missing, {image}; missing_images='skip' leaves such posts out"
+def _image(files: Folder, path: Path, missing_images: str) -> Path | None:
+    """The file, None if there is none and that is no error."""
+    found = files.find(path)
+    if found is None and missing_images == "error":
+        raise ValueError(f"its image is missing, {path}; missing_images='skip' leaves such posts out")
+    return found
 
 
 def _finish(

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import re
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +13,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from .._distributed import shard_like
-from .._files import is_leftover, write_atomically
+from .._files import make_names_durable, remove_leftovers, write_atomically
 
 if TYPE_CHECKING:
     from .task import TaskModel
@@ -26,34 +28,86 @@ TRAINING_SETTINGS = frozenset((
 """Settings that change nothing, or only the rounding, in eval mode."""
 
 
-def _weights_name(data: bytes) -> str:
-    return f"mope_fast-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
+def _content_name(data: bytes) -> str:
+    """What the names of all weights files with this content begin with."""
+    return f"mope_fast-{hashlib.sha256(data).hexdigest()[:16]}"
+
+
+def _is_name_of(name: str, data: bytes) -> bool:
+    # earlier versions put nothing behind the hash
+    return re.fullmatch(_content_name(data) + r"(-\w+)?\.safetensors", name) is not None
 
 
 def save(path: str | os.PathLike[str], state: dict[str, Tensor], description: dict[str, Any]) -> None:
-    """Write the weights under a name made of their content, then the description that names them, then drop what it replaces.
+    """Write the weights, then the description that names them, then drop what it replaces.
 
-    Processes may save into one folder at the same time: the last one stays.
+    Processes may save into one folder at the same time: the last one stays. Where the very same is saved already, nothing changes.
     """
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file: give save_pretrained a folder")
     folder.mkdir(parents=True, exist_ok=True)
     data = serialize({key: value.detach().cpu().contiguous().clone() for key, value in state.items()}, {"format": "pt"})
-    weights, replaced = _weights_name(data), _named_weights(folder)
-    write_atomically(folder / weights, data)
-    write_atomically(folder / DESCRIPTION, json.dumps({"format": FORMAT, **description, "weights": weights}, indent=2).encode())
-    for old in (*folder.glob("mope_fast-*.safetensors"), *folder.glob(".mope_fast*.tmp")):
-        if old.name != weights and (old.name == replaced or is_leftover(old)):
-            old.unlink(missing_ok=True)
+    description = json.loads(json.dumps({"format": FORMAT, **description}))
+    if _is_saved(folder, data, description):
+        return
+    try:
+        _publish(folder, data, description)
+    except FileNotFoundError:
+        # another process took the files of one that slept for an hour for those of a killed one
+        folder.mkdir(parents=True, exist_ok=True)
+        _publish(folder, data, description)
+    remove_leftovers(folder, folder.glob(".mope_fast*.tmp"))
+    _drop_replaced(folder)
+
+
+def _publish(folder: Path, data: bytes, description: dict[str, Any]) -> None:
+    """Weights, and the description that names them, which waits beside them until they are there.
+
+    A name is used once: weights that are not waited for, and not named, will never be named again.
+    """
+    weights = folder / f"{_content_name(data)}-{uuid.uuid4().hex[:8]}.safetensors"
+    waiting = _waiting(weights)
+    try:
+        write_atomically(waiting, json.dumps({**description, "weights": weights.name}, indent=2).encode())
+        write_atomically(weights, data)
+        os.replace(waiting, folder / DESCRIPTION)
+    except BaseException:
+        waiting.unlink(missing_ok=True)
+        raise
+    make_names_durable(weights)
+
+
+def _waiting(weights: Path) -> Path:
+    """Where the description of these weights is until they are published."""
+    return weights.with_name(f".{weights.stem}.tmp")
+
+
+def _drop_replaced(folder: Path) -> None:
+    for weights in folder.glob("mope_fast-*.safetensors"):
+        # in this order: a description that doesn't wait any more has been published
+        if not _waiting(weights).exists() and _named_weights(folder) not in (None, weights.name):
+            weights.unlink(missing_ok=True)
+
+
+def _is_saved(folder: Path, data: bytes, description: dict[str, Any]) -> bool:
+    name = _named_weights(folder)
+    if name is None or not _is_name_of(name, data):
+        return False
+    try:
+        saved = json.loads((folder / DESCRIPTION).read_bytes())
+        return saved == {**description, "weights": name} and (folder / name).read_bytes() == data
+    except (OSError, ValueError):  # replaced or damaged
+        return False
 
 
 def _named_weights(folder: Path) -> str | None:
     """What the folder's description names, as far as it can be read."""
     try:
-        return json.loads((folder / DESCRIPTION).read_bytes())["weights"]
-    except (OSError, ValueError, TypeError, KeyError):
+        name = json.loads((folder / DESCRIPTION).read_bytes())["weights"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
+    return name if isinstance(name, str) else None
 
 
 def read_description(path: str | os.PathLike[str], model: str, settings: set[str]) -> dict[str, Any]:
@@ -67,8 +121,8 @@ def read_description(path: str | os.PathLike[str], model: str, settings: set[str
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist: expected a folder written by {model}.save_pretrained")
     try:
-        description = json.loads(file.read_text())
-    except ValueError as error:
+        description = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON ({error}): expected a file written by {model}.save_pretrained") from None
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         got = description.get("format") if isinstance(description, dict) else type(description).__name__
@@ -104,15 +158,7 @@ def load(path: str | os.PathLike[str], model: "TaskModel", description: dict[str
         for name, value in description["config"].items()
         if name not in TRAINING_SETTINGS and value != own["config"][name]
     ]
-    weights = Path(path) / description["weights"]
-    if not weights.is_file() and (newer := _named_weights(Path(path))) is not None:  # replaced since the description was read
-        weights = Path(path) / Path(newer).name
-    if not weights.is_file():
-        raise FileNotFoundError(f"{weights} does not exist, but {DESCRIPTION} names it: copy the whole folder")
-    data = weights.read_bytes()
-    if _weights_name(data) != weights.name:
-        raise ValueError(f"{weights} is damaged (its content doesn't match its name): restore it, or save the model again")
-    saved = deserialize(data)
+    saved = _read_weights(Path(path), description)
     state = model.state_dict()
     expected = {name: (key, state[key]) for name, key in model.trained_keys(state).items()}
     problems += [f"missing: {name}" for name in expected if name not in saved]
@@ -130,3 +176,27 @@ def load(path: str | os.PathLike[str], model: "TaskModel", description: dict[str
     if problems:
         raise ValueError(f"{Path(path)} doesn't fit this model:\n  " + "\n  ".join(problems))
     model.load_state_dict({key: shard_like(saved[name], value) for name, (key, value) in expected.items()}, strict=False)
+
+
+def _read_weights(folder: Path, description: dict[str, Any]) -> dict[str, Tensor]:
+    """What the description names; or, where another process has just replaced it, the new one if that differs in weights only."""
+    while True:
+        weights = folder / description["weights"]
+        if weights.is_file():
+            try:
+                data = weights.read_bytes()
+                break
+            except FileNotFoundError:
+                pass
+        newer = read_description(folder, description["model"], set(description["config"]))
+        if newer["weights"] == description["weights"]:
+            raise FileNotFoundError(f"{weights} does not exist, but {DESCRIPTION} names it: copy the whole folder")
+        if {**newer, "weights": None} != {**description, "weights": None}:
+            raise ValueError(f"{folder} was replaced by another model's save while it was read: load it again")
+        description = newer
+    if not _is_name_of(weights.name, data):
+        raise ValueError(f"{weights} is damaged (its content doesn't match its name): restore it, or save the model again")
+    try:
+        return deserialize(data)
+    except Exception as error:  # of safetensors, and of torch for dtypes that it doesn't have
+        raise ValueError(f"{weights} is no file of safetensors ({error}): restore it, or save the model again") from None

@@ -101,6 +101,14 @@ def test_a_feature_extractor_of_sound(tokenizer):
     assert "labels" not in batch
 
 
+def test_posts_without_labels_make_batches_without_labels(tokenizer):
+    posts = Posts((Post("1", "red", None, None), Post("2", "red", None, None)), ("a", "b"))
+    batch = FusionCollator(tokenizer, PROCESSOR)(posts)
+    assert list(batch) == ["main_inputs", "complementary_inputs"]
+    with pytest.raises(ValueError, match="1 of 2 samples have no 'label': a batch has labels of all, or of none"):
+        FusionCollator(tokenizer, PROCESSOR)([posts[0], Post("3", "red", None, 1)])
+
+
 def test_labels_of_several_classes(tokenizer):
     posts = Posts(tuple(Post(str(i), "red", None, label) for i, label in enumerate([(1, 0, 1), (0, 0, 0)])), ("a", "b", "c"))
     batch = FusionCollator(tokenizer, PROCESSOR)(posts)
@@ -145,5 +153,5 @@ def test_bad_input(posts, tokenizer):
     with pytest.raises(ValueError, match="labels must be numbers"):
         collate([{**image, "label": "pizza"}])
     for samples in ([{**image, "label": 1}, image], [image, {**image, "label": 1}]):
-        with pytest.raises(ValueError, match="no field 'label'"):
+        with pytest.raises(ValueError, match="1 of 2 samples have no 'label'"):
             collate(samples)

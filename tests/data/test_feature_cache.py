@@ -791,6 +791,16 @@ def test_leftovers_of_killed_processes_are_ignored_and_removed_when_old(tmp_path
     assert foreign.exists()
 
 
+def test_a_clock_that_runs_ahead_makes_no_leftovers(tmp_path, monkeypatch):
+    fill(tmp_path, 2)
+    written = tmp_path / ".features-a.safetensors.b.tmp"
+    written.write_bytes(b"half")
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 86_400)
+    all_right(make_cache(tmp_path, Spy()), 2)
+    assert written.exists()
+
+
 # errors
 
 

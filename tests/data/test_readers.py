@@ -36,6 +36,30 @@ def test_twitter_images_may_be_elsewhere(tmp_path):
         assert read_twitter_sarcasm(folder, "test", images=images)[0].open_image().size == (40, 30)
 
 
+@pytest.mark.parametrize("way", ["folder", "file"])
+def test_a_link_out_of_the_set_is_refused(tmp_path, way):
+    folder = make_twitter(tmp_path / "set")
+    linked = folder / "dataset_image" / ("862902619928506372.jpg" if way == "file" else "")
+    moved = linked.rename(tmp_path / "moved")
+    linked.symlink_to(moved)
+    with pytest.raises(ValueError, match=rf"line 1: .* is {moved}.*, outside of {folder}: .*outside=\['{tmp_path}") as error:
+        read_twitter_sarcasm(folder, "test", missing_images="skip")
+    assert len(problems(error)) == (2 if way == "file" else 3)
+    assert len(read_twitter_sarcasm(folder, "test", outside=[tmp_path])) == 2
+    if way == "folder":
+        assert len(read_twitter_sarcasm(folder, "test", images=moved)) == 2
+
+
+@pytest.mark.parametrize("name", ["3.txt", "3.jpg"])
+def test_a_link_out_of_mvsa_is_refused(tmp_path, name):
+    folder = make_mvsa(tmp_path / "set")
+    moved = (folder / "data" / name).rename(tmp_path / name)
+    (folder / "data" / name).symlink_to(moved)
+    with pytest.raises(ValueError, match=rf"1 problem in .*\n.*line 4: .* is {moved}, outside of {folder}"):
+        read_mvsa_single(folder)
+    assert len(read_mvsa_single(folder, outside=[tmp_path])) == 5
+
+
 def test_twitter_missing_images(tmp_path):
     folder = make_twitter(tmp_path)
     (folder / "dataset_image" / "862902619928506372.jpg").unlink()
@@ -221,6 +245,8 @@ def test_a_label_without_a_class_is_refused():
         ([1, (1, 0)], r"post 1 has label \(1, 0\), expected one class as in post 0"),
         ([0, [1]], r"post 1 has label \[1\], expected 0 to 1"),
         ([(1, 0), 1], "post 1 has label 1, expected 0 or 1 for each class as in post 0"),
+        ([1, None], "post 1 has label None, expected 0 to 1"),
+        ([None, 1], "post 1 has label 1, expected None as in post 0"),
     ],
 )
 def test_labels_of_several_classes_are_checked(labels, message):

@@ -159,6 +159,49 @@ def test_several_classes_a_sample(tmp_path):
 
 
 @pytest.mark.usefixtures("_tiny_encoders")
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_a_test_split_without_labels_is_predicted(tmp_path, capsys, multi_label):
+    folder = tiny_task.write_folder(tmp_path / "data", multi_label=multi_label)
+    labelled = run(folder, tmp_path / "labelled", "--epochs", 1)
+    rows = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
+    (folder / "test.jsonl").write_text("".join(json.dumps({k: row[k] for k in ("id", "text", "img")}) + "\n" for row in rows))
+    results = run(folder, tmp_path / "out", "--epochs", 1)
+    assert results == {name: value for name, value in labelled.items() if name != "test"}
+    assert "test: it has no labels, so there are predictions and no metrics" in capsys.readouterr().out
+    expected, got = (
+        [json.loads(line) for line in (tmp_path / name / "predictions-test.jsonl").read_text().splitlines()]
+        for name in ("labelled", "out")
+    )
+    assert got == [{**row, "label": None} for row in expected]
+    assert "data:image/" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.usefixtures("_tiny_encoders")
+def test_without_a_test_split_the_numbers_are_vals_and_it_says_so(folder, tmp_path, capsys):
+    (folder / "test.jsonl").unlink()
+    assert set(run(folder, tmp_path / "out", "--epochs", 1)) == {"samples", "best_epoch", "history", "val"}
+    assert "there is no test.jsonl: the numbers are of val, which the epoch was chosen by" in capsys.readouterr().out
+    assert "Experts on val of data" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.usefixtures("_tiny_encoders")
+def test_training_without_labels_is_refused_at_the_start(folder, tmp_path):
+    rows = [json.loads(line) for line in (folder / "val.jsonl").read_text().splitlines()]
+    (folder / "val.jsonl").write_text("".join(json.dumps({**row, "label": None}) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="val has no labels: train and val need a label in each line"):
+        run(folder, tmp_path / "out")
+
+
+@pytest.mark.usefixtures("_tiny_encoders")
+def test_images_on_another_disk_are_let_in_by_name(folder, tmp_path):
+    (folder / "images").rename(tmp_path / "disk")
+    (folder / "images").symlink_to(tmp_path / "disk")
+    with pytest.raises(ValueError, match="outside of"):
+        run(folder, tmp_path / "out")
+    assert run(folder, tmp_path / "out", "--epochs", 1, "--outside", tmp_path / "disk")["samples"]["train"]["samples"] == 40
+
+
+@pytest.mark.usefixtures("_tiny_encoders")
 @pytest.mark.parametrize("more", [["--main", "image"], ["--complementary", "frozen"], ["--schedule", "steps", "--head-lr", "1e-2"]])
 def test_other_forms(folder, tmp_path, more):
     assert set(run(folder, tmp_path / "out", *more)) == {"samples", "best_epoch", "history", "val", "test"}
@@ -317,7 +360,7 @@ def test_what_is_wrong_is_one_line_and_no_traceback(folder, tmp_path):
     result = program(folder, "--output", tmp_path / "other")
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
-    assert "line 1: lacks 'text', 'label'" in result.stderr
+    assert "line 1: lacks 'text'" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,9 @@
 import hashlib
 import json
 import os
+import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -211,7 +214,7 @@ def test_damaged_weights_are_refused(saved, damage):
         MoPEFusion.from_pretrained(saved, bert(), dinov2())
 
 
-@pytest.mark.parametrize("calls_before", [0, 1])
+@pytest.mark.parametrize("calls_before", [0, 1, 2])
 def test_a_kill_while_saving_leaves_the_old_save(saved, monkeypatch, calls_before):
     replace, calls = os.replace, []
 
@@ -287,3 +290,140 @@ def test_a_save_of_another_loss_or_class_is_not_read_into_a_model(saved):
         model.load_pretrained(saved)
     with pytest.raises(ValueError, match="was saved by MoPEFusion, not by PromptTuned"):
         PromptTuned(bert(), 2, CLASSES).load_pretrained(saved)
+
+
+# several processes, one folder
+
+
+def save_number(folder, number):
+    description = {**dict.fromkeys(checkpoint.KEYS), "model": "MoPEFusion", "config": {}, "problem_type": "regression"}
+    checkpoint.save(folder, {"weight": torch.full((3,), float(number))}, description)
+
+
+def saved_number(folder):
+    """Of the save that the description names; fails if its weights are gone or others'."""
+    description = json.loads((folder / checkpoint.DESCRIPTION).read_bytes())
+    weights = folder / description["weights"]
+    assert checkpoint._is_name_of(weights.name, weights.read_bytes())
+    return int(load_file(weights)["weight"][0])
+
+
+class Interrupted:
+    """Does something else before the n-th operation on files of what runs inside."""
+
+    operations = ((os, "replace"), (os, "open"), (Path, "unlink"), (Path, "read_bytes"), (Path, "exists"), (Path, "glob"))
+
+    def __init__(self, monkeypatch, at, action):
+        self.count, self.at, self.action, self.patch = 0, at, action, monkeypatch
+
+    def __enter__(self):
+        self.context = self.patch.context()
+        patch = self.context.__enter__()
+        for owner, name in self.operations:
+            patch.setattr(owner, name, self._wrapped(getattr(owner, name)))
+        return self
+
+    def __exit__(self, *error):
+        self.context.__exit__(*error)
+
+    def _wrapped(self, operation):
+        def call(*arguments, **settings):
+            self.count += 1
+            if self.count == self.at:
+                self.action()
+            return operation(*arguments, **settings)
+
+        return call
+
+
+@pytest.mark.parametrize("others", [[0], [1], [2, 0]])
+def test_a_save_between_any_two_steps_of_another_never_loses_weights(tmp_path, monkeypatch, others):
+    """The folder holds 0, one saves 1, the others come in between: also with those very contents; their clock runs ahead."""
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 86_400)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+    def save_others(folder):
+        for number in others:
+            save_number(folder, number)
+            assert saved_number(folder) == number
+
+    at = steps = 1
+    while at <= steps:
+        folder = tmp_path / str(at)
+        save_number(folder, 0)
+        with Interrupted(monkeypatch, at, lambda folder=folder: save_others(folder)) as outer:
+            save_number(folder, 1)
+        steps = outer.count
+        assert saved_number(folder) in (1, others[-1])
+        save_number(folder, 3)
+        assert saved_number(folder) == 3
+        assert len(list(folder.iterdir())) == 2
+        at += 1
+    assert steps > 8
+
+
+def test_a_save_that_slept_for_hours_between_its_steps_is_whole(tmp_path, monkeypatch):
+    def hours_later():
+        for file in tmp_path.iterdir():
+            os.utime(file, (time.time() - 7200,) * 2)
+        save_number(tmp_path, 2)
+
+    for at in range(1, 12):
+        save_number(tmp_path, 0)
+        with Interrupted(monkeypatch, at, hours_later):
+            save_number(tmp_path, 1)
+        assert saved_number(tmp_path) in (1, 2)
+
+
+def test_many_savers_and_a_reader(tmp_path):
+    save_number(tmp_path, 0)
+    problems, done = [], threading.Event()
+
+    def saver(first):
+        try:
+            for step in range(20):
+                save_number(tmp_path, (first + step) % 3)
+        except BaseException as error:
+            problems.append(error)
+
+    def reader():
+        while not done.is_set():
+            try:
+                checkpoint._read_weights(tmp_path, checkpoint.read_description(tmp_path, "MoPEFusion", set()))
+            except BaseException as error:
+                problems.append(error)
+
+    threads = [threading.Thread(target=saver, args=(i,)) for i in range(4)]
+    watch = threading.Thread(target=reader)
+    for thread in (watch, *threads):
+        thread.start()
+    for thread in threads:
+        thread.join()
+    done.set()
+    watch.join()
+    assert problems == []
+    assert saved_number(tmp_path) in (0, 1, 2)
+
+
+def test_a_save_that_is_replaced_while_it_is_read(saved, monkeypatch):
+    read, others = Path.read_bytes, [lambda: make_model(seed=5).save_pretrained(saved)]
+
+    def replaced_behind_the_description(path):
+        data = read(path)
+        if path.name == checkpoint.DESCRIPTION and others:
+            others.pop()()
+        return data
+
+    monkeypatch.setattr(Path, "read_bytes", replaced_behind_the_description)
+    assert torch.equal(logits(MoPEFusion.from_pretrained(saved, bert(), dinov2())), logits(make_model(seed=5)))
+    others.append(lambda: make_model(temperature=0.2).save_pretrained(saved))
+    with pytest.raises(ValueError, match="was replaced by another model's save while it was read: load it again"):
+        MoPEFusion.from_pretrained(saved, bert(), dinov2())
+    assert MoPEFusion.from_pretrained(saved, bert(), dinov2()).config.temperature == 0.2
+
+
+def test_saves_of_earlier_versions_are_read(saved):
+    rewrite_weights(saved, lambda state: None)
+    assert weights_file(saved).stem.count("-") == 1
+    assert torch.equal(logits(MoPEFusion.from_pretrained(saved, bert(), dinov2())), logits(make_model()))

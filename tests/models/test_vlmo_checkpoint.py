@@ -293,11 +293,12 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch
         VLMo.from_checkpoint(path)
 
 
-def make_beit(side=12):
+def make_beit(side=12, **settings):
     """Its last norm is in front of pooling, as that of the BEiT files that VLMo starts from."""
     torch.manual_seed(3)
     sizes = {"img_size": side, "patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 3, "mlp_ratio": 2}
-    beit = Beit(**sizes, use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1, num_classes=5, global_pool="token")
+    settings = {"use_abs_pos_emb": False, "use_rel_pos_bias": True, "init_values": 0.1, "num_classes": 5, **settings}
+    beit = Beit(**sizes, **settings, global_pool="token")
     with torch.no_grad():
         for parameter in beit.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
@@ -333,4 +334,37 @@ def test_beit_is_the_image_side(load, side, wrapped):
 def test_uneven_bias_tables_of_beit(load, shapes):
     state = make_beit().state_dict()
     state |= {f"blocks.{i}.attn.relative_position_bias_table": torch.zeros(shape) for i, shape in enumerate(shapes)}
+    assert f"  missing: {TABLE}" in refusal(load, state, make_config("base"))
+
+
+def of_pretraining():
+    """BEiT as its pre-training saves it: one bias table for all layers, a mask token, a head for visual words."""
+    beit = make_beit(use_rel_pos_bias=False, use_shared_rel_pos_bias=True, num_classes=0)
+    heads = {"mask_token": torch.zeros(1, 1, 24), "lm_head.weight": torch.zeros(9, 24), "lm_head.bias": torch.zeros(9)}
+    index = {"rel_pos_bias.relative_position_index": torch.zeros(10, 10).long()}
+    return beit, beit.state_dict() | heads | index
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+@pytest.mark.parametrize("own", [True, False])
+def test_the_bias_table_that_layers_of_beit_share_is_each_ones(load, prefix, own):
+    beit, state = of_pretraining()
+    if own:  # as BEiT adds them up
+        tables = {f"blocks.{i}.attn.{TABLE}": torch.randn(28, 3) for i in range(3)}
+        beit = make_beit(use_rel_pos_bias=True)
+        beit.load_state_dict(state | {k: v + state[f"rel_pos_bias.{TABLE}"] for k, v in tables.items()}, strict=False)
+        state |= tables
+    with pytest.warns(UserWarning, match="was loaded in part") as record:
+        model = load({"model": {f"{prefix}{k}": v for k, v in state.items()}}, make_config("base"), strict=False).double().eval()
+    (message,) = (str(w.message) for w in record if "in part" in str(w.message))
+    assert TABLE not in message
+    assert "unexpected" not in message
+    with torch.no_grad():
+        model.token_type_embeddings.weight.zero_()
+        images = make_images(2, 12)
+        close(model(**images).image, beit.double().forward_features(images["pixel_values"]))
+
+
+def test_a_shared_table_of_another_shape_is_no_table(load):
+    state = of_pretraining()[1] | {f"blocks.{i}.attn.{TABLE}": torch.zeros(5, 3) for i in range(3)}
     assert f"  missing: {TABLE}" in refusal(load, state, make_config("base"))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _WRAPPERS = ("state_dict", "module", "model")
 _HEADS = (
     "mlm_score.", "itm_score.", "itc_text_proj.", "itc_image_proj.", "itc_vl_text_proj.", "itc_vl_image_proj.", "logit_scale",
-    "logit_vl_scale", "vqa_classifier.", "nlvr2_classifier.", "head.", "fc_norm.",
+    "logit_vl_scale", "vqa_classifier.", "nlvr2_classifier.", "head.", "fc_norm.", "lm_head.", "cls_pt_layers.", "mask_token",
 )  # fmt: skip
 """Of pre-training and of tasks, as the first part of their keys."""
 _INDICES = (
@@ -40,7 +40,8 @@ State = dict[str, Tensor]
 def read_state_dict(path: str | os.PathLike[str]) -> State:
     """Tensors of a file, unwrapped, under VLMo's names."""
     state = _unwrapped(_read(Path(path)), Path(path))
-    return _from_beit(state) if "blocks.0.mlp.fc1.weight" in state else state
+    plain = {key.removeprefix("transformer."): value for key, value in state.items()}
+    return _from_beit(plain) if "blocks.0.mlp.fc1.weight" in plain else state
 
 
 def _read(path: Path) -> Any:
@@ -81,16 +82,21 @@ def _unwrapped(content: Any, path: Path) -> State:
 
 
 def _from_beit(state: State) -> State:
-    """BEiT's image encoder as the image side of a VLMo. Its bias tables, one a layer, become the first rows of VLMo's."""
-    tables, renamed = {}, {}
+    """BEiT's image encoder as the image side of a VLMo. Its bias tables become the first rows of VLMo's, which has one a layer.
+
+    A layer of BEiT adds its own table, the one that all layers share (pre-training files), or both.
+    Names: https://github.com/microsoft/unilm, beit/modeling_pretrain.py.
+    """
+    layers = sorted({int(match[1]) for key in state if (match := re.match(r"blocks\.(\d+)\.", key))})
+    tables = [[state[key] for key in (f"blocks.{i}.attn.{_TABLE}", f"rel_pos_bias.{_TABLE}") if key in state] for i in layers]
+    renamed = {}
     for key, value in state.items():
-        if match := re.fullmatch(r"blocks\.(\d+)\.attn\.relative_position_bias_table", key):
-            tables[int(match[1])] = value
-        elif not key.endswith("relative_position_index"):
+        if not key.endswith((_TABLE, "relative_position_index")):
             key = key.replace(".mlp.", ".mlp_imag.").replace(".norm2.", ".norm2_imag.")
             renamed[key if key.startswith(_HEADS) else f"transformer.{key}"] = value
-    if len({table.shape for table in tables.values()}) == 1 and next(iter(tables.values())).dim() == 2:
-        table = torch.cat([tables[layer] for layer in sorted(tables)], dim=1)
+    shapes = {table.shape for added in tables for table in added}
+    if all(tables) and len(shapes) == 1 and len(next(iter(shapes))) == 2:
+        table = torch.cat([sum(added) for added in tables], dim=1)
         renamed[_TABLE] = torch.cat([table, table.new_zeros(TEXT_ROWS, table.shape[1])])
     return renamed
 

@@ -87,7 +87,7 @@ class VLMo(nn.Module):
         strict: bool = True,
         **overrides: Any,
     ) -> "VLMo":
-        """Read an official checkpoint, or BEiT's of the image side.
+        """Read an official checkpoint, or BEiT's of the image side, from its pre-training or fine-tuned (``strict=False``).
 
         Positions are interpolated to another image size, those of text cut to ``max_text_length``; heads of the pre-training are
         left out, but for ``mlm_score`` with ``mlm_head=True``. Only tensors are read from the file, never code.
