@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,12 +32,28 @@ def _weights_name(data: bytes) -> str:
     return f"mope_fast-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
 
 
+def not_finite(state: Mapping[str, Tensor]) -> list[str]:
+    """Of each tensor that holds NaN or infinities its name and how many."""
+    bad = {name: (~value.isfinite()).sum().item() for name, value in state.items() if value.is_floating_point()}
+    return [f"{name} ({count} of {state[name].numel()})" for name, count in bad.items() if count]
+
+
 def save(path: str | os.PathLike[str], state: dict[str, Tensor], description: dict[str, Any]) -> None:
     """Write the weights under a name made of their content, then the description that names them, then drop what it replaces.
 
     Processes may save into one folder at the same time: the last one stays.
+
+    Raises:
+        ValueError: a tensor holds NaN or infinities; nothing is written.
+        NotADirectoryError: the path is a file.
     """
     folder = Path(path)
+    if problems := not_finite(state):
+        raise ValueError(
+            f"nothing was saved to {folder}: numbers that are not finite are in\n  " + "\n  ".join(problems) + "\nTraining has "
+            "diverged, or a number that isn't finite came in: go on from an earlier save (load_pretrained). Statistics of a norm "
+            "alone start anew with its reset_running_stats(). A buffer that is meant to be so needs persistent=False"
+        )
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file: give save_pretrained a folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -129,4 +147,6 @@ def load(path: str | os.PathLike[str], model: "TaskModel", description: dict[str
         )
     if problems:
         raise ValueError(f"{Path(path)} doesn't fit this model:\n  " + "\n  ".join(problems))
+    if problems := not_finite(saved):
+        warnings.warn(f"{weights} holds numbers that are not finite, in {', '.join(problems)}: outputs will be NaN", stacklevel=4)
     model.load_state_dict({key: shard_like(saved[name], value) for name, (key, value) in expected.items()}, strict=False)

@@ -228,6 +228,9 @@ class TaskModel(nn.Module, ABC):
         Killed at any moment, the folder holds the old save or the new one, each whole. Of a compiled model, or of one in DDP
         (``ddp.module``), any number of ranks may call this. If trained parts are sharded (FSDP2), every rank has to: the first one
         writes, and all wait for it.
+
+        Raises:
+            ValueError: a parameter or buffer holds NaN or infinities; the message names it, and what was saved before stays.
         """
         state = self.state_dict()
         keys = self.trained_keys(state)
