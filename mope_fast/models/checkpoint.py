@@ -95,14 +95,20 @@ def read_description(path: str | os.PathLike[str], model: str, settings: set[str
         raise ValueError(f"{file} lacks {missing}: restore it, or save the model again")
     if description["model"] != model:
         raise ValueError(f"{file} was saved by {description['model']}, not by {model}: load it with {description['model']}")
-    types = {"config": dict, "weights": str, "problem_type": str, "num_classes": (int, type(None))}
-    if wrong := [key for key, kind in types.items() if not isinstance(description[key], kind)]:
+    types = {"config": dict, "weights": str, "problem_type": str, "num_classes": (int, type(None)), "label_smoothing": float}
+    if wrong := [key for key, kind in types.items() if key in description and not isinstance(description[key], kind)]:
         raise ValueError(f"{file} is damaged: {wrong} have the wrong type; restore it, or save the model again")
     if Path(description["weights"]).name != description["weights"]:
         raise ValueError(f"{file} names weights outside its folder ({description['weights']}): don't trust it")
     if unknown := [key for key in description["config"] if key not in settings]:
         raise ValueError(f"{file} has settings that this version doesn't know: {unknown}; update mope_fast")
     return description
+
+
+def task_settings(description: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of the model's class: what its loss is."""
+    # saves of older versions know of no smoothing
+    return {"problem_type": description["problem_type"], "label_smoothing": description.get("label_smoothing", 0.0)}
 
 
 def load(path: str | os.PathLike[str], model: "TaskModel", description: dict[str, Any]) -> None:

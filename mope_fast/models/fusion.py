@@ -32,8 +32,10 @@ class MoPEFusion(TaskModel):
         num_classes: outputs of the linear head; None for no head (``logits`` is None, use ``features``).
         config: see :class:`MoPEConfig`; ``config.cross_dim`` is needed unless ``complementary`` is a supported encoder.
         head: a head of your own, (B, D) -> (B, num_classes), in place of the linear one.
-        problem_type: "single_label_classification" (labels (B,) int64), "multi_label_classification" (labels (B, C) in 0..1) or
-            "regression".
+        problem_type: "single_label_classification": labels (B,) are integer classes, -100 for samples that don't count, or
+            probabilities (B, C). "multi_label_classification": labels (B, C) in 0..1. "regression": numbers (B, C), or (B,) of one
+            output.
+        label_smoothing: of single-label classification: this part of each label is spread over all classes, in every ``loss``.
 
     Example:
         >>> model = MoPEFusion(main=bert, complementary=dinov2, num_classes=13)
@@ -50,9 +52,10 @@ class MoPEFusion(TaskModel):
         *,
         head: nn.Module | None = None,
         problem_type: str = "single_label_classification",
+        label_smoothing: float = 0.0,
     ):
         super().__init__()
-        check_head(num_classes, head, problem_type)
+        check_head(num_classes, head, problem_type, label_smoothing)
         if complementary is not None and not callable(complementary):
             raise TypeError(f"complementary must be a supported encoder, a callable or None, got {type(complementary).__name__}")
         if is_prompted_model(complementary) and not isinstance(complementary, (PromptTuned, FoldedModel)):
@@ -71,7 +74,7 @@ class MoPEFusion(TaskModel):
             raise ValueError("the width of the complementary feature can't be inferred: set MoPEConfig(cross_dim=...)")
 
         self.config = dataclasses.replace(config, cross_dim=cross_dim)
-        self.problem_type = problem_type
+        self.problem_type, self.label_smoothing = problem_type, float(label_smoothing)
         self.main = prompted(main)
         self._wrapped = [] if self.main is main else [self.main]
         self._thaw_black_box: Callable[[], None] | None = None
@@ -97,7 +100,9 @@ class MoPEFusion(TaskModel):
             main_inputs: the main encoder's input, or a dict of its keyword arguments.
             complementary_inputs: likewise; or the features (B, cross_dim) where ``complementary`` is None; None where no prompt
                 needs them.
-            labels: see ``problem_type``; gives ``loss``.
+            labels: see ``problem_type``; gives ``loss``. On a CPU wrong values are errors. On other devices, where looking would
+                wait, a class out of range stops the device, and other wrong values make ``loss`` NaN. Where no sample counts,
+                the task loss is 0.
             feature_maps: give those of the main encoder's stages too, for dense prediction (Swin).
         """
         config, cross = self.config, None
@@ -213,7 +218,7 @@ class MoPEFusion(TaskModel):
         known = {field.name for field in dataclasses.fields(MoPEConfig)}
         saved = checkpoint.read_description(path, "MoPEFusion", known)
         classes, config = None if head is not None else saved["num_classes"], MoPEConfig(**saved["config"])
-        model = cls(main, complementary, classes, config, head=head, problem_type=saved["problem_type"])
+        model = cls(main, complementary, classes, config, head=head, **checkpoint.task_settings(saved))
         model._load(path, saved)
         return model
 

@@ -63,9 +63,8 @@ class MultiAdapter(nn.Module):
                 )
             # a score of zero keeps a number of another adapter out, but not NaN
             if problems := checkpoint.not_finite({} if model.bank is None else dict(model.bank.named_buffers())):
-                raise ValueError(
-                    f"adapter {name!r} has numbers that are not finite, which would reach the others' samples: {', '.join(problems)}"
-                )
+                bad = ", ".join(problems)
+                raise ValueError(f"adapter {name!r} has numbers that are not finite, which would reach the others' samples: {bad}")
         banks = [model.bank for model in self.models]
         self.stack = None if all(bank is None for bank in banks) else _StackedBanks(banks)
         for model, given in zip(self.models, adapters.values(), strict=True):

@@ -304,13 +304,6 @@ def test_regression_labels_of_the_logits_shape_are_taken(width, shape):
     close(output.task_loss, (output.logits - labels.view(6, width)).square().mean())
 
 
-@pytest.mark.parametrize("shape", [(3, 6), (6,), (18,)])
-def test_regression_labels_of_another_shape_are_refused(shape):
-    model = make_fusion(num_classes=3, problem_type="regression")
-    with pytest.raises(ValueError, match=r"must have the shape of logits \(6, 3\), got"):
-        model(make_text(6), make_images(6), torch.zeros(shape))
-
-
 def test_batch_norm_on_one_sample_says_what_to_do():
     model = make_fusion().train()
     with pytest.raises(ValueError, match=r"drop_last=True.*mapper_norm='layer'"):
