@@ -74,7 +74,7 @@ class PromptTuned(TaskModel):
         features, _, maps = run_prompted(self.main, self.bank, inputs, feature_maps=feature_maps)
         logits = apply_head(self.head, features)
         loss = self.task_loss(logits, labels)
-        return FusionOutput(loss, logits, loss, None, None, features, maps)
+        return self._output_type(logits, labels)(loss, logits, loss, None, None, features, maps)
 
     def fold(self) -> FoldedModel:
         """For inference: a new model whose prompts' keys and values are computed already; see :meth:`MoPEFusion.fold`."""

@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from .._distributed import JointBatch, gather, is_first, is_sharded, mesh_of, wait_for_all
 from ..encoders import PromptedEncoder
 from . import checkpoint
+from .output import FusionOutput, UnlabelledOutput
 
 NOT_A_LABEL = -100
 """Samples of this class are left out of a loss: cross entropy's default."""
@@ -158,6 +159,8 @@ class TaskModel(nn.Module, ABC):
     head: nn.Module | None
     problem_type: str
     label_smoothing: float
+    accepts_loss_kwargs = False
+    """For transformers' Trainer: ``loss`` is a batch's own, to be divided by the number of accumulated batches."""
     _joint_batch: JointBatch | None = None
     _leaves_frozen_out = False
 
@@ -186,6 +189,16 @@ class TaskModel(nn.Module, ABC):
             got = type(process_group).__name__
             raise TypeError(f"process_group must be a torch.distributed.ProcessGroup of this rank, or None; got {got}")
         self._joint_batch = JointBatch(process_group)
+
+    @property
+    def _loss_is_cross_entropy(self) -> bool:
+        """Whether the mean cross entropy of a rank's logits is all of the loss."""
+        joint = self._joint_batch is not None and self.training
+        return self.problem_type == "single_label_classification" and not joint
+
+    def _output_type(self, logits: Tensor | None, labels: Tensor | None) -> type[FusionOutput]:
+        whole = labels is not None or logits is None or self._loss_is_cross_entropy
+        return FusionOutput if whole else UnlabelledOutput
 
     def task_loss(self, logits: Tensor | None, labels: Tensor | None) -> Tensor | None:
         """None without labels."""

@@ -152,7 +152,7 @@ class MoPEBAF(TaskModel):
         read = self.backbone.mlm_score(features) if isinstance(self.head, Verbalizer) else features
         logits = apply_head(self.head, read)
         loss = self.task_loss(logits, labels)
-        return FusionOutput(loss=loss, logits=logits, task_loss=loss, features=features)
+        return self._output_type(logits, labels)(loss=loss, logits=logits, task_loss=loss, features=features)
 
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None, pixel_values: Tensor) -> Groups:
         """Outputs behind the last norm, (B, rows, D) of each group that is left there: "text", "image", "unified_prompt", ...
