@@ -16,7 +16,7 @@ from .folded import FoldedModel
 from .output import FusionOutput
 from .prompt_tuned import PromptTuned
 from .prompting import Inputs, run_prompted
-from .sides import check_same_batch, complementary_feature, is_prompted_model
+from .sides import check_holds_no_prompts, check_same_batch, check_trains_nothing, complementary_feature, is_prompted_model
 from .task import TaskModel, apply_head, check_head, describe_encoder, make_head, prompted
 
 
@@ -27,8 +27,8 @@ class MoPEFusion(TaskModel):
         main: a supported encoder, held frozen and in eval mode; or a :class:`PromptedEncoder` that several models share.
         complementary: where psi_y comes from: a supported encoder (its global feature, with vanilla prompts of
             ``config.complementary_prompt_length`` in its layers), a :class:`PromptTuned` of your own, any callable that gives
-            (B, cross_dim) features (a module is held frozen, in eval mode and without gradient; a plain function may train
-            parameters of its own), or None: then the features themselves are passed to ``forward``.
+            (B, cross_dim) features (a module is held frozen, in eval mode and without gradient, so it may not hold prompts to be
+            trained; nor may a function train anything), or None: then the features themselves are passed to ``forward``.
         num_classes: outputs of the linear head; None for no head (``logits`` is None, use ``features``).
         config: see :class:`MoPEConfig`; ``config.cross_dim`` is needed unless ``complementary`` is a supported encoder.
         head: a head of your own, (B, D) -> (B, num_classes), in place of the linear one.
@@ -108,6 +108,8 @@ class MoPEFusion(TaskModel):
         config, cross = self.config, None
         if config.needs_cross:
             cross = self.complementary_feature(complementary_inputs)
+            if self.training:
+                check_trains_nothing(self.complementary, complementary_inputs, cross)
             check_same_batch(self.main, main_inputs, cross)
         features, scores, maps = run_prompted(self.main, self.bank, main_inputs, cross, feature_maps=feature_maps)
         logits = apply_head(self.head, features)
@@ -130,6 +132,7 @@ class MoPEFusion(TaskModel):
             settings = {"dropout": self.config.dropout, "prompt_init": self.config.prompt_init}
             return PromptTuned(side, self.config.complementary_prompt_length, **settings)
         if isinstance(complementary, nn.Module) and not is_prompted_model(complementary):
+            check_holds_no_prompts(complementary)
             self._thaw_black_box = freeze(complementary)
         return complementary
 
