@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .._distributed import shard_like
 from .._files import is_leftover, write_atomically
+from ..encoders.weights import differences
 
 if TYPE_CHECKING:
     from .task import TaskModel
@@ -95,7 +96,14 @@ def read_description(path: str | os.PathLike[str], model: str, settings: set[str
         raise ValueError(f"{file} lacks {missing}: restore it, or save the model again")
     if description["model"] != model:
         raise ValueError(f"{file} was saved by {description['model']}, not by {model}: load it with {description['model']}")
-    types = {"config": dict, "weights": str, "problem_type": str, "num_classes": (int, type(None)), "label_smoothing": float}
+    types = {
+        "config": dict,
+        "weights": str,
+        "problem_type": str,
+        "num_classes": (int, type(None)),
+        "label_smoothing": float,
+        "encoders": dict,
+    }
     if wrong := [key for key, kind in types.items() if key in description and not isinstance(description[key], kind)]:
         raise ValueError(f"{file} is damaged: {wrong} have the wrong type; restore it, or save the model again")
     if Path(description["weights"]).name != description["weights"]:
@@ -111,11 +119,36 @@ def task_settings(description: dict[str, Any]) -> dict[str, Any]:
     return {"problem_type": description["problem_type"], "label_smoothing": description.get("label_smoothing", 0.0)}
 
 
-def load(path: str | os.PathLike[str], model: "TaskModel", description: dict[str, Any]) -> None:
-    """Read the weights that the description names into a model.
+def _check_encoders(path: Path, model: "TaskModel", saved: dict[str, Any], strict: bool) -> None:
+    """Warns, or with ``strict`` raises ValueError, where the model's frozen parts have other weights than those saved with."""
+    for name, own in model.sampled_encoders().items():
+        if (samples := saved.get(name)) is None or own is None:
+            if strict:
+                whose = (
+                    "the save holds nothing of it" if samples is None else "its numbers can't be read here (sharded, quantised?)"
+                )
+                raise ValueError(
+                    f"{path}: whether {name!r} has the weights that were trained on can't be known, {whose}: strict=False"
+                )
+            continue
+        try:
+            found = differences(samples, own)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise ValueError(f"{path / DESCRIPTION} is damaged: it has no samples of {name!r} in it; restore it") from None
+        if found:
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            message = f"{path} was trained on other weights of {name!r} than it is put on: {'; '.join(found[:3])}{more}"
+            if strict:
+                raise ValueError(message + ": load the encoder that it was trained on, or pass strict=False")
+            warnings.warn(message + ". Results will differ; strict=True refuses this", stacklevel=5)
+
+
+def load(path: str | os.PathLike[str], model: "TaskModel", description: dict[str, Any], *, strict: bool) -> None:
+    """Read the weights that the description names into a model; warns if they were trained on other encoders' weights.
 
     Raises:
-        FileNotFoundError, ValueError: the weights are missing, damaged or don't fit; the message lists every difference.
+        FileNotFoundError, ValueError: the weights are missing, damaged or don't fit; the message lists every difference. With
+            ``strict`` also where encoders have other weights, or it can't be known.
     """
     own = json.loads(json.dumps(model.description()))
     problems = [
@@ -153,6 +186,7 @@ def load(path: str | os.PathLike[str], model: "TaskModel", description: dict[str
         )
     if problems:
         raise ValueError(f"{Path(path)} doesn't fit this model:\n  " + "\n  ".join(problems))
+    _check_encoders(Path(path), model, description.get("encoders", {}), strict)
     if problems := not_finite(saved):
         warnings.warn(f"{weights} holds numbers that are not finite, in {', '.join(problems)}: outputs will be NaN", stacklevel=4)
     model.load_state_dict({key: shard_like(saved[name], value) for name, (key, value) in expected.items()}, strict=False)

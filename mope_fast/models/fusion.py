@@ -216,8 +216,11 @@ class MoPEFusion(TaskModel):
         complementary: nn.Module | Callable[..., Tensor] | None = None,
         *,
         head: nn.Module | None = None,
+        strict: bool = False,
     ) -> "MoPEFusion":
         """Read a folder of :meth:`save_pretrained` onto the same encoders; ``head`` only if it was saved with one of its own.
+
+        Encoders with other weights are a warning; with ``strict`` an error, see :meth:`load_pretrained`.
 
         Raises:
             FileNotFoundError, ValueError: no such save, or it doesn't fit; the message says what doesn't.
@@ -226,7 +229,7 @@ class MoPEFusion(TaskModel):
         saved = checkpoint.read_description(path, "MoPEFusion", known)
         classes, config = None if head is not None else saved["num_classes"], MoPEConfig(**saved["config"])
         model = cls(main, complementary, classes, config, head=head, **checkpoint.task_settings(saved))
-        model._load(path, saved)
+        model._load(path, saved, strict)
         return model
 
 

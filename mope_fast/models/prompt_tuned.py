@@ -95,8 +95,12 @@ class PromptTuned(TaskModel):
         return self.main.encoder if self._shared else self.main.detach()
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str], encoder: nn.Module, *, head: nn.Module | None = None) -> "PromptTuned":
+    def from_pretrained(
+        cls, path: str | os.PathLike[str], encoder: nn.Module, *, head: nn.Module | None = None, strict: bool = False
+    ) -> "PromptTuned":
         """Read a folder of :meth:`save_pretrained` onto the same encoder; ``head`` only if it was saved with one of its own.
+
+        An encoder with other weights is a warning; with ``strict`` an error, see :meth:`load_pretrained`.
 
         Raises:
             FileNotFoundError, ValueError: no such save, or it doesn't fit; the message says what doesn't.
@@ -104,5 +108,5 @@ class PromptTuned(TaskModel):
         saved = checkpoint.read_description(path, "PromptTuned", {"prompt_length", "dropout", "prompt_init"})
         classes = None if head is not None else saved["num_classes"]
         model = cls(encoder, num_classes=classes, head=head, **checkpoint.task_settings(saved), **saved["config"])
-        model._load(path, saved)
+        model._load(path, saved, strict)
         return model

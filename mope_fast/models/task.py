@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 
 from .._distributed import JointBatch, gather, is_first, is_sharded, mesh_of, wait_for_all
 from ..encoders import PromptedEncoder
+from ..encoders.weights import Samples, plain_name, sample_weights
 from . import checkpoint
 from .output import FusionOutput, UnlabelledOutput
 
@@ -237,7 +238,7 @@ class TaskModel(nn.Module, ABC):
     def trained_keys(self, state: Iterable[str]) -> dict[str, str]:
         """Plain name -> key, of the keys of a state dict of this model that are no frozen encoder's."""
         frozen = tuple(f"{name}." for name in self.frozen_parts())
-        return {_plain_name(key): key for key in state if not key.startswith(frozen)}
+        return {plain_name(key): key for key in state if not key.startswith(frozen)}
 
     def leave_frozen_out_of_state_dict(self) -> None:
         """Have ``state_dict()`` leave frozen encoders out, and a strict ``load_state_dict`` do without them.
@@ -257,6 +258,10 @@ class TaskModel(nn.Module, ABC):
                 f"fold() needs whole weights, and this {_class_name(self)} is sharded: save_pretrained() it, and fold what "
                 "from_pretrained() makes of that"
             )
+
+    def sampled_encoders(self) -> dict[str, Samples | None]:
+        """Of each frozen part some of its numbers; None where they can't be read."""
+        return {plain_name(name): sample_weights(self.get_submodule(name)) for name in self.frozen_parts()}
 
     def frozen_parts(self) -> list[str]:
         """Names of the modules that are held and not trained."""
@@ -328,27 +333,32 @@ class TaskModel(nn.Module, ABC):
                 whole[name] = value.cpu()
         try:
             if writes:
-                checkpoint.save(path, whole, self.description())
+                checkpoint.save(path, whole, {**self.description(), "encoders": self.sampled_encoders()})
         finally:
             if mesh is not None:
                 wait_for_all(mesh)
 
-    def load_pretrained(self, path: str | os.PathLike[str]) -> None:
+    def load_pretrained(self, path: str | os.PathLike[str], *, strict: bool = False) -> None:
         """Read a folder of :meth:`save_pretrained` into this model, in place, and leave its mode and its encoders' as they are.
 
         The model may be compiled, in DDP (``ddp.module``) or sharded (FSDP2), and the one that was saved another of these; every
         rank calls it. Settings that only matter in training may differ from those saved.
+
+        Args:
+            path: the folder.
+            strict: frozen encoders must be known to have the weights that the save was trained on, to half precision. By default
+                other weights are a warning, and what can't be compared (older saves, sharded or quantised encoders) isn't.
 
         Raises:
             FileNotFoundError, ValueError: no such save, or it doesn't fit; the message says what doesn't. Nothing is changed then.
         """
         own = self.description()
         saved = checkpoint.read_description(path, own["model"], set(own["config"]))
-        checkpoint.load(path, self, saved)
+        checkpoint.load(path, self, saved, strict=strict)
 
-    def _load(self, path: str | os.PathLike[str], description: dict[str, Any]) -> None:
+    def _load(self, path: str | os.PathLike[str], description: dict[str, Any], strict: bool) -> None:
         try:
-            checkpoint.load(path, self, description)
+            checkpoint.load(path, self, description, strict=strict)
         except BaseException:
             self.unwrap()
             raise
@@ -366,16 +376,6 @@ class TaskModel(nn.Module, ABC):
     @abstractmethod
     def unwrap(self) -> Any:
         """Give the encoders back as they were; this model can't be used afterwards."""
-
-
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
-
-
-def _plain_name(key: str) -> str:
-    """Without what torch.compile and torch's checkpoint wrapper put into names of modules inside a model."""
-    for wrapper in _WRAPPERS:
-        key = key.replace(wrapper, "")
-    return key
 
 
 def _class_name(module: nn.Module) -> str:

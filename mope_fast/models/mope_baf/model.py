@@ -312,8 +312,12 @@ class MoPEBAF(TaskModel):
         }
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str], vlmo: VLMo, *, head: nn.Module | None = None) -> "MoPEBAF":
+    def from_pretrained(
+        cls, path: str | os.PathLike[str], vlmo: VLMo, *, head: nn.Module | None = None, strict: bool = False
+    ) -> "MoPEBAF":
         """Read a folder of :meth:`save_pretrained` onto a VLMo of the same sizes; ``head`` only if it was saved with one of yours.
+
+        A frozen VLMo with other weights is a warning; with ``strict`` an error, see :meth:`load_pretrained`.
 
         If the VLMo was trained too, all of its weights were saved, and replace those of ``vlmo``.
 
@@ -328,7 +332,7 @@ class MoPEBAF(TaskModel):
             raise ValueError(f"{Path(path) / checkpoint.DESCRIPTION} is damaged: {error}; restore it") from None
         classes = None if head is not None else saved["num_classes"]
         model = cls(vlmo, classes, config, head=head, **checkpoint.task_settings(saved))
-        model._load(path, saved)
+        model._load(path, saved, strict)
         return model
 
 
