@@ -32,8 +32,8 @@ class FusionCollator:
             list of values that gives a tensor or a dict of tensors: ``functools.partial(tokenizer, padding=True, max_length=64,
             ...)``; ``StackEach(transform)`` for timm's and torchvision's transforms; None for features, stacked as they are.
         complementary: likewise for the other side.
-        main_field, complementary_field, label_field: where a sample has them. Samples without the label field make batches without
-            labels.
+        main_field, complementary_field, label_field: where a sample has them. Samples without the label field, or with None there,
+            make batches without labels.
 
     Example:
         >>> collate = FusionCollator(tokenizer, image_processor)
@@ -65,7 +65,8 @@ class FusionCollator:
         Labels are int64, (B,) of classes or (B, C) of 0 and 1 for each class, or float32 for numbers with a point.
 
         Raises:
-            TypeError, ValueError: no sample, a sample lacks a field, labels of different shapes, or inputs that are no tensors.
+            TypeError, ValueError: no sample, a sample lacks a field, labels of different shapes or not finite, or inputs that are
+                no tensors.
             OSError: an image can't be read.
         """
         if not samples:
@@ -73,9 +74,10 @@ class FusionCollator:
         batch = {}
         for name, (field, preprocess) in self.sides.items():
             batch[name] = _inputs(name, preprocess, [_value(sample, field) for sample in samples])
-        labelled = [_has(sample, self.label_field) for sample in samples]
-        if any(labelled):
-            batch["labels"] = _labels([_value(sample, self.label_field) for sample in samples])
+        if any(_has(sample, self.label_field) for sample in samples):
+            labels = [_value(sample, self.label_field) for sample in samples]
+            if any(label is not None for label in labels):
+                batch["labels"] = _labels(labels)
         return batch
 
 
@@ -120,8 +122,20 @@ def _inputs(name: str, preprocess: Preprocess | None, values: list[Any]) -> Any:
 
 
 def _labels(values: list[Any]) -> Tensor:
+    expected = "labels must be numbers, or lists of one length with 0 or 1 for each class"
+    tensors = []
+    for index, value in enumerate(values):
+        try:
+            tensor = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError):
+            tensor = None
+        if tensor is None or tensor.is_complex():
+            hint = "; names of classes need numbers first" if isinstance(value, str) else ""
+            raise ValueError(f"{expected}, got {value!r} of sample {index} of the batch{hint}")
+        tensors.append(tensor.float() if tensor.is_floating_point() else tensor.long())
+        if not tensors[-1].isfinite().all():
+            raise ValueError(f"{expected}, got {value!r} of sample {index} of the batch, which is not finite as float32")
     try:
-        labels = torch.stack([torch.as_tensor(value) for value in values])
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"labels must be numbers, or lists of one length with 0 or 1 for each class: {error}") from error
-    return labels.float() if labels.is_floating_point() else labels.long()
+        return torch.stack(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"{expected}: {error}") from error

@@ -300,6 +300,11 @@ def test_what_can_not_be_fused_is_refused_with_advice(build, error, message):
         build()
 
 
+def masked(change):
+    text = make_text(3)
+    return {**text, "attention_mask": change(text["attention_mask"])}
+
+
 def four_dimensional_mask():
     return {**make_text(3), "attention_mask": torch.ones(3, 1, 9, 9, dtype=torch.bool)}
 
@@ -318,13 +323,18 @@ def empty_text():
             "labels need a head: give num_classes or head",
         ),
         ({}, lambda: (four_dimensional_mask(), make_images(3)), r"attention_mask must be \(B, S\).*got \(3, 1, 9, 9\)"),
+        ({}, lambda: (masked(lambda mask: mask[:2]), make_images(3)), r"\(B, S\) as input_ids \(3, 9\), .*got \(2, 9\)"),
+        ({}, lambda: (masked(lambda mask: mask[:, 1:]), make_images(3)), r"\(B, S\) as input_ids \(3, 9\), .*got \(3, 8\)"),
+        ({}, lambda: (masked(lambda mask: mask.log()), make_images(3)), r"got torch.float32: of an additive one pass mask == 0"),
+        ({}, lambda: (masked(lambda mask: mask.tolist()), make_images(3)), "attention_mask must be a tensor.*got list"),
+        ({}, lambda: (make_text(3)["input_ids"] * 0.5, make_images(3)), r"input_ids must be integers \(B, S\), got torch.float32"),
         ({}, lambda: (make_text(3), make_images(2)), "main has 3 samples, complementary 2"),
         ({}, lambda: (make_text(3), make_images(3)[:0]), "the batch of dinov2 is empty: it needs at least one sample"),
         ({"complementary": None, "cross_dim": 20}, empty_text, "the batch of bert is empty: it needs at least one sample"),
     ],
 )
 def test_wrong_inputs_are_named(settings, inputs, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         make_fusion(**settings)(*inputs())
 
 
