@@ -259,7 +259,7 @@ class Recorder:
 
     @property
     def without_class(self) -> int:
-        """Samples whose label is out of range, such as -100."""
+        """Samples whose label is out of range, such as -100, or has weights that are not finite."""
         return int(self._totals.class_counts[-1])
 
     @property

@@ -52,7 +52,7 @@ class Sums:
 
         Args:
             scores: (N, B, K).
-            labels: (B,) int64 classes or (B, C) weights; out of range goes into the last row.
+            labels: (B,) int64 classes or (B, C) weights; classes out of range and weights that are not finite are no class.
             ids: (B,) int64.
             window: of the step.
         """
@@ -90,9 +90,11 @@ class Sums:
 
     def _add_classes(self, shares: Tensor, labels: Tensor, counted: Tensor) -> None:
         if labels.dim() == 2:
-            weights = labels.to(torch.float64) * counted[:, None]
+            known = labels.isfinite().all(1) & counted
+            weights = torch.where(known[:, None], labels, 0).to(torch.float64)
             self.classes[:-1] += torch.einsum("bc,nbk->cnk", weights, shares)
             self.class_counts[:-1] += weights.sum(0)
+            self.class_counts[-1] += (counted & ~known).sum()
             return
         none = len(self.classes) - 1
         rows = torch.where((labels >= 0) & (labels < none), labels, none).long()

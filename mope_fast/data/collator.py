@@ -67,8 +67,8 @@ class FusionCollator:
         Labels are int64, (B,) of classes or (B, C) of 0 and 1 for each class, or float32 for numbers with a point.
 
         Raises:
-            TypeError, ValueError: no sample, a sample lacks a field, some have labels and some not, labels of different shapes, or
-                inputs that are no tensors.
+            TypeError, ValueError: no sample, a sample lacks a field, some have labels and some not, labels of different shapes or not
+                finite, or inputs that are no tensors.
             OSError: an image can't be read.
         """
         if not samples:
@@ -129,8 +129,20 @@ def _inputs(name: str, preprocess: Preprocess | None, values: list[Any]) -> Any:
 
 
 def _labels(values: list[Any]) -> Tensor:
+    expected = "labels must be numbers, or lists of one length with 0 or 1 for each class"
+    tensors = []
+    for index, value in enumerate(values):
+        try:
+            tensor = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError):
+            tensor = None
+        if tensor is None or tensor.is_complex():
+            hint = "; names of classes need numbers first" if isinstance(value, str) else ""
+            raise ValueError(f"{expected}, got {value!r} of sample {index} of the batch{hint}")
+        tensors.append(tensor.float() if tensor.is_floating_point() else tensor.long())
+        if not tensors[-1].isfinite().all():
+            raise ValueError(f"{expected}, got {value!r} of sample {index} of the batch, which is not finite as float32")
     try:
-        labels = torch.stack([torch.as_tensor(value) for value in values])
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"labels must be numbers, or lists of one length with 0 or 1 for each class: {error}") from error
-    return labels.float() if labels.is_floating_point() else labels.long()
+        return torch.stack(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"{expected}: {error}") from error

@@ -60,6 +60,26 @@ def _nothing() -> None:
     return None
 
 
+def check_text(inputs: Mapping[str, Any]) -> None:
+    """Raises TypeError or ValueError for ``input_ids`` and ``attention_mask`` that can't be meant; looks at no value."""
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if isinstance(ids, Tensor) and (ids.is_floating_point() or ids.dim() != 2):
+        raise ValueError(f"input_ids must be integers (B, S), got {ids.dtype} {tuple(ids.shape)}")
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"attention_mask must be a tensor (B, S), got {type(mask).__name__}: take return_tensors='pt'")
+    if mask.is_floating_point() or mask.is_complex():
+        raise TypeError(
+            f"attention_mask must be bool or integers, True or 1 = real, got {mask.dtype}: of an additive one pass mask == 0, of "
+            "zeros and ones mask.bool()"
+        )
+    tokens = inputs.get("input_values") if ids is None else ids
+    if mask.dim() != 2 or (isinstance(tokens, Tensor) and "past_key_values" not in inputs and mask.shape != tokens.shape):
+        of = "" if tokens is None else f" as {'input_values' if ids is None else 'input_ids'} {tuple(tokens.shape)}"
+        raise ValueError(f"attention_mask must be (B, S){of}, True or 1 = real; got {tuple(mask.shape)}")
+
+
 @dataclass(frozen=True)
 class EncoderFamily:
     """How one family of frozen encoders takes prompts.
@@ -96,7 +116,7 @@ class EncoderFamily:
         """A bare tensor under its name.
 
         Raises:
-            TypeError, ValueError: neither a tensor nor a dict, or an empty batch.
+            TypeError, ValueError: neither a tensor nor a dict, an empty batch, or ids or a mask of a wrong dtype or shape.
         """
         if isinstance(inputs, Tensor):
             inputs = {self.input_name: inputs}
@@ -104,6 +124,7 @@ class EncoderFamily:
             raise TypeError(f"inputs of {self.name} must be a tensor or a dict of keyword arguments, got {type(inputs).__name__}")
         if self.batch_size(inputs) == 0:
             raise ValueError(f"the batch of {self.name} is empty: it needs at least one sample")
+        check_text(inputs)
         return dict(inputs)
 
     def batch_size(self, inputs: Mapping[str, Any]) -> int | None:

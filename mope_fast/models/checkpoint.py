@@ -5,6 +5,8 @@ import json
 import os
 import re
 import uuid
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from .._distributed import shard_like
 from .._files import make_names_durable, remove_leftovers, write_atomically
+from ..encoders.weights import differences
 
 if TYPE_CHECKING:
     from .task import TaskModel
@@ -38,12 +41,28 @@ def _is_name_of(name: str, data: bytes) -> bool:
     return re.fullmatch(_content_name(data) + r"(-\w+)?\.safetensors", name) is not None
 
 
+def not_finite(state: Mapping[str, Tensor]) -> list[str]:
+    """Of each tensor that holds NaN or infinities its name and how many."""
+    bad = {name: (~value.isfinite()).sum().item() for name, value in state.items() if value.is_floating_point()}
+    return [f"{name} ({count} of {state[name].numel()})" for name, count in bad.items() if count]
+
+
 def save(path: str | os.PathLike[str], state: dict[str, Tensor], description: dict[str, Any]) -> None:
     """Write the weights, then the description that names them, then drop what it replaces.
 
     Processes may save into one folder at the same time: the last one stays. Where the very same is saved already, nothing changes.
+
+    Raises:
+        ValueError: a tensor holds NaN or infinities; nothing is written.
+        NotADirectoryError: the path is a file.
     """
     folder = Path(path)
+    if problems := not_finite(state):
+        raise ValueError(
+            f"nothing was saved to {folder}: numbers that are not finite are in\n  " + "\n  ".join(problems) + "\nTraining has "
+            "diverged, or a number that isn't finite came in: go on from an earlier save (load_pretrained). Statistics of a norm "
+            "alone start anew with its reset_running_stats(). A buffer that is meant to be so needs persistent=False"
+        )
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file: give save_pretrained a folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -131,8 +150,15 @@ def read_description(path: str | os.PathLike[str], model: str, settings: set[str
         raise ValueError(f"{file} lacks {missing}: restore it, or save the model again")
     if description["model"] != model:
         raise ValueError(f"{file} was saved by {description['model']}, not by {model}: load it with {description['model']}")
-    types = {"config": dict, "weights": str, "problem_type": str, "num_classes": (int, type(None))}
-    if wrong := [key for key, kind in types.items() if not isinstance(description[key], kind)]:
+    types = {
+        "config": dict,
+        "weights": str,
+        "problem_type": str,
+        "num_classes": (int, type(None)),
+        "label_smoothing": float,
+        "encoders": dict,
+    }
+    if wrong := [key for key, kind in types.items() if key in description and not isinstance(description[key], kind)]:
         raise ValueError(f"{file} is damaged: {wrong} have the wrong type; restore it, or save the model again")
     if Path(description["weights"]).name != description["weights"]:
         raise ValueError(f"{file} names weights outside its folder ({description['weights']}): don't trust it")
@@ -141,11 +167,42 @@ def read_description(path: str | os.PathLike[str], model: str, settings: set[str
     return description
 
 
-def load(path: str | os.PathLike[str], model: "TaskModel", description: dict[str, Any]) -> None:
-    """Read the weights that the description names into a model.
+def task_settings(description: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of the model's class: what its loss is."""
+    # saves of older versions know of no smoothing
+    return {"problem_type": description["problem_type"], "label_smoothing": description.get("label_smoothing", 0.0)}
+
+
+def _check_encoders(path: Path, model: "TaskModel", saved: dict[str, Any], strict: bool) -> None:
+    """Warns, or with ``strict`` raises ValueError, where the model's frozen parts have other weights than those saved with."""
+    for name, own in model.sampled_encoders().items():
+        if (samples := saved.get(name)) is None or own is None:
+            if strict:
+                whose = (
+                    "the save holds nothing of it" if samples is None else "its numbers can't be read here (sharded, quantised?)"
+                )
+                raise ValueError(
+                    f"{path}: whether {name!r} has the weights that were trained on can't be known, {whose}: strict=False"
+                )
+            continue
+        try:
+            found = differences(samples, own)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise ValueError(f"{path / DESCRIPTION} is damaged: it has no samples of {name!r} in it; restore it") from None
+        if found:
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            message = f"{path} was trained on other weights of {name!r} than it is put on: {'; '.join(found[:3])}{more}"
+            if strict:
+                raise ValueError(message + ": load the encoder that it was trained on, or pass strict=False")
+            warnings.warn(message + ". Results will differ; strict=True refuses this", stacklevel=5)
+
+
+def load(path: str | os.PathLike[str], model: "TaskModel", description: dict[str, Any], *, strict: bool) -> None:
+    """Read the weights that the description names into a model; warns if they were trained on other encoders' weights.
 
     Raises:
-        FileNotFoundError, ValueError: the weights are missing, damaged or don't fit; the message lists every difference.
+        FileNotFoundError, ValueError: the weights are missing, damaged or don't fit; the message lists every difference. With
+            ``strict`` also where encoders have other weights, or it can't be known.
     """
     own = json.loads(json.dumps(model.description()))
     problems = [
@@ -175,6 +232,11 @@ def load(path: str | os.PathLike[str], model: "TaskModel", description: dict[str
         )
     if problems:
         raise ValueError(f"{Path(path)} doesn't fit this model:\n  " + "\n  ".join(problems))
+    _check_encoders(Path(path), model, description.get("encoders", {}), strict)
+    if problems := not_finite(saved):
+        warnings.warn(
+            f"{Path(path)} holds numbers that are not finite, in {', '.join(problems)}: outputs will be NaN", stacklevel=4
+        )
     model.load_state_dict({key: shard_like(saved[name], value) for name, (key, value) in expected.items()}, strict=False)
 
 

@@ -16,7 +16,7 @@ from .folded import FoldedModel
 from .output import FusionOutput
 from .prompt_tuned import PromptTuned
 from .prompting import Inputs, run_prompted
-from .sides import check_same_batch, complementary_feature, is_prompted_model
+from .sides import check_holds_no_prompts, check_same_batch, check_trains_nothing, complementary_feature, is_prompted_model
 from .task import TaskModel, apply_head, check_head, describe_encoder, make_head, prompted
 
 
@@ -27,13 +27,15 @@ class MoPEFusion(TaskModel):
         main: a supported encoder, held frozen and in eval mode; or a :class:`PromptedEncoder` that several models share.
         complementary: where psi_y comes from: a supported encoder (its global feature, with vanilla prompts of
             ``config.complementary_prompt_length`` in its layers), a :class:`PromptTuned` of your own, any callable that gives
-            (B, cross_dim) features (a module is held frozen, in eval mode and without gradient; a plain function may train
-            parameters of its own), or None: then the features themselves are passed to ``forward``.
+            (B, cross_dim) features (a module is held frozen, in eval mode and without gradient, so it may not hold prompts to be
+            trained; nor may a function train anything), or None: then the features themselves are passed to ``forward``.
         num_classes: outputs of the linear head; None for no head (``logits`` is None, use ``features``).
         config: see :class:`MoPEConfig`; ``config.cross_dim`` is needed unless ``complementary`` is a supported encoder.
         head: a head of your own, (B, D) -> (B, num_classes), in place of the linear one.
-        problem_type: "single_label_classification" (labels (B,) int64), "multi_label_classification" (labels (B, C) in 0..1) or
-            "regression".
+        problem_type: "single_label_classification": labels (B,) are integer classes, -100 for samples that don't count, or
+            probabilities (B, C). "multi_label_classification": labels (B, C) in 0..1. "regression": numbers (B, C), or (B,) of one
+            output.
+        label_smoothing: of single-label classification: this part of each label is spread over all classes, in every ``loss``.
 
     Example:
         >>> model = MoPEFusion(main=bert, complementary=dinov2, num_classes=13)
@@ -50,9 +52,10 @@ class MoPEFusion(TaskModel):
         *,
         head: nn.Module | None = None,
         problem_type: str = "single_label_classification",
+        label_smoothing: float = 0.0,
     ):
         super().__init__()
-        check_head(num_classes, head, problem_type)
+        check_head(num_classes, head, problem_type, label_smoothing)
         if complementary is not None and not callable(complementary):
             raise TypeError(f"complementary must be a supported encoder, a callable or None, got {type(complementary).__name__}")
         if is_prompted_model(complementary) and not isinstance(complementary, (PromptTuned, FoldedModel)):
@@ -71,7 +74,7 @@ class MoPEFusion(TaskModel):
             raise ValueError("the width of the complementary feature can't be inferred: set MoPEConfig(cross_dim=...)")
 
         self.config = dataclasses.replace(config, cross_dim=cross_dim)
-        self.problem_type = problem_type
+        self.problem_type, self.label_smoothing = problem_type, float(label_smoothing)
         self.main = prompted(main)
         self._wrapped = [] if self.main is main else [self.main]
         self._thaw_black_box: Callable[[], None] | None = None
@@ -97,12 +100,16 @@ class MoPEFusion(TaskModel):
             main_inputs: the main encoder's input, or a dict of its keyword arguments.
             complementary_inputs: likewise; or the features (B, cross_dim) where ``complementary`` is None; None where no prompt
                 needs them.
-            labels: see ``problem_type``; gives ``loss``.
+            labels: see ``problem_type``; gives ``loss``. On a CPU wrong values are errors. On other devices, where looking would
+                wait, a class out of range stops the device, and other wrong values make ``loss`` NaN. Where no sample counts,
+                the task loss is 0.
             feature_maps: give those of the main encoder's stages too, for dense prediction (Swin).
         """
         config, cross = self.config, None
         if config.needs_cross:
             cross = self.complementary_feature(complementary_inputs)
+            if self.training:
+                check_trains_nothing(self.complementary, complementary_inputs, cross)
             check_same_batch(self.main, main_inputs, cross)
         features, scores, maps = run_prompted(self.main, self.bank, main_inputs, cross, feature_maps=feature_maps)
         logits = apply_head(self.head, features)
@@ -111,7 +118,11 @@ class MoPEFusion(TaskModel):
         if summed is not None:
             importance = functional.importance_loss(summed, threshold=config.importance_threshold)
         loss = None if task_loss is None else task_loss + config.importance_weight * importance
-        return FusionOutput(loss, logits, task_loss, importance, scores, features, maps)
+        return self._output_type(logits, labels)(loss, logits, task_loss, importance, scores, features, maps)
+
+    @property
+    def _loss_is_cross_entropy(self) -> bool:
+        return super()._loss_is_cross_entropy and not (self.bank.routes and self.config.importance_weight)
 
     def _make_side(self, complementary: Any) -> Any:
         if _is_encoder(complementary):
@@ -121,6 +132,7 @@ class MoPEFusion(TaskModel):
             settings = {"dropout": self.config.dropout, "prompt_init": self.config.prompt_init}
             return PromptTuned(side, self.config.complementary_prompt_length, **settings)
         if isinstance(complementary, nn.Module) and not is_prompted_model(complementary):
+            check_holds_no_prompts(complementary)
             self._thaw_black_box = freeze(complementary)
         return complementary
 
@@ -204,8 +216,11 @@ class MoPEFusion(TaskModel):
         complementary: nn.Module | Callable[..., Tensor] | None = None,
         *,
         head: nn.Module | None = None,
+        strict: bool = False,
     ) -> "MoPEFusion":
         """Read a folder of :meth:`save_pretrained` onto the same encoders; ``head`` only if it was saved with one of its own.
+
+        Encoders with other weights are a warning; with ``strict`` an error, see :meth:`load_pretrained`.
 
         Raises:
             FileNotFoundError, ValueError: no such save, or it doesn't fit; the message says what doesn't.
@@ -213,8 +228,8 @@ class MoPEFusion(TaskModel):
         known = {field.name for field in dataclasses.fields(MoPEConfig)}
         saved = checkpoint.read_description(path, "MoPEFusion", known)
         classes, config = None if head is not None else saved["num_classes"], MoPEConfig(**saved["config"])
-        model = cls(main, complementary, classes, config, head=head, problem_type=saved["problem_type"])
-        model._load(path, saved)
+        model = cls(main, complementary, classes, config, head=head, **checkpoint.task_settings(saved))
+        model._load(path, saved, strict)
         return model
 
 

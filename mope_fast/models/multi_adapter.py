@@ -12,6 +12,7 @@ from ..modules import FoldedBank
 from ..modules.folded import mix_tables
 from ..modules.output import split_heads
 from ..modules.rows import Prefix
+from . import checkpoint
 from .folded import FoldedModel
 from .fusion import MoPEFusion
 from .output import FusionOutput
@@ -33,7 +34,8 @@ class MultiAdapter(nn.Module):
             then padded and masked, which costs a concatenation with the tokens' keys in each layer.
 
     Raises:
-        ValueError: the models run different encoder objects, can't be folded, or gate their scores differently (``top_k``).
+        ValueError: the models run different encoder objects, can't be folded, gate their scores differently (``top_k``), or hold
+            numbers that are not finite.
 
     Example:
         >>> shared = PromptedEncoder(bert)
@@ -59,6 +61,10 @@ class MultiAdapter(nn.Module):
                     f"adapter {name!r} runs another encoder object than {self.names[0]!r}: wrap the encoder once in a "
                     "PromptedEncoder and make every model on it"
                 )
+            # a score of zero keeps a number of another adapter out, but not NaN
+            if problems := checkpoint.not_finite({} if model.bank is None else dict(model.bank.named_buffers())):
+                bad = ", ".join(problems)
+                raise ValueError(f"adapter {name!r} has numbers that are not finite, which would reach the others' samples: {bad}")
         banks = [model.bank for model in self.models]
         self.stack = None if all(bank is None for bank in banks) else _StackedBanks(banks)
         for model, given in zip(self.models, adapters.values(), strict=True):

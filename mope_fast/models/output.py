@@ -41,6 +41,23 @@ class FusionOutput:
         return iter(self.to_tuple())
 
 
+@dataclass
+class UnlabelledOutput(FusionOutput):
+    """Without labels, of a model whose loss is more than cross entropy of its logits.
+
+    ``output[0]`` is refused: a Trainer takes it for the loss, or for all that its own label smoothing needs.
+    """
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        if key == 0 and not isinstance(key, (str, slice)):
+            raise RuntimeError(
+                "output[0] of a forward without labels is no loss: read output.logits. If it was a Trainer: with "
+                "label_smoothing_factor it keeps the labels and makes a loss of the logits alone, which is not this model's; leave "
+                "it at 0 and make the model with label_smoothing=...; else its batches lack 'labels'"
+            )
+        return super().__getitem__(key)
+
+
 def _flatten(output: FusionOutput) -> tuple[list[Any], None]:
     return [getattr(output, f.name) for f in fields(output)], None
 
@@ -49,5 +66,12 @@ def _unflatten(values: Iterable[Any], context: None) -> FusionOutput:
     return FusionOutput(*values)
 
 
+def _unflatten_unlabelled(values: Iterable[Any], context: None) -> UnlabelledOutput:
+    return UnlabelledOutput(*values)
+
+
 # without it DDP with static_graph=True finds no tensor in a forward's result, and never averages gradients
 register_pytree_node(FusionOutput, _flatten, _unflatten, serialized_type_name="mope_fast.FusionOutput")
+register_pytree_node(
+    UnlabelledOutput, _flatten, _unflatten_unlabelled, serialized_type_name="mope_fast.models.output.UnlabelledOutput"
+)

@@ -24,7 +24,7 @@ class PromptTuned(TaskModel):
         prompt_length: rows of each layer's prompt; 0 for the plain encoder, run without gradient.
         num_classes: outputs of the linear head; None for no head (``logits`` is None, use ``features``).
         head: a head of your own, (B, D) -> (B, num_classes), in place of the linear one.
-        problem_type: as for :class:`MoPEFusion`.
+        problem_type, label_smoothing: as for :class:`MoPEFusion`.
         dropout: on prompts, one mask a step.
         prompt_init: prompts start uniform in +-prompt_init; None for :class:`MoPEConfig`'s rule.
 
@@ -41,17 +41,18 @@ class PromptTuned(TaskModel):
         *,
         head: nn.Module | None = None,
         problem_type: str = "single_label_classification",
+        label_smoothing: float = 0.0,
         dropout: float = 0.1,
         prompt_init: float | None = None,
     ):
         super().__init__()
-        check_head(num_classes, head, problem_type)
+        check_head(num_classes, head, problem_type, label_smoothing)
         if not isinstance(prompt_length, int) or isinstance(prompt_length, bool) or prompt_length < 0:
             raise ValueError(f"prompt_length must be an integer >= 0, got {prompt_length!r}")
         self.settings = {"prompt_length": prompt_length, "dropout": dropout, "prompt_init": prompt_init}
         # settings are checked before the encoder is touched
         config = MoPEConfig(**{**self.settings, "prompt_length": max(1, prompt_length)}, use_dynamic=False, use_mapped=False)
-        self.problem_type = problem_type
+        self.problem_type, self.label_smoothing = problem_type, float(label_smoothing)
         self.main = prompted(encoder)
         self._shared = self.main is encoder
         self.bank = PromptBank(self.main.widths, None, config) if prompt_length else None
@@ -73,7 +74,7 @@ class PromptTuned(TaskModel):
         features, _, maps = run_prompted(self.main, self.bank, inputs, feature_maps=feature_maps)
         logits = apply_head(self.head, features)
         loss = self.task_loss(logits, labels)
-        return FusionOutput(loss, logits, loss, None, None, features, maps)
+        return self._output_type(logits, labels)(loss, logits, loss, None, None, features, maps)
 
     def fold(self) -> FoldedModel:
         """For inference: a new model whose prompts' keys and values are computed already; see :meth:`MoPEFusion.fold`."""
@@ -94,14 +95,18 @@ class PromptTuned(TaskModel):
         return self.main.encoder if self._shared else self.main.detach()
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str], encoder: nn.Module, *, head: nn.Module | None = None) -> "PromptTuned":
+    def from_pretrained(
+        cls, path: str | os.PathLike[str], encoder: nn.Module, *, head: nn.Module | None = None, strict: bool = False
+    ) -> "PromptTuned":
         """Read a folder of :meth:`save_pretrained` onto the same encoder; ``head`` only if it was saved with one of its own.
+
+        An encoder with other weights is a warning; with ``strict`` an error, see :meth:`load_pretrained`.
 
         Raises:
             FileNotFoundError, ValueError: no such save, or it doesn't fit; the message says what doesn't.
         """
         saved = checkpoint.read_description(path, "PromptTuned", {"prompt_length", "dropout", "prompt_init"})
         classes = None if head is not None else saved["num_classes"]
-        model = cls(encoder, num_classes=classes, head=head, problem_type=saved["problem_type"], **saved["config"])
-        model._load(path, saved)
+        model = cls(encoder, num_classes=classes, head=head, **checkpoint.task_settings(saved), **saved["config"])
+        model._load(path, saved, strict)
         return model

@@ -7,7 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from ..encoders import PromptedEncoder
+from ..modules import MoPELayer, PromptBank, PromptMapper
+from ..modules.block_fusion import PromptFusion
 from .prompting import Inputs
+from .task import TaskModel
 
 
 def complementary_feature(complementary: nn.Module | Callable[..., Tensor] | None, inputs: Inputs | None) -> Tensor:
@@ -22,9 +25,34 @@ def complementary_feature(complementary: nn.Module | Callable[..., Tensor] | Non
         return inputs
     if is_prompted_model(complementary):
         return complementary(inputs).features
-    # a black-box module is frozen; a plain function may train parameters of its own
     with torch.no_grad() if isinstance(complementary, nn.Module) else nullcontext():
         return complementary(**inputs) if isinstance(inputs, Mapping) else complementary(inputs)
+
+
+def check_holds_no_prompts(complementary: nn.Module) -> None:
+    """Raises ValueError for a module that would be frozen with prompts in it that are to be trained."""
+    kinds = (TaskModel, PromptBank, MoPELayer, PromptMapper, PromptFusion)
+    for name, part in complementary.named_modules():
+        if isinstance(part, kinds) and any(parameter.requires_grad for parameter in part.parameters()):
+            raise ValueError(
+                f"complementary is a {type(complementary).__name__}, which would be held frozen, but has a {type(part).__name__} "
+                f"{f'at {name!r} ' if name else ''}that is to be trained: pass the PromptTuned itself as complementary; if "
+                "it is trained already, call .requires_grad_(False) on it first; or pass its features to forward, with "
+                "complementary=None"
+            )
+
+
+def check_trains_nothing(complementary: object, inputs: Inputs, feature: Tensor) -> None:
+    """Raises ValueError for a function whose features depend on parameters that nobody would save."""
+    if complementary is None or isinstance(complementary, nn.Module) or not getattr(feature, "requires_grad", False):
+        return
+    given = inputs.values() if isinstance(inputs, Mapping) else [inputs]
+    if not any(isinstance(value, Tensor) and value.requires_grad for value in given):
+        raise ValueError(
+            "complementary is a function whose features ask for a gradient: what is trained in it would not be saved. Call "
+            ".requires_grad_(False) on the module in it; pass a PromptTuned, whose prompts are trained and saved; or train it "
+            "yourself and pass its features to forward, with complementary=None"
+        )
 
 
 def is_prompted_model(complementary: object) -> bool:

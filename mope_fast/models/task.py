@@ -12,50 +12,116 @@ from torch.distributed import ProcessGroup
 
 from .._distributed import JointBatch, gather, is_first, is_sharded, mesh_of, wait_for_all
 from ..encoders import PromptedEncoder
+from ..encoders.weights import Samples, plain_name, sample_weights
 from . import checkpoint
+from .output import FusionOutput, UnlabelledOutput
 
 NOT_A_LABEL = -100
 """Samples of this class are left out of a loss: cross entropy's default."""
 
 
-def _multi_label_loss(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
-    return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction=reduction)
+def _cross_entropy(logits: Tensor, labels: Tensor, reduction: str = "mean", label_smoothing: float = 0.0) -> Tensor:
+    is_class = not labels.is_floating_point()  # else probabilities of classes
+    labels = labels.long() if is_class else labels
+    loss = F.cross_entropy(logits, labels, reduction=reduction, label_smoothing=label_smoothing)
+    if reduction == "mean" and is_class:
+        # the mean over no sample is NaN, which would end a training
+        loss = torch.where((labels != NOT_A_LABEL).any(), loss, 0.0)
+    return loss
 
 
-def _regression_loss(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
-    if labels.shape not in (logits.shape, logits.squeeze(-1).shape):
-        raise ValueError(f"regression labels must have the shape of logits {tuple(logits.shape)}, got {tuple(labels.shape)}")
+def _multi_label_loss(logits: Tensor, labels: Tensor, reduction: str = "mean", label_smoothing: float = 0.0) -> Tensor:
+    # labels out of range would reward what is wrong without bound; this is loud without a wait for the device
+    labels = torch.where((labels >= 0) & (labels <= 1), labels, torch.nan).to(logits.dtype)
+    return F.binary_cross_entropy_with_logits(logits, labels, reduction=reduction)
+
+
+def _regression_loss(logits: Tensor, labels: Tensor, reduction: str = "mean", label_smoothing: float = 0.0) -> Tensor:
     return F.mse_loss(logits, labels.to(logits.dtype).view_as(logits), reduction=reduction)
 
 
 TASK_LOSSES: dict[str, Callable[..., Tensor]] = {
-    "single_label_classification": F.cross_entropy,
+    "single_label_classification": _cross_entropy,
     "multi_label_classification": _multi_label_loss,
     "regression": _regression_loss,
 }
 
 
-def _sum_and_terms(problem_type: str, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _sum_and_terms(problem_type: str, logits: Tensor, labels: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
     """A task loss as a sum and how many terms its mean is over; float32 or float64."""
-    total = TASK_LOSSES[problem_type](logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="sum")
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    total = TASK_LOSSES[problem_type](logits, labels, reduction="sum", label_smoothing=label_smoothing)
     if problem_type != "single_label_classification":
         terms = logits.numel()
-    elif labels.is_floating_point():  # probabilities of classes
+    elif labels.is_floating_point():
         terms = labels.numel() // labels.shape[1]
     else:
-        return total, (labels != NOT_A_LABEL).sum().to(total.dtype)
+        return total, (labels.long() != NOT_A_LABEL).sum().to(total.dtype)
     # filled on the device: a copied number would make the host wait
     return total, total.new_full((), terms)
 
 
-def check_head(num_classes: int | None, head: nn.Module | None, problem_type: str) -> None:
-    """Raises ValueError for settings of a head that don't go together."""
+def check_labels(problem_type: str, logits: Tensor, labels: Tensor) -> None:
+    """Raises TypeError or ValueError for labels that are none of this problem's.
+
+    Shapes and dtypes always; values of plain CPU tensors outside of ``torch.compile``, where looking is no wait.
+    """
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
+    shape, single = tuple(logits.shape), problem_type == "single_label_classification"
+    floats = labels.is_floating_point()
+    if labels.is_complex() or (single and labels.dtype == torch.bool):
+        raise TypeError(f"labels of {problem_type} can't be {labels.dtype}: " + ("call .long()" if single else "take real numbers"))
+    if single:
+        expected = shape if floats else shape[:1] + shape[2:]
+        what = f"floating-point probabilities {shape}, or integer classes {shape[:1] + shape[2:]}"
+        hint = "for one-hot rows call .argmax(1); for one column .squeeze(1)"
+    else:
+        expected, what = shape, "the shape of logits " + str(shape)
+        hint = "one number for each class" if problem_type.startswith("multi") else "one number for each output"
+    fits = labels.shape == expected or (problem_type == "regression" and labels.shape == logits.squeeze(-1).shape)
+    if not fits or len(shape) < 2:
+        raise ValueError(f"{problem_type} labels must have {what}, got {labels.dtype} {tuple(labels.shape)}: {hint}")
+    if single and shape[1] == 1:
+        raise ValueError(
+            "labels of single_label_classification need at least 2 classes: of one class the loss is always 0. For yes and no take "
+            "num_classes=2, or problem_type='multi_label_classification'"
+        )
+    if labels.device != logits.device:
+        raise ValueError(f"labels are on {labels.device}, the model on {logits.device}: call labels.to({str(logits.device)!r})")
+    if type(labels) is Tensor and labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_values(problem_type, labels, shape[1])
+
+
+def _check_values(problem_type: str, labels: Tensor, classes: int) -> None:
+    if problem_type == "multi_label_classification":
+        good, what = (labels >= 0) & (labels <= 1), "in 0..1"
+    elif labels.is_floating_point():
+        good, what = labels.isfinite(), "finite"
+    elif problem_type == "single_label_classification":
+        index = labels.long()
+        good = ((index >= 0) & (index < classes)) | (index == NOT_A_LABEL)
+        what = f"classes 0 to {classes - 1}, or {NOT_A_LABEL} for none"
+    else:
+        return
+    if not good.all():
+        raise ValueError(f"labels of {problem_type} must be {what}, got {labels[~good][0].item()}")
+
+
+def check_head(num_classes: int | None, head: nn.Module | None, problem_type: str, label_smoothing: float) -> None:
+    """Raises TypeError or ValueError for settings of a head that don't go together."""
     if problem_type not in TASK_LOSSES:
         raise ValueError(f"problem_type must be one of {list(TASK_LOSSES)}, got {problem_type!r}")
     if head is not None and num_classes is not None:
         raise ValueError("give num_classes for a linear head or head for one of your own, not both")
     if num_classes is not None and (not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 1):
         raise ValueError(f"num_classes must be an integer >= 1, got {num_classes!r}")
+    if not isinstance(label_smoothing, (int, float)) or isinstance(label_smoothing, bool):
+        raise TypeError(f"label_smoothing must be a number, got {label_smoothing!r}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be in 0..1, got {label_smoothing}")
+    if label_smoothing and problem_type != "single_label_classification":
+        raise ValueError(f"label_smoothing is for single_label_classification, got {label_smoothing} with {problem_type}")
 
 
 def apply_head(head: nn.Module | None, features: Tensor) -> Tensor | None:
@@ -86,10 +152,16 @@ def prompted(encoder: nn.Module) -> PromptedEncoder:
 
 
 class TaskModel(nn.Module, ABC):
-    """A prompted encoder with a head. ``head`` and ``problem_type`` are set by the subclass, after :func:`check_head`."""
+    """A prompted encoder with a head.
+
+    ``head``, ``problem_type`` and ``label_smoothing`` are set by the subclass, after :func:`check_head`.
+    """
 
     head: nn.Module | None
     problem_type: str
+    label_smoothing: float
+    accepts_loss_kwargs = False
+    """For transformers' Trainer: ``loss`` is a batch's own, to be divided by the number of accumulated batches."""
     _joint_batch: JointBatch | None = None
     _leaves_frozen_out = False
 
@@ -119,6 +191,16 @@ class TaskModel(nn.Module, ABC):
             raise TypeError(f"process_group must be a torch.distributed.ProcessGroup of this rank, or None; got {got}")
         self._joint_batch = JointBatch(process_group)
 
+    @property
+    def _loss_is_cross_entropy(self) -> bool:
+        """Whether the mean cross entropy of a rank's logits is all of the loss."""
+        joint = self._joint_batch is not None and self.training
+        return self.problem_type == "single_label_classification" and not joint
+
+    def _output_type(self, logits: Tensor | None, labels: Tensor | None) -> type[FusionOutput]:
+        whole = labels is not None or logits is None or self._loss_is_cross_entropy
+        return FusionOutput if whole else UnlabelledOutput
+
     def task_loss(self, logits: Tensor | None, labels: Tensor | None) -> Tensor | None:
         """None without labels."""
         return self._losses(logits, labels)[0]
@@ -129,13 +211,17 @@ class TaskModel(nn.Module, ABC):
         """The task loss, and scores (N, B or 1, K) whose sum over B is that of the batch that counts."""
         if labels is not None and logits is None:
             raise ValueError(f"labels need a head: give num_classes or head to {type(self).__name__}")
+        smoothing = self.label_smoothing
+        if labels is not None:
+            check_labels(self.problem_type, logits, labels)
         if self._joint_batch is None or not self.training:
-            return None if labels is None else TASK_LOSSES[self.problem_type](logits, labels), scores
-        parts = [] if labels is None else [*_sum_and_terms(self.problem_type, logits, labels)]
+            loss = None if labels is None else TASK_LOSSES[self.problem_type](logits, labels, label_smoothing=smoothing)
+            return loss, scores
+        parts = [] if labels is None else [*_sum_and_terms(self.problem_type, logits, labels, smoothing)]
         if scores is not None:
             parts.append(scores.to(torch.promote_types(scores.dtype, torch.float32)).sum(-2, keepdim=True))
         joint = self._joint_batch.sum(parts)
-        return None if labels is None else joint[0] / joint[1], None if scores is None else joint[-1]
+        return None if labels is None else joint[0] / joint[1].clamp(min=1), None if scores is None else joint[-1]
 
     @abstractmethod
     def description(self) -> dict[str, Any]:
@@ -152,7 +238,7 @@ class TaskModel(nn.Module, ABC):
     def trained_keys(self, state: Iterable[str]) -> dict[str, str]:
         """Plain name -> key, of the keys of a state dict of this model that are no frozen encoder's."""
         frozen = tuple(f"{name}." for name in self.frozen_parts())
-        return {_plain_name(key): key for key in state if not key.startswith(frozen)}
+        return {plain_name(key): key for key in state if not key.startswith(frozen)}
 
     def leave_frozen_out_of_state_dict(self) -> None:
         """Have ``state_dict()`` leave frozen encoders out, and a strict ``load_state_dict`` do without them.
@@ -172,6 +258,10 @@ class TaskModel(nn.Module, ABC):
                 f"fold() needs whole weights, and this {_class_name(self)} is sharded: save_pretrained() it, and fold what "
                 "from_pretrained() makes of that"
             )
+
+    def sampled_encoders(self) -> dict[str, Samples | None]:
+        """Of each frozen part some of its numbers; None where they can't be read."""
+        return {plain_name(name): sample_weights(self.get_submodule(name)) for name in self.frozen_parts()}
 
     def frozen_parts(self) -> list[str]:
         """Names of the modules that are held and not trained."""
@@ -228,6 +318,9 @@ class TaskModel(nn.Module, ABC):
         Killed at any moment, the folder holds the old save or the new one, each whole. Of a compiled model, or of one in DDP
         (``ddp.module``), any number of ranks may call this. If trained parts are sharded (FSDP2), every rank has to: the first one
         writes, and all wait for it.
+
+        Raises:
+            ValueError: a parameter or buffer holds NaN or infinities; the message names it, and what was saved before stays.
         """
         state = self.state_dict()
         keys = self.trained_keys(state)
@@ -240,27 +333,32 @@ class TaskModel(nn.Module, ABC):
                 whole[name] = value.cpu()
         try:
             if writes:
-                checkpoint.save(path, whole, self.description())
+                checkpoint.save(path, whole, {**self.description(), "encoders": self.sampled_encoders()})
         finally:
             if mesh is not None:
                 wait_for_all(mesh)
 
-    def load_pretrained(self, path: str | os.PathLike[str]) -> None:
+    def load_pretrained(self, path: str | os.PathLike[str], *, strict: bool = False) -> None:
         """Read a folder of :meth:`save_pretrained` into this model, in place, and leave its mode and its encoders' as they are.
 
         The model may be compiled, in DDP (``ddp.module``) or sharded (FSDP2), and the one that was saved another of these; every
         rank calls it. Settings that only matter in training may differ from those saved.
+
+        Args:
+            path: the folder.
+            strict: frozen encoders must be known to have the weights that the save was trained on, to half precision. By default
+                other weights are a warning, and what can't be compared (older saves, sharded or quantised encoders) isn't.
 
         Raises:
             FileNotFoundError, ValueError: no such save, or it doesn't fit; the message says what doesn't. Nothing is changed then.
         """
         own = self.description()
         saved = checkpoint.read_description(path, own["model"], set(own["config"]))
-        checkpoint.load(path, self, saved)
+        checkpoint.load(path, self, saved, strict=strict)
 
-    def _load(self, path: str | os.PathLike[str], description: dict[str, Any]) -> None:
+    def _load(self, path: str | os.PathLike[str], description: dict[str, Any], strict: bool) -> None:
         try:
-            checkpoint.load(path, self, description)
+            checkpoint.load(path, self, description, strict=strict)
         except BaseException:
             self.unwrap()
             raise
@@ -272,21 +370,12 @@ class TaskModel(nn.Module, ABC):
             "head": None if self.head is None else _class_name(self.head),
             "num_classes": None if weight is None else weight.shape[0],
             "problem_type": self.problem_type,
+            "label_smoothing": self.label_smoothing,
         }
 
     @abstractmethod
     def unwrap(self) -> Any:
         """Give the encoders back as they were; this model can't be used afterwards."""
-
-
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
-
-
-def _plain_name(key: str) -> str:
-    """Without what torch.compile and torch's checkpoint wrapper put into names of modules inside a model."""
-    for wrapper in _WRAPPERS:
-        key = key.replace(wrapper, "")
-    return key
 
 
 def _class_name(module: nn.Module) -> str:

@@ -2,8 +2,11 @@
 
 from collections.abc import Iterable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
 
 _NORMS = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm, "none": lambda width: nn.Identity()}
 
@@ -11,7 +14,8 @@ _NORMS = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm, "none": lambda width: 
 class PromptMapper(nn.Module):
     """A shared bottleneck of ceil(cross_dim / 2) units, norm, GELU, then one up-projection for each layer width.
 
-    The released code keeps its batch norm in eval mode, so its statistics stay 0 and 1; ours is an ordinary one.
+    The released code keeps its batch norm in eval mode, so its statistics stay 0 and 1; ours is an ordinary one, but for batches
+    whose mean or variance isn't finite: its running statistics take nothing from them.
 
     Args:
         cross_dim: width of the complementary feature.
@@ -32,5 +36,26 @@ class PromptMapper(nn.Module):
         """(B, cross_dim) -> for each width W the mapped prompt (B, W)."""
         if self.training and cross.shape[0] == 1 and isinstance(self.norm, nn.BatchNorm1d):
             raise ValueError("batch norm can't train on a batch of 1: use larger batches (drop_last=True) or mapper_norm='layer'")
-        hidden = F.gelu(self.norm(self.down(cross.to(self.down.weight.dtype))))
+        hidden = self.down(cross.to(self.down.weight.dtype))
+        hidden = F.gelu(_batch_normed(self.norm, hidden) if isinstance(self.norm, _BatchNorm) else self.norm(hidden))
         return {int(width): up(hidden) for width, up in self.up.items()}
+
+
+def _batch_normed(norm: _BatchNorm, x: Tensor) -> Tensor:
+    """What the norm gives, whose running statistics stay as they are where the batch's aren't all finite.
+
+    A step that is skipped for it would else leave them NaN for good. The result isn't mended: the loss has to show it.
+    """
+    mean, var, count = norm.running_mean, norm.running_var, norm.num_batches_tracked
+    if not norm.training or mean is None:
+        return norm(x)
+    # into copies: backward keeps what the norm was called with, and must not find it changed
+    moved = torch.stack((mean, var))
+    names = ("running_mean", "running_var", "num_batches_tracked")
+    copies = (*moved.unbind(), count.clone())
+    x = functional_call(norm, dict(zip(names, copies, strict=True)), (x,))
+    with torch.no_grad():
+        finite = moved.isfinite().all()
+        for kept, new in zip((mean, var, count), copies, strict=True):
+            kept.copy_(torch.where(finite, new, kept))
+    return x

@@ -117,6 +117,15 @@ def test_a_sample_counts_for_each_of_its_labels_by_its_weight():
     assert recorder.class_information.isfinite().all()
 
 
+def test_weights_that_are_not_finite_are_in_no_class_and_counted():
+    recorder, labels = Recorder(class_names=NAMES), torch.ones(4, CLASSES)
+    labels[1, 2] = math.nan
+    recorder.update(random_scores()[:, :4], labels)
+    assert recorder.class_counts.tolist() == [3] * CLASSES
+    assert (recorder.samples, recorder.without_class) == (4, 1)
+    assert recorder.by_class.isfinite().all()
+
+
 def test_labels_out_of_range_are_in_no_class_and_counted():
     recorder = Recorder(class_names=NAMES)
     recorder.update(random_scores()[:, :4], labels=[0, -100, 4, 2])

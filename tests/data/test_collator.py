@@ -75,6 +75,7 @@ def test_dicts_with_fields_of_other_names_and_features(tokenizer):
         ([[True, False], [True, True]], torch.int64),
         (list(numpy.array([1, 0], dtype=numpy.int32)), torch.int64),
         (list(numpy.array([0.5, 1.5])), torch.float32),
+        ([1, 0.5], torch.float32),
         ([torch.tensor([1, 0], dtype=torch.uint8), torch.tensor([1, 1], dtype=torch.uint8)], torch.int64),
     ],
 )
@@ -83,6 +84,10 @@ def test_labels_are_int64_or_float32(tokenizer, labels, dtype):
     got = FusionCollator(tokenizer, None)(samples)["labels"]
     assert got.dtype == dtype
     assert got.tolist() == [getattr(label, "tolist", lambda label=label: label)() for label in labels]
+
+
+def test_labels_that_are_none_are_no_labels(tokenizer):
+    assert "labels" not in FusionCollator(tokenizer, None)([{"text": "red", "image": torch.ones(2), "label": None}] * 2)
 
 
 def test_values_that_do_not_stack_are_named(tokenizer, posts):
@@ -150,8 +155,13 @@ def test_bad_input(posts, tokenizer):
     image = {"text": "red", "image": posts[0].open_image()}
     with pytest.raises(ValueError, match="labels must be numbers, or lists of one length"):
         collate([{**image, "label": [1, 0]}, {**image, "label": [1]}])
-    with pytest.raises(ValueError, match="labels must be numbers"):
-        collate([{**image, "label": "pizza"}])
+    for label, message in (
+        ("pizza", "got 'pizza' of sample 1 of the batch; names of classes need numbers first"),
+        (None, "got None of sample 1"), (float("nan"), "got nan of sample 1 of the batch, which is not finite"), (1e300, "1e"),
+        (1j, "got 1j of sample 1"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"labels must be numbers.*{message}"):
+            collate([{**image, "label": 1}, {**image, "label": label}])
     for samples in ([{**image, "label": 1}, image], [image, {**image, "label": 1}]):
         with pytest.raises(ValueError, match="1 of 2 samples have no 'label'"):
             collate(samples)

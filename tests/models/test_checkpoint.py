@@ -427,3 +427,35 @@ def test_saves_of_earlier_versions_are_read(saved):
     rewrite_weights(saved, lambda state: None)
     assert weights_file(saved).stem.count("-") == 1
     assert torch.equal(logits(MoPEFusion.from_pretrained(saved, bert(), dinov2())), logits(make_model()))
+
+
+def test_a_save_refuses_numbers_that_are_not_finite_by_name_and_keeps_the_old_one(saved):
+    before = {file.name: file.read_bytes() for file in saved.iterdir()}
+    model = make_model()
+    with torch.no_grad():
+        model.head.bias[1:3] = float("nan")
+        model.bank.mapper.norm.running_var[0] = float("inf")
+    with pytest.raises(ValueError, match=r"(?s)bank.mapper.norm.running_var \(1 of 24\)\n  head.bias \(2 of 5\).*load_pretrained"):
+        model.save_pretrained(saved)
+    assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
+
+
+def test_a_skipped_step_leaves_nothing_behind():
+    model = make_model(dropout=0.0, noise_std=0.0).train()
+    optimizer, labels = torch.optim.SGD(model.parameter_groups(0.1)), torch.zeros(4, dtype=torch.long)
+    scaler = torch.amp.GradScaler("cpu")
+    state = {name: value.clone() for name, value in model.trained_state_dict().items()}
+    images = make_images(4).float()
+    images[0, 0, 0, 0] = float("-inf")
+    loss = model(make_text(4), images, labels).loss
+    assert loss.isnan()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    for name, value in model.trained_state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+
+def test_an_old_save_of_numbers_that_are_not_finite_is_read_with_a_warning(saved):
+    rewrite_weights(saved, lambda state: state["head.bias"].fill_(float("inf")))
+    with pytest.warns(UserWarning, match=r"not finite, in head.bias \(5 of 5\)"):
+        MoPEFusion.from_pretrained(saved, bert(), dinov2())

@@ -19,7 +19,8 @@ from tiny_fusion import (
 from torch import nn
 from transformers import BertForSequenceClassification
 
-from mope_fast import FusionOutput, MoPEConfig, MoPEFusion, functional
+from mope_fast import FusionOutput, MoPEConfig, MoPEFusion, MoPELayer, PromptBank, PromptTuned, functional
+from mope_fast.modules.block_fusion import BlockAwareFusion
 
 CROSS = 20
 
@@ -83,11 +84,9 @@ def test_encoders_dropout_stays_off_in_training():
 
 def test_complementary_may_be_a_callable():
     torch.manual_seed(2)
-    weight = torch.randn(6, CROSS, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(6, CROSS, dtype=torch.float64)
     model, text, x = feature_fusion(lambda x: x @ weight), make_text(3), torch.randn(3, 6, dtype=torch.float64)
-    output = model(text, x, torch.zeros(3, dtype=torch.long))
-    output.loss.backward()
-    assert weight.grad is not None, "a plain function may train what it closes over"
+    output = model(text, x)
     by_hand = feature_fusion()
     by_hand.load_state_dict(model.state_dict())
     close(by_hand(text, x @ weight).logits, output.logits)
@@ -102,6 +101,44 @@ def test_complementary_module_is_frozen_in_eval_mode_and_without_gradients():
     assert black.seen == [(False, False)] * 2
     assert not any(p.requires_grad for p in black.parameters())
     assert not any("linear" in key for key in model.trained_state_dict())
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda: nn.ModuleDict({"inside": PromptTuned(make_dinov2(), 2)}), "PromptTuned at 'inside' "),
+        (lambda: nn.Sequential(PromptBank([8], 6)), "PromptBank at '0' "),
+        (lambda: MoPELayer(8, 6), "MoPELayer "),
+        (lambda: nn.Sequential(BlockAwareFusion(8, 2)), "PromptFusion at '0.to_text' "),
+    ],
+)
+def test_a_complementary_module_may_not_hold_prompts_that_it_would_freeze(make, kind):
+    main, side = make_bert(), make()
+    with pytest.raises(
+        ValueError, match=f"which would be held frozen, but has a {kind}that is to be trained: pass the PromptTuned"
+    ):
+        make_fusion(main, side, cross_dim=CROSS)
+    assert any(p.requires_grad for p in side.parameters())
+    model = make_fusion(main, side.requires_grad_(False), cross_dim=CROSS)  # as they are: no prompt of it is lost
+    assert model.complementary is side
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_complementary_function_that_would_train_what_nobody_saves_is_refused_in_training(compiled):
+    linear, text = nn.Linear(6, CROSS).double(), make_text(3)
+    model = feature_fusion(lambda x: linear(x))
+    run = torch.compile(model, fullgraph=True, backend="eager") if compiled else model
+    x = torch.randn(3, 6, dtype=torch.float64)
+    run(text, x)  # in eval mode nobody trains
+    with pytest.raises(
+        Exception, match=r"would not be saved. Call .requires_grad_\(False\) on the module in it; pass a PromptTuned"
+    ):
+        run.train()(text, x)
+    linear.requires_grad_(False)
+    run(text, x).features.sum().backward()
+    x.requires_grad_()  # a gradient of the inputs is no training
+    run.train()(text, x).features.sum().backward()
+    assert x.grad.abs().sum() > 0
 
 
 def test_complementary_may_be_features_that_get_gradients():
@@ -263,6 +300,11 @@ def test_what_can_not_be_fused_is_refused_with_advice(build, error, message):
         build()
 
 
+def masked(change):
+    text = make_text(3)
+    return {**text, "attention_mask": change(text["attention_mask"])}
+
+
 def four_dimensional_mask():
     return {**make_text(3), "attention_mask": torch.ones(3, 1, 9, 9, dtype=torch.bool)}
 
@@ -281,13 +323,18 @@ def empty_text():
             "labels need a head: give num_classes or head",
         ),
         ({}, lambda: (four_dimensional_mask(), make_images(3)), r"attention_mask must be \(B, S\).*got \(3, 1, 9, 9\)"),
+        ({}, lambda: (masked(lambda mask: mask[:2]), make_images(3)), r"\(B, S\) as input_ids \(3, 9\), .*got \(2, 9\)"),
+        ({}, lambda: (masked(lambda mask: mask[:, 1:]), make_images(3)), r"\(B, S\) as input_ids \(3, 9\), .*got \(3, 8\)"),
+        ({}, lambda: (masked(lambda mask: mask.log()), make_images(3)), r"got torch.float32: of an additive one pass mask == 0"),
+        ({}, lambda: (masked(lambda mask: mask.tolist()), make_images(3)), "attention_mask must be a tensor.*got list"),
+        ({}, lambda: (make_text(3)["input_ids"] * 0.5, make_images(3)), r"input_ids must be integers \(B, S\), got torch.float32"),
         ({}, lambda: (make_text(3), make_images(2)), "main has 3 samples, complementary 2"),
         ({}, lambda: (make_text(3), make_images(3)[:0]), "the batch of dinov2 is empty: it needs at least one sample"),
         ({"complementary": None, "cross_dim": 20}, empty_text, "the batch of bert is empty: it needs at least one sample"),
     ],
 )
 def test_wrong_inputs_are_named(settings, inputs, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         make_fusion(**settings)(*inputs())
 
 
@@ -302,13 +349,6 @@ def test_regression_labels_of_the_logits_shape_are_taken(width, shape):
     labels = torch.randn(shape, dtype=torch.float64)
     output = model(make_text(6), make_images(6), labels)
     close(output.task_loss, (output.logits - labels.view(6, width)).square().mean())
-
-
-@pytest.mark.parametrize("shape", [(3, 6), (6,), (18,)])
-def test_regression_labels_of_another_shape_are_refused(shape):
-    model = make_fusion(num_classes=3, problem_type="regression")
-    with pytest.raises(ValueError, match=r"must have the shape of logits \(6, 3\), got"):
-        model(make_text(6), make_images(6), torch.zeros(shape))
 
 
 def test_batch_norm_on_one_sample_says_what_to_do():

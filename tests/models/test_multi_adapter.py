@@ -189,3 +189,11 @@ def test_a_folded_model_that_was_given_stays_usable():
     multi = MultiAdapter({"task0": folded, "task1": models["task1"]})
     close(multi(text, ["task0"] * 4, {"task0": features}).logits, expected)
     assert torch.equal(folded(text, features).logits, expected)
+
+
+def test_an_adapter_whose_numbers_would_reach_the_others_samples_is_refused():
+    models = build("bert", [fusion(), fusion()])
+    with torch.no_grad():
+        models["task1"].bank.stacks["32"].experts[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"adapter 'task1' has numbers that are not finite.*tables.0.experts"):
+        MultiAdapter(models)

@@ -312,11 +312,11 @@ IDS, IMAGES = make_inputs("text")["input_ids"], make_inputs("image")["pixel_valu
         ({}, ValueError, "neither input_ids nor pixel_values: give one of them, or both"),
         ({"input_ids": IDS[:2], "pixel_values": IMAGES}, ValueError, "the same number of samples, got 2 and 4"),
         ({"pixel_values": IMAGES, "attention_mask": IDS}, ValueError, "attention_mask is of the text: give input_ids with it"),
-        ({"input_ids": IDS, "attention_mask": [[1] * 7] * 4}, TypeError, r"attention_mask must be a tensor \(B, T\), got list"),
+        ({"input_ids": IDS, "attention_mask": [[1] * 7] * 4}, TypeError, r"attention_mask must be a tensor \(B, S\), got list"),
         (
             {"input_ids": IDS, "attention_mask": IDS[:, :3]},
             ValueError,
-            r"attention_mask must have the shape of input_ids \(B, T\), got \(4, 3\) and input_ids \(4, 7\)",
+            r"attention_mask must be \(B, S\) as input_ids \(4, 7\), .* got \(4, 3\)",
         ),
         ({"input_ids": IDS.tolist()}, TypeError, r"input_ids must be an int64 tensor \(B, T\), got list: VLMoProcessor"),
         ({"input_ids": IDS.float()}, TypeError, "got torch.float32: VLMoProcessor makes it from text"),

@@ -38,7 +38,7 @@ class MoPEBAF(TaskModel):
         num_classes: outputs of the head; None for no head (``logits`` is None, use ``features``).
         config: see :class:`BAFConfig`; the lengths of the prompts have no default.
         head: a head of your own, (B, D) -> (B, num_classes), in place of ``config.head``.
-        problem_type: as for :class:`MoPEFusion`.
+        problem_type, label_smoothing: as for :class:`MoPEFusion`.
 
     Raises:
         TypeError, ValueError: settings that don't go together, or don't fit this VLMo.
@@ -57,9 +57,10 @@ class MoPEBAF(TaskModel):
         *,
         head: nn.Module | None = None,
         problem_type: str = "single_label_classification",
+        label_smoothing: float = 0.0,
     ):
         super().__init__()
-        check_head(num_classes, head, problem_type)
+        check_head(num_classes, head, problem_type, label_smoothing)
         if not isinstance(vlmo, VLMo):
             raise TypeError(f"MoPEBAF takes a VLMo, got {type(vlmo).__name__}: VLMo.from_checkpoint or VLMo.from_config makes one")
         if not isinstance(config, BAFConfig):
@@ -70,7 +71,7 @@ class MoPEBAF(TaskModel):
         check_fits(config, vlmo.config)
         if config.freeze_backbone:
             check_is_trained(head, vlmo)
-        self.config, self.problem_type = config, problem_type
+        self.config, self.problem_type, self.label_smoothing = config, problem_type, float(label_smoothing)
         self._starts = config.block_starts(vlmo.config.num_layers, vlmo.config.first_fusion_layer)
         # one for each length of text, made here: a compiled forward guards on what it reads, and nothing of this changes
         self._plans = tuple(make_plan(config, vlmo.config, text) for text in range(1, vlmo.config.max_text_length + 1))
@@ -149,7 +150,7 @@ class MoPEBAF(TaskModel):
         features, read = self.backbone(input_ids, attention_mask, pixel_values, run=self._features)
         logits = apply_head(self.head, read)
         loss = self.task_loss(logits, labels)
-        return FusionOutput(loss=loss, logits=logits, task_loss=loss, features=features)
+        return self._output_type(logits, labels)(loss=loss, logits=logits, task_loss=loss, features=features)
 
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None, pixel_values: Tensor) -> Groups:
         """Outputs behind the last norm, (B, rows, D) of each group that is left there: "text", "image", "unified_prompt", ...
@@ -319,8 +320,12 @@ class MoPEBAF(TaskModel):
         }
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str], vlmo: VLMo, *, head: nn.Module | None = None) -> "MoPEBAF":
+    def from_pretrained(
+        cls, path: str | os.PathLike[str], vlmo: VLMo, *, head: nn.Module | None = None, strict: bool = False
+    ) -> "MoPEBAF":
         """Read a folder of :meth:`save_pretrained` onto a VLMo of the same sizes; ``head`` only if it was saved with one of yours.
+
+        A frozen VLMo with other weights is a warning; with ``strict`` an error, see :meth:`load_pretrained`.
 
         If the VLMo was trained too, all of its weights were saved, and replace those of ``vlmo``.
 
@@ -334,8 +339,8 @@ class MoPEBAF(TaskModel):
         except TypeError as error:
             raise ValueError(f"{Path(path) / checkpoint.DESCRIPTION} is damaged: {error}; restore it") from None
         classes = None if head is not None else saved["num_classes"]
-        model = cls(vlmo, classes, config, head=head, problem_type=saved["problem_type"])
-        model._load(path, saved)
+        model = cls(vlmo, classes, config, head=head, **checkpoint.task_settings(saved))
+        model._load(path, saved, strict)
         return model
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ...encoders.families import check_text
 from .config import VLMoConfig
 from .layers import NORM_EPS, MaskedWords, Pooler, TextEmbeddings, Visibility, VLMoBlock
 from .positions import position_index, table_rows
@@ -184,11 +185,7 @@ class VLMo(nn.Module):
             return None
         if input_ids is None:
             raise ValueError("attention_mask is of the text: give input_ids with it, or leave it out")
-        if not isinstance(attention_mask, Tensor):
-            raise TypeError(f"attention_mask must be a tensor (B, T), got {type(attention_mask).__name__}")
-        if attention_mask.shape != input_ids.shape:
-            got = f"{tuple(attention_mask.shape)} and input_ids {tuple(input_ids.shape)}"
-            raise ValueError(f"attention_mask must have the shape of input_ids (B, T), got {got}")
+        check_text({"input_ids": input_ids, "attention_mask": attention_mask})
         return F.pad(attention_mask.bool(), (before, after), value=True)
 
     def position_biases(

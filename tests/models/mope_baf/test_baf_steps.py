@@ -231,7 +231,7 @@ def test_wrong_inputs_are_named():
     for change, error, message in (
         ({"pixel_values": None}, ValueError, "MoPEBAF got no pixel_values: its passes are joint"),
         ({"pixel_values": inputs["pixel_values"][:2]}, ValueError, "the same number of samples, got 4 and 2"),
-        ({"attention_mask": inputs["attention_mask"][:, :5]}, ValueError, "attention_mask must have the shape of input_ids"),
+        ({"attention_mask": inputs["attention_mask"][:, :5]}, ValueError, r"attention_mask must be \(B, S\) as input_ids"),
         ({"input_ids": inputs["input_ids"].repeat(1, 2)}, ValueError, "with 1 to 9 tokens"),
         ({"input_ids": None}, TypeError, "input_ids must be an int64 tensor"),
     ):
