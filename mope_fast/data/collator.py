@@ -67,8 +67,8 @@ class FusionCollator:
         Labels are int64, (B,) of classes or (B, C) of 0 and 1 for each class, or float32 for numbers with a point.
 
         Raises:
-            TypeError, ValueError: no sample, a sample lacks a field, some have labels and some not, labels of different shapes or not
-                finite, or inputs that are no tensors.
+            TypeError, ValueError: no sample, a sample lacks a field, some have labels and some not, labels of different shapes, or
+                not finite, or inputs that are no tensors.
             OSError: an image can't be read.
         """
         if not samples:
