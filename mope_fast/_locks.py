@@ -9,9 +9,13 @@ class Guarded:
     """Has a re-entrant ``lock``. In a forked process it is a new one: the thread that held the old one may not be there."""
 
     def __init__(self) -> None:
+        self.renew()
+        _guarded.add(self)
+
+    def renew(self) -> None:
+        """Start with a lock that nobody holds."""
         # a bare one: between taking it and entering the block of ``with`` no interrupt can come
         self.lock = threading.RLock()
-        _guarded.add(self)
 
 
 _guarded: weakref.WeakSet[Guarded] = weakref.WeakSet()
@@ -19,7 +23,7 @@ _guarded: weakref.WeakSet[Guarded] = weakref.WeakSet()
 
 def _renew_all() -> None:
     for owner in _guarded:
-        owner.lock = threading.RLock()
+        owner.renew()
 
 
 if hasattr(os, "register_at_fork"):

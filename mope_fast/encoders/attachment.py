@@ -2,7 +2,6 @@
 
 import functools
 import gc
-import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .._locks import Guarded
 from ..modules.rows import Prefix
 from .families import EncoderFamily, Inputs
 from .frozen import freeze
@@ -90,7 +90,7 @@ def prefixes_of(attention: nn.Module) -> Sequence[Prefix]:
     return call.prefixes
 
 
-class Attachment:
+class Attachment(Guarded):
     """One encoder's wrapping. The encoder's own layers hold it, so that it can be undone when nobody else is left.
 
     Threads take turns at prompted forwards. The lock, and who owns the encoder, are of this object alone: deep copies and pickles
@@ -108,7 +108,8 @@ class Attachment:
         _take_over(encoder)
         family.setup()
         self.encoder, self.family = encoder, family
-        self._start()
+        super().__init__()
+        self.owners: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.layers: list[tuple[nn.Module, nn.Module]] = []
         self._forwards: list[Callable[..., Any]] = []
         self._previous: list[Callable[..., Any] | None] = []
@@ -129,25 +130,25 @@ class Attachment:
             self.detach()
             raise
 
-    def _start(self) -> None:
-        self.owners: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self._lock = threading.RLock()
+    def renew(self) -> None:
+        """Start with no forward on its way."""
+        super().renew()
         self._eager, self._traced = _State(), _State()
-        _ATTACHMENTS.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("owners", "_lock", "_eager", "_traced")
+        own = ("owners", "lock", "_eager", "_traced")
         return {name: value for name, value in vars(self).items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__init__()
+        self.owners = weakref.WeakSet()
         vars(self).update(state)
-        self._start()
 
     def run(self, inputs: Inputs, prompts: PromptProvider | None, *, feature_maps: bool, gradient_checkpointing: bool) -> Encoded:
         """See :meth:`PromptedEncoder.forward`."""
         if torch.compiler.is_dynamo_compiling():
             return self._run(self._traced, 0, inputs, prompts, feature_maps, gradient_checkpointing)
-        with self._lock:
+        with self.lock:
             if self._eager.running is not None:
                 raise RuntimeError(
                     f"this {type(self.encoder).__name__} is in a forward that called it again (from a hook, or from what gives the "
@@ -261,19 +262,6 @@ class Attachment:
         if self._restore is not None:
             self._restore(self.encoder)
         self._thaw()
-
-
-_ATTACHMENTS: weakref.WeakSet[Attachment] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    """The thread that held a lock is not in the child process."""
-    for attachment in list(_ATTACHMENTS):
-        attachment._lock, attachment._eager = threading.RLock(), _State()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _attachments(module: nn.Module) -> list[Attachment]:

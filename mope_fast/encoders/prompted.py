@@ -61,6 +61,17 @@ class PromptedEncoder(nn.Module):
         """Of the encoder's weights."""
         return next(p.dtype for p in self.encoder.parameters() if p.is_floating_point())
 
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """What a timm model says of the images it was trained with; timm's ``resolve_data_config`` asks for it.
+
+        Raises:
+            AttributeError: the encoder has none.
+        """
+        return self.encoder.pretrained_cfg
+
+    default_cfg = pretrained_cfg
+
     def forward(self, inputs: Tensor | Inputs, prompts: PromptProvider | None = None, *, feature_maps: bool = False) -> Encoded:
         """The encoder's global feature, its layers' routing scores and, if asked for, the maps of its stages.
 

@@ -21,6 +21,17 @@ from .pooling import Pool, first_token, last_real_token, masked_mean, token_at, 
 NAME = "mope_fast"
 
 
+_OTHER_ATTENTION = {
+    "sliding_window": "attention within a window",
+    "softcap": "a cap on its products",
+    "s_aux": "attention sinks",
+    "position_bias": "a bias by position",
+    "rel_pos": "a bias by position",
+    "bias": "a bias",
+}
+"""What encoders may ask of transformers' attention that changes its result."""
+
+
 def _attention(
     module: nn.Module,
     query: Tensor,
@@ -31,6 +42,9 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention signature: (B, H, S, Dh) in, (B, S, H, Dh) out."""
+    for name, meaning in _OTHER_ATTENTION.items():
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{type(module).__name__} asks for {name}, {meaning}, which attention with prompts does not have")
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(f"attention_mask must be (B, S), True = real; got {tuple(attention_mask.shape)}")
     is_causal = kwargs.get("is_causal")
@@ -51,6 +65,8 @@ def _padding_mask(
     **kwargs: Any,
 ) -> Tensor | None:
     """The (B, S) mask as it is: causality is read from the module, and nothing else can be said here."""
+    if (window := kwargs.get("local_size")) is not None:
+        raise ValueError(f"a layer of this encoder sees a window of {window} tokens, which attention with prompts does not have")
     kind = getattr(mask_function, "__name__", "")
     # while it compiles transformers takes any position_ids for packed ones
     if kind not in ("", "causal_mask_function", "bidirectional_mask_function") and not torch.compiler.is_compiling():
@@ -77,6 +93,14 @@ def _register_interfaces() -> None:
 
 
 def _attach(encoder: nn.Module) -> Callable[[nn.Module], None]:
+    windows = {
+        name: window for name, part in encoder.named_modules() if (window := getattr(part, "sliding_window", None)) is not None
+    }
+    if windows:
+        raise TypeError(
+            f"this {type(encoder).__name__} can't take prompts: its {next(iter(windows))} sees a window of "
+            f"{next(iter(windows.values()))} tokens; take one that attends to all tokens, or pass this one's features"
+        )
     # a config of its own: the user's may be a decoder's or another encoder's too
     config = encoder.config
     _set_config(copy.copy(config), encoder)

@@ -7,13 +7,14 @@ from torch import Tensor, nn
 
 from ..encoders import PromptedEncoder
 from ..modules import FoldedBank, PromptBank
+from .image_config import ImageConfig
 from .output import FusionOutput
 from .prompting import Inputs, run_prompted
 from .sides import check_same_batch, complementary_feature
 from .task import apply_head
 
 
-class FoldedModel(nn.Module):
+class FoldedModel(ImageConfig, nn.Module):
     """What :meth:`MoPEFusion.fold` and :meth:`PromptTuned.fold` give: the same outputs, to rounding, with less work.
 
     It runs the same frozen encoder object as the model it comes from, and keeps working when that one is trained on (and doesn't

@@ -15,6 +15,7 @@ from ..modules.rows import Prefix
 from . import checkpoint
 from .folded import FoldedModel
 from .fusion import MoPEFusion
+from .image_config import ImageConfig
 from .output import FusionOutput
 from .prompt_tuned import PromptTuned
 from .prompting import BankPrompts, Inputs
@@ -22,7 +23,7 @@ from .sides import check_same_batch, complementary_feature
 from .task import apply_head
 
 
-class MultiAdapter(nn.Module):
+class MultiAdapter(ImageConfig, nn.Module):
     """Several fusions and prompt-tunings on one shared frozen encoder: each sample of a batch names the one that it is for.
 
     The encoder runs once for the whole batch, and each sample gets what its own model alone would give it, to rounding. All

@@ -14,6 +14,7 @@ from .._distributed import JointBatch, gather, is_first, is_sharded, mesh_of, wa
 from ..encoders import PromptedEncoder
 from ..encoders.weights import Samples, plain_name, sample_weights
 from . import checkpoint
+from .image_config import ImageConfig
 from .output import FusionOutput, UnlabelledOutput
 
 NOT_A_LABEL = -100
@@ -151,7 +152,7 @@ def prompted(encoder: nn.Module) -> PromptedEncoder:
     return encoder if isinstance(encoder, PromptedEncoder) else PromptedEncoder(encoder)
 
 
-class TaskModel(nn.Module, ABC):
+class TaskModel(ImageConfig, nn.Module, ABC):
     """A prompted encoder with a head.
 
     ``head``, ``problem_type`` and ``label_smoothing`` are set by the subclass, after :func:`check_head`.

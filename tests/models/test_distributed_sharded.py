@@ -48,9 +48,16 @@ def shard_with_a_unit_for_the_bank(model):
     return shard(model)
 
 
+def shard_with_a_unit_for_the_encoder(model):
+    fully_shard(model.main.encoder)
+    return shard(model)
+
+
 def shard_baf(model):
     for block in model.backbone.transformer.blocks:
         fully_shard(block)
+    if model.config.freeze_backbone:
+        fully_shard(model.backbone)
     return fully_shard(model)
 
 
@@ -95,7 +102,7 @@ def check_both_kinds_of_mixing_with_and_without_checkpointing(rank, folder):
 
 
 def check_other_ways_to_shard(rank, folder):
-    ways = [shard_with_a_unit_for_the_bank, fully_shard]
+    ways = [shard_with_a_unit_for_the_bank, shard_with_a_unit_for_the_encoder, fully_shard]
     ways += [lambda model, keep=keep: shard(model, reshard_after_forward=keep) for keep in (True, False)]
     for way in ways:
         check_trains_as_one(rank, *fusion_and_batch("dinov2", "bert"), way)
@@ -109,7 +116,7 @@ def check_timm(rank, folder):
     for encoder in (vit, swin):
         for mixing in ("kv", "prompt"):
             model = make_fusion(timm.create_model(**encoder, num_classes=0), None, cross_dim=6, mixing=mixing, **EXACT)
-            check_trains_as_one(rank, model, batch)
+            check_trains_as_one(rank, model, batch, shard_with_a_unit_for_the_encoder if mixing == "kv" else shard)
 
 
 def check_one_encoder(rank, folder):

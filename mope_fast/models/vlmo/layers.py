@@ -111,6 +111,11 @@ class VLMoBlock(nn.Module):
         return self.drop_path(branch if gamma is None else gamma * branch)
 
 
+def row_of(embedding: nn.Embedding, index: int, device: torch.device) -> Tensor:
+    """(D,). The module is called, not read: its weight may be elsewhere until then."""
+    return embedding(torch.full((), index, dtype=torch.int64, device=device))
+
+
 class TextEmbeddings(nn.Module):
     """BERT's embeddings, whose positions can be left out: of "rel_pos" models the table is saved and not added."""
 
@@ -126,9 +131,9 @@ class TextEmbeddings(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """int64 (B, T) -> (B, T, D)."""
-        x = self.word_embeddings(input_ids) + self.token_type_embeddings.weight[0]
+        x = self.word_embeddings(input_ids) + row_of(self.token_type_embeddings, 0, input_ids.device)
         if self.absolute_positions:
-            x = x + self.position_embeddings.weight[: input_ids.shape[1]]
+            x = x + self.position_embeddings(torch.arange(input_ids.shape[1], device=input_ids.device))
         return self.dropout(self.LayerNorm(x))
 
 

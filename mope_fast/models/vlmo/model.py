@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ...encoders.families import check_text
 from .config import VLMoConfig
-from .layers import NORM_EPS, MaskedWords, Pooler, TextEmbeddings, Visibility, VLMoBlock
+from .layers import NORM_EPS, MaskedWords, Pooler, TextEmbeddings, Visibility, VLMoBlock, row_of
 from .positions import position_index, table_rows
 
 _INIT_STD = 0.02
@@ -167,15 +167,12 @@ class VLMo(nn.Module):
     def embed_text(self, input_ids: Tensor) -> Tensor:
         """int64 (B, T) -> (B, T, D), as the first layer takes it."""
         _check_text(input_ids, self.config)
-        return self.text_embeddings(input_ids) + self._token_type(0, input_ids)
+        return self.text_embeddings(input_ids) + row_of(self.token_type_embeddings, 0, input_ids.device)
 
     def embed_image(self, pixel_values: Tensor) -> Tensor:
         """(B, 3, image_size, image_size) -> (B, I, D), as the first layer takes it."""
         _check_image(pixel_values, self.config)
-        return self.transformer(pixel_values) + self._token_type(1, pixel_values)
-
-    def _token_type(self, index: int, like: Tensor) -> Tensor:
-        return self.token_type_embeddings(torch.full((), index, dtype=torch.int64, device=like.device))
+        return self.transformer(pixel_values) + row_of(self.token_type_embeddings, 1, pixel_values.device)
 
     def key_padding_mask(
         self, attention_mask: Tensor | None, input_ids: Tensor | None, *, before: int = 0, after: int
