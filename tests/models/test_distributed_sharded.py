@@ -50,7 +50,7 @@ def shard_with_a_unit_for_the_bank(model):
 
 def shard_with_a_unit_for_the_encoder(model):
     fully_shard(model.main.encoder)
-    return shard(model)
+    return fully_shard(model)
 
 
 def shard_baf(model):
