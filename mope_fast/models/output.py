@@ -10,7 +10,10 @@ from torch.utils._pytree import register_pytree_node
 
 @dataclass
 class FusionOutput:
-    """Read by attribute, by name (``output["logits"]``) or by position; positions skip what is None, as in transformers."""
+    """Read by attribute, by name (``output["logits"]``) or by position; positions skip what is None, as in transformers.
+
+    Without labels ``output[0]`` is refused where the model's loss is more than the cross entropy of its logits (RuntimeError).
+    """
 
     loss: Tensor | None = None
     """Task loss + weighted importance loss; None without labels."""
@@ -43,10 +46,7 @@ class FusionOutput:
 
 @dataclass
 class UnlabelledOutput(FusionOutput):
-    """Without labels, of a model whose loss is more than cross entropy of its logits.
-
-    ``output[0]`` is refused: a Trainer takes it for the loss, or for all that its own label smoothing needs.
-    """
+    """Refuses ``output[0]``, which a Trainer takes for the loss, or for all that its own label smoothing needs."""
 
     def __getitem__(self, key: str | int | slice) -> Any:
         if key == 0 and not isinstance(key, (str, slice)):
