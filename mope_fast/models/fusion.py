@@ -212,7 +212,9 @@ class MoPEFusion(TaskModel):
         """
         known = {field.name for field in dataclasses.fields(MoPEConfig)}
         saved = checkpoint.read_description(path, "MoPEFusion", known)
-        classes, config = None if head is not None else saved["num_classes"], MoPEConfig(**saved["config"])
+        with checkpoint.reading_settings(path):
+            config = MoPEConfig(**saved["config"])
+        classes = None if head is not None else saved["num_classes"]
         model = cls(main, complementary, classes, config, head=head, problem_type=saved["problem_type"])
         model._load(path, saved)
         return model

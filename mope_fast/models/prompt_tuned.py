@@ -46,11 +46,9 @@ class PromptTuned(TaskModel):
     ):
         super().__init__()
         check_head(num_classes, head, problem_type)
-        if not isinstance(prompt_length, int) or isinstance(prompt_length, bool) or prompt_length < 0:
-            raise ValueError(f"prompt_length must be an integer >= 0, got {prompt_length!r}")
         self.settings = {"prompt_length": prompt_length, "dropout": dropout, "prompt_init": prompt_init}
         # settings are checked before the encoder is touched
-        config = MoPEConfig(**{**self.settings, "prompt_length": max(1, prompt_length)}, use_dynamic=False, use_mapped=False)
+        config = _config(**self.settings)
         self.problem_type = problem_type
         self.main = prompted(encoder)
         self._shared = self.main is encoder
@@ -101,7 +99,17 @@ class PromptTuned(TaskModel):
             FileNotFoundError, ValueError: no such save, or it doesn't fit; the message says what doesn't.
         """
         saved = checkpoint.read_description(path, "PromptTuned", {"prompt_length", "dropout", "prompt_init"})
+        with checkpoint.reading_settings(path):
+            _config(**saved["config"])
         classes = None if head is not None else saved["num_classes"]
         model = cls(encoder, num_classes=classes, head=head, problem_type=saved["problem_type"], **saved["config"])
         model._load(path, saved)
         return model
+
+
+def _config(prompt_length: int, dropout: float = 0.1, prompt_init: float | None = None) -> MoPEConfig:
+    if not isinstance(prompt_length, int) or isinstance(prompt_length, bool) or prompt_length < 0:
+        raise ValueError(f"prompt_length must be an integer >= 0, got {prompt_length!r}")
+    return MoPEConfig(
+        prompt_length=max(1, prompt_length), dropout=dropout, prompt_init=prompt_init, use_dynamic=False, use_mapped=False
+    )

@@ -3,7 +3,6 @@
 import dataclasses
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -321,10 +320,8 @@ class MoPEBAF(TaskModel):
         """
         known = {field.name for field in dataclasses.fields(BAFConfig)}
         saved = checkpoint.read_description(path, "MoPEBAF", known)
-        try:
+        with checkpoint.reading_settings(path):
             config = BAFConfig(**saved["config"])
-        except TypeError as error:
-            raise ValueError(f"{Path(path) / checkpoint.DESCRIPTION} is damaged: {error}; restore it") from None
         classes = None if head is not None else saved["num_classes"]
         model = cls(vlmo, classes, config, head=head, problem_type=saved["problem_type"])
         model._load(path, saved)
