@@ -143,7 +143,7 @@ def read_description(path: str | os.PathLike[str], model: str, settings: set[str
     if unknown := [key for key in description["config"] if key not in settings]:
         raise ValueError(f"{file} has settings that this version doesn't know: {unknown}; update mope_fast")
     weights = file.with_name(description["weights"] or "weights")
-    if not weights.is_file():
+    if not os.path.isfile(weights):  # whatever the name is
         if _named_weights(file.parent) != description["weights"]:  # replaced since it was read
             return read_description(path, model, settings)
         raise FileNotFoundError(f"{weights} does not exist, but {DESCRIPTION} names it: copy the whole folder")

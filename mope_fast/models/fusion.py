@@ -208,7 +208,8 @@ class MoPEFusion(TaskModel):
         """Read a folder of :meth:`save_pretrained` onto the same encoders; ``head`` only if it was saved with one of its own.
 
         Raises:
-            FileNotFoundError, ValueError: no such save, or it doesn't fit; the message says what doesn't.
+            FileNotFoundError, ValueError: no such save, it is damaged or doesn't fit; the message says what doesn't.
+            OSError: a file can't be read.
         """
         known = {field.name for field in dataclasses.fields(MoPEConfig)}
         saved = checkpoint.read_description(path, "MoPEFusion", known)

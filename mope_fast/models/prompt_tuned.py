@@ -96,7 +96,8 @@ class PromptTuned(TaskModel):
         """Read a folder of :meth:`save_pretrained` onto the same encoder; ``head`` only if it was saved with one of its own.
 
         Raises:
-            FileNotFoundError, ValueError: no such save, or it doesn't fit; the message says what doesn't.
+            FileNotFoundError, ValueError: no such save, it is damaged or doesn't fit; the message says what doesn't.
+            OSError: a file can't be read.
         """
         saved = checkpoint.read_description(path, "PromptTuned", {"prompt_length", "dropout", "prompt_init"})
         with checkpoint.reading_settings(path):

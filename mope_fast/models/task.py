@@ -252,7 +252,9 @@ class TaskModel(nn.Module, ABC):
         rank calls it. Settings that only matter in training may differ from those saved.
 
         Raises:
-            FileNotFoundError, ValueError: no such save, or it doesn't fit; the message says what doesn't. Nothing is changed then.
+            FileNotFoundError, ValueError: no such save, it is damaged or doesn't fit; the message says what doesn't. Nothing is
+                changed then.
+            OSError: a file can't be read.
         """
         own = self.description()
         saved = checkpoint.read_description(path, own["model"], set(own["config"]))

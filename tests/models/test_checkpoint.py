@@ -210,6 +210,9 @@ def test_missing_files_are_named(saved, tmp_path):
     weights_file(saved).unlink()
     with pytest.raises(FileNotFoundError, match=r"safetensors does not exist, but mope_fast.json names it"):
         MoPEFusion.from_pretrained(saved, bert(), dinov2())
+    rewrite_description(saved, lambda description: description.update(weights="a" * 300))
+    with pytest.raises(FileNotFoundError, match=r"does not exist, but mope_fast\.json names it"):
+        MoPEFusion.from_pretrained(saved, bert(), dinov2())
 
 
 def flip_last_byte(data):

@@ -316,7 +316,8 @@ class MoPEBAF(TaskModel):
         If the VLMo was trained too, all of its weights were saved, and replace those of ``vlmo``.
 
         Raises:
-            FileNotFoundError, ValueError: no such save, or it doesn't fit; the message says what doesn't.
+            FileNotFoundError, ValueError: no such save, it is damaged or doesn't fit; the message says what doesn't.
+            OSError: a file can't be read.
         """
         known = {field.name for field in dataclasses.fields(BAFConfig)}
         saved = checkpoint.read_description(path, "MoPEBAF", known)
