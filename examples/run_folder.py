@@ -53,7 +53,7 @@ class RunFolder:
             raise SystemExit(f"{self.folder} has a run already: go on with it by --resume, or give another --output")
         try:
             saved = dict(json.loads(file.read_text()))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise SystemExit(f"{file} is damaged ({error}): restore it, or give another --output") from None
         if changed := [name for name in {**saved, **settings} if saved.get(name) != settings.get(name)]:
             what = "; ".join(f"{name} was {saved.get(name)!r}, now it is {settings.get(name)!r}" for name in changed)

@@ -76,12 +76,22 @@ class Folder:
         except OSError as error:
             if error.errno not in _NOT_THERE:
                 raise
-            if folder.parent != folder and error.errno == errno.ENOENT:
-                parent = self._list(folder.parent)
-                name = parent.folders.spelled(folder.name)
-                if name not in (None, folder.name):
-                    return self._look_into(parent.folder / name)
+            spelled = self._spelled(folder)
+            if spelled not in (None, folder):
+                return self._look_into(spelled)
         return _Listing(folder, files, folders)
+
+    def _spelled(self, folder: Path) -> Path | None:
+        """A folder below the root as the disk spells each part of it; None if it isn't there."""
+        if not folder.is_relative_to(self.root):
+            return None
+        found = self.root
+        for part in folder.relative_to(self.root).parts:
+            name = part if part == ".." else self._list(found).folders.spelled(part)
+            if name is None:
+                return None
+            found /= name
+        return found
 
     def _refusal(self, path: Path) -> str | None:
         """Why this file or folder may not be read, and what to do; None if it may be."""
@@ -90,7 +100,8 @@ class Folder:
         real = Path(os.path.realpath(path))
         # the first folder on the way that is outside: of images -> /data/images that one, not /data/images/a
         way = [each for each in reversed((path / "_").parents) if each.is_relative_to(self.root) and each.name != ".."]
-        first = next((each for each in way if each.is_dir() and not self._allows(each)), path if path.is_dir() else real.parent)
+        first = next((each for each in way if os.path.isdir(each) and not self._allows(each)), None)
+        first = first or (path if os.path.isdir(path) else real.parent)
         return (
             f"{path} is {real}, outside of {self.root}: if it belongs to the data, outside=[{os.path.realpath(first)!r}] lets it in"
         )

@@ -6,7 +6,8 @@ import os
 import re
 import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,8 +134,9 @@ def read_description(path: str | os.PathLike[str], model: str, settings: set[str
     """The JSON of a saved model of this class, whose settings have these names.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is none, or the weights that it names are not there.
         ValueError: it isn't one of ours, is damaged, or is of a newer version.
+        OSError: it can't be read.
     """
     file = Path(path) / DESCRIPTION
     if not file.is_file():
@@ -158,13 +160,41 @@ def read_description(path: str | os.PathLike[str], model: str, settings: set[str
         "label_smoothing": float,
         "encoders": dict,
     }
-    if wrong := [key for key, kind in types.items() if key in description and not isinstance(description[key], kind)]:
+    wrong = [
+        key
+        for key, kind in types.items()
+        if key in description and (not isinstance(description[key], kind) or isinstance(description[key], bool))
+    ]
+    if wrong:
         raise ValueError(f"{file} is damaged: {wrong} have the wrong type; restore it, or save the model again")
     if Path(description["weights"]).name != description["weights"]:
         raise ValueError(f"{file} names weights outside its folder ({description['weights']}): don't trust it")
     if unknown := [key for key in description["config"] if key not in settings]:
         raise ValueError(f"{file} has settings that this version doesn't know: {unknown}; update mope_fast")
+    weights = file.with_name(description["weights"] or "weights")
+    if not os.path.isfile(weights):  # whatever the name is
+        if _named_weights(file.parent) != description["weights"]:  # replaced since it was read
+            return read_description(path, model, settings)
+        raise FileNotFoundError(f"{weights} does not exist, but {DESCRIPTION} names it: copy the whole folder")
+    # each of these is a dimension of some weight: a model of other sizes must not be tried, it may be larger than any memory
+    sizes = {**description["config"], "num_classes": description["num_classes"]}
+    most = weights.stat().st_size
+    if large := [key for key, value in sizes.items() if re.match(r"num_|.*_(length|dim)$", key) and _exceeds(value, most)]:
+        raise ValueError(f"{file} is damaged: {large} are more than {weights.name} has; restore it, or save the model again")
     return description
+
+
+def _exceeds(value: Any, most: int) -> bool:
+    return isinstance(value, int) and value > most
+
+
+@contextmanager
+def reading_settings(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Raises ValueError for a setting of a description that is missing or of a wrong type."""
+    try:
+        yield
+    except TypeError as error:
+        raise ValueError(f"{Path(path) / DESCRIPTION} is damaged: {error}; restore it") from None
 
 
 def task_settings(description: dict[str, Any]) -> dict[str, Any]:
@@ -203,6 +233,7 @@ def load(path: str | os.PathLike[str], model: "TaskModel", description: dict[str
     Raises:
         FileNotFoundError, ValueError: the weights are missing, damaged or don't fit; the message lists every difference. With
             ``strict`` also where encoders have other weights, or it can't be known.
+        OSError: they can't be read.
     """
     own = json.loads(json.dumps(model.description()))
     problems = [
@@ -225,6 +256,11 @@ def load(path: str | os.PathLike[str], model: "TaskModel", description: dict[str
         for name, (_, value) in expected.items()
         if name in saved and saved[name].shape != value.shape
     ]
+    problems += [
+        f"{name}: saved as {saved[name].dtype}, expected {value.dtype}"
+        for name, (_, value) in expected.items()
+        if name in saved and saved[name].is_floating_point() != value.is_floating_point()
+    ]
     if "complementary" in own and (description.get("complementary") is None) != (own["complementary"] is None):
         problems.append(
             "hint: the complementary side is None where features or a function, cache or black box that gives them were passed in; "
@@ -244,15 +280,11 @@ def _read_weights(folder: Path, description: dict[str, Any]) -> dict[str, Tensor
     """What the description names; or, where another process has just replaced it, the new one if that differs in weights only."""
     while True:
         weights = folder / description["weights"]
-        if weights.is_file():
-            try:
-                data = weights.read_bytes()
-                break
-            except FileNotFoundError:
-                pass
-        newer = read_description(folder, description["model"], set(description["config"]))
-        if newer["weights"] == description["weights"]:
-            raise FileNotFoundError(f"{weights} does not exist, but {DESCRIPTION} names it: copy the whole folder")
+        try:
+            data = weights.read_bytes()
+            break
+        except FileNotFoundError:
+            newer = read_description(folder, description["model"], set(description["config"]))
         if {**newer, "weights": None} != {**description, "weights": None}:
             raise ValueError(f"{folder} was replaced by another model's save while it was read: load it again")
         description = newer

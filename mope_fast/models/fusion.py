@@ -223,11 +223,14 @@ class MoPEFusion(TaskModel):
         Encoders with other weights are a warning; with ``strict`` an error, see :meth:`load_pretrained`.
 
         Raises:
-            FileNotFoundError, ValueError: no such save, or it doesn't fit; the message says what doesn't.
+            FileNotFoundError, ValueError: no such save, it is damaged or doesn't fit; the message says what doesn't.
+            OSError: a file can't be read.
         """
         known = {field.name for field in dataclasses.fields(MoPEConfig)}
         saved = checkpoint.read_description(path, "MoPEFusion", known)
-        classes, config = None if head is not None else saved["num_classes"], MoPEConfig(**saved["config"])
+        with checkpoint.reading_settings(path):
+            config = MoPEConfig(**saved["config"])
+        classes = None if head is not None else saved["num_classes"]
         model = cls(main, complementary, classes, config, head=head, **checkpoint.task_settings(saved))
         model._load(path, saved, strict)
         return model

@@ -47,11 +47,9 @@ class PromptTuned(TaskModel):
     ):
         super().__init__()
         check_head(num_classes, head, problem_type, label_smoothing)
-        if not isinstance(prompt_length, int) or isinstance(prompt_length, bool) or prompt_length < 0:
-            raise ValueError(f"prompt_length must be an integer >= 0, got {prompt_length!r}")
         self.settings = {"prompt_length": prompt_length, "dropout": dropout, "prompt_init": prompt_init}
         # settings are checked before the encoder is touched
-        config = MoPEConfig(**{**self.settings, "prompt_length": max(1, prompt_length)}, use_dynamic=False, use_mapped=False)
+        config = _config(**self.settings)
         self.problem_type, self.label_smoothing = problem_type, float(label_smoothing)
         self.main = prompted(encoder)
         self._shared = self.main is encoder
@@ -103,10 +101,21 @@ class PromptTuned(TaskModel):
         An encoder with other weights is a warning; with ``strict`` an error, see :meth:`load_pretrained`.
 
         Raises:
-            FileNotFoundError, ValueError: no such save, or it doesn't fit; the message says what doesn't.
+            FileNotFoundError, ValueError: no such save, it is damaged or doesn't fit; the message says what doesn't.
+            OSError: a file can't be read.
         """
         saved = checkpoint.read_description(path, "PromptTuned", {"prompt_length", "dropout", "prompt_init"})
+        with checkpoint.reading_settings(path):
+            _config(**saved["config"])
         classes = None if head is not None else saved["num_classes"]
         model = cls(encoder, num_classes=classes, head=head, **checkpoint.task_settings(saved), **saved["config"])
         model._load(path, saved, strict)
         return model
+
+
+def _config(prompt_length: int, dropout: float = 0.1, prompt_init: float | None = None) -> MoPEConfig:
+    if not isinstance(prompt_length, int) or isinstance(prompt_length, bool) or prompt_length < 0:
+        raise ValueError(f"prompt_length must be an integer >= 0, got {prompt_length!r}")
+    return MoPEConfig(
+        prompt_length=max(1, prompt_length), dropout=dropout, prompt_init=prompt_init, use_dynamic=False, use_mapped=False
+    )

@@ -351,7 +351,9 @@ class TaskModel(ImageConfig, nn.Module, ABC):
                 other weights are a warning, and what can't be compared (older saves, sharded or quantised encoders) isn't.
 
         Raises:
-            FileNotFoundError, ValueError: no such save, or it doesn't fit; the message says what doesn't. Nothing is changed then.
+            FileNotFoundError, ValueError: no such save, it is damaged or doesn't fit; the message says what doesn't. Nothing is
+                changed then.
+            OSError: a file can't be read.
         """
         own = self.description()
         saved = checkpoint.read_description(path, own["model"], set(own["config"]))

@@ -81,8 +81,8 @@ class MoPEConfig(Settings):
                 raise ValueError(f"MoPEConfig.{name} must be one of {choices}, got {getattr(self, name)!r}")
         if self.mixing == "kv" and self.dynamic_dropout > 0:
             raise ValueError("MoPEConfig.mixing='kv' is not exact with dynamic_dropout > 0: use 'auto' or 'prompt'")
-        if self.prompt_init is not None and not self.prompt_init > 0:
-            raise ValueError(f"MoPEConfig.prompt_init must be > 0 or None, got {self.prompt_init}")
+        if self.prompt_init is not None and not 0 < self.prompt_init < 1e38:  # the largest float32 is 3.4e38
+            raise ValueError(f"MoPEConfig.prompt_init must be > 0 and finite, or None, got {self.prompt_init}")
 
     @property
     def needs_cross(self) -> bool:

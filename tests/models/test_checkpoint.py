@@ -142,6 +142,10 @@ def test_other_encoders_are_refused_with_the_difference_and_given_back(saved, en
         (lambda state: state.pop("head.bias"), "missing: head.bias"),
         (lambda state: state.update(extra=torch.zeros(1)), "unexpected: extra"),
         (lambda state: state.update({"head.bias": torch.zeros(9)}), r"head.bias: saved \(9,\), expected \(5,\)"),
+        (
+            lambda state: state.update({"head.bias": torch.zeros(5).long()}),
+            r"head.bias: saved as torch.int64, expected torch.float32",
+        ),
     ],
 )
 def test_other_tensors_are_refused_by_name(saved, change, message):
@@ -169,6 +173,11 @@ def test_every_difference_is_listed_at_once(saved):
         (lambda d: d.pop("config"), "config"),
         (lambda d: d.pop("weights"), "weights"),
         (lambda d: d.pop("main"), "main"),
+        (lambda d: d["config"].update(noise_std=[1]), "mope_fast.json is damaged: MoPEConfig.noise_std must be float"),
+        (lambda d: d["config"].update(prompt_length=10**12), r"is damaged: \['prompt_length'\] are more than mope_fast-\w+-\w+\."),
+        (lambda d: d["config"].update(prompt_init=10**40), "prompt_init must be > 0 and finite"),
+        (lambda d: d.update(num_classes=10**40), r"is damaged: \['num_classes'\] are more than"),
+        (lambda d: d.update(num_classes=True), r"is damaged: \['num_classes'\] have the wrong type"),
     ],
 )
 def test_a_description_that_does_not_fit_is_refused(saved, change, message):
@@ -186,6 +195,7 @@ def test_a_description_that_does_not_fit_is_refused(saved, change, message):
         ("", "is not JSON"),
         ("[1]", "has format 'list', expected 2"),
         ('{"model_type": "bert"}', "has format None"),
+        ('{"config":' * 100_000, "is not JSON"),
     ],
 )
 def test_another_programs_json_is_refused(saved, text, message):
@@ -200,6 +210,9 @@ def test_missing_files_are_named(saved, tmp_path):
     weights_file(saved).unlink()
     with pytest.raises(FileNotFoundError, match=r"safetensors does not exist, but mope_fast.json names it"):
         MoPEFusion.from_pretrained(saved, bert(), dinov2())
+    rewrite_description(saved, lambda description: description.update(weights="a" * 300))
+    with pytest.raises(FileNotFoundError, match=r"does not exist, but mope_fast\.json names it"):
+        MoPEFusion.from_pretrained(saved, bert(), dinov2())
 
 
 def flip_last_byte(data):
@@ -211,6 +224,17 @@ def test_damaged_weights_are_refused(saved, damage):
     file = weights_file(saved)
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(ValueError, match=r"is damaged.*save the model again"):
+        MoPEFusion.from_pretrained(saved, bert(), dinov2())
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F4"])
+def test_weights_of_a_name_that_fits_and_a_header_that_lies_are_refused(saved, dtype):
+    header = json.dumps({"head.bias": {"dtype": dtype, "shape": [1 << 38], "data_offsets": [0, 1 << 40]}}).encode()
+    data = len(header).to_bytes(8, "little") + header
+    name = f"{checkpoint._content_name(data)}.safetensors"
+    (saved / name).write_bytes(data)
+    rewrite_description(saved, lambda description: description.update(weights=name))
+    with pytest.raises(ValueError, match=rf"{name} is no file of safetensors \("):
         MoPEFusion.from_pretrained(saved, bert(), dinov2())
 
 
@@ -407,20 +431,31 @@ def test_many_savers_and_a_reader(tmp_path):
 
 
 def test_a_save_that_is_replaced_while_it_is_read(saved, monkeypatch):
-    read, others = Path.read_bytes, [lambda: make_model(seed=5).save_pretrained(saved)]
+    read, others = Path.read_bytes, {}
 
-    def replaced_behind_the_description(path):
+    def replaced_meanwhile(path):
+        before, behind = others.pop(f"before {path.suffix}", None), others.pop(f"behind {path.suffix}", None)
+        if before is not None:
+            before.save_pretrained(saved)
         data = read(path)
-        if path.name == checkpoint.DESCRIPTION and others:
-            others.pop()()
+        if behind is not None:
+            behind.save_pretrained(saved)
         return data
 
-    monkeypatch.setattr(Path, "read_bytes", replaced_behind_the_description)
-    assert torch.equal(logits(MoPEFusion.from_pretrained(saved, bert(), dinov2())), logits(make_model(seed=5)))
-    others.append(lambda: make_model(temperature=0.2).save_pretrained(saved))
+    def load():
+        model = MoPEFusion.from_pretrained(saved, bert(), dinov2())
+        assert not others
+        return model
+
+    monkeypatch.setattr(Path, "read_bytes", replaced_meanwhile)
+    others["behind .json"] = make_model(seed=5, temperature=0.2)
+    assert load().config.temperature == 0.2
+    others["before .safetensors"] = make_model(seed=6, temperature=0.2)
+    assert torch.equal(logits(load()), logits(make_model(seed=6, temperature=0.2)))
+    others["before .safetensors"] = make_model()
     with pytest.raises(ValueError, match="was replaced by another model's save while it was read: load it again"):
-        MoPEFusion.from_pretrained(saved, bert(), dinov2())
-    assert MoPEFusion.from_pretrained(saved, bert(), dinov2()).config.temperature == 0.2
+        load()
+    assert torch.equal(logits(load()), logits(make_model()))
 
 
 def test_saves_of_earlier_versions_are_read(saved):

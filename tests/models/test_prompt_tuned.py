@@ -1,5 +1,7 @@
 """Prompt tuning of one encoder, and encoders that several models share."""
 
+import json
+
 import pytest
 import torch
 from tiny_fusion import INPUTS, MAKE, close, make_bert, make_dinov2, make_images, make_text, trained
@@ -63,6 +65,20 @@ def test_saves_and_loads(tmp_path):
     with pytest.raises(ValueError, match="was saved by PromptTuned, not by MoPEFusion: load it with PromptTuned"):
         MoPEFusion.from_pretrained(tmp_path, make_dinov2())
     with pytest.raises(ValueError, match=r"main: saved with .*dinov2.*, got .*bert"):
+        PromptTuned.from_pretrained(tmp_path, make_bert())
+
+
+@pytest.mark.parametrize(("name", "value"), [("prompt_length", None), ("dropout", "high")])
+def test_a_damaged_description_is_named(tmp_path, name, value):
+    make(make_bert()).save_pretrained(tmp_path)
+    file = tmp_path / "mope_fast.json"
+    description = json.loads(file.read_text())
+    if value is None:
+        del description["config"][name]
+    else:
+        description["config"][name] = value
+    file.write_text(json.dumps(description))
+    with pytest.raises(ValueError, match=rf"mope_fast.json is damaged: .*{name}"):
         PromptTuned.from_pretrained(tmp_path, make_bert())
 
 

@@ -293,6 +293,35 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch
         VLMo.from_checkpoint(path)
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_file_that_asks_for_too_much_memory(tmp_path, monkeypatch, error):
+    def load(*args, **kwargs):
+        raise error
+
+    path = tmp_path / "vlmo.pt"
+    path.touch()
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(ValueError, match=r"vlmo.pt is damaged, .*, or asks for more memory than there is: "):
+        VLMo.from_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (lambda value: value.to(torch.int8), "torch.int8"),
+        (lambda value: value.to(torch.complex64), "torch.complex64"),
+        (lambda value: value.to_sparse(), "torch.sparse_coo"),
+        (lambda value: value.to("meta"), "a tensor without values"),
+    ],
+)
+def test_tensors_that_are_no_plain_numbers_are_refused(load, change, kind):
+    config, state = official("base")
+    state |= {key: change(state[key]) for key in (TABLE, "transformer.cls_token")}
+    lines = refusal(load, state, config, image_size=20, strict=False)
+    expected = f": the file has {kind}, the model floating-point numbers"
+    assert sorted(lines) == sorted(f"  {key}{expected}" for key in (TABLE, "transformer.cls_token"))
+
+
 def make_beit(side=12, **settings):
     """Its last norm is in front of pooling, as that of the BEiT files that VLMo starts from."""
     torch.manual_seed(3)

@@ -3,7 +3,6 @@
 import dataclasses
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -330,14 +329,13 @@ class MoPEBAF(TaskModel):
         If the VLMo was trained too, all of its weights were saved, and replace those of ``vlmo``.
 
         Raises:
-            FileNotFoundError, ValueError: no such save, or it doesn't fit; the message says what doesn't.
+            FileNotFoundError, ValueError: no such save, it is damaged or doesn't fit; the message says what doesn't.
+            OSError: a file can't be read.
         """
         known = {field.name for field in dataclasses.fields(BAFConfig)}
         saved = checkpoint.read_description(path, "MoPEBAF", known)
-        try:
+        with checkpoint.reading_settings(path):
             config = BAFConfig(**saved["config"])
-        except TypeError as error:
-            raise ValueError(f"{Path(path) / checkpoint.DESCRIPTION} is damaged: {error}; restore it") from None
         classes = None if head is not None else saved["num_classes"]
         model = cls(vlmo, classes, config, head=head, **checkpoint.task_settings(saved))
         model._load(path, saved, strict)

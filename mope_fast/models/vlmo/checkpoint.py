@@ -54,7 +54,7 @@ def _read(path: Path) -> Any:
 
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (PermissionError, MemoryError):
+    except PermissionError:
         raise
     except pickle.UnpicklingError as error:
         raise ValueError(
@@ -62,7 +62,8 @@ def _read(path: Path) -> Any:
             "because that could run code. If you trust it, load it with weights_only=False and save its state_dict alone"
         ) from None
     except Exception as error:  # torch.load has no type of its own for a file that is cut or no checkpoint at all
-        raise ValueError(f"{path} is damaged, or is no file of torch.save or safetensors: {_first_line(error)}") from None
+        large = ", or asks for more memory than there is" if isinstance(error, MemoryError) or "allocate" in str(error) else ""
+        raise ValueError(f"{path} is damaged, or is no file of torch.save or safetensors{large}: {_first_line(error)}") from None
 
 
 def _first_line(error: Exception) -> str:
@@ -123,6 +124,13 @@ def load_into(model: "VLMo", state: State, path: str | os.PathLike[str], *, stri
     """Fit the state dict to the model and load it, or say everything that doesn't fit."""
     config, expected = model.config, model.state_dict()
     kept = {key: value for key, value in state.items() if key in expected or not (key.startswith(_HEADS) or key in _INDICES)}
+    unread = [
+        f"{key}: the file has {_kind(value)}, the model floating-point numbers"
+        for key, value in kept.items()
+        if key in expected and _kind(value) is not None
+    ]
+    if unread:
+        raise ValueError(f"{path} doesn't fit this VLMo:\n  " + "\n  ".join(unread))
     _fit(kept, config)
     missing = [f"missing: {key}" for key in expected if key not in kept]
     unexpected = [f"unexpected: {key} {tuple(value.shape)}" for key, value in kept.items() if key not in expected]
@@ -137,6 +145,13 @@ def load_into(model: "VLMo", state: State, path: str | os.PathLike[str], *, stri
     if missing + unexpected:
         warnings.warn(f"{path} was loaded in part:\n  " + "\n  ".join(missing + unexpected), stacklevel=3)
     model.load_state_dict(kept, strict=False)
+
+
+def _kind(value: Tensor) -> str | None:
+    """Of a tensor that is no plain one of floating-point numbers; None for one that is."""
+    if value.is_meta or value.layout != torch.strided:
+        return "a tensor without values" if value.is_meta else str(value.layout)
+    return None if value.is_floating_point() else str(value.dtype)
 
 
 def _fit(state: State, config: VLMoConfig) -> None:

@@ -102,6 +102,7 @@ class VLMo(nn.Module):
 
         Raises:
             FileNotFoundError: there is no such file.
+            PermissionError: it may not be read.
             TypeError: ``config`` is none.
             ValueError: the file is damaged, has more than tensors in it, is no VLMo's, or doesn't fit; with every difference.
         """
