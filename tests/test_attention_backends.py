@@ -341,6 +341,7 @@ LAYOUTS = {
     "odd beginning": lambda t: F.pad(t, (1, -t.shape[-1] % 8 + 7))[..., 1 : t.shape[-1] + 1],
     "one row for all": lambda t: t[:, :, :1].expand_as(t),
     "one column for all": lambda t: t[..., :1].expand_as(t),
+    "heads that overlap": lambda t: t.contiguous().as_strided(t.shape, (t.stride(0), 1, t.shape[-1], 1)),
 }
 
 
