@@ -72,6 +72,13 @@ def test_the_threshold_is_a_tenth_by_default():
         assert loss.item() == pytest.approx(2 * d * d if kept else 0.0, abs=1e-12)
 
 
+@pytest.mark.parametrize("scale", [1e-42, 1e-25, 1e15])
+def test_scores_of_any_size_count_by_their_variation(scale):
+    scores = torch.rand(6, 5)
+    loss = importance_loss((scores * scale).requires_grad_(), threshold=0.0)
+    torch.testing.assert_close(loss, importance_loss(scores, threshold=0.0), rtol=1e-2 if scale < 1e-38 else 1e-5, atol=0)
+
+
 @pytest.mark.parametrize("shape", [(6, 1), (0, 5), (0, 1), (3, 6, 1), (3, 0, 5)])
 def test_one_expert_or_an_empty_batch_gives_zero_with_finite_gradients(shape):
     scores = torch.ones(shape, dtype=torch.float64, requires_grad=True)
