@@ -56,7 +56,8 @@ def route_and_mix(
 
     ``scores = gate(softmax(logits / temperature + noise))`` and ``mixed[b, l] = sum_k scores[b, k] experts[k, l]``,
     with ``gram`` divided by ``sqrt(max(scores' gram[l] scores, 0) + eps)``: the mixture of experts that a layer norm and a
-    projection have already been through (K/V-space mixing, see :class:`mope_fast.PromptBank`). Nothing of shape (B, K, L, M) is ever made.
+    projection have already been through (K/V-space mixing, see :class:`mope_fast.PromptBank`).
+    Nothing of shape (B, K, L, M) is ever made.
 
     Args:
         logits: (B, K), any float dtype; softmax and sums are taken in float32 (float64 for float64). B may be 0, K is 1 to 1024.
