@@ -604,8 +604,8 @@ PAIRS = r"prefixes must be a sequence of \(key, value\) pairs or \(key, value, m
         ({"pad_qkv": zeros(3, 2, 6).long()}, TypeError, "pad_qkv must have a floating-point dtype, got torch.int64"),
         ({"pad_qkv": zeros(36)}, ValueError, r"pad_qkv must be \(3, 2, 6\), the projection's bias; got \(36\)"),
         ({"pad_qkv": zeros(3, 2, 6, device="meta")}, ValueError, "qkv is on cpu and pad_qkv on meta: move them to one device"),
-        ({"scale": torch.tensor(0.5)}, TypeError, "scale must be a Python float or None, got a tensor: reading"),
-        ({"scale": "1"}, TypeError, "scale must be a Python float or None, got '1'"),
+        ({"scale": torch.tensor(0.5)}, TypeError, "scale must be a Python float, got a tensor: reading"),
+        ({"scale": "1"}, TypeError, "scale must be a Python float, got '1'"),
         ({"scale": float("inf")}, ValueError, "scale must be finite, got inf"),
         ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
         (

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._settings import checked
+
 _NORMS = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm, "none": lambda width: nn.Identity()}
 
 
@@ -19,6 +21,7 @@ class PromptMapper(nn.Module):
         norm: "batch", "layer" or "none".
     """
 
+    @checked
     def __init__(self, cross_dim: int, widths: Iterable[int], norm: str = "batch"):
         super().__init__()
         if norm not in _NORMS:
