@@ -71,10 +71,13 @@ def mix_launch(batch: int, experts: int, width: int, itemsize: int, *, gram: boo
 
     block_b stays below 64 for every batch: the same matrix instruction, so a sample's bits don't depend on its neighbours.
     float32 products (the Gram form's always are) run on FMA units and hold operands in registers: smaller tiles, or they spill.
+    Twice the warps on twice the rows leave each thread the same experts, so sums over experts keep their order.
     """
     block_k = _power_of_2_in(experts, 16, 64 if itemsize == 2 and not gram else 32)
     block_m = _power_of_2_in(width, 16, 128 if itemsize == 2 else 64)
-    return MixLaunch(16 if batch <= 256 else 32, block_k, block_m, _round_up(experts, block_k), 4)
+    block_b = 16 if batch <= 256 else 32
+    num_warps = 8 if itemsize > 2 and not gram and block_b * block_k == 1024 else 4
+    return MixLaunch(block_b, block_k, block_m, _round_up(experts, block_k), num_warps)
 
 
 def expert_grads_launch(batch: int, experts: int, rows: int, width: int, itemsize: int) -> ExpertGradsLaunch:

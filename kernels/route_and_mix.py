@@ -3,12 +3,12 @@
     x      = logits / temperature + noise                        (B, K)
     scores = gate(softmax(x))                                    (B, K)
     mixed  = sum_k scores[:, k] * experts[k] / norm              (B, L, M)
-    norm   = sqrt(scores' gram[l] scores + eps), or 1            (B, L)
+    norm   = sqrt(max(scores' gram[l] scores, 0) + eps), or 1    (B, L)
 
 Backward, with g the gradient of ``mixed``, du[b, l, k] = <g[b, l], experts[k, l]> and r = 1 / norm:
 
     d experts[k, l] = sum_b scores[b, k] r[b, l] g[b, l]
-    d norm_sq[b, l] = -1/2 r^3 <scores[b], du[b, l]>
+    d norm_sq[b, l] = -1/2 r^3 <scores[b], du[b, l]>, or 0 where it was below 0: there ``rstd`` is -r
     d scores        = d scores(given) + sum_l r du + d norm_sq (gram + gram') scores
     d gram[l]       = sum_b d norm_sq[b, l] scores[b] scores[b]'
 
@@ -169,10 +169,12 @@ def mix_kernel(
                 norm_sq += tl.sum(tl.dot(s, g, input_precision="ieee", out_dtype=ACC) * s_other, 1)
 
     if HAS_GRAM:
-        inv_norm = 1.0 / tl.sqrt(norm_sq + eps)
+        # not tl.maximum, which makes a number of NaN
+        below = norm_sq < 0.0
+        inv_norm = 1.0 / tl.sqrt(tl.where(below, 0.0, norm_sq) + eps)
         acc *= inv_norm[:, None]
         if tile % m_tiles == 0:
-            tl.store(rstd + rows * L + row, inv_norm, mask=in_batch)
+            tl.store(rstd + rows * L + row, tl.where(below, -inv_norm, inv_norm), mask=in_batch)
     out = mixed + (rows[:, None] * L + row) * M + columns[None, :]
     tl.store(out, acc.to(mixed.dtype.element_ty), mask=in_batch[:, None] & (columns < M)[None, :])
 
@@ -224,7 +226,7 @@ def expert_grads_kernel(
         if NEED_EXPERTS:
             s = tl.load(scores + rows[:, None] * K + cols[None, :], mask=in_batch[:, None] & (cols < K)[None, :], other=0.0)
             if HAS_GRAM:
-                s *= tl.load(rstd + rows * L + row, mask=in_batch, other=0.0)[:, None]
+                s *= tl.abs(tl.load(rstd + rows * L + row, mask=in_batch, other=0.0))[:, None]
             grad = dot(tl.trans(s), g, grad, COMPUTE, DOT, ACC)
     if NEED_EXPERTS:
         out = grad_experts + ((split * K + cols[:, None]) * L + row) * M + columns[None, :]
@@ -263,7 +265,9 @@ def router_grads_kernel(
                 du += tl.sum(tl.load(source, mask=(p < M_TILES)[:, None] & in_row[None, :], other=0.0), 0)
             if HAS_GRAM:
                 r = tl.load(rstd + b * L + row)
-                d_norm_sq = -0.5 * r * r * r * tl.sum(s * du, 0)
+                # 0 where the root's argument was held at 0; NaN stays
+                d_norm_sq = tl.where(r < 0.0, 0.0, -0.5 * r * r * r * tl.sum(s * du, 0))
+                r = tl.abs(r)
                 tl.store(grad_norm_sq + b * L + row, d_norm_sq)
                 ds += r * du
                 for i0 in range(0, K, BLOCK_I):

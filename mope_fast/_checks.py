@@ -26,6 +26,17 @@ def _check_float(name: str, tensor: object) -> None:
         raise TypeError(f"{name} must have a floating-point dtype, got {tensor.dtype}: call .float() on it")
 
 
+def _check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {_kind(value)}")
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
+        hint = ": reading it would wait for the device" if isinstance(value, Tensor) else ""
+        raise TypeError(f"{name} must be a Python float, got {_kind(value)}{hint}")
+
+
 def _check_same_device(first: str, a: Tensor, second: str, b: Tensor) -> None:
     if a.device != b.device:
         raise ValueError(f"{first} is on {a.device} and {second} on {b.device}: move them to one device")
@@ -56,8 +67,7 @@ def check_route_and_mix(
     if experts.shape[1] == 0 or experts.shape[2] == 0:
         raise ValueError(f"experts must have prompt length L >= 1 and width M >= 1, got {_shape(experts)}")
     _check_same_device("logits", logits, "experts", experts)
-    if isinstance(temperature, Tensor) or not isinstance(temperature, (int, float)):
-        raise TypeError(f"temperature must be a Python float, got {_kind(temperature)}: reading a tensor would wait for the device")
+    _check_number("temperature", temperature)
     if not 1e-30 < temperature < float("inf"):
         raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
     if noise is not None:
@@ -67,8 +77,11 @@ def check_route_and_mix(
         if noise.requires_grad:
             raise ValueError("noise is a constant and gets no gradient, but it requires grad: pass noise.detach()")
         _check_same_device("logits", logits, "noise", noise)
-    if top_k is not None and not (isinstance(top_k, (int, torch.SymInt)) and 1 <= top_k <= num_experts):
+    if top_k is not None and (
+        isinstance(top_k, bool) or not isinstance(top_k, (int, torch.SymInt)) or not 1 <= top_k <= num_experts
+    ):
         raise ValueError(f"top_k must be 1 to the number of experts {num_experts}, or None for all; got {top_k}")
+    _check_flag("renormalize", renormalize)
     if renormalize and top_k is None:
         raise ValueError("renormalize=True needs top_k, got top_k=None: without a gate the scores add up to 1 already")
     if gram is not None:
@@ -76,8 +89,9 @@ def check_route_and_mix(
         expected = (experts.shape[1], num_experts, num_experts)
         if gram.shape != expected:
             raise ValueError(f"gram must be (L, K, K) = {expected}, got {_shape(gram)}")
-        if not eps > 0:
-            raise ValueError(f"eps must be > 0, got {eps}")
+        _check_number("eps", eps)
+        if not 0 < eps < float("inf"):
+            raise ValueError(f"eps must be > 0 and finite, got {eps}")
         _check_same_device("logits", logits, "gram", gram)
 
 
@@ -88,8 +102,9 @@ def check_importance_loss(scores: Tensor, threshold: float) -> None:
         raise ValueError(f"scores must be (B, K) or (N, B, K), got {_shape(scores)}")
     if scores.shape[-1] == 0 or (scores.dim() == 3 and scores.shape[0] == 0):
         raise ValueError(f"scores must have at least one layer and one expert, got {_shape(scores)}")
-    if not threshold >= 0:
-        raise ValueError(f"threshold must be >= 0, got {threshold}")
+    _check_number("threshold", threshold)
+    if not 0 <= threshold < float("inf"):
+        raise ValueError(f"threshold must be >= 0 and finite, got {threshold}")
 
 
 def check_prompt_attention(
@@ -231,8 +246,7 @@ def _check_attention(
     _check_head_dim(head_dim)
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
-    if not isinstance(is_causal, bool):
-        raise TypeError(f"is_causal must be True or False, got {_kind(is_causal)}")
+    _check_flag("is_causal", is_causal)
     _check_scale(scale)
     if key_padding_mask is not None:
         mask = key_padding_mask
@@ -257,7 +271,8 @@ def _check_head_dim(head_dim: int) -> None:
 
 
 def _check_scale(scale: object) -> None:
-    if scale is not None and (isinstance(scale, Tensor) or not isinstance(scale, (int, float, torch.SymFloat))):
-        raise TypeError(f"scale must be a Python float or None, got {_kind(scale)}: reading a tensor would wait for the device")
-    if scale is not None and not -float("inf") < scale < float("inf"):
+    if scale is None:
+        return
+    _check_number("scale", scale)
+    if not -float("inf") < scale < float("inf"):
         raise ValueError(f"scale must be finite, got {scale}")

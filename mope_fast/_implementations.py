@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import os
+import shutil
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -40,6 +41,25 @@ def _compute_capability(device: torch.device) -> tuple[int, int]:
     return _cached_capability(device)
 
 
+@functools.cache
+def _found_no_compiler() -> str | None:
+    """Why Triton can't build what launches its kernels; None if it can. Looks where Triton itself looks."""
+    named = os.environ.get("CC")
+    if any(map(shutil.which, ("gcc", "clang") if named is None else (named,))):
+        return None
+    from triton import knobs
+
+    if knobs.build.impl is not None:
+        return None
+    got = "neither gcc nor clang is on the PATH" if named is None else f"CC={named!r} is no program"
+    return f"Triton needs a C compiler to launch kernels, and {got}: install gcc (apt install gcc) or set CC to a compiler"
+
+
+@torch.compiler.assume_constant_result
+def _why_not_compiled() -> str | None:
+    return _found_no_compiler()
+
+
 def _why_not_triton(problem: Problem) -> str | None:
     device = problem.device
     if not HAS_TRITON:
@@ -52,7 +72,7 @@ def _why_not_triton(problem: Problem) -> str | None:
         return "float64 runs on the reference (or in Triton's interpreter)"
     if torch.version.hip is None and _compute_capability(device) < (8, 0):
         return "the GPU is older than compute capability 8.0"
-    return None
+    return _why_not_compiled()
 
 
 def _why_not_triton_in_windows(problem: Problem) -> str | None:
@@ -92,16 +112,38 @@ TRITON_KEYS = 512
 """Up to here Triton's attention is meant to be the fastest; what speaks against it until a GPU decides: ``benchmarks/NOTES.md``."""
 
 
+def _why_not_first(problem: Problem) -> str | None:
+    """Why ``auto`` takes something else on a GPU although Triton can run."""
+    return "impl='auto' leaves it out on ROCm, where its kernels have not been run" if torch.version.hip is not None else None
+
+
+def _why_attention_is_not_first(problem: Problem) -> str | None:
+    if (reason := _why_not_first(problem)) is not None or problem.masked:
+        return reason
+    if problem.keys > TRITON_KEYS:
+        return f"impl='auto' leaves more than {TRITON_KEYS} keys without a mask tensor to torch's kernels, which are made for them"
+    if problem.dtype == torch.float32:
+        return "impl='auto' leaves float32 without a mask tensor to torch's kernels until a GPU has shown which is faster"
+    return None
+
+
 def _attention_order(problem: Problem) -> tuple[str, ...]:
-    """Best first. On a CPU SDPA; on a GPU that is for many keys without a mask tensor, which torch's kernels are made for."""
-    if problem.device.type == "cuda" and (problem.masked or problem.keys <= TRITON_KEYS):
+    """Best first."""
+    if problem.device.type == "cuda" and _why_attention_is_not_first(problem) is None:
         return "triton", "sdpa", "xformers", "reference"
     return "sdpa", "triton", "xformers", "reference"
 
 
 def _window_order(problem: Problem) -> tuple[str, ...]:
     """Best first."""
-    return ("triton", "sdpa", "reference") if problem.device.type == "cuda" else ("cpu", "sdpa", "triton", "reference")
+    if problem.device.type != "cuda":
+        return "cpu", "sdpa", "triton", "reference"
+    return ("triton", "sdpa", "reference") if _why_not_first(problem) is None else ("sdpa", "triton", "reference")
+
+
+def _mixing_order(problem: Problem) -> tuple[str, ...]:
+    """Best first."""
+    return ("triton", "reference") if _why_not_first(problem) is None else ("reference", "triton")
 
 
 _ATTENTION: dict[str, Reason] = {"triton": _why_not_triton, "xformers": _why_not_xformers, "sdpa": _always, "reference": _always}
@@ -116,7 +158,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Reason]] = {
 """For each function its implementations, with the reason why one can't run (None: it can)."""
 
 _ORDER: dict[str, Callable[[Problem], tuple[str, ...]]] = {
-    "route_and_mix": lambda problem: ("triton", "reference"),
+    "route_and_mix": _mixing_order,
     "prompt_attention": _attention_order,
     "receptive_field_attention": _attention_order,
     "window_prompt_attention": _window_order,
@@ -135,9 +177,20 @@ def _order(function: str, problem: Problem) -> list[str]:
     return order
 
 
-def why_not(function: str, problem: Problem) -> dict[str, str | None]:
-    """For each implementation of ``function`` the reason why it can't run on such tensors, or None."""
-    return {name: reason(problem) for name, reason in IMPLEMENTATIONS[function].items()}
+_NOT_FIRST: dict[str, Reason] = {
+    "route_and_mix": _why_not_first,
+    "prompt_attention": _why_attention_is_not_first,
+    "receptive_field_attention": _why_attention_is_not_first,
+    "window_prompt_attention": _why_not_first,
+}
+
+
+def why_not(function: str, problem: Problem) -> dict[str, str]:
+    """Implementations of ``function`` that can't run on such tensors, or that ``auto`` leaves out on a GPU, with the reason."""
+    reasons = {name: reason(problem) for name, reason in IMPLEMENTATIONS[function].items()}
+    if problem.device.type == "cuda" and "triton" in reasons:
+        reasons["triton"] = reasons["triton"] or _NOT_FIRST[function](problem)
+    return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 def choose(function: str, impl: str, problem: Problem) -> str:

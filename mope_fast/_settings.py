@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
+import math
+from collections.abc import Callable
 from dataclasses import MISSING, FrozenInstanceError, asdict, field, fields
 from typing import Any
 
@@ -14,17 +18,43 @@ def setting(default: Any, meaning: str, source: str) -> Any:
     return field(default=default, metadata={"meaning": meaning, "source": source})
 
 
-def check_types(settings: Any) -> None:
-    """Raises TypeError for a field that isn't what its annotation says, where that is a plain type, or such or None.
+def check_value(name: str, value: Any, annotation: Any) -> None:
+    """Raise TypeError for a value that isn't what its annotation says, and ValueError for a number that is not finite.
 
-    Annotations have to be strings: ``from __future__ import annotations`` in the dataclass' module.
+    Annotations that are no plain type, or such or None, say nothing. Numbers are Python's own: a bool is no integer.
     """
+    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    kind = _KINDS.get(text.removesuffix(" | None"))
+    if kind is None or (value is None and text.endswith("None")):
+        return
+    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+        hint = ": call .item() on it" if hasattr(value, "item") else ""
+        raise TypeError(f"{name} must be {text}, got {value!r:.80}{hint}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+def check_types(settings: Any) -> None:
+    """:func:`check_value` of every field of a dataclass."""
     for item in fields(settings):
-        value, kind = getattr(settings, item.name), _KINDS.get(item.type.removesuffix(" | None"))
-        if kind is None or (value is None and item.type.endswith("None")):
-            continue
-        if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
-            raise TypeError(f"{type(settings).__name__}.{item.name} must be {item.type}, got {value!r}")
+        check_value(f"{type(settings).__name__}.{item.name}", getattr(settings, item.name), item.type)
+
+
+def checked(init: Callable[..., None]) -> Callable[..., None]:
+    """Decorate a constructor: its arguments pass :func:`check_value` first."""
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def call(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            given = signature.bind(self, *args, **kwargs).arguments
+        except TypeError:
+            given = {}  # Python's own message says more
+        for name, value in given.items():
+            check_value(f"{type(self).__name__}: {name}", value, signature.parameters[name].annotation)
+        init(self, *args, **kwargs)
+
+    return call
 
 
 class Settings:

@@ -55,8 +55,9 @@ def route_and_mix(
     """Route every sample over K prompt experts and mix them (MoPE, arXiv 2403.10568, equations 3 and 4).
 
     ``scores = gate(softmax(logits / temperature + noise))`` and ``mixed[b, l] = sum_k scores[b, k] experts[k, l]``,
-    with ``gram`` divided by ``sqrt(scores' gram[l] scores + eps)``: the mixture of experts that a layer norm and a projection
-    have already been through (K/V-space mixing, see :class:`mope_fast.PromptBank`). Nothing of shape (B, K, L, M) is ever made.
+    with ``gram`` divided by ``sqrt(max(scores' gram[l] scores, 0) + eps)``: the mixture of experts that a layer norm and a
+    projection have already been through (K/V-space mixing, see :class:`mope_fast.PromptBank`).
+    Nothing of shape (B, K, L, M) is ever made.
 
     Args:
         logits: (B, K), any float dtype; softmax and sums are taken in float32 (float64 for float64). B may be 0, K is 1 to 1024.
@@ -166,12 +167,13 @@ def prompt_attention(
     masking = {"key_padding_mask": key_padding_mask, "bias": bias, "scale": scale}
     keys = k.shape[2] + sum(pk.shape[2] for pk, _ in prefixes)
     masked = key_padding_mask is not None or bias is not None or (is_causal and q.shape[2] != keys)
-    impl = choose("prompt_attention", impl, Problem(q.device, q.dtype, keys, masked))
+    dtype = autocast_dtype(q)
+    impl = choose("prompt_attention", impl, Problem(q.device, dtype, keys, masked))
     if impl == "reference":
         with without_autocast(q.device.type):
             out = reference.prompt_attention(q, k, v, prefixes, is_causal=is_causal, **masking)
-        return out.to(autocast_dtype(q))
-    q, k, v = _in_autocast_dtype(q, k, v)
+        return out.to(dtype)
+    q, k, v = cast(q, dtype), cast(k, dtype), cast(v, dtype)
     if impl == "triton":
         return _prompt_attention_op(q, k, v, prefixes, field=None, is_causal=is_causal, **masking)
     backend = sdpa_attention if impl == "sdpa" else xformers_attention
@@ -210,12 +212,13 @@ def receptive_field_attention(
     """
     check_receptive_field_attention(q, k, v, field, key_padding_mask, bias, scale)
     masking = {"key_padding_mask": key_padding_mask, "bias": bias, "scale": scale}
-    impl = choose("receptive_field_attention", impl, Problem(q.device, q.dtype, k.shape[2], masked=True))
+    dtype = autocast_dtype(q)
+    impl = choose("receptive_field_attention", impl, Problem(q.device, dtype, k.shape[2], masked=True))
     if impl == "reference":
         with without_autocast(q.device.type):
             out = reference.receptive_field_attention(q, k, v, field, **masking)
-        return out.to(autocast_dtype(q))
-    q, k, v = _in_autocast_dtype(q, k, v)
+        return out.to(dtype)
+    q, k, v = cast(q, dtype), cast(k, dtype), cast(v, dtype)
     if impl == "triton":
         return _prompt_attention_op(q, k, v, (), field=field.lowered(q.device), is_causal=False, **masking)
     backend = sdpa_attention if impl == "sdpa" else xformers_attention
@@ -264,12 +267,13 @@ def window_prompt_attention(
         relative_position_bias = sdpa_attention.in_range(relative_position_bias, torch.float32)
     settings = {"window_size": window, "shift_size": shift, "pad_qkv": pad_qkv, "scale": scale}
     keys = window[0] * window[1] + sum(prefix[0].shape[2] for prefix in prefixes)
-    impl = choose("window_prompt_attention", impl, Problem(qkv.device, qkv.dtype, keys, head_dim=qkv.shape[-1]))
+    dtype = autocast_dtype(qkv)
+    impl = choose("window_prompt_attention", impl, Problem(qkv.device, dtype, keys, head_dim=qkv.shape[-1]))
     if impl == "reference":
         with without_autocast(qkv.device.type):
             out = reference.window_prompt_attention(qkv, prefixes, relative_position_bias, **settings)
-        return out.to(autocast_dtype(qkv))
-    (qkv,) = _in_autocast_dtype(qkv)
+        return out.to(dtype)
+    qkv = cast(qkv, dtype)
     if impl in ("triton", "cpu"):
         return _window_prompt_attention_op(qkv, prefixes, relative_position_bias, **settings)
     return sdpa_window_attention.window_prompt_attention(qkv, prefixes, relative_position_bias, **settings)
@@ -283,9 +287,3 @@ def _ragged_prefixes_as_tokens(
     there = sdpa_attention.there_of([*prefixes, tokens], k)
     bias = None if bias is None else F.pad(bias, (sum(prefix[0].shape[2] for prefix in prefixes), 0))
     return *sdpa_attention.concatenated(k, v, [prefix[:2] for prefix in prefixes]), there, bias
-
-
-def _in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Tensors of one dtype."""
-    dtype = autocast_dtype(tensors[0])
-    return tuple(cast(tensor, dtype) for tensor in tensors)

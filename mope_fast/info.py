@@ -45,11 +45,7 @@ def report() -> str:
                 except RuntimeError as error:
                     chosen = f"none ({error})"
                 lines.append(f"  {function} ({str(dtype).removeprefix('torch.')}): {chosen}")
-            lines += [
-                f"    not {implementation}: {reason}"
-                for implementation, reason in why_not(function, Problem(device, DTYPES[0])).items()
-                if reason
-            ]
+            lines += [f"    not {name}: {reason}" for name, reason in why_not(function, Problem(device, DTYPES[0])).items()]
     return "\n".join(lines)
 
 

@@ -341,6 +341,7 @@ LAYOUTS = {
     "odd beginning": lambda t: F.pad(t, (1, -t.shape[-1] % 8 + 7))[..., 1 : t.shape[-1] + 1],
     "one row for all": lambda t: t[:, :, :1].expand_as(t),
     "one column for all": lambda t: t[..., :1].expand_as(t),
+    "heads that overlap": lambda t: t.contiguous().as_strided(t.shape, (t.stride(0), 1, t.shape[-1], 1)),
 }
 
 
@@ -649,7 +650,7 @@ def call(function: str, **changes):
         ),
         ({"v": lambda a: a["v"][:, :1]}, ValueError, "q, k and v must have the same number of heads: q has 2 heads, k 2, v 1"),
         ({"key_padding_mask": [True] * 13}, TypeError, "key_padding_mask must be a bool tensor, got list"),
-        ({"scale": torch.tensor(0.5)}, TypeError, "scale must be a Python float or None, got a tensor"),
+        ({"scale": torch.tensor(0.5)}, TypeError, "scale must be a Python float, got a tensor"),
         ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
         (dict.fromkeys("qkv", torch.zeros(1, 1, 13, 257)), ValueError, "head dimension Dh must be 1 to 256, got 257"),
         (dict.fromkeys("qkv", torch.zeros(1, 1, 13, 0)), ValueError, "head dimension Dh must be 1 to 256, got 0"),

@@ -5,6 +5,8 @@ from dataclasses import dataclass, fields
 
 from torch import Tensor
 
+from .._settings import check_types
+
 
 @dataclass(frozen=True, kw_only=True)
 class Thresholds:
@@ -18,6 +20,7 @@ class Thresholds:
     """A layer whose choice of experts has less information about the sample than this part of log K is the same for all."""
 
     def __post_init__(self):
+        check_types(self)
         for item in fields(self):
             if not 0 <= (value := getattr(self, item.name)) <= 1:
                 raise ValueError(f"Thresholds.{item.name} must be in [0, 1], got {value!r}")

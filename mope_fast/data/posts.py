@@ -59,7 +59,8 @@ class Posts(Sequence[Post]):
         dropped: why the reader left samples out, and the ids of these; empty for a part of a set.
 
     Raises:
-        ValueError: a post's label is none of the classes, or some posts have one class and others several or none.
+        ValueError: two classes have one name, a post's label is none of the classes, or some posts have one class and others
+            several or none.
     """
 
     posts: tuple[Post, ...]
@@ -67,6 +68,8 @@ class Posts(Sequence[Post]):
     dropped: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self):
+        if len(set(self.class_names)) < len(self.class_names):
+            raise ValueError(f"class_names must differ from each other, got {list(self.class_names)}")
         several, classes = self.multi_label, len(self.class_names)
         for post in self.posts:
             if not self.labelled:
@@ -78,7 +81,8 @@ class Posts(Sequence[Post]):
                 raise ValueError(f"post {post.id} has label {post.label!r}, expected {kind} as in post {self.posts[0].id}")
             if several and (len(post.label) != classes or not {*post.label} <= {0, 1}):
                 raise ValueError(f"post {post.id} has labels {post.label}, expected 0 or 1 for each of {self.class_names}")
-            if not several and not (isinstance(post.label, int) and 0 <= post.label < classes):
+            is_class = isinstance(post.label, int) and not isinstance(post.label, bool)
+            if not several and not (is_class and 0 <= post.label < classes):
                 raise ValueError(f"post {post.id} has label {post.label!r}, expected 0 to {classes - 1} for {self.class_names}")
 
     def __len__(self) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import functional
 from .._autocast import cast
 from .._checks import MAX_HEAD_DIM
+from .._settings import checked
 from ..receptive_field import ReceptiveField
 from .rows import Prefix
 
@@ -51,6 +52,7 @@ class PromptAttention(nn.Module):
         >>> y = attention(norm(x), prefixes)                                  # out is a MoPEOutput
     """
 
+    @checked
     def __init__(
         self,
         dim: int,

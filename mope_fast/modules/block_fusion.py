@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._settings import checked
+
 _EPS = 1e-6
 _INIT_STD = 0.02
 FORMS = {
@@ -32,6 +34,7 @@ class PromptFusion(nn.Module):
         ValueError: D is no multiple of H.
     """
 
+    @checked
     def __init__(self, width: int, num_heads: int, *, feed_forward: bool = False):
         super().__init__()
         if num_heads < 1 or width % num_heads:
@@ -84,6 +87,7 @@ class BlockAwareFusion(nn.Module):
         ValueError: another form, or D is no multiple of H.
     """
 
+    @checked
     def __init__(self, width: int, num_heads: int, form: str = "A", *, share_directions: bool = False):
         super().__init__()
         if form not in FORMS or form == "E":

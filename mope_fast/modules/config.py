@@ -59,13 +59,13 @@ class MoPEConfig(Settings):
             ("num_experts", 1), ("prompt_length", 1), ("cross_routing_dim", 1), ("inter_routing_dim", 1),
             ("noise_std", 0), ("importance_weight", 0), ("importance_threshold", 0), ("complementary_prompt_length", 0),
         ):  # fmt: skip
-            if not least <= getattr(self, name) < float("inf"):
+            if getattr(self, name) < least:
                 raise ValueError(f"MoPEConfig.{name} must be >= {least}, got {getattr(self, name)}")
         if self.cross_dim is not None and self.cross_dim < 1:
             raise ValueError(f"MoPEConfig.cross_dim must be >= 1 or None, got {self.cross_dim}")
         if self.num_experts > 1024:
             raise ValueError(f"MoPEConfig.num_experts must be at most 1024, got {self.num_experts}")
-        if not 0 < self.temperature < float("inf"):
+        if not self.temperature > 1e-30:  # 1 / temperature is a float32
             raise ValueError(f"MoPEConfig.temperature must be > 0, got {self.temperature}")
         for name in ("dropout", "dynamic_dropout"):
             if not 0 <= getattr(self, name) < 1:

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .._settings import checked
+
 _NORMS = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm, "none": lambda width: nn.Identity()}
 
 
@@ -23,6 +25,7 @@ class PromptMapper(nn.Module):
         norm: "batch", "layer" or "none".
     """
 
+    @checked
     def __init__(self, cross_dim: int, widths: Iterable[int], norm: str = "batch"):
         super().__init__()
         if norm not in _NORMS:

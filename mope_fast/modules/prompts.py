@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._autocast import without_autocast
+from .._settings import checked
 from .config import MoPEConfig
 from .mapper import PromptMapper
 from .output import MoPEOutput, Routing, expert_gram
@@ -49,10 +50,11 @@ class MoPELayer(nn.Module):
         >>> tokens = frozen_layer(torch.cat([out.prompts, tokens], dim=1))[:, out.prompts.shape[1] :]
     """
 
+    @checked
     def __init__(
         self,
         dim: int,
-        cross_dim: int,
+        cross_dim: int | None,
         num_experts: int = 16,
         prompt_length: int = 6,
         *,
@@ -74,7 +76,7 @@ class MoPELayer(nn.Module):
             inter_routing_dim=inter_routing_dim, temperature=temperature, noise_std=noise_std, top_k=top_k, learn_keys=learn_keys,
             dropout=dropout, dynamic_dropout=dynamic_dropout, use_static=use_static, use_dynamic=use_dynamic, **settings,
         )  # fmt: skip
-        if not isinstance(dim, int) or dim < 1 or (use_dynamic and (not isinstance(cross_dim, int) or cross_dim < 1)):
+        if dim < 1 or (use_dynamic and (cross_dim is None or cross_dim < 1)):
             raise ValueError(f"dim and cross_dim must be integers >= 1, got dim={dim!r} and cross_dim={cross_dim!r}")
         self.dim, self.cross_dim = dim, cross_dim
         bound = config.init_bound(dim)
@@ -198,14 +200,15 @@ class PromptBank(nn.Module):
         >>> prefixes = out.key_value(layer.norm1, layer.k_proj, layer.v_proj, num_heads=12)
     """
 
+    @checked
     def __init__(self, dims: Iterable[int], cross_dim: int | None, config: MoPEConfig | None = None):
         super().__init__()
         self.dims = tuple(dims)
         self.cross_dim = cross_dim
         config = self.config = MoPEConfig() if config is None else config
-        if not self.dims or not all(isinstance(width, int) and width >= 1 for width in self.dims):
+        if not self.dims or not all(type(width) is int and width >= 1 for width in self.dims):
             raise ValueError(f"dims must list the width of at least one layer, integers >= 1; got {self.dims}")
-        if config.needs_cross and (not isinstance(cross_dim, int) or cross_dim < 1):
+        if config.needs_cross and (cross_dim is None or cross_dim < 1):
             raise ValueError(
                 f"cross_dim is {cross_dim!r}, but dynamic and mapped prompts need the width of the complementary feature"
             )

@@ -26,6 +26,15 @@ def product_dtypes(operands: torch.dtype, acc: torch.dtype) -> dict[str, Any]:
     return {"COMPUTE": triton_dtype(compute), "DOT": triton_dtype(dot), "ACC": triton_dtype(acc)}
 
 
+def castable(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
+    """What meets tensors of ``dtype`` in a kernel that Triton's interpreter runs: bfloat16 and float64 don't meet there.
+
+    It gives bfloat16 the bits of an integer on the way from float64. Gradients come back in the tensors' own dtypes.
+    """
+    pair, wide = {torch.bfloat16, torch.float64}, torch.promote_types(dtype, torch.float32)
+    return [tensor if tensor is None or {tensor.dtype, dtype} != pair else tensor.to(wide) for tensor in tensors]
+
+
 def strides(tensor: Tensor | None, rank: int) -> tuple[int, ...]:
     """Zeros for a tensor that isn't there."""
     return (0,) * rank if tensor is None else tensor.stride()

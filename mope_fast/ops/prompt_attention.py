@@ -14,7 +14,7 @@ from torch import Tensor
 from .._autocast import without_autocast
 from ..reference.attention import all_values, causal_mask, masked_weights, softmax_or_zero
 from ._registration import define, once_differentiable
-from ._triton import INTERPRETED, prefix_targets, product_dtypes, strides, sum_parts
+from ._triton import INTERPRETED, castable, prefix_targets, product_dtypes, strides, sum_parts
 
 if TYPE_CHECKING:
     from ..kernels.launch import AttentionLaunch
@@ -326,5 +326,7 @@ def prompt_attention(
 ) -> Tensor:
     """Differentiable ``mope_fast::prompt_attention``, without checks: see the functions of :mod:`mope_fast.functional`."""
     flat = [t for pair in prefixes for t in pair] + [None] * (4 - 2 * len(prefixes))
+    if INTERPRETED:
+        *flat, bias = castable(q.dtype, *flat, bias)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return _PromptAttention.apply(q, k, v, *flat, field, key_padding_mask, bias, scale, is_causal)[0]

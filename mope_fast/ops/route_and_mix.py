@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from .._autocast import without_autocast
-from ..reference.route_and_mix import accumulator_dtype, gated_softmax, reciprocal_norm, routing_logits
+from .._autocast import cast, without_autocast
+from ..reference.route_and_mix import accumulator_dtype, gated_softmax, routing_logits, squared_norm
 from ..reference.route_and_mix import route_and_mix as reference_route_and_mix
 from ._registration import define, once_differentiable
-from ._triton import INTERPRETED, product_dtypes, strides, triton_dtype
+from ._triton import INTERPRETED, castable, product_dtypes, strides, triton_dtype
 
 
 def _empty_rstd(logits: Tensor, experts: Tensor, gram: Tensor | None) -> Tensor:
@@ -53,8 +53,11 @@ def _reference_forward(logits, experts, noise, gram, temperature, top_k, renorma
         eps=eps,
         dtype=out_dtype,
     )
-    rstd = _empty_rstd(logits, experts, None) if gram is None else reciprocal_norm(scores, gram, eps)
-    return mixed.contiguous(), scores.contiguous(), rstd.contiguous()
+    if gram is None:
+        return mixed.contiguous(), scores.contiguous(), _empty_rstd(logits, experts, None)
+    norm_sq = squared_norm(scores, gram)
+    rstd = torch.rsqrt(norm_sq.clamp_min(0.0) + eps)
+    return mixed.contiguous(), scores.contiguous(), torch.where(norm_sq < 0, -rstd, rstd).contiguous()
 
 
 def _reference_backward(
@@ -67,7 +70,9 @@ def _reference_backward(
         g = grad_mixed.to(scores.dtype)
         du = torch.einsum("blm,klm->blk", g, experts.to(scores.dtype))
         if gram is not None:
+            clamped, rstd = rstd < 0, rstd.abs()
             d_norm_sq = -0.5 * rstd.pow(3) * torch.einsum("bk,blk->bl", scores, du)
+            d_norm_sq = d_norm_sq.masked_fill(clamped, 0.0)
             symmetric = (gram + gram.mT).to(scores.dtype)
             ds = ds + torch.einsum("bl,lij,bj->bi", d_norm_sq, symmetric, scores)
             du = du * rstd[..., None]
@@ -232,5 +237,9 @@ def route_and_mix(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Differentiable ``mope_fast::route_and_mix``, without checks: see :func:`mope_fast.functional.route_and_mix`."""
+    dtype = out_dtype
+    if INTERPRETED and accumulator_dtype(logits, experts) == torch.float64:
+        out_dtype = torch.float64
+        logits, experts, noise, gram = castable(torch.float64, logits, experts, noise, gram)
     mixed, scores, _ = _RouteAndMix.apply(logits, experts, noise, gram, temperature, top_k, renormalize, eps, out_dtype)
-    return mixed, scores
+    return cast(mixed, dtype), scores

@@ -28,7 +28,7 @@ def prompt_attention(
     # torch's own triangle gives NaN for scales that are not positive
     plain = key_padding_mask is None and bias is None and (scale is None or scale > 0)
     if is_causal and queries == tokens and not prefix_length and plain:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        return F.scaled_dot_product_attention(*readable(q, k, v), is_causal=True, scale=scale)
     # a triangle aligned to the last key would do for prefixes too, but torch's object for it (CausalBias) doesn't compile in 2.15
     visible = causal_mask(queries, tokens, q.device) if is_causal else None
     masked = visible is not None or key_padding_mask is not None or bias is not None
@@ -52,6 +52,19 @@ def receptive_field_attention(
 ) -> Tensor:
     """scaled_dot_product_attention with a mask tensor: on a CPU faster than one call for each block of an interval field."""
     return _attention(q, k, v, field.kept_mask(q.device), key_padding_mask, bias, 0, scale)
+
+
+def readable(*tensors: Tensor) -> list[Tensor]:
+    """Queries, keys or values as they are, or copied where torch's kernels give garbage for them.
+
+    Those do so where the last stride is 1 and two rows share memory, as after ``unfold``. A stride of 0 is no such case.
+    """
+    return [tensor.contiguous() if _rows_overlap(tensor.stride(), tensor.shape[-1]) else tensor for tensor in tensors]
+
+
+def _rows_overlap(strides: Sequence[int], width: int) -> bool:
+    batch, heads, rows, last = strides
+    return last == 1 and (0 < batch < width or 0 < heads < width or 0 < rows < width)
 
 
 def concatenated(k: Tensor, v: Tensor, prefixes: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -145,5 +158,5 @@ def _attention(
     else:
         mask = None if visible is None else _behind(visible, prefix_length, hidden, seen=True, unseen=False)
         mask = mask if blind is None else mask | blind
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    out = F.scaled_dot_product_attention(*readable(q, k, v), attn_mask=mask, scale=scale)
     return out if blind is None else out.masked_fill(blind, 0.0)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..reference.window_attention import present, window_bias, windows_of, with_prompts
 from .cpu_window_attention import KEY_MULTIPLE, seam_of
-from .sdpa_attention import in_range, there_of
+from .sdpa_attention import in_range, readable, there_of
 
 
 def window_prompt_attention(
@@ -44,7 +44,7 @@ def window_prompt_attention(
     if len(mask) > 1 or mask.shape[1] > 1:
         first, mask = 1, mask.expand(-1, windows, -1, -1, -1)
     out = F.scaled_dot_product_attention(
-        *(part.flatten(first, first + 1) for part in (q, k, v)), attn_mask=mask.flatten(first, first + 1), scale=scale
+        *readable(*(part.flatten(first, first + 1) for part in (q, k, v))), attn_mask=mask.flatten(first, first + 1), scale=scale
     )
     out = out.view(batch, windows, heads, area, head_dim)
     if blind is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from .._autocast import without_autocast
 from . import cpu_window_attention
 from ._registration import define, once_differentiable
-from ._triton import INTERPRETED, prefix_targets, product_dtypes, strides, sum_parts
+from ._triton import INTERPRETED, castable, prefix_targets, product_dtypes, strides, sum_parts
 from .sdpa_attention import there_of
 
 LOG2_E = math.log2(math.e)
@@ -239,6 +239,7 @@ def window_prompt_attention(
     """Differentiable ``mope_fast::window_prompt_attention``, without checks: see :mod:`mope_fast.functional`."""
     pairs = [t for prefix in prefixes for t in prefix[:2]] + [None] * (4 - 2 * len(prefixes))
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
-    return _WindowAttention.apply(
-        qkv, *pairs, there_of(prefixes, qkv), relative_position_bias, pad_qkv, list(window_size), list(shift_size), scale
-    )
+    bias = relative_position_bias
+    if INTERPRETED:
+        *pairs, bias, pad_qkv = castable(qkv.dtype, *pairs, bias, pad_qkv)
+    return _WindowAttention.apply(qkv, *pairs, there_of(prefixes, qkv), bias, pad_qkv, list(window_size), list(shift_size), scale)

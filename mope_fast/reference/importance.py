@@ -13,7 +13,7 @@ def importance_loss_of_sums(importance: Tensor, *, threshold: float) -> Tensor:
     """The loss of already summed scores (K,) or (N, K): unbiased variance over squared mean, 0 where it is <= threshold."""
     if importance.shape[-1] == 1:
         return importance.sum() * 0.0
-    variance, mean = torch.var_mean(importance, dim=-1)
-    # an empty batch has mean 0: divide by 1 there, in forward and backward
-    cv_squared = variance / torch.where(mean == 0, 1.0, mean).square()
+    mean = importance.mean(-1, keepdim=True)
+    # an empty batch has mean 0: divide by 1 there, in forward and backward; the square of a small mean would be 0
+    cv_squared = torch.var(importance / torch.where(mean == 0, 1.0, mean), dim=-1)
     return torch.where(cv_squared <= threshold, 0.0, cv_squared).mean()

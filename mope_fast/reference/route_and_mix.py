@@ -34,9 +34,9 @@ def gated_softmax(x: Tensor, top_k: int | None, renormalize: bool) -> Tensor:
     return scores / scores.sum(-1, keepdim=True) if renormalize else scores
 
 
-def reciprocal_norm(scores: Tensor, gram: Tensor, eps: float) -> Tensor:
-    """(B, L): ``1 / sqrt(r' gram_l r + eps)``."""
-    return torch.rsqrt(((scores @ cast(gram, scores.dtype)) * scores).sum(-1).T + eps)
+def squared_norm(scores: Tensor, gram: Tensor) -> Tensor:
+    """(B, L): ``r' gram_l r``, of which rounding leaves less than 0 where experts cancel."""
+    return ((scores @ cast(gram, scores.dtype)) * scores).sum(-1).T
 
 
 def route_and_mix(
@@ -57,5 +57,6 @@ def route_and_mix(
     scores = gated_softmax(x, top_k, renormalize)
     mixed = (cast(scores, dtype) @ cast(experts, dtype).flatten(1)).unflatten(1, experts.shape[1:])
     if gram is not None:
-        mixed = cast(mixed * reciprocal_norm(scores, gram, eps)[..., None], dtype)
+        reciprocal_norm = torch.rsqrt(squared_norm(scores, gram).clamp_min(0.0) + eps)
+        mixed = cast(mixed * reciprocal_norm[..., None], dtype)
     return mixed, scores

@@ -125,8 +125,8 @@ def test_without_gradients_of_tokens_a_program_writes_prompts_only(record):
 def test_spills_nothing_on_sm_90(case, record):
     for launch in record(case)[:2]:
         compiled = compile_launch(launch, 90)
-        # window 12: Triton 3.6 spills 48 bytes in the backward kernel, 3.9 nothing
-        allowed = 48 if case.window == 12 else 0
+        # window 12, backward: registers are all taken, and the compiler decides; Triton 3.6: 48 bytes, 3.7: 56, 3.8 and 3.9: 0
+        allowed = 56 if case.window == 12 and compiled.name == "window_grads_kernel" else 0
         assert compiled.spills <= allowed, f"{compiled.name}: {compiled.spills} bytes of local memory"
 
 

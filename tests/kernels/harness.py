@@ -13,6 +13,10 @@ CPU = torch.device("cpu")
 interpreted = pytest.mark.skipif(
     "not __import__('os').environ.get('TRITON_INTERPRET')", reason="float64 and another program order: in the interpreter only"
 )
+mixed_dtypes = pytest.mark.parametrize(
+    ("own", "other"), [(torch.float64, torch.bfloat16), (torch.bfloat16, torch.float64)], ids=str
+)
+"""What Triton's interpreter can't cast to each other."""
 
 
 def changed(inputs: dict, function: Callable[[str, Tensor], Tensor]) -> dict:
@@ -83,6 +87,16 @@ class _Recording:
             return self.kernel[grid](*args, **kwargs)
 
         return launch
+
+
+def assert_mixed_dtypes_are_right(inputs: dict, run: Callable[[dict, str], dict[str, Tensor]]) -> None:
+    """``run(inputs, impl)`` gives what the reference does in float64, to a few roundings of the dtypes that are behind a result."""
+    truth, got = run(in_double(inputs), "reference"), run(inputs, "triton")
+    of_output = next(iter(got.values())).dtype
+    for name, value in got.items():
+        assert name not in inputs or value.dtype == inputs[name].dtype, name
+        eps = max(torch.finfo(value.dtype).eps, torch.finfo(of_output).eps)
+        torch.testing.assert_close(value.double(), truth[name], rtol=0, atol=8 * eps * truth[name].abs().max().item())
 
 
 def record_launches(monkeypatch: pytest.MonkeyPatch, kernels: ModuleType, names: list[str]) -> list[tuple[str, dict]]:

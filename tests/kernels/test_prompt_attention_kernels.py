@@ -8,12 +8,14 @@ import torch
 from harness import (
     CPU,
     assert_all_close,
+    assert_mixed_dtypes_are_right,
     assert_same_bits,
     changed,
     expanded,
     guarded,
     in_double,
     interpreted,
+    mixed_dtypes,
     record_launches,
     sentinels,
     shuffle_programs,
@@ -760,6 +762,16 @@ def test_zeros_behind_the_head_dim_change_no_bit(padded, dtype, device):
             assert torch.count_nonzero(value[..., 34:]) == 0, name
             value = value[..., :34]
         assert torch.equal(value, plain[name]), name
+
+
+@interpreted
+@mixed_dtypes
+@pytest.mark.parametrize("batch", [1, 2])
+def test_bfloat16_and_float64_meet(batch, own, other):
+    inputs = make_inputs(other, CPU, batch=2, heads=1, prefixes=[(batch, 3)], bias=(batch, 1))
+    inputs = changed(inputs, lambda name, t: t.to(own) if name in ("q", "k", "v") else t)
+    upstream = random_upstream(inputs)
+    assert_mixed_dtypes_are_right(inputs, lambda inputs, impl: run(inputs, upstream.to(inputs["q"].dtype), impl))
 
 
 @pytest.mark.parametrize(

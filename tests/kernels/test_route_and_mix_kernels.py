@@ -6,11 +6,13 @@ import pytest
 import torch
 from harness import (
     CPU,
+    assert_mixed_dtypes_are_right,
     assert_same_bits,
     changed,
     guarded,
     in_double,
     interpreted,
+    mixed_dtypes,
     record_launches,
     sentinels,
     shuffle_programs,
@@ -102,6 +104,16 @@ def test_gradcheck_in_float64_goes_through_the_kernels(top_k, renormalize, gram)
         return route_and_mix(**values, temperature=1.0, top_k=top_k, renormalize=renormalize, impl="triton")
 
     assert torch.autograd.gradcheck(function, [inputs[name] for name in differentiable], atol=1e-7)
+
+
+@interpreted
+@mixed_dtypes
+@pytest.mark.parametrize("table", ["experts", "logits"])
+def test_bfloat16_and_float64_meet(table, own, other):
+    inputs = make_inputs(4, 5, 2, 20, other, CPU, gram=True, noise=True)
+    inputs = changed(inputs, lambda name, t: t.to(own) if name == table else t)
+    upstream = [torch.randn(4, 2, 20), torch.randn(4, 5)]
+    assert_mixed_dtypes_are_right(inputs, lambda inputs, impl: run(inputs, upstream, impl))
 
 
 def test_views_inside_nan_give_the_same_bits(device):

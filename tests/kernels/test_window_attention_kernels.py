@@ -8,12 +8,14 @@ import torch
 from harness import (
     CPU,
     assert_all_close,
+    assert_mixed_dtypes_are_right,
     assert_same_bits,
     changed,
     expanded,
     guarded,
     in_double,
     interpreted,
+    mixed_dtypes,
     record_launches,
     sentinels,
     shuffle_programs,
@@ -292,6 +294,15 @@ def test_float32_prompts_bias_and_padding_meet_16_bit_tokens_and_get_float32_gra
         assert got[name].dtype == torch.float32
         # one rounding apart; the interpreter cuts bfloat16 off
         torch.testing.assert_close(got[name], expected[name].float(), rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@interpreted
+@mixed_dtypes
+def test_bfloat16_and_float64_meet(own, other):
+    inputs = make_inputs(other, CPU, batch=2, prefixes=[(1, 2), (2, 3)], pad=True)
+    inputs = changed(inputs, lambda name, t: t.to(own) if name == "qkv" else t)
+    upstream = random_upstream(inputs)
+    assert_mixed_dtypes_are_right(inputs, lambda inputs, impl: run(inputs, upstream.to(inputs["qkv"].dtype), impl))
 
 
 def test_large_logits_choose_one_key(device):

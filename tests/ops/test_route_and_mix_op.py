@@ -38,10 +38,12 @@ def through_op(logits, experts, noise, gram, temperature=0.1, top_k=None, renorm
 
 
 @pytest.mark.parametrize(("top_k", "renormalize"), GATES)
-@pytest.mark.parametrize("gram", [False, True])
+@pytest.mark.parametrize("gram", [False, True, "below 0"])
 @pytest.mark.parametrize("upstream", ["both", "mixed", "scores"])
 def test_op_and_its_backward_equal_the_differentiated_reference(top_k, renormalize, gram, upstream):
     inputs = make_inputs(gram=gram)
+    if gram == "below 0":  # in the first of both rows
+        inputs["gram"] = (inputs["gram"].detach() - torch.eye(5) * torch.tensor([9.0, 0.0])[:, None, None]).requires_grad_()
     leaves = [value for name, value in inputs.items() if name != "noise" and value is not None]
     results = []
     for function in (

@@ -254,6 +254,39 @@ def test_with_a_prefix_a_shift_of_the_bias_moves_weight_between_tokens_and_prefi
     torch.testing.assert_close(high, torch.where(low == 0, low, expected), rtol=1e-3, atol=1e-3)
 
 
+@st.composite
+def overlapping(draw, generator, dtype, *shape):
+    """(B, H, S, Dh) with small strides, as ``unfold`` and ``as_strided`` give it: many of its elements share their memory."""
+    strides = [draw(st.sampled_from([0, 1, 2, shape[-1] - 1, shape[-1], 50])) for _ in shape[:-1]]
+    strides.append(draw(st.sampled_from([1, 1, 0, 3])))
+    size = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + 1
+    return normal(generator, size).to(dtype).as_strided(shape, strides)
+
+
+@implementations
+@some
+@given(data=st.data(), generator=generators(), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_elements_that_share_memory_count_as_their_copies(data, generator, dtype, impl):
+    batch, heads, queries, keys, prefix, head_dim = 2, 2, 9, 12, 3, data.draw(st.sampled_from([2, 5, 34]))
+    shapes = [(batch, heads, n, head_dim) for n in (queries, keys, keys, prefix, prefix, queries)]
+    shapes += [(1, heads, queries, keys)] * data.draw(st.booleans())
+    tensors = [data.draw(overlapping(generator, dtype, *shape)) for shape in shapes]
+
+    def run(tensors, impl):
+        upstream = tensors[5]
+        leaves = [tensor.detach().requires_grad_() for tensor in (*tensors[:5], *tensors[6:])]
+        q, k, v, pk, pv, *bias = leaves
+        prefixes = [(pk, pv)] if with_prefix else []
+        out = prompt_attention(q, k, v, prefixes, bias=bias[0] if bias else None, impl=impl)
+        return [out, *torch.autograd.grad(out, [q, k, v, *bias, *(t for pair in prefixes for t in pair)], upstream)]
+
+    with_prefix = data.draw(st.booleans())
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    expected = run([tensor.double().contiguous() for tensor in tensors], "reference")
+    for got, truth in zip(run(tensors, impl), expected, strict=True):
+        torch.testing.assert_close(got.double(), truth, rtol=0, atol=tolerance * (1 + truth.abs().max().item()))
+
+
 @many
 @given(field=fields())
 def test_a_field_is_an_interval_field_if_every_row_of_its_mask_is_contiguous(field):

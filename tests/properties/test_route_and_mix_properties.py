@@ -111,3 +111,37 @@ def test_the_gram_form_is_a_layer_norm_of_the_mixture(problem):
     normed, _ = route_and_mix(logits, centred, gram=gram, eps=1e-2)
     mixed, _ = route_and_mix(logits, experts)
     torch.testing.assert_close(normed, torch.nn.functional.layer_norm(mixed, mixed.shape[-1:], eps=1e-2), rtol=1e-4, atol=1e-4)
+
+
+@laws
+@given(st.integers(0, 2**31))
+def test_experts_that_cancel_have_finite_results_and_gradients(seed):
+    """Where a norm's eps is below what rounding makes of ``r' G r``, some of which is negative."""
+    generator = torch.Generator().manual_seed(seed)
+    experts = torch.randn(2, 2, 24, generator=generator)
+    experts = torch.cat([experts, -experts.sum(0, keepdim=True)])
+    rows = (experts - experts.mean(-1, keepdim=True)).transpose(0, 1)
+    logits, experts, gram = (
+        t.to(DEVICE).requires_grad_() for t in (torch.zeros(20, 3), rows.transpose(0, 1).contiguous(), rows @ rows.mT / 24)
+    )
+    with torch.no_grad():
+        # a shift changes no score but its rounding
+        logits += torch.randn(20, 1, generator=generator).to(DEVICE)
+    mixed, scores = route_and_mix(logits, experts, gram=gram, eps=1e-12)
+    grads = torch.autograd.grad(mixed, [logits, experts, gram], torch.randn_like(mixed))
+    assert all(tensor.isfinite().all() for tensor in (mixed, scores, *grads))
+
+
+@laws
+@given(problems(), st.sampled_from([1e-12, 1e-5, 1e-2]))
+def test_a_squared_norm_below_0_is_0_without_a_gradient(problem, eps):
+    logits, experts = problem
+    logits, experts = logits.requires_grad_(), experts[:, :1].requires_grad_()
+    gram = -torch.eye(len(experts), device=DEVICE)[None].requires_grad_()
+    mixed, _ = route_and_mix(logits, experts, gram=gram, eps=eps)
+    plain = route_and_mix(logits, experts)[0] * eps**-0.5
+    torch.testing.assert_close(mixed, plain, rtol=1e-5, atol=0)
+    upstream = torch.randn_like(mixed)
+    got, expected = (torch.autograd.grad(out, [logits, experts], upstream, retain_graph=True) for out in (mixed, plain))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6 * eps**-0.5)
+    assert torch.count_nonzero(torch.autograd.grad(mixed, gram, upstream)[0]) == 0

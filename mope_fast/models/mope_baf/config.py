@@ -146,7 +146,7 @@ class BAFConfig(Settings):
             ("text_prompt_length", 0), ("image_prompt_length", 0), ("unified_prompt_length", 0), ("prompt_init_std", 0),
             ("num_blocks", 1), ("fusion_heads", 1),
         ):  # fmt: skip
-            if getattr(self, name) is not None and not least <= getattr(self, name) < float("inf"):
+            if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(f"BAFConfig.{name} must be >= {least}, got {getattr(self, name)}")
         for name, choices in (("partition", PARTITIONS), ("fusion_form", FORMS), ("pooling", POOLINGS), ("head", HEADS)):
             if getattr(self, name) not in choices:
@@ -216,6 +216,9 @@ class BAFConfig(Settings):
             raise ValueError("BAFConfig.head='verbalizer' goes with verbalizer=[[token ids of a class], ...] and mask_token_id")
         if self.verbalizer is not None and not all(self.verbalizer):
             raise ValueError(f"BAFConfig.verbalizer must have at least one token for each class, got {self.verbalizer}")
+        words = [word for of_class in self.verbalizer or () for word in of_class]
+        if repeated := sorted({word for word in words if words.count(word) > 1}):
+            raise ValueError(f"BAFConfig.verbalizer has token ids {repeated} more than once: a word stands for one class, once")
 
     def lengths(self, text: int, image: int) -> dict[str, int]:
         """Group -> rows, all five in their order."""
