@@ -38,6 +38,7 @@ _MIX, _ATTEND, _WINDOWS = (
 )
 _MIX_EAGER = f"{_MIX}test_outputs_and_gradients_are_as_good_as_eager"
 _ATTEND_EAGER = f"{_ATTEND}test_float32_output_and_gradients_are_as_good_as_eager"
+_DENSE = "tests/test_attention_backends.py::test_output_and_gradients_are_those_of_the_dense_formula"
 _TIMM = "tests/encoders/test_timm_families.py::"
 _TRANSFORMERS = "tests/encoders/test_transformers_families.py::"
 _CONCATENATED = f"{_TRANSFORMERS}test_fusion_equals_the_librarys_layers_on_concatenated_prompts"
@@ -185,7 +186,15 @@ ATTENTION = (
         "mask = None if visible is None else _behind(visible, prefix_length, hidden, seen=True, unseen=False)",
         "mask = None if visible is None else _behind(visible, prefix_length, hidden, seen=True, unseen=True)",
         "On a CPU keys of zeros, there to fill a vector, take part of the attention.",
-        "tests/test_attention_backends.py::test_on_a_cpu_a_mask_hides_keys_up_to_whole_vectors",
+        f"{_DENSE}[sdpa-padding, 31 keys-torch.float32]",
+    ),
+    _fault(
+        "sdpa-with-bias-sees-hidden-keys",
+        "ops/sdpa_attention.py",
+        'mask = _behind(mask, prefix_length, hidden, seen=0.0, unseen=float("-inf"))',
+        "mask = _behind(mask, prefix_length, hidden, seen=0.0, unseen=0.0)",
+        "On a CPU with a bias keys of zeros, there to fill a vector, take part of the attention.",
+        f"{_DENSE}[sdpa-everything, 31 keys-torch.float32]",
     ),
     _fault(
         "sdpa-takes-padding-or-causality",
@@ -279,7 +288,7 @@ ROUTER = (
         "dtype = torch.promote_types(weight.dtype, torch.float32)",
         "dtype = weight.dtype",
         "A model in bfloat16 routes with three digits, times 1 / temperature.",
-        "tests/modules/test_prompt_precision.py",
+        "tests/modules/test_prompt_precision.py::test_a_layer_in_bfloat16_routes_in_float32",
     ),
     _fault(
         "gram-of-the-first-layer",
