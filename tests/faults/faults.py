@@ -37,6 +37,7 @@ _MIX, _ATTEND, _WINDOWS = (
     f"tests/kernels/test_{name}_kernels.py::" for name in ("route_and_mix", "prompt_attention", "window_attention")
 )
 _MIX_EAGER = f"{_MIX}test_outputs_and_gradients_are_as_good_as_eager"
+_TIES = "tests/properties/test_route_and_mix_properties.py::test_among_equal_logits_the_lower_index_is_kept"
 _ATTEND_EAGER = f"{_ATTEND}test_float32_output_and_gradients_are_as_good_as_eager"
 _DENSE = "tests/test_attention_backends.py::test_output_and_gradients_are_those_of_the_dense_formula"
 _TIMM = "tests/encoders/test_timm_families.py::"
@@ -59,7 +60,7 @@ ROUTE_AND_MIX = (
         "return (x < kth_value[:, None]) | ((x == kth_value[:, None]) & (cols[None, :] > kth_index[:, None]))",
         "return x < kth_value[:, None]",
         "Among equal logits more than top_k experts stay.",
-        f"{_MIX}test_among_equal_logits_the_lower_index_is_kept",
+        _TIES,
     ),
     _kernel(
         "gate-gradient-through-dropped-experts",
@@ -264,7 +265,7 @@ ROUTER = (
         "return above | (equal & (equal.cumsum(-1) <= top_k - above.sum(-1, keepdim=True)))",
         "return above | equal",
         "Among equal logits more than top_k experts stay.",
-        "tests/models/test_export.py::test_a_gate_in_onnx",
+        _TIES,
     ),
     _fault(
         "renormalize-ignored",
