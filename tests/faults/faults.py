@@ -44,6 +44,8 @@ _TIMM = "tests/encoders/test_timm_families.py::"
 _TRANSFORMERS = "tests/encoders/test_transformers_families.py::"
 _CONCATENATED = f"{_TRANSFORMERS}test_fusion_equals_the_librarys_layers_on_concatenated_prompts"
 _RECOMPUTED = "tests/models/test_gradient_checkpointing.py::test_recomputing_gives_the_same_step_to_the_bit"
+_OF_ITS_OWN = "tests/modules/test_prompt_bank.py::test_each_layer_has_keys_and_noise_of_its_own"
+_JOINT = "tests/models/test_distributed.py::"
 
 ROUTE_AND_MIX = (
     _kernel(
@@ -224,6 +226,14 @@ ATTENTION = (
 )
 
 WINDOWS = (
+    _fault(
+        "cpu-windows-see-what-fills-a-vector",
+        "ops/cpu_window_attention.py",
+        "self.mask = F.pad(mask, (0, self.keys - mask.shape[-1]), value=-math.inf)",
+        "self.mask = F.pad(mask, (0, self.keys - mask.shape[-1]), value=0.0)",
+        "On a CPU keys of zeros, there to fill a vector, take part of a Swin's attention.",
+        "tests/test_window_prompt_attention.py::test_scale_replaces_the_default",
+    ),
     _kernel(
         "seam-of-the-unpadded-image",
         "window_attention.py",
@@ -259,6 +269,22 @@ WINDOWS = (
 )
 
 ROUTER = (
+    _fault(
+        "one-noise-for-all-layers",
+        "modules/prompts.py",
+        "[None] * layers if noise is None else noise.unbind(),",
+        "[None] * layers if noise is None else [noise[0]] * layers,",
+        "In training all layers' routers are pushed the same way.",
+        _OF_ITS_OWN,
+    ),
+    _fault(
+        "one-set-of-keys-for-all-layers",
+        "modules/prompts.py",
+        "keys = torch.stack([orthogonal_keys(config.num_experts, routing_dim) for _ in self.dims])",
+        "keys = torch.stack([orthogonal_keys(config.num_experts, routing_dim)] * layers)",
+        "All layers start with the same routing keys, which are never trained.",
+        _OF_ITS_OWN,
+    ),
     _fault(
         "gate-keeps-ties",
         "reference/route_and_mix.py",
@@ -379,6 +405,14 @@ PROMPTS = (
 
 FAMILIES = (
     _fault(
+        "padding-times-zero",
+        "encoders/pooling.py",
+        "total = torch.where(mask[..., None], x, 0).sum(",
+        "total = (x * mask[..., None]).sum(",
+        "NaN in padding makes the feature of the whole sample NaN.",
+        "tests/encoders/test_encoder_families.py::test_whatever_padding_holds_stays_out_of_the_mean",
+    ),
+    _fault(
         "keys-and-values-swapped",
         "encoders/transformers.py",
         "layer.attention.k_lin, layer.attention.v_lin, layer.attention.n_heads,",
@@ -473,6 +507,22 @@ ENCODER = (
 
 MODELS = (
     _fault(
+        "folded-static-keys-without-key-norm",
+        "modules/folded.py",
+        "static = torch.stack(split_heads(both, layer.num_heads, layer.key_norm)).permute(1, 3, 0, 2, 4).flatten(2)",
+        "static = torch.stack(split_heads(both, layer.num_heads)).permute(1, 3, 0, 2, 4).flatten(2)",
+        "Folded for an encoder with qk-norm, static prompts have keys of another size than tokens.",
+        f"{_TIMM}test_static_and_mapped_prompts_fold_in_front_of_a_key_norm",
+    ),
+    _fault(
+        "folded-mapped-keys-without-key-norm",
+        "modules/folded.py",
+        "prefixes.append(split_heads(rows, layer.num_heads, layer.key_norm))",
+        "prefixes.append(split_heads(rows, layer.num_heads))",
+        "Folded for an encoder with qk-norm, mapped prompts have keys of another size than tokens.",
+        f"{_TIMM}test_static_and_mapped_prompts_fold_in_front_of_a_key_norm",
+    ),
+    _fault(
         "folded-without-gram",
         "modules/folded.py",
         '"gram": None if layer.norm is None else router.gram()}',
@@ -545,16 +595,24 @@ MODELS = (
         "tests/models/test_vlmo_oracle.py::test_every_pass",
     ),
     _fault(
-        "dead-experts-not-reported",
+        "dead-by-the-share-of-all",
         "analysis/alarms.py",
         "share < thresholds.dead / num_experts)",
-        "share < thresholds.dead * num_experts)",
-        "Healthy experts are reported as dead.",
+        "share < thresholds.dead)",
+        "With many experts healthy ones are reported as dead.",
         "tests/analysis/test_measures.py::test_alarms_say_what_is_wrong_in_which_layer",
     ),
 )
 
 RANKS = (
+    _fault(
+        "left-out-labels-counted",
+        "models/task.py",
+        "return total, (labels != NOT_A_LABEL).sum().to(total.dtype)",
+        "return total, total.new_full((), labels.numel())",
+        "With use_joint_batch samples of class -100, which have no loss, make that of the others smaller.",
+        f"{_JOINT}test_losses_of_a_joint_batch_have_float32_at_least_and_leave_out_what_has_no_label",
+    ),
     _fault(
         "gradient-of-one-rank",
         "_distributed.py",
@@ -575,12 +633,20 @@ RANKS = (
 
 FILES = (
     _fault(
+        "files-not-durable",
+        "_files.py",
+        "os.fsync(file.fileno())",
+        "file.flush()",
+        "After a power cut a file has its name and no content.",
+        "tests/test_files.py::test_a_file_is_on_disk_before_it_has_its_name_and_its_name_afterwards",
+    ),
+    _fault(
         "weights-not-checked",
         "models/checkpoint.py",
         "if _weights_name(data) != weights.name:",
         "if not _weights_name(data):",
         "A save with a flipped bit is loaded.",
-        "tests/models/test_checkpoint.py::test_damaged_weights_are_refused",
+        "tests/models/test_checkpoint.py::test_damaged_weights_are_refused[flip_last_byte]",
     ),
     _fault(
         "temperature-not-compared",
