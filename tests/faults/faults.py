@@ -47,13 +47,14 @@ _RECOMPUTED = "tests/models/test_gradient_checkpointing.py::test_recomputing_giv
 _OF_ITS_OWN = "tests/modules/test_prompt_bank.py::test_each_layer_has_keys_and_noise_of_its_own"
 _JOINT = "tests/models/test_distributed.py::"
 
+# kernels of the router and of mixing
 ROUTE_AND_MIX = (
     _kernel(
         "softmax-counts-tile-padding",
         "route_and_mix.py",
         'return tl.where((cols < K)[None, :], x, float("-inf"))',
         'return tl.where((cols <= K)[None, :], x, float("-inf"))',
-        "An expert that does not exist takes part of the routing scores unless K is a power of two.",
+        "An expert that does not exist takes part of the routing scores unless K fills a tile.",
         f"{_MIX_EAGER}[False-33-7-2-34-torch.float32]",
     ),
     _kernel(
@@ -109,6 +110,7 @@ ROUTE_AND_MIX = (
     ),
 )
 
+# attention with prefixes and receptive fields: kernels, torch's own, fields
 ATTENTION = (
     _kernel(
         "causal-off-by-one",
@@ -225,6 +227,7 @@ ATTENTION = (
     ),
 )
 
+# attention in windows of an image
 WINDOWS = (
     _fault(
         "cpu-windows-see-what-fills-a-vector",
@@ -268,6 +271,7 @@ WINDOWS = (
     ),
 )
 
+# gates, noise, keys, Gram matrices, the importance loss
 ROUTER = (
     _fault(
         "one-noise-for-all-layers",
@@ -360,6 +364,7 @@ ROUTER = (
     ),
 )
 
+# prompts on their way into a layer
 PROMPTS = (
     _fault(
         "static-dropout-in-eval",
@@ -403,6 +408,7 @@ PROMPTS = (
     ),
 )
 
+# what is particular to a family of encoders
 FAMILIES = (
     _fault(
         "padding-times-zero",
@@ -478,6 +484,7 @@ FAMILIES = (
     ),
 )
 
+# who runs in an encoder, in which mode, and how it is given back
 ENCODER = (
     _fault(
         "encoder-trains",
@@ -505,6 +512,7 @@ ENCODER = (
     ),
 )
 
+# folded, stacked, exported and MoPE-BAF's models; analysis
 MODELS = (
     _fault(
         "folded-static-keys-without-key-norm",
@@ -604,6 +612,7 @@ MODELS = (
     ),
 )
 
+# several processes
 RANKS = (
     _fault(
         "left-out-labels-counted",
@@ -631,6 +640,7 @@ RANKS = (
     ),
 )
 
+# saves, features on disk, and the keys they are found by
 FILES = (
     _fault(
         "files-not-durable",
@@ -698,6 +708,7 @@ FILES = (
     ),
 )
 
+# readers, splits, metrics
 DATA = (
     _fault(
         "dev-among-train",
