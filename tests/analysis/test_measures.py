@@ -228,7 +228,8 @@ def test_alarms_say_what_is_wrong_in_which_layer():
     def layer(*rows):
         return torch.tensor(rows).repeat(2, 1)
 
-    healthy = layer([0.8, 0.1, 0.1], [0.1, 0.8, 0.1], [0.1, 0.1, 0.8])
+    # the last expert has less than a hundredth of all scores, but more than a hundredth of its fair share
+    healthy = layer([0.8, 0.194, 0.006], [0.1, 0.894, 0.006], [0.3, 0.694, 0.006])
     dominated = layer([0.99, 0.005, 0.005], [0.98, 0.01, 0.01], [0.9, 0.05, 0.05])
     same = layer(*[[0.5, 0.3, 0.2]] * 3)
     dead = layer([0.9, 0.1, 0.0], [0.1, 0.9, 0.0], [0.5, 0.5, 0.0])

@@ -8,7 +8,16 @@ import torch
 from torch import nn
 
 from mope_fast import MoPEConfig, MoPEFusion, functional, register_encoder, supported_encoders
-from mope_fast.encoders import EncoderFamily, PromptedEncoder, PromptedLayer, families, find_family, first_token, prefixes_of
+from mope_fast.encoders import (
+    EncoderFamily,
+    PromptedEncoder,
+    PromptedLayer,
+    families,
+    find_family,
+    first_token,
+    masked_mean,
+    prefixes_of,
+)
 
 DIM, HEADS, LAYERS = 16, 2, 2
 
@@ -158,3 +167,9 @@ def test_an_unknown_family_in_a_pickle_is_named(family):
     del families._FAMILIES["own"]
     with pytest.raises(RuntimeError, match="the encoder family 'own' is not registered: import the module"):
         pickle.loads(data)
+
+
+def test_whatever_padding_holds_stays_out_of_the_mean():
+    x = torch.tensor([[1.0, 3.0, torch.nan], [torch.inf, torch.nan, 5.0]])[..., None]
+    mask = torch.tensor([[1, 1, 0], [0, 0, 0]])
+    assert masked_mean(mask)(x).tolist() == [[2.0], [0.0]]

@@ -106,6 +106,12 @@ def test_without_prompts_the_feature_is_what_timms_classifier_gets(kind, setting
         close(encoder.get_classifier()(features), logits)
 
 
+def test_static_and_mapped_prompts_fold_in_front_of_a_key_norm():
+    model = make_fusion(make_encoder("vit", qk_norm=True), use_dynamic=False)
+    images, cross = make_images(6, "vit", {}), make_cross(6)
+    close(model.fold()(images, cross).features, model(images, cross).features)
+
+
 @few
 def test_folding_and_checkpointing_change_no_result(kind, settings):
     model = make_fusion(make_encoder(kind, **settings))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mope_fast import MoPEConfig, MoPEFusion
 
-WIDTH, HEADS, VOCABULARY, END_OF_TEXT, CROSS = 32, 4, 50, 49, 20
+WIDTH, HEADS, VOCABULARY, END_OF_TEXT, CROSS = 32, 4, 51, 49, 20
 SETTINGS = {"num_experts": 4, "prompt_length": 3, "cross_routing_dim": 3, "cross_dim": CROSS}
 KERNELS, STRIDES = (4, 3), (3, 2)
 Inputs = dict[str, Tensor]
@@ -127,11 +127,13 @@ def make_text(batch: int, tokens: int = 9, *, left: bool = False) -> Inputs:
     return {"input_ids": make_ids(batch, tokens), "attention_mask": make_mask(batch, tokens, left=left)}
 
 
-def make_ended_text(batch: int, tokens: int = 9) -> Inputs:
-    """The last real token is the end of the text."""
+def make_ended_text(batch: int, tokens: int = 9, *, added: bool = False) -> Inputs:
+    """The last real token is the end of the text; with ``added`` another has a larger id, as one added to a tokenizer."""
     inputs = make_text(batch, tokens, left=True)
     positions = torch.where(inputs["attention_mask"].bool(), torch.arange(tokens), 0).amax(1)
     inputs["input_ids"][torch.arange(batch), positions] = END_OF_TEXT
+    if added:
+        inputs["input_ids"][:, 1] = END_OF_TEXT + 1
     return inputs
 
 
@@ -182,7 +184,10 @@ def _text_cases() -> dict[str, Case]:
             "distilbert", hf.DistilBertModel, hf.DistilBertConfig, _DISTILBERT,
             **{**bert, "layers": lambda e: e.transformer.layer, "depth": "n_layers"},
         ),
-        "clip_text": Case("clip_text", hf.CLIPTextModel, hf.CLIPTextConfig, {**_BERT, "eos_token_id": END_OF_TEXT}, **clip),
+        "clip_text": Case(
+            "clip_text", hf.CLIPTextModel, hf.CLIPTextConfig, {**_BERT, "eos_token_id": END_OF_TEXT},
+            **{**clip, "inputs": partial(make_ended_text, added=True)},
+        ),
         "clip_text, old end of text": Case("clip_text", hf.CLIPTextModel, hf.CLIPTextConfig, {**_BERT, "eos_token_id": 2}, **clip),
         "bart": Case(
             "bart", hf.models.bart.modeling_bart.BartEncoder, hf.BartConfig, _BART,

@@ -159,6 +159,13 @@ def test_bank_starts_like_separate_layers():
         close(ours.abs().max().float(), theirs.abs().max(), 0.15)
 
 
+def test_each_layer_has_keys_and_noise_of_its_own():
+    bank = make_bank((DIM, DIM, DIM), noise_std=0.5).train()
+    routers = bank.prepare(make_inputs(5)[1]).routers
+    for values in (bank.keys, [router.noise for router in routers]):
+        assert not any(torch.equal(one, other) for one, other in itertools.combinations(values, 2))
+
+
 def test_layer_refuses_another_batch_than_the_contexts():
     bank = make_bank()
     context = bank.prepare(make_inputs(3)[1])

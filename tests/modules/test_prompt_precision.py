@@ -30,6 +30,14 @@ def test_under_autocast_scores_are_float32_and_prompts_are_mixed_in_bfloat16(dty
     close(dynamic, dynamic.bfloat16().to(dtype), 0)
 
 
+def test_a_layer_in_bfloat16_routes_in_float32():
+    torch.manual_seed(5)
+    layer = MoPELayer(DIM, CROSS, **SETTINGS).bfloat16().eval()
+    x, cross, _ = (t.bfloat16() for t in inputs(torch.float32))
+    exact = copy.deepcopy(layer).double()(x.double(), cross.double())
+    torch.testing.assert_close(layer(x, cross).scores.double(), exact.scores, rtol=1e-4, atol=1e-6)
+
+
 def test_under_autocast_keys_and_values_take_its_dtype():
     torch.manual_seed(1)
     linear = nn.Linear(DIM, DIM)

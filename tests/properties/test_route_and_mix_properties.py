@@ -81,6 +81,12 @@ def test_a_gate_keeps_the_k_largest_and_their_scores(problem, data):
     torch.testing.assert_close(renormalized, gated / gated.sum(-1, keepdim=True), rtol=1e-5, atol=1e-7)
 
 
+def test_among_equal_logits_the_lower_index_is_kept():
+    logits = torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0]], device=DEVICE)
+    _, scores = route_and_mix(logits, torch.randn(5, 2, 20, device=DEVICE), top_k=2)
+    assert (scores > 0).tolist() == [[False, True, True, False, False], [True, True, False, False, False]]
+
+
 @laws
 @given(problems())
 def test_one_expert_is_copied(problem):

@@ -1,0 +1,755 @@
+"""Faults that the tests have to catch: what ``plant.py`` plants, and what pruning of tests is held to.
+
+A new fault is one more entry: something that could go wrong in a line of code, and the cheapest tests that notice.
+"""
+
+from typing import NamedTuple
+
+
+class Fault(NamedTuple):
+    """One replacement in one file."""
+
+    name: str
+    """Short, for the command line."""
+    file: str
+    """From the root of the checkout."""
+    text: str
+    """What stands there, once in the file."""
+    replacement: str
+    harm: str
+    """What goes wrong for a user."""
+    tests: tuple[str, ...]
+    """pytest ids of the few tests that are to catch it, of a file, a function or one case of it."""
+    interpreted: bool = False
+    """Whether these need ``TRITON_INTERPRET=1``."""
+
+
+def _kernel(name: str, file: str, text: str, replacement: str, harm: str, *tests: str) -> Fault:
+    """Of device code; its tests run in the interpreter."""
+    return Fault(name, f"kernels/{file}", text, replacement, harm, tests, interpreted=True)
+
+
+def _fault(name: str, file: str, text: str, replacement: str, harm: str, *tests: str) -> Fault:
+    return Fault(name, f"mope_fast/{file}", text, replacement, harm, tests)
+
+
+_MIX, _ATTEND, _WINDOWS = (
+    f"tests/kernels/test_{name}_kernels.py::" for name in ("route_and_mix", "prompt_attention", "window_attention")
+)
+_MIX_EAGER = f"{_MIX}test_outputs_and_gradients_are_as_good_as_eager"
+_TIES = "tests/properties/test_route_and_mix_properties.py::test_among_equal_logits_the_lower_index_is_kept"
+_ATTEND_EAGER = f"{_ATTEND}test_float32_output_and_gradients_are_as_good_as_eager"
+_DENSE = "tests/test_attention_backends.py::test_output_and_gradients_are_those_of_the_dense_formula"
+_TIMM = "tests/encoders/test_timm_families.py::"
+_TRANSFORMERS = "tests/encoders/test_transformers_families.py::"
+_CONCATENATED = f"{_TRANSFORMERS}test_fusion_equals_the_librarys_layers_on_concatenated_prompts"
+_RECOMPUTED = "tests/models/test_gradient_checkpointing.py::test_recomputing_gives_the_same_step_to_the_bit"
+_OF_ITS_OWN = "tests/modules/test_prompt_bank.py::test_each_layer_has_keys_and_noise_of_its_own"
+_JOINT = "tests/models/test_distributed.py::"
+
+# kernels of the router and of mixing
+ROUTE_AND_MIX = (
+    _kernel(
+        "softmax-counts-tile-padding",
+        "route_and_mix.py",
+        'return tl.where((cols < K)[None, :], x, float("-inf"))',
+        'return tl.where((cols <= K)[None, :], x, float("-inf"))',
+        "An expert that does not exist takes part of the routing scores unless K fills a tile.",
+        f"{_MIX_EAGER}[False-33-7-2-34-torch.float32]",
+    ),
+    _kernel(
+        "kernel-gate-keeps-ties",
+        "route_and_mix.py",
+        "return (x < kth_value[:, None]) | ((x == kth_value[:, None]) & (cols[None, :] > kth_index[:, None]))",
+        "return x < kth_value[:, None]",
+        "Among equal logits more than top_k experts stay.",
+        _TIES,
+    ),
+    _kernel(
+        "gate-gradient-through-dropped-experts",
+        "route_and_mix.py",
+        "dx = p * (tl.where(s == 0.0, 0.0, ds) - total)",
+        "dx = p * (ds - total)",
+        "A sparse gate trains its router with the gradients of experts that were not used.",
+        f"{_MIX}test_gates_are_as_good_as_eager[5-False-2-False]",
+    ),
+    _kernel(
+        "router-gradient-without-norm",
+        "route_and_mix.py",
+        "ds += d_norm_sq * tl.sum(g * s_i[:, None], 0)",
+        "ds += 0.5 * d_norm_sq * tl.sum(g * s_i[:, None], 0)",
+        "In K/V space half of the router's gradient through the norm of the mixture is missing.",
+        f"{_MIX}test_gradcheck_in_float64_goes_through_the_kernels[True-None-False]",
+    ),
+    _kernel(
+        "experts-gradient-without-norm",
+        "route_and_mix.py",
+        "tl.load(rstd + rows * L + row, mask=in_batch, other=0.0)",
+        "tl.load(rstd + rows * L, mask=in_batch, other=0.0)",
+        "In K/V space every row of an expert takes its gradient with the norm of the first row.",
+        f"{_MIX}test_gates_are_as_good_as_eager[5-True-2-True]",
+    ),
+    _kernel(
+        "addresses-of-32-bits",
+        "route_and_mix.py",
+        "x = tl.load(logits + rows[:, None] * stride_lb + cols[None, :].to(tl.int64) * stride_lk, mask=mask, other=0.0).to(ACC)",
+        "x = tl.load(logits + rows[:, None] * stride_lb + cols[None, :] * stride_lk, mask=mask, other=0.0).to(ACC)",
+        "Logits in a view of more than 2^31 elements are read at wrong addresses.",
+        f"{_MIX}test_addresses_past_2_31_elements[logits-1]",
+    ),
+    Fault(
+        "products-in-tf32",
+        "kernels/products.py",
+        'input_precision="ieee"',
+        'input_precision="tf32"',
+        "On a GPU float32 attention and mixing have the digits of TF32.",
+        (
+            "tests/aot/test_route_and_mix_compiles.py::test_compiles_for_other_layouts",
+            "tests/aot/test_route_and_mix_compiles.py::test_compiles_and_fits[(1, 1, 1, 1, torch.float32, {})-80]",
+        ),
+    ),
+)
+
+# attention with prefixes and receptive fields: kernels, torch's own, fields
+ATTENTION = (
+    _kernel(
+        "causal-off-by-one",
+        "prompt_attention.py",
+        "last = tl.minimum(last, rows + (Sk - Sq + 1))",
+        "last = tl.minimum(last, rows + (Sk - Sq + 2))",
+        "Each token of a causal encoder sees the one behind it.",
+        f"{_ATTEND}test_any_tiles_equal_the_reference[causal-16-16]",
+    ),
+    _kernel(
+        "full-attention-sees-tile-padding",
+        "prompt_attention.py",
+        "    seen = keys < Sk\n",
+        "    seen = keys <= Sk\n",
+        "A key of zeros takes part of the attention unless the number of tokens fills a tile.",
+        f"{_ATTEND}test_any_head_dim_is_as_good_as_eager[8-torch.float32]",
+    ),
+    _kernel(
+        "prefix-sees-tile-padding",
+        "prompt_attention.py",
+        'return tl.where(keys < P, dot(a, b, None, COMPUTE, DOT, ACC) * scale_log2, float("-inf"))',
+        'return tl.where(keys <= P, dot(a, b, None, COMPUTE, DOT, ACC) * scale_log2, float("-inf"))',
+        "A prompt of zeros that does not exist takes part of the attention.",
+        f"{_ATTEND}test_any_head_dim_is_as_good_as_eager[8-torch.float32]",
+    ),
+    _kernel(
+        "online-softmax-forgets-to-fade",
+        "prompt_attention.py",
+        "return dot(p, v, acc * fade[:, None], COMPUTE, DOT, ACC), new_max, row_sum * fade + tl.sum(p, 1)",
+        "return dot(p, v, acc * fade[:, None], COMPUTE, DOT, ACC), new_max, row_sum + tl.sum(p, 1)",
+        "Where a later tile of keys has the largest product, attention weights add up to less than one.",
+        f"{_ATTEND}test_any_tiles_equal_the_reference[causal-16-16]",
+    ),
+    _kernel(
+        "key-gradients-skip-the-diagonal",
+        "prompt_attention.py",
+        "return tl.maximum(0, first_key - (Sk - Sq)), Sq",
+        "return tl.maximum(0, first_key - (Sk - Sq) + 1), Sq",
+        "In causal attention some keys miss the gradient of their own query.",
+        f"{_ATTEND}test_any_tiles_equal_the_reference[causal-16-16]",
+    ),
+    _kernel(
+        "prefix-gradient-without-scale",
+        "prompt_attention.py",
+        "_store_rows(to_k, keys, keys < P, grads_strides[2:], grad_k * scale, HEAD_DIM, BLOCK_D)",
+        "_store_rows(to_k, keys, keys < P, grads_strides[2:], grad_k, HEAD_DIM, BLOCK_D)",
+        "Prompts' keys get gradients that are larger by the root of the head dimension.",
+        f"{_ATTEND}test_gradcheck_in_float64_goes_through_the_kernels[prefixes, padding]",
+    ),
+    _kernel(
+        "bias-gradient-of-one-sample",
+        "prompt_attention.py",
+        "for i in range(batches * heads):",
+        "for i in range(heads):",
+        "A bias that all samples share gets the gradient of the first one.",
+        f"{_ATTEND_EAGER}[bias]",
+    ),
+    Fault(
+        "shared-prefix-gradient-of-one-sample",
+        "mope_fast/ops/_triton.py",
+        "grad.copy_(target.sum((1, 2) if grad.shape[1] < target.shape[1] else 2).view(grad.shape))",
+        "grad.copy_(target.sum(2)[:, :1].view(grad.shape) if grad.shape[1] < target.shape[1] else target.sum(2).view(grad.shape))",
+        "A static prompt is trained by the first sample of each batch only.",
+        (f"{_ATTEND}test_gradcheck_in_float64_goes_through_the_kernels[prefixes, padding]",),
+        interpreted=True,
+    ),
+    _fault(
+        "second-derivative-is-zero",
+        "ops/_registration.py",
+        "if not torch.is_grad_enabled() or torch.compiler.is_compiling():",
+        "if True:",
+        "A gradient penalty silently has no gradient.",
+        "tests/ops/test_registration.py::test_every_way_to_a_second_derivative_raises",
+    ),
+    _fault(
+        "sdpa-sees-hidden-keys",
+        "ops/sdpa_attention.py",
+        "mask = None if visible is None else _behind(visible, prefix_length, hidden, seen=True, unseen=False)",
+        "mask = None if visible is None else _behind(visible, prefix_length, hidden, seen=True, unseen=True)",
+        "On a CPU keys of zeros, there to fill a vector, take part of the attention.",
+        f"{_DENSE}[sdpa-padding, 31 keys-torch.float32]",
+    ),
+    _fault(
+        "sdpa-with-bias-sees-hidden-keys",
+        "ops/sdpa_attention.py",
+        'mask = _behind(mask, prefix_length, hidden, seen=0.0, unseen=float("-inf"))',
+        "mask = _behind(mask, prefix_length, hidden, seen=0.0, unseen=0.0)",
+        "On a CPU with a bias keys of zeros, there to fill a vector, take part of the attention.",
+        f"{_DENSE}[sdpa-everything, 31 keys-torch.float32]",
+    ),
+    _fault(
+        "sdpa-takes-padding-or-causality",
+        "ops/sdpa_attention.py",
+        "visible = padding if visible is None else visible & padding",
+        "visible = padding if visible is None else visible",
+        "A causal encoder attends to padding.",
+        "tests/test_prompt_attention.py::test_attention_equals_a_loop_over_visible_keys[()-causal-padding-sdpa]",
+    ),
+    _fault(
+        "interval-one-too-short",
+        "receptive_field.py",
+        "return self._starts[present[0]], self._starts[present[-1]] + self.lengths[present[-1]]",
+        "return self._starts[present[0]], self._starts[present[-1]] + self.lengths[present[-1]] - 1",
+        "Nobody sees the last position of what a group may see.",
+        "tests/properties/test_attention_properties.py::test_lowered_reproduces_the_mask",
+    ),
+    _fault(
+        "sign-bit-of-the-last-group",
+        "receptive_field.py",
+        "values += [group.index, group.sees - (1 << 32 if group.sees >> 31 else 0)]",
+        "values += [group.index, group.sees & 0x7FFFFFFF]",
+        "With 32 groups nobody sees the last one.",
+        "tests/test_receptive_field.py::test_the_last_of_32_groups_is_the_sign_bit",
+    ),
+)
+
+# attention in windows of an image
+WINDOWS = (
+    _fault(
+        "cpu-windows-see-what-fills-a-vector",
+        "ops/cpu_window_attention.py",
+        "self.mask = F.pad(mask, (0, self.keys - mask.shape[-1]), value=-math.inf)",
+        "self.mask = F.pad(mask, (0, self.keys - mask.shape[-1]), value=0.0)",
+        "On a CPU keys of zeros, there to fill a vector, take part of a Swin's attention.",
+        "tests/test_window_prompt_attention.py::test_scale_replaces_the_default",
+    ),
+    _kernel(
+        "seam-of-the-unpadded-image",
+        "window_attention.py",
+        "below = y >= tl.cdiv(image_size[0], WINDOW[0]) * WINDOW[0] - shift[0]",
+        "below = y >= image_size[0] - shift[0]",
+        "In a padded Swin tokens of the top and the bottom of the image see each other, and neighbours don't.",
+        f"{_WINDOWS}test_any_launch_equals_the_reference[{{'block_q': 16}}]",
+    ),
+    _kernel(
+        "prompt-gradients-keep-tokens-of-other-windows",
+        "window_attention.py",
+        "grads_k, grads_v = _prompts_only(grads_k, AREA, TILES), _prompts_only(grads_v, AREA, TILES)",
+        "grads_k, grads_v = _prompts_only(grads_k, AREA, TILES), grads_v",
+        "Values of a window's tokens get the gradients of the windows before it too.",
+        f"{_WINDOWS}test_any_launch_equals_the_reference[{{'windows': 3, 'block_q': 16, 'tile': 32}}]",
+    ),
+    _kernel(
+        "padding-rows-are-zero",
+        "window_attention.py",
+        "return tl.where(padding[:, None], row.to(tile.dtype)[None, :], tile)",
+        "return tile",
+        "At the border of an image whose windows don't fit a Swin differs from timm's.",
+        f"{_WINDOWS}test_any_launch_equals_the_reference[{{'block_q': 16}}]",
+    ),
+    _fault(
+        "swin-padding-without-projections-bias",
+        "encoders/timm.py",
+        "        pad_qkv=padding,\n",
+        "        pad_qkv=None,\n",
+        "At the border of an image whose windows don't fit a fused Swin differs from timm's.",
+        f"{_TIMM}test_fusion_equals_timms_blocks_on_concatenated_prompts[swin: padding-kv]",
+    ),
+)
+
+# gates, noise, keys, Gram matrices, the importance loss
+ROUTER = (
+    _fault(
+        "one-noise-for-all-layers",
+        "modules/prompts.py",
+        "[None] * layers if noise is None else noise.unbind(),",
+        "[None] * layers if noise is None else [noise[0]] * layers,",
+        "In training all layers' routers are pushed the same way.",
+        _OF_ITS_OWN,
+    ),
+    _fault(
+        "one-set-of-keys-for-all-layers",
+        "modules/prompts.py",
+        "keys = torch.stack([orthogonal_keys(config.num_experts, routing_dim) for _ in self.dims])",
+        "keys = torch.stack([orthogonal_keys(config.num_experts, routing_dim)] * layers)",
+        "All layers start with the same routing keys, which are never trained.",
+        _OF_ITS_OWN,
+    ),
+    _fault(
+        "gate-keeps-ties",
+        "reference/route_and_mix.py",
+        "return above | (equal & (equal.cumsum(-1) <= top_k - above.sum(-1, keepdim=True)))",
+        "return above | equal",
+        "Among equal logits more than top_k experts stay.",
+        _TIES,
+    ),
+    _fault(
+        "renormalize-ignored",
+        "reference/route_and_mix.py",
+        "return scores / scores.sum(-1, keepdim=True) if renormalize else scores",
+        "return scores",
+        "With a sparse gate and renormalize=True prompts are smaller than trained for.",
+        "tests/modules/test_mope_layer.py::test_gate_keeps_the_largest_of_the_papers_scores",
+    ),
+    _fault(
+        "noise-in-eval",
+        "modules/prompts.py",
+        "noise = routing_noise(cross_logits, config.noise_std) if self.training else None",
+        "noise = routing_noise(cross_logits, config.noise_std)",
+        "Predictions of one model on one sample differ from call to call.",
+        "tests/modules/test_mope_layer.py::test_noise_is_drawn_in_training_only",
+    ),
+    _fault(
+        "router-in-half-precision",
+        "modules/router.py",
+        "dtype = torch.promote_types(weight.dtype, torch.float32)",
+        "dtype = weight.dtype",
+        "A model in bfloat16 routes with three digits, times 1 / temperature.",
+        "tests/modules/test_prompt_precision.py::test_a_layer_in_bfloat16_routes_in_float32",
+    ),
+    _fault(
+        "gram-of-the-first-layer",
+        "modules/prompts.py",
+        "return computed[position]",
+        "return computed[0]",
+        "Mixed in K/V space, all layers' prompts are normed by the first layer's experts.",
+        "tests/modules/test_prompt_bank.py::test_bank_equals_separate_layers[settings1-dims0]",
+    ),
+    _fault(
+        "gram-not-centred",
+        "modules/output.py",
+        "rows = rows - rows.mean(-1, keepdim=True)",
+        "rows = rows - 0 * rows.mean(-1, keepdim=True)",
+        "Mixed in K/V space, prompts are divided by the root mean square in place of the deviation.",
+        "tests/modules/test_kv_only_form.py::test_scores_are_the_same_in_both_spaces",
+        "tests/modules/test_kv_only_form.py::test_keys_and_values_only_equal_concatenation[pre-norm-dense-kv]",
+    ),
+    _fault(
+        "cross-logits-of-another-layer",
+        "modules/prompts.py",
+        "query = query.unflatten(-1, (layers, config.cross_routing_dim)).transpose(0, 1)",
+        "query = query.unflatten(-1, (config.cross_routing_dim, layers)).permute(2, 0, 1)",
+        "Routers read each other's rows of the projection: saved models route otherwise.",
+        "tests/modules/test_prompt_bank.py::test_bank_equals_separate_layers[settings1-dims0]",
+    ),
+    _fault(
+        "biased-variance",
+        "reference/importance.py",
+        "dim=-1)",
+        "dim=-1, correction=0)",
+        "The importance loss is smaller by (K - 1) / K, and so is what the threshold meets.",
+        "tests/test_importance_loss.py::test_even_use_costs_nothing_and_one_expert_for_all_costs_k",
+    ),
+    _fault(
+        "threshold-of-the-root",
+        "reference/importance.py",
+        "return torch.where(cv_squared <= threshold, 0.0, cv_squared).mean()",
+        "return torch.where(cv_squared <= threshold**2, 0.0, cv_squared).mean()",
+        "Layers whose experts are used evenly enough are trained to more evenness.",
+        "tests/test_importance_loss.py::test_the_threshold_is_a_tenth_by_default",
+    ),
+)
+
+# prompts on their way into a layer
+PROMPTS = (
+    _fault(
+        "static-dropout-in-eval",
+        "modules/prompts.py",
+        "stacked[width] = F.dropout(stack.static_prompt, config.dropout, self.training)",
+        "stacked[width] = F.dropout(stack.static_prompt, config.dropout)",
+        "Predictions of one model on one sample differ from call to call.",
+        "tests/modules/test_mope_layer.py::test_eval_mode_is_deterministic",
+    ),
+    _fault(
+        "recomputed-layer-drops-other-prompts",
+        "modules/prompts.py",
+        "return self.training and self.config.dynamic_dropout > 0",
+        "return False",
+        "With gradient checkpointing and dynamic_dropout gradients are those of another forward.",
+        f"{_RECOMPUTED}[{{'dynamic_dropout': 0.3}}-bert]",
+    ),
+    _fault(
+        "dynamic-prompts-without-norm",
+        "modules/output.py",
+        "dynamic = dynamic if norm is None else norm(dynamic)",
+        "dynamic = dynamic.clone()",
+        "Dynamic prompts of a pre-norm encoder are not what its layer makes of them.",
+        "tests/modules/test_kv_only_form.py::test_keys_and_values_only_equal_concatenation[pre-norm-dense-prompt]",
+    ),
+    _fault(
+        "prompt-keys-without-key-norm",
+        "modules/output.py",
+        "return (keys if key_norm is None else cast(key_norm(keys), values.dtype)), values",
+        "return keys, values",
+        "In an encoder with qk-norm prompts have keys of another size than tokens.",
+        f"{_TIMM}test_prompt_tuning_equals_timms_blocks_on_concatenated_prompts[vit: norms of queries and keys]",
+    ),
+    _fault(
+        "gate-forgets-the-projections-bias",
+        "modules/rows.py",
+        "if config.top_k is not None and not config.renormalize:",
+        "if config.top_k is not None and config.renormalize:",
+        "With a sparse gate a post-norm encoder's prompts have a part of the projection's bias only.",
+        "tests/modules/test_kv_only_form.py::test_keys_and_values_only_equal_concatenation[post-norm-top2-kv]",
+    ),
+)
+
+# what is particular to a family of encoders
+FAMILIES = (
+    _fault(
+        "padding-times-zero",
+        "encoders/pooling.py",
+        "total = torch.where(mask[..., None], x, 0).sum(",
+        "total = (x * mask[..., None]).sum(",
+        "NaN in padding makes the feature of the whole sample NaN.",
+        "tests/encoders/test_encoder_families.py::test_whatever_padding_holds_stays_out_of_the_mean",
+    ),
+    _fault(
+        "keys-and-values-swapped",
+        "encoders/transformers.py",
+        "layer.attention.k_lin, layer.attention.v_lin, layer.attention.n_heads,",
+        "layer.attention.v_lin, layer.attention.k_lin, layer.attention.n_heads,",
+        "DistilBERT's prompts are projected by the wrong matrices.",
+        f"{_CONCATENATED}[prompt-distilbert]",
+    ),
+    _fault(
+        "padding-mask-dropped",
+        "encoders/transformers.py",
+        "key_padding_mask=attention_mask, scale=scaling",
+        "key_padding_mask=None, scale=scaling",
+        "What padding holds moves the features of a text.",
+        f"{_TRANSFORMERS}test_what_padding_holds_changes_nothing[kv-bart]",
+    ),
+    _fault(
+        "scale-dropped",
+        "encoders/transformers.py",
+        "key_padding_mask=attention_mask, scale=scaling",
+        "key_padding_mask=attention_mask",
+        "Whisper, which scales its queries itself, is scaled twice.",
+        f"{_CONCATENATED}[kv-whisper]",
+    ),
+    _fault(
+        "causality-dropped",
+        "encoders/transformers.py",
+        'is_causal = getattr(module, "is_causal", False) if is_causal is None else is_causal',
+        "is_causal = bool(is_causal)",
+        "Tokens of GPT-2 and of CLIP's text encoder see those behind them.",
+        f"{_CONCATENATED}[kv-gpt2]",
+    ),
+    _fault(
+        "largest-id-as-end-of-text",
+        "encoders/transformers.py",
+        "return token_at((ids if encoder.config.eos_token_id == 2 else ids == encoder.config.eos_token_id).int().argmax(1))",
+        "return token_at(ids.int().argmax(1))",
+        "CLIP's router reads some token in place of the end of text.",
+        f"{_CONCATENATED}[kv-clip_text]",
+    ),
+    _fault(
+        "last-token-by-count",
+        "encoders/pooling.py",
+        "return token_at(torch.where(mask.bool(), positions, 0).amax(1))",
+        "return token_at(mask.bool().sum(1) - 1)",
+        "GPT-2's feature of a text padded on the left is some token in its middle.",
+        f"{_TRANSFORMERS}test_left_padded_gpt2_equals_unpadded_with_position_ids",
+    ),
+    _fault(
+        "mean-over-padding",
+        "encoders/pooling.py",
+        "return (total / mask.sum(1, keepdim=True).clamp(min=1)).to(x.dtype)",
+        "return (total / mask.shape[1]).to(x.dtype)",
+        "The feature of a sound shrinks with the length of its padding.",
+        f"{_TRANSFORMERS}test_padding_to_a_longer_length_changes_nothing[bart]",
+    ),
+    _fault(
+        "one-frame-of-padding",
+        "encoders/transformers.py",
+        "return torch.arange(frames, device=mask.device) < lengths[:, None]",
+        "return torch.arange(frames, device=mask.device) <= lengths[:, None]",
+        "A frame of padding is pooled with the sound.",
+        f"{_TRANSFORMERS}test_the_frames_counted_as_real_are_the_librarys[hubert]",
+    ),
+)
+
+# who runs in an encoder, in which mode, and how it is given back
+ENCODER = (
+    _fault(
+        "encoder-trains",
+        "encoders/prompted.py",
+        "return super().train(False)",
+        "return super().train(mode)",
+        "model.train() turns the frozen encoder's dropout on.",
+        "tests/encoders/test_encoder_families.py::test_prompted_encoder_is_frozen_and_stays_in_eval_mode",
+    ),
+    _fault(
+        "flags-not-given-back",
+        "encoders/frozen.py",
+        "parameter.requires_grad_(flag)",
+        "parameter.requires_grad_(True)",
+        "After unwrap() parameters that the user had frozen are trained.",
+        "tests/models/test_wrapping.py::test_unwrap_gives_training_mode_and_gradients_back",
+    ),
+    _fault(
+        "black-box-trains",
+        "models/fusion.py",
+        "            self.complementary.eval()\n",
+        "            self.complementary.train(mode)\n",
+        "model.train() turns dropout and batch statistics of a frozen complementary module on.",
+        "tests/models/test_fusion.py::test_complementary_module_is_frozen_in_eval_mode_and_without_gradients",
+    ),
+)
+
+# folded, stacked, exported and MoPE-BAF's models; analysis
+MODELS = (
+    _fault(
+        "folded-static-keys-without-key-norm",
+        "modules/folded.py",
+        "static = torch.stack(split_heads(both, layer.num_heads, layer.key_norm)).permute(1, 3, 0, 2, 4).flatten(2)",
+        "static = torch.stack(split_heads(both, layer.num_heads)).permute(1, 3, 0, 2, 4).flatten(2)",
+        "Folded for an encoder with qk-norm, static prompts have keys of another size than tokens.",
+        f"{_TIMM}test_static_and_mapped_prompts_fold_in_front_of_a_key_norm",
+    ),
+    _fault(
+        "folded-mapped-keys-without-key-norm",
+        "modules/folded.py",
+        "prefixes.append(split_heads(rows, layer.num_heads, layer.key_norm))",
+        "prefixes.append(split_heads(rows, layer.num_heads))",
+        "Folded for an encoder with qk-norm, mapped prompts have keys of another size than tokens.",
+        f"{_TIMM}test_static_and_mapped_prompts_fold_in_front_of_a_key_norm",
+    ),
+    _fault(
+        "folded-without-gram",
+        "modules/folded.py",
+        '"gram": None if layer.norm is None else router.gram()}',
+        '"gram": None}',
+        "A folded model's dynamic prompts are not normed.",
+        "tests/models/test_fold.py::test_folded_equals_unfolded[{}-dinov2]",
+    ),
+    _fault(
+        "folded-routers-without-bias",
+        "modules/folded.py",
+        "shifts = [router.inter_bias.to(router.inter_keys.dtype) @ router.inter_keys for router in context.routers]",
+        "shifts = [0 * router.inter_bias.to(router.inter_keys.dtype) @ router.inter_keys for router in context.routers]",
+        "A folded model routes otherwise than the one that was trained.",
+        "tests/models/test_fold.py::test_folded_equals_unfolded[{}-bert]",
+    ),
+    _fault(
+        "temperature-of-another-adapter",
+        "models/multi_adapter.py",
+        "columns.append(bank.cross_logits(cross) / bank.config.temperature)",
+        "columns.append(bank.cross_logits(cross) / self.banks[0].config.temperature)",
+        "Beside an adapter with another temperature a model routes otherwise than alone.",
+        "tests/models/test_multi_adapter.py::test_one_pass_equals_running_each_alone[experts and temperatures differ-bert]",
+    ),
+    _fault(
+        "static-prompts-of-another-adapter",
+        "models/multi_adapter.py",
+        "parts.append(split_heads(tables.static[context.ids], layer.num_heads))",
+        "parts.append(split_heads(tables.static[context.ids.sort().values], layer.num_heads))",
+        "Samples of a mixed batch get each other's prompts.",
+        "tests/models/test_multi_adapter.py::test_one_pass_equals_running_each_alone[prompts of one length-bert]",
+    ),
+    _fault(
+        "exported-output-is-the-first",
+        "models/folded.py",
+        "return output[self.outputs[0]] if len(self.outputs) == 1 else {name: output[name] for name in self.outputs}",
+        "return output[0] if len(self.outputs) == 1 else {name: output[name] for name in self.outputs}",
+        "A program exported for its scores gives logits.",
+        "tests/models/test_export.py::test_outputs_are_chosen_by_name",
+    ),
+    _fault(
+        "fusion-in-one-direction",
+        "modules/block_fusion.py",
+        "self._exchange(self.to_image, own_image, image, text),",
+        "self._exchange(self.to_text, own_image, image, text),",
+        "MoPE-BAF's image prompt goes through the weights of the text prompt.",
+        "tests/modules/test_block_fusion.py::test_every_form_equals_its_equation",
+    ),
+    _fault(
+        "modalities-prompts-swapped",
+        "models/mope_baf/plan.py",
+        '"text": {"text_prompt": True, "text": True, "image": each_other, "image_prompt": others},',
+        '"text": {"text_prompt": others, "text": True, "image": each_other, "image_prompt": True},',
+        "MoPE-BAF's text sees the image's prompt in place of its own.",
+        "tests/models/mope_baf/test_baf_visibility.py::test_every_cell_of_every_layer",
+    ),
+    _fault(
+        "text-padding-hides-prompts",
+        "models/vlmo/model.py",
+        "return F.pad(attention_mask.bool(), (before, after), value=True)",
+        "return F.pad(attention_mask.bool(), (before, after), value=False)",
+        "With an attention mask nobody sees prompts and image.",
+        "tests/models/test_vlmo.py::test_biases_and_masks_leave_room_for_prompts",
+    ),
+    _fault(
+        "relative-positions-transposed",
+        "models/vlmo/positions.py",
+        "offset = (row[:, None] - row + grid - 1) * (2 * grid - 1) + column[:, None] - column + grid - 1",
+        "offset = (row - row[:, None] + grid - 1) * (2 * grid - 1) + column - column[:, None] + grid - 1",
+        "Official VLMo weights are read with queries and keys exchanged.",
+        "tests/models/test_vlmo_oracle.py::test_every_pass",
+    ),
+    _fault(
+        "dead-by-the-share-of-all",
+        "analysis/alarms.py",
+        "share < thresholds.dead / num_experts)",
+        "share < thresholds.dead)",
+        "With many experts healthy ones are reported as dead.",
+        "tests/analysis/test_measures.py::test_alarms_say_what_is_wrong_in_which_layer",
+    ),
+)
+
+# several processes
+RANKS = (
+    _fault(
+        "left-out-labels-counted",
+        "models/task.py",
+        "!= NOT_A_LABEL).sum()",
+        ">= NOT_A_LABEL).sum()",
+        "With use_joint_batch samples of class -100, which have no loss, make that of the others smaller.",
+        f"{_JOINT}test_losses_of_a_joint_batch_have_float32_at_least_and_leave_out_what_has_no_label",
+    ),
+    _fault(
+        "gradient-of-one-rank",
+        "_distributed.py",
+        "(part - part.detach()) * group.size()",
+        "(part - part.detach())",
+        "With DDP the importance loss weighs less the more GPUs there are.",
+        "tests/test_importance_loss.py::test_ranks_together_give_the_loss_and_ddps_gradients_of_the_whole_batch",
+    ),
+    _fault(
+        "shard-saved-for-the-whole",
+        "_distributed.py",
+        "return value.full_tensor() if is_sharded(value) else value",
+        "return value.to_local() if is_sharded(value) else value",
+        "A model sharded by FSDP saves the first rank's part of its prompts.",
+        "tests/models/test_distributed_checkpoint.py::test_two_processes_save_and_load",
+    ),
+)
+
+# saves, features on disk, and the keys they are found by
+FILES = (
+    _fault(
+        "files-not-durable",
+        "_files.py",
+        "os.fsync(file.fileno())",
+        "file.flush()",
+        "After a power cut a file has its name and no content.",
+        "tests/test_files.py::test_a_file_is_on_disk_before_it_has_its_name_and_its_name_afterwards",
+    ),
+    _fault(
+        "weights-not-checked",
+        "models/checkpoint.py",
+        "hashlib.sha256(data)",
+        "hashlib.sha256(data[:64])",
+        "A save with a flipped bit is loaded.",
+        "tests/models/test_checkpoint.py::test_damaged_weights_are_refused[flip_last_byte]",
+    ),
+    _fault(
+        "temperature-not-compared",
+        "models/checkpoint.py",
+        '"noise_std", "dropout", "dynamic_dropout",',
+        '"temperature", "noise_std", "dropout", "dynamic_dropout",',
+        "A save is read into a model of another temperature, which then routes otherwise.",
+        "tests/models/test_checkpoint.py::test_a_save_that_does_not_fit_changes_nothing",
+    ),
+    _fault(
+        "old-weights-dropped-first",
+        "models/checkpoint.py",
+        "weights, data)\n",
+        'weights, data) or [old.unlink() for old in folder.glob("*.safetensors") if old.name != Path(weights).name]\n',
+        "A kill while saving leaves a description whose weights are gone.",
+        "tests/models/test_checkpoint.py::test_a_kill_while_saving_leaves_the_old_save",
+    ),
+    _fault(
+        "file-written-in-place",
+        "_files.py",
+        "            os.replace(temporary, path)\n        else:",
+        "            path.write_bytes(data)\n            temporary.unlink()\n        else:",
+        "A kill while saving leaves half of a file under its final name.",
+        "tests/models/test_checkpoint.py::test_a_kill_while_saving_leaves_the_old_save",
+    ),
+    _fault(
+        "rows-not-checked",
+        "data/feature_store.py",
+        "if _check_of(key, rows[index * size : (index + 1) * size]) != checks[index]:",
+        "if not checks[index]:",
+        "A feature with a flipped bit is trained on.",
+        "tests/data/test_feature_cache.py::test_a_damaged_row_is_found_when_it_is_read",
+    ),
+    _fault(
+        "features-of-another-encoder",
+        "data/feature_store.py",
+        'if meta["fingerprint"] != self.fingerprint:',
+        'if meta["encoder"] != self.encoder:',
+        "After the encoder was trained on its old features are taken from disk.",
+        "tests/data/test_feature_cache.py::test_the_cache_of_another_encoder_is_refused",
+    ),
+    _fault(
+        "key-without-dtype",
+        "data/fingerprint.py",
+        "str(tensor.dtype), kept",
+        "kept",
+        "Inputs of other types with the same bytes get each other's features.",
+        "tests/data/test_feature_cache.py::test_another_content_is_another_sample",
+    ),
+)
+
+# readers, splits, metrics
+DATA = (
+    _fault(
+        "dev-among-train",
+        "data/few_shot.py",
+        "dev = torch.cat([of[-shots:] for of in shuffled])",
+        "dev = torch.cat([of[-shots - 1 : -1] for of in shuffled])",
+        "Where a class has just enough samples, one is in train and in dev.",
+        "tests/data/test_few_shot.py::test_balanced_disjoint_and_complete",
+    ),
+    _fault(
+        "label-by-hashtag",
+        "data/readers.py",
+        "labels[-1]",
+        "labels[0]",
+        "Sarcasm is tested against labels that no annotator has seen.",
+        "tests/data/test_readers.py::test_twitter_valid_and_test_take_the_annotators_label",
+    ),
+    _fault(
+        "contradictions-kept",
+        "data/readers.py",
+        "return image if text == neutral else None",
+        "return image if text == neutral else text",
+        "Posts whose text and image contradict each other are in the set: figures can't be compared with published ones.",
+        "tests/data/test_readers.py::test_mvsa_combines_sentiments",
+    ),
+    _fault(
+        "micro-for-macro",
+        "data/metrics.py",
+        'f1("macro", range(num_classes))',
+        'f1("micro", range(num_classes))',
+        "The reported macro F1 is the accuracy.",
+        "tests/data/test_few_shot.py::test_metrics_by_hand",
+    ),
+    _fault(
+        "one-class-twice",
+        "data/jsonl.py",
+        "if repeated := sorted(name for name, count in Counter(names).items() if count > 1):",
+        "if repeated := sorted(name for name, count in Counter(names).items() if count > 2):",
+        "Two classes have one name, and the first has no samples.",
+        "tests/data/test_jsonl.py::test_labels_file",
+    ),
+)
+
+FAULTS = (*ROUTE_AND_MIX, *ATTENTION, *WINDOWS, *ROUTER, *PROMPTS, *FAMILIES, *ENCODER, *MODELS, *RANKS, *FILES, *DATA)
