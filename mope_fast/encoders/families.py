@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -60,8 +61,13 @@ def _nothing() -> None:
     return None
 
 
+def can_be_looked_at(tensor: Tensor) -> bool:
+    """Whether its numbers are at hand without a wait: in the host's memory, outside of a compiler."""
+    return type(tensor) is Tensor and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def check_text(inputs: Mapping[str, Any]) -> None:
-    """Raises TypeError or ValueError for ``input_ids`` and ``attention_mask`` that can't be meant; looks at no value."""
+    """Raises TypeError or ValueError for ``input_ids`` and ``attention_mask`` that can't be meant."""
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if isinstance(ids, Tensor) and (ids.is_floating_point() or ids.dim() != 2):
         raise ValueError(f"input_ids must be integers (B, S), got {ids.dtype} {tuple(ids.shape)}")
@@ -69,11 +75,10 @@ def check_text(inputs: Mapping[str, Any]) -> None:
         return
     if not isinstance(mask, Tensor):
         raise TypeError(f"attention_mask must be a tensor (B, S), got {type(mask).__name__}: take return_tensors='pt'")
-    if mask.is_floating_point() or mask.is_complex():
-        raise TypeError(
-            f"attention_mask must be bool or integers, True or 1 = real, got {mask.dtype}: of an additive one pass mask == 0, of "
-            "zeros and ones mask.bool()"
-        )
+    if mask.is_complex():
+        raise TypeError(f"attention_mask must be bool, integers, or 0 and 1 of a floating-point dtype, got {mask.dtype}")
+    if mask.is_floating_point() and can_be_looked_at(mask) and (mask.detach().double().numpy() < 0).any():
+        raise ValueError("attention_mask has numbers below 0, as additive masks do: 1 = real here, so pass mask == 0")
     tokens = inputs.get("input_values") if ids is None else ids
     if mask.dim() != 2 or (isinstance(tokens, Tensor) and "past_key_values" not in inputs and mask.shape != tokens.shape):
         of = "" if tokens is None else f" as {'input_values' if ids is None else 'input_ids'} {tuple(tokens.shape)}"

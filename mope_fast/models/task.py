@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.distributed import ProcessGroup
 
 from .._distributed import JointBatch, gather, is_first, is_sharded, mesh_of, wait_for_all
 from ..encoders import PromptedEncoder
+from ..encoders.families import can_be_looked_at
 from ..encoders.weights import Samples, plain_name, sample_weights
 from . import checkpoint
 from .image_config import ImageConfig
@@ -90,23 +92,23 @@ def check_labels(problem_type: str, logits: Tensor, labels: Tensor) -> None:
         )
     if labels.device != logits.device:
         raise ValueError(f"labels are on {labels.device}, the model on {logits.device}: call labels.to({str(logits.device)!r})")
-    if type(labels) is Tensor and labels.device.type == "cpu" and not torch.compiler.is_compiling():
+    if can_be_looked_at(labels):
         _check_values(problem_type, labels, shape[1])
 
 
 def _check_values(problem_type: str, labels: Tensor, classes: int) -> None:
+    values = (labels.detach().double() if labels.is_floating_point() else labels).numpy()
     if problem_type == "multi_label_classification":
-        good, what = (labels >= 0) & (labels <= 1), "in 0..1"
+        good, what = (values >= 0) & (values <= 1), "in 0..1"
     elif labels.is_floating_point():
-        good, what = labels.isfinite(), "finite"
+        good, what = numpy.isfinite(values), "finite"
     elif problem_type == "single_label_classification":
-        index = labels.long()
-        good = ((index >= 0) & (index < classes)) | (index == NOT_A_LABEL)
+        good = ((values >= 0) & (values < classes)) | (values == NOT_A_LABEL)
         what = f"classes 0 to {classes - 1}, or {NOT_A_LABEL} for none"
     else:
         return
     if not good.all():
-        raise ValueError(f"labels of {problem_type} must be {what}, got {labels[~good][0].item()}")
+        raise ValueError(f"labels of {problem_type} must be {what}, got {values[~good][0]}")
 
 
 def check_head(num_classes: int | None, head: nn.Module | None, problem_type: str, label_smoothing: float) -> None:

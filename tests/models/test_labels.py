@@ -52,6 +52,14 @@ def test_labels_that_are_none_of_a_problems_are_refused(problem, shape, labels, 
         check_labels(problem, torch.zeros(shape), labels)
 
 
+@pytest.mark.parametrize("problem", [SINGLE, MULTI, REGRESSION])
+def test_values_on_a_device_are_not_looked_at(problem):
+    logits = torch.zeros(2, 3, device="meta")  # whoever looks gets an error
+    check_labels(problem, logits, torch.zeros(2, 3, device="meta"))
+    if problem == SINGLE:
+        check_labels(problem, logits, torch.zeros(2, device="meta", dtype=torch.long))
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.int64])
 def test_classes_may_be_integers_of_any_width(dtype):
     logits, labels = torch.randn(3, 4), torch.tensor([3, 0, 1])
