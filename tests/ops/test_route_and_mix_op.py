@@ -208,7 +208,7 @@ BAD_INPUTS = {
     "top_k 6": ((X, E), {"top_k": 6}, ValueError, "top_k must be 1 to the number of experts 5, or None for all; got 6"),
     "renormalize": ((X, E), {"renormalize": True}, ValueError, "renormalize=True needs top_k"),
     "gram shape": ((X, E), {"gram": torch.zeros(5, 5)}, ValueError, r"gram must be \(L, K, K\) = \(2, 5, 5\), got \(5, 5\)"),
-    "gram eps": ((X, E), {"gram": torch.zeros(2, 5, 5), "eps": 0.0}, ValueError, r"eps must be > 0, got 0\.0"),
+    "gram eps": ((X, E), {"gram": torch.zeros(2, 5, 5), "eps": 0.0}, ValueError, r"eps must be > 0 and finite, got 0\.0"),
     "unknown impl": ((X, E), {"impl": "cuda"}, ValueError, r"got impl='cuda', expected one of \['auto', 'triton', 'reference'\]"),
     "triton on CPU": (
         (X, E),
