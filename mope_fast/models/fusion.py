@@ -33,8 +33,8 @@ class MoPEFusion(TaskModel):
         config: see :class:`MoPEConfig`; ``config.cross_dim`` is needed unless ``complementary`` is a supported encoder.
         head: a head of your own, (B, D) -> (B, num_classes), in place of the linear one.
         problem_type: "single_label_classification": labels (B,) are integer classes, -100 for samples that don't count, or
-            probabilities (B, C). "multi_label_classification": labels (B, C) in 0..1. "regression": numbers (B, C), or (B,) of one
-            output.
+            probabilities (B, C) in 0..1. "multi_label_classification": labels (B, C) in 0..1. "regression": numbers (B, C), or (B,)
+            of one output. Losses are in float32 at least.
         label_smoothing: of single-label classification: this part of each label is spread over all classes, in every ``loss``.
 
     Example:

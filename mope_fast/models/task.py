@@ -25,7 +25,7 @@ NOT_A_LABEL = -100
 
 def _cross_entropy(logits: Tensor, labels: Tensor, reduction: str = "mean", label_smoothing: float = 0.0) -> Tensor:
     is_class = not labels.is_floating_point()  # else probabilities of classes
-    labels = labels.long() if is_class else labels
+    labels = labels.long() if is_class else _fractions(labels, logits.dtype)
     loss = F.cross_entropy(logits, labels, reduction=reduction, label_smoothing=label_smoothing)
     if reduction == "mean" and is_class:
         # the mean over no sample is NaN, which would end a training
@@ -34,13 +34,17 @@ def _cross_entropy(logits: Tensor, labels: Tensor, reduction: str = "mean", labe
 
 
 def _multi_label_loss(logits: Tensor, labels: Tensor, reduction: str = "mean", label_smoothing: float = 0.0) -> Tensor:
-    # labels out of range would reward what is wrong without bound; this is loud without a wait for the device
-    labels = torch.where((labels >= 0) & (labels <= 1), labels, torch.nan).to(logits.dtype)
-    return F.binary_cross_entropy_with_logits(logits, labels, reduction=reduction)
+    return F.binary_cross_entropy_with_logits(logits, _fractions(labels, logits.dtype), reduction=reduction)
 
 
 def _regression_loss(logits: Tensor, labels: Tensor, reduction: str = "mean", label_smoothing: float = 0.0) -> Tensor:
     return F.mse_loss(logits, labels.to(logits.dtype).view_as(logits), reduction=reduction)
+
+
+def _fractions(labels: Tensor, dtype: torch.dtype) -> Tensor:
+    """Labels in 0..1, NaN for others: those would reward what is wrong without bound, and this is loud without a wait."""
+    labels = labels.to(dtype)
+    return torch.where((labels >= 0) & (labels <= 1), labels, torch.nan)
 
 
 TASK_LOSSES: dict[str, Callable[..., Tensor]] = {
@@ -51,8 +55,7 @@ TASK_LOSSES: dict[str, Callable[..., Tensor]] = {
 
 
 def _sum_and_terms(problem_type: str, logits: Tensor, labels: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
-    """A task loss as a sum and how many terms its mean is over; float32 or float64."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    """A task loss as a sum and how many terms its mean is over."""
     total = TASK_LOSSES[problem_type](logits, labels, reduction="sum", label_smoothing=label_smoothing)
     if problem_type != "single_label_classification":
         terms = logits.numel()
@@ -98,15 +101,13 @@ def check_labels(problem_type: str, logits: Tensor, labels: Tensor) -> None:
 
 def _check_values(problem_type: str, labels: Tensor, classes: int) -> None:
     values = (labels.detach().double() if labels.is_floating_point() else labels).numpy()
-    if problem_type == "multi_label_classification":
-        good, what = (values >= 0) & (values <= 1), "in 0..1"
-    elif labels.is_floating_point():
+    if problem_type == "regression":
         good, what = numpy.isfinite(values), "finite"
-    elif problem_type == "single_label_classification":
+    elif problem_type == "multi_label_classification" or labels.is_floating_point():
+        good, what = (values >= 0) & (values <= 1), "in 0..1"
+    else:
         good = ((values >= 0) & (values < classes)) | (values == NOT_A_LABEL)
         what = f"classes 0 to {classes - 1}, or {NOT_A_LABEL} for none"
-    else:
-        return
     if not good.all():
         raise ValueError(f"labels of {problem_type} must be {what}, got {values[~good][0]}")
 
@@ -217,6 +218,8 @@ class TaskModel(ImageConfig, nn.Module, ABC):
         smoothing = self.label_smoothing
         if labels is not None:
             check_labels(self.problem_type, logits, labels)
+            # labels are no better than the loss's precision: 1000.5 is 1000 in bfloat16
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self._joint_batch is None or not self.training:
             loss = None if labels is None else TASK_LOSSES[self.problem_type](logits, labels, label_smoothing=smoothing)
             return loss, scores

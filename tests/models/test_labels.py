@@ -27,7 +27,8 @@ NAN, INF = math.nan, math.inf
         (SINGLE, (2, 3), torch.tensor([0, 3]), ValueError, "must be classes 0 to 2, or -100 for none, got 3"),
         (SINGLE, (2, 3), torch.tensor([-1, 0]), ValueError, "or -100 for none, got -1"),
         (SINGLE, (2, 3), torch.tensor([156, 0], dtype=torch.uint8), ValueError, "got 156"),
-        (SINGLE, (1, 2), torch.tensor([[NAN, 1.0]]), ValueError, "must be finite, got nan"),
+        (SINGLE, (1, 2), torch.tensor([[NAN, 1.0]]), ValueError, "must be in 0..1, got nan"),
+        (SINGLE, (1, 2), torch.tensor([[-100.0, 1.0]]), ValueError, "must be in 0..1, got -100"),
         (SINGLE, (2, 1), torch.tensor([0, 0]), ValueError, "at least 2 classes: of one class the loss is always 0"),
         (SINGLE, (2, 3, 4), torch.tensor([0, 1]), ValueError, r"integer classes \(2, 4\), got"),
         (
@@ -60,11 +61,33 @@ def test_values_on_a_device_are_not_looked_at(problem):
         check_labels(problem, logits, torch.zeros(2, device="meta", dtype=torch.long))
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.int64])
-def test_classes_may_be_integers_of_any_width(dtype):
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64])
+def test_labels_may_be_integers_of_any_width(dtype):
     logits, labels = torch.randn(3, 4), torch.tensor([3, 0, 1])
     check_labels(SINGLE, logits, labels.to(dtype))
     assert TASK_LOSSES[SINGLE](logits, labels.to(dtype)) == F.cross_entropy(logits, labels)
+    ones = torch.eye(3, 4)
+    check_labels(MULTI, logits, ones.to(dtype))
+    assert TASK_LOSSES[MULTI](logits, ones.to(dtype)) == F.binary_cross_entropy_with_logits(logits, ones)
+    with pytest.raises(ValueError, match=r"must be in 0..1, got 3"):
+        check_labels(MULTI, logits, 3 * ones.to(torch.int64).to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("problem", "labels", "settings", "autocast"),
+    [
+        (REGRESSION, torch.tensor([[1000.5, 2.0], [-3.1, 0.0]]), {}, True),
+        (MULTI, torch.tensor([[0.3, 0.9], [0.7, 0.1]]), {}, True),
+        (SINGLE, torch.tensor([[0.3, 0.7], [0.9, 0.1]]).half(), {"label_smoothing": 0.1}, False),
+    ],
+)
+def test_a_loss_has_no_less_than_float32_whatever_logits_and_labels_have(problem, labels, settings, autocast):
+    model = PromptTuned(make_bert(), 2, 2, dropout=0.0, problem_type=problem, **settings).float().train()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output = model(make_text(2), labels)
+    truth = TASK_LOSSES[problem](output.logits.double(), labels.double(), **settings)
+    close(output.loss.double(), truth, 1e-6)
+    output.loss.backward()
 
 
 def test_probabilities_pixels_and_numbers_are_labels_too():

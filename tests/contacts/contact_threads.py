@@ -1,0 +1,2 @@
+def run(contact):
+    return "right"
