@@ -363,7 +363,7 @@ class Interrupted:
 @pytest.mark.parametrize("others", [[0], [1], [2, 0]])
 @pytest.mark.parametrize("empty", [False, True])
 def test_a_save_between_any_two_steps_of_another_never_loses_weights(tmp_path, monkeypatch, others, empty):
-    """The folder holds 0 or nothing, one saves 1, the others come in between: also with those very contents; their clock runs ahead."""
+    """The folder holds 0 or nothing, one saves 1, others come in between, also with these very contents; clocks run ahead."""
     now = time.time
     monkeypatch.setattr(time, "time", lambda: now() + 86_400)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
