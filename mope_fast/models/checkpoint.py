@@ -84,18 +84,37 @@ def save(path: str | os.PathLike[str], state: dict[str, Tensor], description: di
 def _publish(folder: Path, data: bytes, description: dict[str, Any]) -> None:
     """Weights, and the description that names them, which waits beside them until they are there.
 
-    A name is used once: weights that are not waited for, and not named, will never be named again.
+    A name is used once: weights that are not waited for, and not named, will never be named again. A folder's first ones have
+    their content's name alone.
     """
-    weights = folder / f"{_content_name(data)}-{uuid.uuid4().hex[:8]}.safetensors"
+    name = _content_name(data)
+    if (folder / DESCRIPTION).exists() or not _publish_as(name, folder, data, description, first=True):
+        _publish_as(f"{name}-{uuid.uuid4().hex[:8]}", folder, data, description)
+
+
+def _publish_as(name: str, folder: Path, data: bytes, description: dict[str, Any], *, first: bool = False) -> bool:
+    """Whether it did: ``first`` only where no other process saves these very weights, and none has saved any."""
+    weights = folder / f"{name}.safetensors"
     waiting = _waiting(weights)
     try:
-        write_atomically(waiting, json.dumps({**description, "weights": weights.name}, indent=2).encode())
+        descriptor = os.open(waiting, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    except FileExistsError:
+        return False
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(json.dumps({**description, "weights": weights.name}, indent=2).encode())
+            file.flush()
+            os.fsync(file.fileno())
+        if first and (folder / DESCRIPTION).exists():
+            waiting.unlink()
+            return False
         write_atomically(weights, data)
         os.replace(waiting, folder / DESCRIPTION)
     except BaseException:
         waiting.unlink(missing_ok=True)
         raise
     make_names_durable(weights)
+    return True
 
 
 def _waiting(weights: Path) -> Path:
@@ -172,13 +191,16 @@ def read_description(path: str | os.PathLike[str], model: str, settings: set[str
     if unknown := [key for key in description["config"] if key not in settings]:
         raise ValueError(f"{file} has settings that this version doesn't know: {unknown}; update mope_fast")
     weights = file.with_name(description["weights"] or "weights")
-    if not os.path.isfile(weights):  # whatever the name is
+    try:
+        most = weights.stat().st_size
+    except PermissionError:
+        raise
+    except (OSError, ValueError):  # whatever the name is
         if _named_weights(file.parent) != description["weights"]:  # replaced since it was read
             return read_description(path, model, settings)
-        raise FileNotFoundError(f"{weights} does not exist, but {DESCRIPTION} names it: copy the whole folder")
+        raise FileNotFoundError(f"{weights} does not exist, but {DESCRIPTION} names it: copy the whole folder") from None
     # each of these is a dimension of some weight: a model of other sizes must not be tried, it may be larger than any memory
     sizes = {**description["config"], "num_classes": description["num_classes"]}
-    most = weights.stat().st_size
     if large := [key for key, value in sizes.items() if re.match(r"num_|.*_(length|dim)$", key) and _exceeds(value, most)]:
         raise ValueError(f"{file} is damaged: {large} are more than {weights.name} has; restore it, or save the model again")
     return description
