@@ -186,7 +186,7 @@ def read_description(path: str | os.PathLike[str], model: str, settings: set[str
     ]
     if wrong:
         raise ValueError(f"{file} is damaged: {wrong} have the wrong type; restore it, or save the model again")
-    if Path(description["weights"]).name != description["weights"]:
+    if Path(description["weights"]).name != description["weights"] or description["weights"] == "..":
         raise ValueError(f"{file} names weights outside its folder ({description['weights']}): don't trust it")
     if unknown := [key for key in description["config"] if key not in settings]:
         raise ValueError(f"{file} has settings that this version doesn't know: {unknown}; update mope_fast")
