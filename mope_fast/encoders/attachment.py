@@ -175,7 +175,8 @@ class Attachment(Guarded):
         try:
             encoded = self._encode(inputs, scores, feature_maps)
         finally:
-            state.running = None
+            if state.running is running:  # else it is of one that began meanwhile, and has to find out
+                state.running = None
         if len(scores) < len(self.layers):
             raise RuntimeError(
                 f"{len(scores)} of {len(self.layers)} layers of this {type(self.encoder).__name__} took their prompts: the others "

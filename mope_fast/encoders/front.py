@@ -6,8 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._locks import Guarded
+
 _FRONT = "_mope_fast_front"
 _METHODS = ("forward_features", "forward_head")
+_putting = Guarded()
+"""Held while methods are put on an object or taken off it, never while a model runs."""
 
 
 class _Asked:
@@ -23,64 +27,101 @@ class Front:
     """Stands in for a timm model's ``forward_features`` and ``forward_head``, on the object.
 
     Where a call of the model shall give features, by :meth:`ask`, its head leaves the classifier out. Other calls, those of other
-    threads too, are as before.
+    threads too, are as before. It is there while the model is wrapped, and of one that isn't while it is asked.
     """
 
     def __init__(self, encoder: nn.Module):
         self.encoder = encoder
+        self.wrapped = False
         self.asked: dict[int, _Asked] = {}
-        self.traced: _Asked | None = None  # while it compiles: a graph has no thread
-        if (other := Front.of(encoder)) is not None:  # of a wrapping that was interrupted
-            other.remove()
+        self.latest: _Asked | None = None  # for a graph of the encoder's own, which has no thread
+        self.traced: _Asked | None = None  # while a graph is made that asks
         self.previous = {name: vars(encoder)[name] for name in _METHODS if name in vars(encoder)}
         setattr(encoder, _FRONT, self)
         encoder.forward_features = self._features
         encoder.forward_head = self._head
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "asked": {}, "traced": None}
+        return {**vars(self), "asked": {}, "latest": None, "traced": None}
 
     @staticmethod
     def of(encoder: nn.Module) -> "Front | None":
         return getattr(encoder, _FRONT, None)
 
-    def remove(self) -> None:
-        for name in (_FRONT, *_METHODS):
-            vars(self.encoder).pop(name, None)
-        vars(self.encoder).update(self.previous)
+    @staticmethod
+    def wrap(encoder: nn.Module) -> None:
+        """Have it stay."""
+        with _putting.lock:
+            (Front.of(encoder) or Front(encoder)).wrapped = True
 
-    def ask(self, inputs: dict[str, Any], *, maps: bool = False) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    @staticmethod
+    def unwrap(encoder: nn.Module) -> None:
+        """Have it go when nobody asks any more."""
+        with _putting.lock:
+            if (front := Front.of(encoder)) is not None:
+                front.wrapped = False
+                front._go_if_unused()
+
+    def _go_if_unused(self) -> None:
+        if not self.wrapped and not self.asked:
+            for name in (_FRONT, *_METHODS):
+                vars(self.encoder).pop(name, None)
+            vars(self.encoder).update(self.previous)
+
+    @staticmethod
+    def ask(encoder: nn.Module, inputs: dict[str, Any], *, maps: bool = False) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """(feature (B, D), maps (B, C, H, W) of the stages or None) of a call of the model.
 
         Raises:
-            RuntimeError: the model's forward does not end in ``forward_head``.
+            RuntimeError: the model's forward does not end in ``forward_head``, or it is not wrapped and this is compiled.
         """
         asked = _Asked(maps)
         if torch.compiler.is_dynamo_compiling():
-            self.traced = asked
+            front = Front.of(encoder)
+            if front is None:
+                raise RuntimeError(
+                    f"this {type(encoder).__name__} has hooks or a forward of its own, which a compiled graph can't pass: wrap it "
+                    "in a PromptedEncoder, or leave it out of the graph with torch.compiler.disable"
+                )
+            front.traced = asked
             try:
-                feature = self.encoder(**inputs)
+                feature = encoder(**inputs)
             finally:
-                self.traced = None
+                front.traced = None
         else:
-            thread = threading.get_ident()
-            self.asked[thread] = asked
-            try:
-                feature = self.encoder(**inputs)
-            finally:
-                del self.asked[thread]
+            feature = Front._asked_here(encoder, inputs, asked)
         if not asked.done:
-            name = type(self.encoder).__name__
             raise RuntimeError(
-                f"the forward of this {name} is not timm's (was it replaced on the object?): it has to end in forward_head, which "
-                "gives the feature"
+                f"the forward of this {type(encoder).__name__} is not timm's (was it replaced on the object?): it has to end in "
+                "forward_head, which gives the feature"
             )
         return feature, asked.got
 
+    @staticmethod
+    def _asked_here(encoder: nn.Module, inputs: dict[str, Any], asked: _Asked) -> Tensor:
+        thread, front = threading.get_ident(), None
+        try:
+            with _putting.lock:
+                front = Front.of(encoder) or Front(encoder)
+                outer = front.asked.get(thread)
+                front.asked[thread] = front.latest = asked
+            return encoder(**inputs)
+        finally:
+            # nothing is called here, so that no Ctrl-C can come before it is done
+            if front is not None and thread in front.asked and front.asked[thread] is asked:
+                front.latest = outer
+                if outer is None:
+                    del front.asked[thread]
+                else:
+                    front.asked[thread] = outer
+            if front is not None and not front.wrapped:
+                with _putting.lock:
+                    front._go_if_unused()
+
     def _asked(self) -> _Asked | None:
-        if self.traced is not None or torch.compiler.is_dynamo_compiling():
+        if self.traced is not None:
             return self.traced
-        return self.asked.get(threading.get_ident())
+        return self.latest if torch.compiler.is_dynamo_compiling() else self.asked.get(threading.get_ident())
 
     def _features(self, *args: Any, **kwargs: Any) -> Tensor:
         asked = self._asked()

@@ -1,11 +1,9 @@
 """timm's encoders: a wrapped attention computes the same on the same parameters, and sees prompts too."""
 
 import functools
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..functional import window_prompt_attention
@@ -33,27 +31,16 @@ def _method(module: nn.Module, name: str) -> str:
     return f"{method.__module__}.{method.__qualname__}" if method is not None else ""
 
 
-_TURN = threading.Lock()
+_FORWARDS = ("timm.models.vision_transformer.VisionTransformer.forward", "timm.models.swin_transformer.SwinTransformer.forward")
 
 
 def _features(encoder: nn.Module, inputs: Inputs, *, maps: bool = False) -> tuple[Tensor, tuple[Tensor, ...] | None]:
     """Feature and maps out of the model's own call."""
     _check_not_checkpointing(encoder)
-    if (front := Front.of(encoder)) is not None:
-        return front.ask(inputs, maps=maps)
-    if is_plain(encoder):  # not wrapped, and nothing stands at its front door
+    if Front.of(encoder) is None and is_plain(encoder) and _method(encoder, "forward") in _FORWARDS:
+        # not wrapped, and nothing stands at its front door
         return encoder.forward_head(encoder.forward_features(**inputs), pre_logits=True), None
-    if torch.compiler.is_dynamo_compiling():
-        raise RuntimeError(
-            f"this {type(encoder).__name__} has hooks or a forward of its own, which a compiled graph can't pass: wrap it in a "
-            "PromptedEncoder, or leave it out of the graph with torch.compiler.disable"
-        )
-    with _TURN:
-        front = Front(encoder)
-        try:
-            return front.ask(inputs, maps=maps)
-        finally:
-            front.remove()
+    return Front.ask(encoder, inputs, maps=maps)
 
 
 def _run(encoder: nn.Module, inputs: Inputs) -> Tensor:
@@ -127,18 +114,22 @@ def _vit_pool(encoder: nn.Module, inputs: Inputs) -> Pool:
 
 
 def _attach_vit(encoder: nn.Module) -> Callable[[nn.Module], None]:
-    own = [block.attn for block in encoder.blocks]
-    Front(encoder)
-    for block in encoder.blocks:
-        block.attn = _as_prompt_attention(block.attn)
-        block.attn.forward = functools.partial(_attention, block.attn)
-    return functools.partial(_detach_vit, own)
+    detach = functools.partial(_detach_vit, [block.attn for block in encoder.blocks])
+    try:
+        Front.wrap(encoder)
+        for block in encoder.blocks:
+            block.attn = _as_prompt_attention(block.attn)
+            block.attn.forward = functools.partial(_attention, block.attn)
+    except BaseException:  # a Ctrl-C too
+        detach(encoder)
+        raise
+    return detach
 
 
 def _detach_vit(own: list[nn.Module], encoder: nn.Module) -> None:
-    Front.of(encoder).remove()
+    Front.unwrap(encoder)
     for block, attention in zip(encoder.blocks, own, strict=True):
-        del block.attn.forward
+        vars(block.attn).pop("forward", None)
         block.attn = attention
 
 
@@ -202,16 +193,20 @@ def _swin_pool(encoder: nn.Module, inputs: Inputs) -> Pool:
 
 
 def _attach_swin(encoder: nn.Module) -> Callable[[nn.Module], None]:
-    Front(encoder)
-    for block in _swin_blocks(encoder):
-        block._attn = functools.partial(_shifted_windows, block)
+    try:
+        Front.wrap(encoder)
+        for block in _swin_blocks(encoder):
+            block._attn = functools.partial(_shifted_windows, block)
+    except BaseException:  # a Ctrl-C too
+        _detach_swin(encoder)
+        raise
     return _detach_swin
 
 
 def _detach_swin(encoder: nn.Module) -> None:
-    Front.of(encoder).remove()
+    Front.unwrap(encoder)
     for block in _swin_blocks(encoder):
-        del block._attn
+        vars(block).pop("_attn", None)
 
 
 def _swin_feature_maps(encoder: nn.Module, inputs: Inputs) -> tuple[Tensor, tuple[Tensor, ...]]:

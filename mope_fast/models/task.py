@@ -197,9 +197,9 @@ class TaskModel(ImageConfig, nn.Module, ABC):
 
     @property
     def _loss_is_cross_entropy(self) -> bool:
-        """Whether the mean cross entropy of a rank's logits is all of the loss."""
+        """Whether the mean cross entropy of a rank's logits, not smoothed, is all of the loss."""
         joint = self._joint_batch is not None and self.training
-        return self.problem_type == "single_label_classification" and not joint
+        return self.problem_type == "single_label_classification" and not joint and not self.label_smoothing
 
     def _output_type(self, logits: Tensor | None, labels: Tensor | None) -> type[FusionOutput]:
         whole = labels is not None or logits is None or self._loss_is_cross_entropy

@@ -1,6 +1,9 @@
 """Encoders are entered by their own call: whatever stands there takes part, and what timm asks of a model is there."""
 
 import copy
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -43,6 +46,45 @@ def test_hooks_on_a_timm_model_run_and_its_classifier_does_not(settings, wrapped
     classifier.remove()
     # the user's own call is what it was
     close(encoder(x=x), logits)
+
+
+def test_threads_that_ask_one_hooked_model_and_hooks_that_ask_another_get_features():
+    encoder, other, x, inner = make_timm(VIT), make_timm(SWIN), images(), []
+    expected, of_other, logits = encoders.encode(encoder, x), encoders.encode(other, x), encoder(x)
+    encoder.blocks[1].register_forward_pre_hook(lambda *args: time.sleep(0.02 * random.random()))
+    encoder.register_forward_hook(lambda *args: inner.append(encoders.encode(other, x)))
+    other.register_forward_hook(lambda *args: None)
+    with ThreadPoolExecutor(3) as pool:
+        asked = [pool.submit(encoders.encode, encoder, x) for _ in range(12)]
+        own = [encoder(x) for _ in range(4)]
+        for feature in asked:
+            assert torch.equal(feature.result(60), expected)
+    assert all(torch.equal(feature, of_other) for feature in inner)
+    assert all(torch.equal(result, logits) for result in own)
+    assert not {"forward_features", "forward_head", "_mope_fast_front"} & vars(encoder).keys()
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_class_with_a_forward_of_its_own_is_entered_by_it(wrapped):
+    class Doubling(timm.models.VisionTransformer):
+        def forward(self, x):
+            return super().forward(2 * x)
+
+    encoder, x = make_timm(VIT), images()
+    expected = encoders.encode(encoder, 2 * x)
+    encoder.__class__ = Doubling
+    close(PromptTuned(encoder, 0)(x).features if wrapped else encoders.encode(encoder, x), expected)
+
+
+@pytest.mark.parametrize("settings", [VIT, SWIN], ids=["vit", "swin"])
+def test_a_timm_model_compiled_on_its_own_gives_features_where_asked(settings):
+    encoder, x = make_timm(settings), images()
+    model = PromptTuned(encoder, 2).double().eval()
+    expected, logits = model(x).features, encoder(x)
+    encoder.compile(backend="eager")
+    close(model(x).features, expected)
+    close(encoder(x), logits)
+    close(model(x).features, expected)
 
 
 def test_feature_maps_come_out_of_the_models_own_call():

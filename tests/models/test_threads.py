@@ -10,6 +10,7 @@ import threading
 import time
 
 import pytest
+import timm
 import torch
 from tiny_fusion import SETTINGS, close, make_bert, make_dinov2, make_fusion, make_images, make_text
 
@@ -208,6 +209,20 @@ def test_an_interrupt_while_an_encoder_is_wrapped_leaves_one_that_can_be():
     assert event > 400
 
 
+def test_an_interrupt_while_a_timm_model_is_wrapped_leaves_its_own_attention():
+    own = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3, embed_dim=24, num_heads=3)
+    event = 1
+    while True:
+        encoder = copy.deepcopy(own)
+        if not interrupt(lambda: PromptedEncoder(encoder), event):  # noqa: B023
+            break
+        PromptTuned(encoder, 2).unwrap()
+        assert public_state(encoder) == public_state(own), event
+        assert [type(part) for part in encoder.modules()] == [type(part) for part in own.modules()], event
+        event += 7
+    assert event > 400
+
+
 COPIES = []
 
 
@@ -290,6 +305,36 @@ def test_eager_and_compiled_threads_do_not_disturb_each_other(served):
     for results, wanted in zip(got, expected, strict=True):
         for result in results:
             close(result, wanted)
+
+
+def test_forwards_of_a_broken_graph_that_meet_are_errors(served):
+    model, requests, expected = served
+    moments = {"first began": threading.Event(), "second began": threading.Event(), "first ended": threading.Event()}
+    tell = {"first": ("first began", "second began"), "second": ("second began", "first ended")}
+
+    @torch._dynamo.disable
+    def meet(*args):
+        if (name := threading.current_thread().name) in tell:
+            began, wanted = tell[name]
+            moments[began].set()
+            moments[wanted].wait(60)
+
+    model.main.encoder.embeddings.register_forward_hook(meet)
+    compiled = torch.compile(model, backend="eager")
+    close(compiled(*requests[0]).logits, expected[0])
+
+    def run(name, request, after):
+        threading.current_thread().name = name
+        if after:
+            moments[after].wait(60)
+        try:
+            return compiled(*request).logits
+        finally:
+            moments["first ended"].set()
+
+    got = in_threads(lambda: run("first", requests[0], None), lambda: run("second", requests[1], "first began"))
+    assert [type(error) for error in got] == [RuntimeError, RuntimeError]
+    close(compiled(*requests[2]).logits, expected[2])
 
 
 # who owns an encoder

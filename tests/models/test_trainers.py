@@ -80,6 +80,14 @@ def test_a_trainers_own_label_smoothing_is_refused_where_it_would_drop_a_part_of
         getattr(trainer, step)()
 
 
+def test_a_trainers_own_label_smoothing_beside_the_models_is_refused(tmp_path):
+    model = make_fusion(**{**SETTINGS, "importance_weight": 0.0})
+    model.label_smoothing = 0.3
+    trainer = make_trainer(model, Samples(torch.arange(4)), tmp_path, label_smoothing_factor=0.1)
+    with pytest.raises(RuntimeError, match=r"output\[0\].*label_smoothing_factor"):
+        trainer.evaluate()
+
+
 def test_a_trainers_own_label_smoothing_is_right_where_the_loss_is_cross_entropy(tmp_path):
     torch.manual_seed(0)
     samples, model = Samples(torch.tensor([0, 4, 2, 1])), make_fusion(**{**SETTINGS, "importance_weight": 0.0})
