@@ -172,16 +172,24 @@ def read_description(path: str | os.PathLike[str], model: str, settings: set[str
     if unknown := [key for key in description["config"] if key not in settings]:
         raise ValueError(f"{file} has settings that this version doesn't know: {unknown}; update mope_fast")
     weights = file.with_name(description["weights"] or "weights")
-    if not os.path.isfile(weights):  # whatever the name is
+    most = _size(weights)
+    if most is None:
         if _named_weights(file.parent) != description["weights"]:  # replaced since it was read
             return read_description(path, model, settings)
         raise FileNotFoundError(f"{weights} does not exist, but {DESCRIPTION} names it: copy the whole folder")
     # each of these is a dimension of some weight: a model of other sizes must not be tried, it may be larger than any memory
     sizes = {**description["config"], "num_classes": description["num_classes"]}
-    most = weights.stat().st_size
     if large := [key for key, value in sizes.items() if re.match(r"num_|.*_(length|dim)$", key) and _exceeds(value, most)]:
         raise ValueError(f"{file} is damaged: {large} are more than {weights.name} has; restore it, or save the model again")
     return description
+
+
+def _size(file: Path) -> int | None:
+    """Bytes of a file; None where none is, whatever the name."""
+    try:
+        return file.stat().st_size if os.path.isfile(file) else None
+    except FileNotFoundError:  # replaced in between
+        return None
 
 
 def _exceeds(value: Any, most: int) -> bool:

@@ -458,6 +458,21 @@ def test_a_save_that_is_replaced_while_it_is_read(saved, monkeypatch):
     assert torch.equal(logits(load()), logits(make_model()))
 
 
+def test_a_save_that_is_replaced_between_two_looks_at_its_weights(saved, monkeypatch):
+    is_file, others = os.path.isfile, [make_model(seed=5)]
+
+    def replaced_behind(path):
+        found = is_file(path)
+        if others:
+            others.pop().save_pretrained(saved)
+        return found
+
+    monkeypatch.setattr(os.path, "isfile", replaced_behind)
+    model = MoPEFusion.from_pretrained(saved, bert(), dinov2())
+    assert not others
+    assert torch.equal(logits(model), logits(make_model(seed=5)))
+
+
 def test_saves_of_earlier_versions_are_read(saved):
     rewrite_weights(saved, lambda state: None)
     assert weights_file(saved).stem.count("-") == 1
