@@ -5,10 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ._settings import LARGEST
 from .receptive_field import ReceptiveField
 
 MAX_EXPERTS = 1024
 MAX_HEAD_DIM = 256
+SMALLEST_EPS = 1e-25
+"""The third power of a norm's reciprocal is a float32."""
 
 
 def _shape(tensor: Tensor) -> str:
@@ -68,8 +71,8 @@ def check_route_and_mix(
         raise ValueError(f"experts must have prompt length L >= 1 and width M >= 1, got {_shape(experts)}")
     _check_same_device("logits", logits, "experts", experts)
     _check_number("temperature", temperature)
-    if not 1e-30 < temperature < float("inf"):
-        raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
+    if not 1e-30 < temperature <= LARGEST:
+        raise ValueError(f"temperature must be > 1e-30 and finite in float32, got {temperature}")
     if noise is not None:
         _check_float("noise", noise)
         if noise.shape != logits.shape:
@@ -80,7 +83,7 @@ def check_route_and_mix(
     if top_k is not None and (
         isinstance(top_k, bool) or not isinstance(top_k, (int, torch.SymInt)) or not 1 <= top_k <= num_experts
     ):
-        raise ValueError(f"top_k must be 1 to the number of experts {num_experts}, or None for all; got {top_k}")
+        raise ValueError(f"top_k must be 1 to the number of experts {num_experts}, or None for all; got {top_k!r}")
     _check_flag("renormalize", renormalize)
     if renormalize and top_k is None:
         raise ValueError("renormalize=True needs top_k, got top_k=None: without a gate the scores add up to 1 already")
@@ -90,8 +93,8 @@ def check_route_and_mix(
         if gram.shape != expected:
             raise ValueError(f"gram must be (L, K, K) = {expected}, got {_shape(gram)}")
         _check_number("eps", eps)
-        if not 0 < eps < float("inf"):
-            raise ValueError(f"eps must be > 0 and finite, got {eps}")
+        if not SMALLEST_EPS <= eps <= LARGEST:
+            raise ValueError(f"eps must be >= {SMALLEST_EPS} and finite in float32, got {eps}")
         _check_same_device("logits", logits, "gram", gram)
 
 
@@ -103,8 +106,8 @@ def check_importance_loss(scores: Tensor, threshold: float) -> None:
     if scores.shape[-1] == 0 or (scores.dim() == 3 and scores.shape[0] == 0):
         raise ValueError(f"scores must have at least one layer and one expert, got {_shape(scores)}")
     _check_number("threshold", threshold)
-    if not 0 <= threshold < float("inf"):
-        raise ValueError(f"threshold must be >= 0 and finite, got {threshold}")
+    if not 0 <= threshold <= LARGEST:
+        raise ValueError(f"threshold must be >= 0 and finite in float32, got {threshold}")
 
 
 def check_prompt_attention(
@@ -274,5 +277,5 @@ def _check_scale(scale: object) -> None:
     if scale is None:
         return
     _check_number("scale", scale)
-    if not -float("inf") < scale < float("inf"):
-        raise ValueError(f"scale must be finite, got {scale}")
+    if not -LARGEST <= scale <= LARGEST:
+        raise ValueError(f"scale must be finite in float32, got {scale}")

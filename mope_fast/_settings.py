@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-import math
 from collections.abc import Callable
 from dataclasses import MISSING, FrozenInstanceError, asdict, field, fields
 from typing import Any
 
+LARGEST = float.fromhex("0x1.fffffep+127")
+"""Of float32."""
 _KINDS = {"int": int, "float": (int, float), "bool": bool, "str": str}
 
 
@@ -19,7 +20,7 @@ def setting(default: Any, meaning: str, source: str) -> Any:
 
 
 def check_value(name: str, value: Any, annotation: Any) -> None:
-    """Raise TypeError for a value that isn't what its annotation says, and ValueError for a number that is not finite.
+    """Raise TypeError for a value that isn't what its annotation says, and ValueError for a number that is not finite in float32.
 
     Annotations that are no plain type, or such or None, say nothing. Numbers are Python's own: a bool is no integer.
     """
@@ -30,8 +31,8 @@ def check_value(name: str, value: Any, annotation: Any) -> None:
     if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
         hint = ": call .item() on it" if hasattr(value, "item") else ""
         raise TypeError(f"{name} must be {text}, got {value!r:.80}{hint}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
+    if kind is not int and isinstance(value, (int, float)) and not -LARGEST <= value <= LARGEST:
+        raise ValueError(f"{name} must be finite in float32, got {value}")
 
 
 def check_types(settings: Any) -> None:

@@ -67,7 +67,7 @@ def route_and_mix(
         top_k: keep the k largest scores of each sample (ties: the lower index) and set the others to zero; None keeps all.
         renormalize: divide the kept scores by their sum.
         gram: (L, K, K) or None.
-        eps: added below the root, > 0; only used with ``gram``.
+        eps: added below the root, at least 1e-25; only used with ``gram``.
         impl: "auto", "triton" or "reference".
 
     Returns:

@@ -651,7 +651,7 @@ def call(function: str, **changes):
         ({"v": lambda a: a["v"][:, :1]}, ValueError, "q, k and v must have the same number of heads: q has 2 heads, k 2, v 1"),
         ({"key_padding_mask": [True] * 13}, TypeError, "key_padding_mask must be a bool tensor, got list"),
         ({"scale": torch.tensor(0.5)}, TypeError, "scale must be a Python float, got a tensor"),
-        ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
+        ({"scale": float("nan")}, ValueError, "scale must be finite in float32, got nan"),
         (dict.fromkeys("qkv", torch.zeros(1, 1, 13, 257)), ValueError, "head dimension Dh must be 1 to 256, got 257"),
         (dict.fromkeys("qkv", torch.zeros(1, 1, 13, 0)), ValueError, "head dimension Dh must be 1 to 256, got 0"),
         ({"key_padding_mask": torch.ones(3, 13)}, ValueError, r"must be bool \(3, 13\), True = a real token; got torch.float32"),

@@ -125,7 +125,7 @@ def test_loss_and_gradient_never_wait_for_the_host():
         (torch.ones(1, 2, 3, 4), {}, ValueError, r"got \(1, 2, 3, 4\)"),
         (torch.ones(2, 0), {}, ValueError, r"at least one layer and one expert, got \(2, 0\)"),
         (torch.ones(0, 2, 3), {}, ValueError, r"at least one layer and one expert, got \(0, 2, 3\)"),
-        (torch.ones(2, 3), {"threshold": -0.1}, ValueError, "threshold must be >= 0 and finite, got -0.1"),
+        (torch.ones(2, 3), {"threshold": -0.1}, ValueError, "threshold must be >= 0 and finite in float32, got -0.1"),
         (torch.ones(2, 3, dtype=torch.int32), {}, TypeError, r"floating-point dtype, got torch.int32"),
         ([[1.0]], {}, TypeError, r"scores must be a torch.Tensor, got list"),
     ],

@@ -606,8 +606,8 @@ PAIRS = r"prefixes must be a sequence of \(key, value\) pairs or \(key, value, m
         ({"pad_qkv": zeros(3, 2, 6, device="meta")}, ValueError, "qkv is on cpu and pad_qkv on meta: move them to one device"),
         ({"scale": torch.tensor(0.5)}, TypeError, "scale must be a Python float, got a tensor: reading"),
         ({"scale": "1"}, TypeError, "scale must be a Python float, got '1'"),
-        ({"scale": float("inf")}, ValueError, "scale must be finite, got inf"),
-        ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
+        ({"scale": float("inf")}, ValueError, "scale must be finite in float32, got inf"),
+        ({"scale": float("nan")}, ValueError, "scale must be finite in float32, got nan"),
         (
             {"impl": "xformers"}, ValueError,
             r"window_prompt_attention got impl='xformers', expected one of \['auto', 'triton', 'cpu', 'sdpa', 'reference'\]",

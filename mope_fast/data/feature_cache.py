@@ -78,7 +78,7 @@ class FeatureCache:
                 f"{_name(encoder)} has no parameters and buffers to know it by: pass fingerprint='...', a name of your choice that "
                 "you change whenever its features change"
             )
-        if not isinstance(flush_every, int) or flush_every < 1:
+        if not isinstance(flush_every, int) or isinstance(flush_every, bool) or flush_every < 1:
             raise ValueError(f"flush_every must be an integer >= 1, got {flush_every!r}")
         if padded_inputs is None:
             padded_inputs = _padded_inputs(encoder)

@@ -241,14 +241,14 @@ class FeatureStore(Guarded):
             meta = json.loads(path.read_bytes())
         except FileNotFoundError:
             return
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _damaged(path, error) from None
         self._check(meta, path)
 
     def _check(self, meta: Any, path: Path) -> None:
         """Take the width and dtype of a description, once it is known to be of this encoder."""
         whole = isinstance(meta, dict) and all(isinstance(meta.get(name), kind) for name, kind in FIELDS.items())
-        if not whole or meta["format"] != FORMAT:
+        if not whole or meta["format"] != FORMAT or isinstance(meta["width"], bool) or meta["width"] < 1:
             raise _damaged(path, f"expected {', '.join(FIELDS)}, of format {FORMAT}")
         dtype = getattr(torch, meta["dtype"], None)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:

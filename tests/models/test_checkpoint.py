@@ -175,7 +175,7 @@ def test_every_difference_is_listed_at_once(saved):
         (lambda d: d.pop("main"), "main"),
         (lambda d: d["config"].update(noise_std=[1]), "mope_fast.json is damaged: MoPEConfig.noise_std must be float"),
         (lambda d: d["config"].update(prompt_length=10**12), r"is damaged: \['prompt_length'\] are more than mope_fast-\w+\."),
-        (lambda d: d["config"].update(prompt_init=10**40), "prompt_init must be > 0 and finite"),
+        (lambda d: d["config"].update(prompt_init=10**40), "prompt_init must be finite in float32"),
         (lambda d: d.update(num_classes=10**40), r"is damaged: \['num_classes'\] are more than"),
         (lambda d: d.update(num_classes=True), r"is damaged: \['num_classes'\] have the wrong type"),
     ],
