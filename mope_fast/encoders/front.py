@@ -45,9 +45,11 @@ class Front:
         return getattr(encoder, _FRONT, None)
 
     def remove(self) -> None:
-        for name in (_FRONT, *_METHODS):
+        """Undo it; again, if that was interrupted."""
+        for name in _METHODS:
             vars(self.encoder).pop(name, None)
         vars(self.encoder).update(self.previous)
+        vars(self.encoder).pop(_FRONT, None)
 
     def ask(self, inputs: dict[str, Any], *, maps: bool = False) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """(feature (B, D), maps (B, C, H, W) of the stages or None) of a call of the model.

@@ -127,19 +127,28 @@ def _vit_pool(encoder: nn.Module, inputs: Inputs) -> Pool:
 
 
 def _attach_vit(encoder: nn.Module) -> Callable[[nn.Module], None]:
-    own = [block.attn for block in encoder.blocks]
-    Front(encoder)
-    for block in encoder.blocks:
-        block.attn = _as_prompt_attention(block.attn)
-        block.attn.forward = functools.partial(_attention, block.attn)
-    return functools.partial(_detach_vit, own)
+    undo = functools.partial(_detach_vit, [block.attn for block in encoder.blocks])
+    try:
+        Front(encoder)
+        for block in encoder.blocks:
+            block.attn = _as_prompt_attention(block.attn)
+            block.attn.forward = functools.partial(_attention, block.attn)
+    except BaseException:  # a Ctrl-C too
+        undo(encoder)
+        raise
+    return undo
 
 
 def _detach_vit(own: list[nn.Module], encoder: nn.Module) -> None:
-    Front.of(encoder).remove()
+    _remove_front(encoder)
     for block, attention in zip(encoder.blocks, own, strict=True):
-        del block.attn.forward
+        vars(block.attn).pop("forward", None)
         block.attn = attention
+
+
+def _remove_front(encoder: nn.Module) -> None:
+    if (front := Front.of(encoder)) is not None:
+        front.remove()
 
 
 # SwinTransformer
@@ -202,16 +211,20 @@ def _swin_pool(encoder: nn.Module, inputs: Inputs) -> Pool:
 
 
 def _attach_swin(encoder: nn.Module) -> Callable[[nn.Module], None]:
-    Front(encoder)
-    for block in _swin_blocks(encoder):
-        block._attn = functools.partial(_shifted_windows, block)
+    try:
+        Front(encoder)
+        for block in _swin_blocks(encoder):
+            block._attn = functools.partial(_shifted_windows, block)
+    except BaseException:  # a Ctrl-C too
+        _detach_swin(encoder)
+        raise
     return _detach_swin
 
 
 def _detach_swin(encoder: nn.Module) -> None:
-    Front.of(encoder).remove()
+    _remove_front(encoder)
     for block in _swin_blocks(encoder):
-        del block._attn
+        vars(block).pop("_attn", None)
 
 
 def _swin_feature_maps(encoder: nn.Module, inputs: Inputs) -> tuple[Tensor, tuple[Tensor, ...]]:
