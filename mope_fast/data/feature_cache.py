@@ -311,14 +311,21 @@ def evaluating(encoder: nn.Module) -> Iterator[None]:
             encoder.eval()
         yield
     finally:
-        with _modes.lock:
-            for key in keys:
-                mode, blocks = _modes.of.get(key, (None, None))
-                if blocks is not None:
-                    blocks.discard(block)
-                    if not blocks:
-                        key[1].training = mode
-                        del _modes.of[key]
+        try:
+            _give_modes_back(block, keys)
+        except BaseException:  # a Ctrl-C in the middle of it
+            _give_modes_back(block, keys)
+            raise
+
+
+def _give_modes_back(block: object, keys: list[tuple[int, nn.Module]]) -> None:
+    with _modes.lock:
+        for key in keys:
+            mode, blocks = _modes.of.get(key, (None, set()))
+            if mode is not None and blocks <= {block}:
+                key[1].training = mode
+                del _modes.of[key]
+            blocks.discard(block)
 
 
 def _check_inputs(inputs: object) -> dict[str, Tensor]:

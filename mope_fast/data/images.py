@@ -174,8 +174,17 @@ def _cut_files_refused() -> Iterator[None]:
             ImageFile.LOAD_TRUNCATED_IMAGES = False
         yield
     finally:
-        with _readers.lock:
-            if reader in _readers.now:
-                _readers.now.remove(reader)
-                if not _readers.now:
-                    ImageFile.LOAD_TRUNCATED_IMAGES = _readers.switch
+        try:
+            _give_switch_back(reader)
+        except BaseException:  # a Ctrl-C in the middle of it
+            _give_switch_back(reader)
+            raise
+
+
+def _give_switch_back(reader: object) -> None:
+    from PIL import ImageFile
+
+    with _readers.lock:
+        if _readers.now == {reader}:
+            ImageFile.LOAD_TRUNCATED_IMAGES = _readers.switch
+        _readers.now.discard(reader)

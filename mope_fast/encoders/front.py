@@ -64,9 +64,11 @@ class Front:
 
     def _go_if_unused(self) -> None:
         if not self.wrapped and not self.asked:
-            for name in (_FRONT, *_METHODS):
+            for name in _METHODS:
                 vars(self.encoder).pop(name, None)
             vars(self.encoder).update(self.previous)
+            # last: where this was interrupted, it is found and done again
+            vars(self.encoder).pop(_FRONT, None)
 
     @staticmethod
     def ask(encoder: nn.Module, inputs: dict[str, Any], *, maps: bool = False) -> tuple[Tensor, tuple[Tensor, ...] | None]:

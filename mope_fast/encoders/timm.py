@@ -37,7 +37,7 @@ _FORWARDS = ("timm.models.vision_transformer.VisionTransformer.forward", "timm.m
 def _features(encoder: nn.Module, inputs: Inputs, *, maps: bool = False) -> tuple[Tensor, tuple[Tensor, ...] | None]:
     """Feature and maps out of the model's own call."""
     _check_not_checkpointing(encoder)
-    if Front.of(encoder) is None and is_plain(encoder) and _method(encoder, "forward") in _FORWARDS:
+    if not maps and Front.of(encoder) is None and is_plain(encoder) and _method(encoder, "forward") in _FORWARDS:
         # not wrapped, and nothing stands at its front door
         return encoder.forward_head(encoder.forward_features(**inputs), pre_logits=True), None
     return Front.ask(encoder, inputs, maps=maps)

@@ -79,10 +79,11 @@ def _padding_mask(
     return attention_mask
 
 
-def _set_config(config: Any, encoder: nn.Module) -> None:
-    """To the encoder and all its parts that have the encoder's."""
-    for module in [module for module in encoder.modules() if getattr(module, "config", None) is encoder.config]:
-        module.config = config
+def _replace_config(old: Any, new: Any, encoder: nn.Module) -> None:
+    """In the encoder and all its parts that have the old one."""
+    for module in encoder.modules():
+        if getattr(module, "config", None) is old:
+            module.config = new
 
 
 def _register_interfaces() -> None:
@@ -102,10 +103,15 @@ def _attach(encoder: nn.Module) -> Callable[[nn.Module], None]:
             f"{next(iter(windows.values()))} tokens; take one that attends to all tokens, or pass this one's features"
         )
     # a config of its own: the user's may be a decoder's or another encoder's too
-    config = encoder.config
-    _set_config(copy.copy(config), encoder)
-    encoder.set_attn_implementation(NAME)
-    return functools.partial(_set_config, config)
+    config, ours = encoder.config, copy.copy(encoder.config)
+    undo = functools.partial(_replace_config, ours, config)
+    try:
+        _replace_config(config, ours, encoder)
+        encoder.set_attn_implementation(NAME)
+    except BaseException:  # a Ctrl-C too
+        undo(encoder)
+        raise
+    return undo
 
 
 def _hidden_size(encoder: nn.Module) -> int:
@@ -279,7 +285,7 @@ def _attach_wav2vec2(encoder: nn.Module) -> Callable[[nn.Module], None]:
 
 def _detach_wav2vec2(detach: Callable[[nn.Module], None], encoder: nn.Module) -> None:
     detach(encoder)
-    del encoder._get_feature_vector_attention_mask
+    vars(encoder).pop("_get_feature_vector_attention_mask", None)
 
 
 def _real_frames(encoder: nn.Module, frames: int, mask: Tensor, add_adapter: bool | None = None) -> Tensor:

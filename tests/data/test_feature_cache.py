@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interrupts import interrupt
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertConfig, BertModel, CLIPTextConfig, CLIPTextModel
@@ -743,6 +744,23 @@ def test_merged_segments_have_a_size_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(feature_store, "SMALL", 4 * WIDTH * 3)
     all_right(make_cache(tmp_path, Spy()), 10)
     assert sorted(len(load_file(segment)["keys"]) for segment in segments(tmp_path)) == [1, 3, 3, 3]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_at_any_moment_gives_the_encoder_its_modes_back():
+    encoder = nn.Sequential(nn.Linear(2, 2), nn.Dropout()).train()
+    encoder[1].eval()
+    event, interrupted = 1, True
+
+    def use():
+        with evaluating(encoder):
+            pass
+
+    while interrupted:
+        interrupted = interrupt(use, event) >= event
+        assert [part.training for part in encoder.modules()] == [True, True, False], event
+        event += 1
+    assert event > 20
 
 
 @pytest.mark.parametrize("where", ["replace", "unlink", "fsync"])

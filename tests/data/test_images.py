@@ -10,6 +10,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from interrupts import interrupt
 from PIL import Image, ImageFile, ImageOps
 
 from mope_fast import FusionCollator
@@ -246,6 +247,19 @@ def test_readers_in_several_threads_give_the_switch_back_once(monkeypatch):
     assert ImageFile.LOAD_TRUNCATED_IMAGES is False
     second.__exit__(None, None, None)
     assert ImageFile.LOAD_TRUNCATED_IMAGES is True
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_at_any_moment_gives_pillows_switch_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    path = saved(tmp_path / "a.png", Image.new("RGB", (2, 2)))
+    event, interrupted = 1, True
+    while interrupted:
+        interrupted = interrupt(lambda: load_image(path), event) >= event
+        load_image(path)
+        assert ImageFile.LOAD_TRUNCATED_IMAGES is True, event
+        event += 1
+    assert event > 30
 
 
 def test_what_is_no_picture_is_refused(tmp_path):

@@ -5,13 +5,13 @@ import gc
 import os
 import pickle
 import signal
-import sys
 import threading
 import time
 
 import pytest
 import timm
 import torch
+from interrupts import interrupt
 from tiny_fusion import SETTINGS, close, make_bert, make_dinov2, make_fusion, make_images, make_text
 
 import mope_fast
@@ -159,33 +159,11 @@ def public_state(encoder):
     return flags, [m.training for m in encoder.modules()], [set(vars(m)) for m in encoder.modules()]
 
 
-def interrupt(function, event: int) -> bool:
-    """Raises KeyboardInterrupt at one of the moments at which CPython looks for signals in our encoders' code; False: no more."""
-    seen = 0
-
-    def profile(frame, kind, arg):
-        nonlocal seen
-        ours = [os.path.join("mope_fast", "encoders") in f.f_code.co_filename for f in (frame, frame.f_back) if f is not None]
-        if kind in ("call", "c_return") and any(ours):
-            seen += 1
-            if seen == event:
-                raise KeyboardInterrupt
-
-    sys.setprofile(profile)
-    try:
-        function()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        sys.setprofile(None)
-    return seen >= event
-
-
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # within a generator that was about to end
 def test_an_interrupt_at_any_moment_leaves_a_model_that_works(served):
     model, requests, expected = served
     event = 1
-    while interrupt(lambda: model(*requests[0]), event):
+    while interrupt(lambda: model(*requests[0]), event, "encoders") >= event:
         assert torch.equal(model(*requests[1]).logits, expected[1]), event
         assert torch.equal(in_threads(lambda: model(*requests[2]).logits)[0], expected[2]), event
         event += 5  # of some 160
@@ -198,7 +176,7 @@ def test_an_interrupt_while_an_encoder_is_wrapped_leaves_one_that_can_be():
     while True:
         encoder = make_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
         state, alone = public_state(encoder), encoder(**text).last_hidden_state
-        if not interrupt(lambda: PromptedEncoder(encoder), event):  # noqa: B023
+        if interrupt(lambda: PromptedEncoder(encoder), event, "encoders") < event:  # noqa: B023
             break
         model = make_fusion(encoder, None, cross_dim=20)
         model(text, torch.randn(3, 20, dtype=torch.float64))
@@ -221,6 +199,28 @@ def test_an_interrupt_while_a_timm_model_is_wrapped_leaves_its_own_attention():
         assert [type(part) for part in encoder.modules()] == [type(part) for part in own.modules()], event
         event += 7
     assert event > 400
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("kind", ["bert", "vit", "swin"])
+def test_an_interrupt_while_an_encoder_is_given_back_leaves_the_rest_to_be_done(kind):
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "num_classes": 0}
+    if kind == "vit":
+        encoder = timm.models.VisionTransformer(**sizes, depth=2, num_heads=2).train()
+    elif kind == "swin":
+        encoder = timm.models.SwinTransformer(**sizes, depths=(1, 1), num_heads=(2, 2), window_size=2).train()
+    else:
+        encoder = make_bert().train()
+    parts, state = list(encoder.modules()), public_state(encoder)
+    event, interrupted = 1, True
+    while interrupted:
+        model = make_fusion(encoder, None, cross_dim=20)
+        interrupted = interrupt(model.unwrap, event) >= event
+        unwrap_encoder(encoder)
+        assert public_state(encoder) == state, event
+        assert list(encoder.modules()) == parts, event
+        event += 7  # of some 80 to 200
+    assert event > 50
 
 
 COPIES = []
