@@ -210,9 +210,8 @@ def inputs(contact: Contact) -> str:
     if contact.chance(0.3):  # padded on the left, or in a sample of padding alone
         real = real.flip(1)
     good = {"bool": real, **{str(dtype): real.to(dtype) for dtype in (torch.int64, torch.int32, torch.uint8, torch.int8)}}
+    good |= {"float": real.double(), "half": real.half()}
     bad = {
-        "float": real.double(),
-        "half": real.half(),
         "additive": torch.where(real, 0.0, torch.finfo(torch.float32).min),
         "(B, 1, 1, S)": real[:, None, None].long(),
         "(B, S + 1)": torch.cat([real, real[:, :1]], 1).long(),
