@@ -77,8 +77,12 @@ def check_text(inputs: Mapping[str, Any]) -> None:
         raise TypeError(f"attention_mask must be a tensor (B, S), got {type(mask).__name__}: take return_tensors='pt'")
     if mask.is_complex():
         raise TypeError(f"attention_mask must be bool, integers, or 0 and 1 of a floating-point dtype, got {mask.dtype}")
-    if mask.is_floating_point() and can_be_looked_at(mask) and (mask.detach().double().numpy() < 0).any():
-        raise ValueError("attention_mask has numbers below 0, as additive masks do: 1 = real here, so pass mask == 0")
+    if mask.is_floating_point():
+        additive = "attention_mask has numbers below 0, as additive masks do: 1 = real here, so pass mask == 0"
+        if not can_be_looked_at(mask):
+            torch._assert_async((mask >= 0).all(), additive)  # where it is, without a wait
+        elif (mask.detach().double().numpy() < 0).any():
+            raise ValueError(additive)
     tokens = inputs.get("input_values") if ids is None else ids
     if mask.dim() != 2 or (isinstance(tokens, Tensor) and "past_key_values" not in inputs and mask.shape != tokens.shape):
         of = "" if tokens is None else f" as {'input_values' if ids is None else 'input_ids'} {tuple(tokens.shape)}"

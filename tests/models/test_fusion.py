@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from op_recorder import Recorder
 from tiny_fusion import (
     CLASSES,
     INPUTS,
@@ -20,6 +21,7 @@ from torch import nn
 from transformers import BertForSequenceClassification
 
 from mope_fast import FusionOutput, MoPEConfig, MoPEFusion, MoPELayer, PromptBank, PromptTuned, functional
+from mope_fast.encoders.families import check_text
 from mope_fast.modules.block_fusion import BlockAwareFusion
 
 CROSS = 20
@@ -336,6 +338,19 @@ def empty_text():
 def test_wrong_inputs_are_named(settings, inputs, message):
     with pytest.raises((TypeError, ValueError), match=message):
         make_fusion(**settings)(*inputs())
+
+
+def test_an_additive_mask_that_cannot_be_looked_at_is_refused_where_it_is():
+    ids, mask = torch.zeros(2, 3, dtype=torch.long, device="meta"), torch.ones(2, 3, device="meta")
+    with Recorder() as recorder:
+        check_text({"input_ids": ids, "attention_mask": mask})
+    assert "_assert_async" in recorder.names
+    model = torch.compile(PromptTuned(make_bert(num_hidden_layers=1), 2).double().eval(), fullgraph=True, backend="aot_eager")
+    text = make_text(3)
+    real = text["attention_mask"].double()
+    assert model({**text, "attention_mask": real}).features.isfinite().all()
+    with pytest.raises(RuntimeError, match="numbers below 0, as additive masks do"):
+        model({**text, "attention_mask": real.log()})
 
 
 def test_features_of_a_wrong_width_are_named():
