@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .._locks import Guarded
 from ..modules.rows import Prefix
 from .families import EncoderFamily, Inputs
 from .frozen import freeze
@@ -248,9 +249,15 @@ class Attachment:
         return type(module).forward(module, *args, **kwargs) if previous is None else previous(*args, **kwargs)
 
     def detach(self) -> None:
-        """Give the encoder back as it was. Where that is interrupted, the next call does the rest."""
-        if self._given_back:
-            return
+        """Give the encoder back as it was, once a forward of another thread has ended.
+
+        Where that is interrupted, the next call does the rest.
+        """
+        with self._lock:
+            if not self._given_back:
+                self._give_back()
+
+    def _give_back(self) -> None:
         self.active = False
         self._thaw()
         for (module, _), forward, previous in zip(self.layers, self._forwards, self._previous, strict=False):
@@ -267,6 +274,8 @@ class Attachment:
         self._given_back = True
 
 
+wrapping = Guarded()
+"""Whose lock a thread holds while it takes an encoder over, wraps it and becomes its owner."""
 _ATTACHMENTS: weakref.WeakSet[Attachment] = weakref.WeakSet()
 
 
