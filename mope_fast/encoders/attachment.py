@@ -250,9 +250,15 @@ class Attachment(Guarded):
         return type(module).forward(module, *args, **kwargs) if previous is None else previous(*args, **kwargs)
 
     def detach(self) -> None:
-        """Give the encoder back as it was. Where that is interrupted, the next call does the rest."""
-        if self._given_back:
-            return
+        """Give the encoder back as it was, once a forward of another thread has ended.
+
+        Where that is interrupted, the next call does the rest.
+        """
+        with self._lock:
+            if not self._given_back:
+                self._give_back()
+
+    def _give_back(self) -> None:
         self.active = False
         self._thaw()
         for (module, _), forward, previous in zip(self.layers, self._forwards, self._previous, strict=False):
@@ -267,6 +273,10 @@ class Attachment(Guarded):
         for _, attention in self.layers:
             vars(attention).pop(_SLOT, None)
         self._given_back = True
+
+
+wrapping = Guarded()
+"""Whose lock a thread holds while it takes an encoder over, wraps it and becomes its owner."""
 
 
 def _attachments(module: nn.Module) -> list[Attachment]:

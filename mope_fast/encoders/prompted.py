@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attachment import Attachment, Encoded, PromptProvider
+from .attachment import Attachment, Encoded, PromptProvider, wrapping
 from .families import Inputs, PromptedLayer, family_of
 
 
@@ -28,8 +28,9 @@ class PromptedEncoder(nn.Module):
     def __init__(self, encoder: nn.Module):
         super().__init__()
         self.family = family_of(encoder)
-        self._attachment = Attachment(encoder, self.family)
-        self._attachment.owners.add(self)
+        with wrapping.lock:
+            self._attachment = Attachment(encoder, self.family)
+            self._attachment.owners.add(self)
         self.encoder = encoder
         facts = self._facts = self.family.layers(encoder)
         self.widths = [layer.width for layer in facts]

@@ -8,6 +8,7 @@ A contact is known by its kind and index: ``pytest "tests/contacts/test_contacts
 ``MOPE_FAST_CONTACTS_SEED=1`` others. Counts by verdict stand at the end.
 """
 
+import gc
 import os
 
 import contact_files
@@ -27,6 +28,15 @@ KINDS = {
 }
 COUNT = int(os.environ.get("MOPE_FAST_CONTACTS", "200"))
 SEED = int(os.environ.get("MOPE_FAST_CONTACTS_SEED", "0"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _collected():
+    """Where an encoder seems to be taken the library collects garbage, which takes long among the objects of whole packages."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.mark.timeout(120)

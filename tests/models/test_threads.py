@@ -16,6 +16,7 @@ from tiny_fusion import SETTINGS, close, make_bert, make_dinov2, make_fusion, ma
 
 import mope_fast
 from mope_fast import MoPEConfig, MoPEFusion, PromptedEncoder, PromptTuned, unwrap_encoder
+from mope_fast.encoders import attachment
 
 
 @pytest.fixture
@@ -338,7 +339,30 @@ def test_forwards_of_a_broken_graph_that_meet_are_errors(served):
     close(compiled(*requests[2]).logits, expected[2])
 
 
+def test_unwrap_waits_for_a_forward_of_another_thread():
+    encoder = make_bert(hidden_dropout_prob=0.5).train()
+    model, text, cross = make_fusion(encoder, None, cross_dim=20), make_text(3), torch.randn(3, 20, dtype=torch.float64)
+    expected, inside = model(text, cross).logits, threading.Event()
+
+    def hold(*args):
+        inside.set()
+        time.sleep(0.05)
+
+    hook = encoder.encoder.layer[1].attention.register_forward_pre_hook(hold)
+    got, _ = in_threads(lambda: model(text, cross).logits, lambda: inside.wait(60) and model.unwrap())
+    hook.remove()
+    assert torch.equal(got, expected)
+    assert encoder.encoder.layer[1].output.dropout.training
+
+
 # who owns an encoder
+
+
+def test_of_threads_that_wrap_one_encoder_one_has_it(monkeypatch):
+    encoder, freeze = make_bert(), attachment.freeze
+    monkeypatch.setattr(attachment, "freeze", lambda module: (time.sleep(0.02), freeze(module))[1])
+    got = in_threads(*[lambda: PromptedEncoder(encoder)] * 3)
+    assert sorted(type(each).__name__ for each in got) == ["PromptedEncoder", "ValueError", "ValueError"]
 
 
 def test_an_encoder_whose_model_was_dropped_can_be_wrapped_again_and_is_given_back_whole():
