@@ -2,8 +2,10 @@
 
 import functools
 import importlib.util
+import itertools
 import os
 import shutil
+import sysconfig
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -45,14 +47,26 @@ def _compute_capability(device: torch.device) -> tuple[int, int]:
 def _found_no_compiler() -> str | None:
     """Why Triton can't build what launches its kernels; None if it can. Looks where Triton itself looks."""
     named = os.environ.get("CC")
-    if any(map(shutil.which, ("gcc", "clang") if named is None else (named,))):
+    is_there = any(map(shutil.which, ("gcc", "clang") if named is None else (named,)))
+    headers = _folders_of_headers()
+    if is_there and any(os.path.isfile(os.path.join(folder, "Python.h")) for folder in headers):
         return None
     from triton import knobs
 
     if knobs.build.impl is not None:
         return None
+    if is_there:
+        return f"Triton needs Python's headers to launch kernels, and {headers[0]} has no Python.h (apt install python3-dev)"
     got = "neither gcc nor clang is on the PATH" if named is None else f"CC={named!r} is no program"
     return f"Triton needs a C compiler to launch kernels, and {got}: install gcc (apt install gcc) or set CC to a compiler"
+
+
+def _folders_of_headers() -> list[str]:
+    scheme = sysconfig.get_default_scheme()
+    # Debian's own has another prefix than its headers
+    own = sysconfig.get_path("include", "posix_prefix" if scheme == "posix_local" else scheme)
+    more = [os.environ.get(name, "").split(os.pathsep) for name in ("CPATH", "C_INCLUDE_PATH")]
+    return [own, *filter(None, itertools.chain(*more))]
 
 
 @torch.compiler.assume_constant_result

@@ -1,6 +1,7 @@
 """python -m mope_fast.info."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -67,7 +68,11 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(info, "_devices", lambda: {"a GPU": GPU})
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(_implementations.sysconfig, "get_path", lambda *arguments: str(tmp_path))
+    monkeypatch.delenv("CPATH", raising=False)
+    monkeypatch.delenv("C_INCLUDE_PATH", raising=False)
     (tmp_path / "gcc").touch(mode=0o755)
+    (tmp_path / "Python.h").touch()
     _implementations._found_no_compiler.cache_clear()
     yield tmp_path
     _implementations._found_no_compiler.cache_clear()
@@ -126,11 +131,25 @@ def test_without_a_c_compiler_auto_takes_torchs_own_and_triton_says_what_to_inst
     assert info.report().count(f"not triton: {message}") == 4
 
 
-@pytest.mark.parametrize("how", ["clang", "CC", "knob"])
+def test_without_pythons_headers_auto_takes_torchs_own_and_triton_says_what_to_install(gpu):
+    (gpu / "Python.h").unlink()
+    assert set(chosen().values()) == {"sdpa", "reference"}
+    message = f"Triton needs Python's headers to launch kernels, and {gpu} has no Python.h (apt install python3-dev)"
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        choose("prompt_attention", "triton", Problem(GPU, torch.bfloat16))
+    assert info.report().count(f"not triton: {message}") == 4
+
+
+@pytest.mark.parametrize("how", ["clang", "CC", "knob", "CPATH"])
 def test_a_compiler_is_found_where_triton_finds_it(how, gpu, monkeypatch):
     (gpu / "gcc").rename(gpu / ("clang" if how == "clang" else "another"))
     if how == "CC":
         monkeypatch.setenv("CC", str(gpu / "another"))
+    if how == "CPATH":
+        (gpu / "another").rename(gpu / "gcc")
+        (gpu / "include").mkdir()
+        (gpu / "Python.h").rename(gpu / "include" / "Python.h")
+        monkeypatch.setenv("CPATH", f"/nowhere:{gpu / 'include'}")
     if how == "knob":
         knobs = pytest.importorskip("triton", reason="triton is not installed").knobs
         monkeypatch.setattr(knobs.build, "impl", lambda *args: None)

@@ -101,7 +101,7 @@ class Folder:
         # the first folder on the way that is outside: of images -> /data/images that one, not /data/images/a
         way = [each for each in reversed((path / "_").parents) if each.is_relative_to(self.root) and each.name != ".."]
         first = next((each for each in way if os.path.isdir(each) and not self._allows(each)), None)
-        first = first or (path if os.path.isdir(path) else real.parent)
+        first = first or (real.parent if os.path.islink(path) else path)
         return (
             f"{path} is {real}, outside of {self.root}: if it belongs to the data, outside=[{os.path.realpath(first)!r}] lets it in"
         )

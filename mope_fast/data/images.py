@@ -17,6 +17,8 @@ BITS, PHOTOMETRIC, ORIENTATION = 258, 262, 274
 """Tags of TIFF, and of EXIF."""
 TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
 """Orientation -> ``PIL.Image.Transpose``."""
+GREY_STEPS = {"L;2": 85, "L;4": 17}
+"""Of PNGs with fewer bits: how far apart Pillow's greys are."""
 GREY_16 = ("I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -118,15 +120,20 @@ def _as_shown(image: "Image.Image") -> "Image.Image":
 
 
 def _color_key(image: "Image.Image") -> Any:
-    """The one transparent color of a grey or RGB picture, in numbers of its pixels; asked before it is loaded."""
+    """The one transparent color of a grey or RGB picture, in numbers of its pixels; told best before it is loaded."""
     key = image.info.get("transparency")
-    if image.format != "PNG" or image.mode not in ("L", "RGB") or key is None:
+    kind = {"L": int, "RGB": tuple}.get(image.mode)
+    if image.format not in ("PNG", None) or kind is None or not isinstance(key, kind):
         return key
     # a PNG has it in the file's depth, and Pillow takes it for one of 8 bits
-    depth = image.tile[0][3] if image.tile else None
-    if depth == "RGB;16B":
-        return tuple(value >> 8 for value in key)
-    return key * {"L;2": 85, "L;4": 17}.get(depth, 1) if image.mode == "L" else key
+    depth = image.tile[0][3] if getattr(image, "tile", None) else None
+    if image.mode == "RGB":
+        return tuple(value >> 8 for value in key) if depth == "RGB;16B" or max(key) > 255 else key
+    if depth is None and 0 < key < 16:
+        # loaded before, as datasets does, or a copy: fewer bits have fewer greys, none of which is the key itself
+        greys = {grey for grey, count in enumerate(image.histogram()) if count}
+        depth = next((name for name, step in GREY_STEPS.items() if key * step in greys and not any(g % step for g in greys)), None)
+    return key * GREY_STEPS.get(depth, 1)
 
 
 def _eight_bits(image: "Image.Image", key: Any) -> np.ndarray:

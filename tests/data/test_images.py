@@ -126,6 +126,8 @@ def test_the_transparent_color_of_a_png_counts_in_its_own_depth(tmp_path, depth,
     path = tmp_path / "a.png"
     path.write_bytes(png(depth, color_type, row, transparent))
     assert shown(path)[0].tolist() == expected
+    with Image.open(path) as opened:
+        assert shown(opened.copy())[0].tolist() == shown(opened)[0].tolist() == expected
 
 
 # turned pictures

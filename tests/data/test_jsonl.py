@@ -307,6 +307,11 @@ def test_an_image_outside_of_the_folder_is_refused(tmp_path, elsewhere, way):
         assert image.getpixel((0, 0)) == (99, 0, 0)
 
 
+def test_a_path_of_another_machine_never_leads_to_the_whole_disk(tmp_path):
+    message = message_of(write(tmp_path / "set", train=[line(1, img="/not-here/a.png")]))
+    assert message.endswith("outside=['/not-here'] lets it in")
+
+
 def test_what_the_message_says_lets_linked_images_in(tmp_path):
     root = write(tmp_path / "set")
     (root / "images").rename(tmp_path / "disk")
