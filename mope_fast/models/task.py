@@ -70,6 +70,10 @@ def check_labels(problem_type: str, logits: Tensor, labels: Tensor) -> None:
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
     shape, single = tuple(logits.shape), problem_type == "single_label_classification"
+    if len(shape) < 2:
+        raise ValueError(
+            f"labels of {problem_type} need logits (B, num_classes), the head gave {shape}: have it keep that dimension"
+        )
     floats = labels.is_floating_point()
     if labels.is_complex() or (single and labels.dtype == torch.bool):
         raise TypeError(f"labels of {problem_type} can't be {labels.dtype}: " + ("call .long()" if single else "take real numbers"))
@@ -81,7 +85,7 @@ def check_labels(problem_type: str, logits: Tensor, labels: Tensor) -> None:
         expected, what = shape, "the shape of logits " + str(shape)
         hint = "one number for each class" if problem_type.startswith("multi") else "one number for each output"
     fits = labels.shape == expected or (problem_type == "regression" and labels.shape == logits.squeeze(-1).shape)
-    if not fits or len(shape) < 2:
+    if not fits:
         raise ValueError(f"{problem_type} labels must have {what}, got {labels.dtype} {tuple(labels.shape)}: {hint}")
     if single and shape[1] == 1:
         raise ValueError(
@@ -90,13 +94,16 @@ def check_labels(problem_type: str, logits: Tensor, labels: Tensor) -> None:
         )
     if labels.device != logits.device:
         raise ValueError(f"labels are on {labels.device}, the model on {logits.device}: call labels.to({str(logits.device)!r})")
-    if type(labels) is Tensor and labels.device.type == "cpu" and not torch.compiler.is_compiling():
+    can_look = type(labels) is Tensor and labels.device.type == "cpu" and not torch.compiler.is_compiling()
+    if can_look and torch._C._functorch.peek_interpreter_stack() is None:
         _check_values(problem_type, labels, shape[1])
 
 
 def _check_values(problem_type: str, labels: Tensor, classes: int) -> None:
     if problem_type == "multi_label_classification":
         good, what = (labels >= 0) & (labels <= 1), "in 0..1"
+    elif labels.is_floating_point() and problem_type == "single_label_classification":
+        good, what = (labels >= 0) & (labels <= 1), "probabilities in 0..1"
     elif labels.is_floating_point():
         good, what = labels.isfinite(), "finite"
     elif problem_type == "single_label_classification":
