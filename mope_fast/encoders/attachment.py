@@ -115,7 +115,7 @@ class Attachment(Guarded):
         self._previous: list[Callable[..., Any] | None] = []
         self._restore: Callable[[nn.Module], None] | None = None
         self._thaw = freeze(encoder)
-        self.active = True
+        self.active, self._given_back = True, False
         try:
             self._restore = family.attach(encoder)
             # the family may have put attentions of ours in their place
@@ -250,19 +250,22 @@ class Attachment(Guarded):
         return type(module).forward(module, *args, **kwargs) if previous is None else previous(*args, **kwargs)
 
     def detach(self) -> None:
-        """Give the encoder back as it was."""
-        if not self.active:
-            return
+        """Give the encoder back as it was. Interrupted by a Ctrl-C, it can be called again."""
         self.active = False
-        for (module, attention), forward, previous in zip(self.layers, self._forwards, self._previous, strict=False):
+        if self._given_back:
+            return
+        for (module, _), forward, previous in zip(self.layers, self._forwards, self._previous, strict=False):
             if vars(module).get("forward") is forward:
-                del module.forward
-                if previous is not None:
+                if previous is None:
+                    del module.forward
+                else:
                     module.forward = previous
-            vars(attention).pop(_SLOT, None)
         if self._restore is not None:
             self._restore(self.encoder)
         self._thaw()
+        for _, attention in self.layers:  # last: by them it is found again
+            vars(attention).pop(_SLOT, None)
+        self._given_back = True
 
 
 def _attachments(module: nn.Module) -> list[Attachment]:

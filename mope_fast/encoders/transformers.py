@@ -79,9 +79,9 @@ def _padding_mask(
     return attention_mask
 
 
-def _set_config(config: Any, encoder: nn.Module) -> None:
-    """To the encoder and all its parts that have the encoder's."""
-    for module in [module for module in encoder.modules() if getattr(module, "config", None) is encoder.config]:
+def _set_config(modules: list[nn.Module], config: Any, encoder: nn.Module | None = None) -> None:
+    """To the encoder and all its parts that had the encoder's."""
+    for module in modules:
         module.config = config
 
 
@@ -103,9 +103,14 @@ def _attach(encoder: nn.Module) -> Callable[[nn.Module], None]:
         )
     # a config of its own: the user's may be a decoder's or another encoder's too
     config = encoder.config
-    _set_config(copy.copy(config), encoder)
-    encoder.set_attn_implementation(NAME)
-    return functools.partial(_set_config, config)
+    modules = [module for module in encoder.modules() if getattr(module, "config", None) is config]
+    try:
+        _set_config(modules, copy.copy(config))
+        encoder.set_attn_implementation(NAME)
+    except BaseException:  # a Ctrl-C too
+        _set_config(modules, config)
+        raise
+    return functools.partial(_set_config, modules, config)
 
 
 def _hidden_size(encoder: nn.Module) -> int:

@@ -205,7 +205,7 @@ def test_an_interrupt_while_an_encoder_is_wrapped_leaves_one_that_can_be():
         model.unwrap()
         assert public_state(encoder) == state
         close(encoder(**text).last_hidden_state, alone)
-        event += 23  # of some 860
+        event += 5  # of some 860
     assert event > 400
 
 
@@ -221,6 +221,27 @@ def test_an_interrupt_while_a_timm_model_is_wrapped_leaves_its_own_attention():
         assert [type(part) for part in encoder.modules()] == [type(part) for part in own.modules()], event
         event += 7
     assert event > 400
+
+
+@pytest.mark.parametrize("kind", ["bert", "vit"])
+def test_an_interrupted_unwrap_can_be_done_again(kind):
+    event = 1
+    while True:
+        vit = {"model_name": "vit_tiny_patch16_224", "img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 3}
+        encoder = make_bert().train() if kind == "bert" else timm.create_model(**vit)
+        state, kinds = public_state(encoder), [type(part) for part in encoder.modules()]
+        config = getattr(encoder, "config", None)
+        model = PromptTuned(encoder, 2)
+        interrupted = interrupt(model.unwrap, event)
+        model.unwrap()
+        assert public_state(encoder) == state, event
+        assert [type(part) for part in encoder.modules()] == kinds, event
+        assert all(getattr(part, "config", config) is config for part in encoder.modules()), event
+        PromptTuned(encoder, 2).unwrap()
+        if not interrupted:
+            break
+        event += 3
+    assert event > 20
 
 
 COPIES = []
