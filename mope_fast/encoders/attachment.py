@@ -254,7 +254,7 @@ class Attachment(Guarded):
 
         Where that is interrupted, the next call does the rest.
         """
-        with self._lock:
+        with self.lock:
             if not self._given_back:
                 self._give_back()
 

@@ -62,8 +62,9 @@ def _nothing() -> None:
 
 
 def can_be_looked_at(tensor: Tensor) -> bool:
-    """Whether its numbers are at hand without a wait: in the host's memory, outside of a compiler."""
-    return type(tensor) is Tensor and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether its numbers are at hand without a wait: in the host's memory, outside of a compiler and of functorch's transforms."""
+    plain = type(tensor) is Tensor and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return plain and torch._C._functorch.peek_interpreter_stack() is None
 
 
 def check_text(inputs: Mapping[str, Any]) -> None:

@@ -37,9 +37,8 @@ class Front:
         self.latest: _Asked | None = None  # for a graph of the encoder's own, which has no thread
         self.traced: _Asked | None = None  # while a graph is made that asks
         self.previous = {name: vars(encoder)[name] for name in _METHODS if name in vars(encoder)}
-        setattr(encoder, _FRONT, self)
-        encoder.forward_features = self._features
-        encoder.forward_head = self._head
+        # in one step, which no Ctrl-C can split
+        vars(encoder).update({_FRONT: self, "forward_features": self._features, "forward_head": self._head})
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "asked": {}, "latest": None, "traced": None}
@@ -64,11 +63,11 @@ class Front:
 
     def _go_if_unused(self) -> None:
         if not self.wrapped and not self.asked:
+            own = vars(self.encoder)
             for name in _METHODS:
-                vars(self.encoder).pop(name, None)
-            vars(self.encoder).update(self.previous)
-            # last: where this was interrupted, it is found and done again
-            vars(self.encoder).pop(_FRONT, None)
+                own.pop(name, None)
+            own.update(self.previous)
+            del own[_FRONT]  # last: by it the others are found again
 
     @staticmethod
     def ask(encoder: nn.Module, inputs: dict[str, Any], *, maps: bool = False) -> tuple[Tensor, tuple[Tensor, ...] | None]:

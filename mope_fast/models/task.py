@@ -75,6 +75,10 @@ def check_labels(problem_type: str, logits: Tensor, labels: Tensor) -> None:
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
     shape, single = tuple(logits.shape), problem_type == "single_label_classification"
+    if len(shape) < 2:
+        raise ValueError(
+            f"labels of {problem_type} need logits (B, num_classes), the head gave {shape}: have it keep that dimension"
+        )
     floats = labels.is_floating_point()
     if labels.is_complex() or (single and labels.dtype == torch.bool):
         raise TypeError(f"labels of {problem_type} can't be {labels.dtype}: " + ("call .long()" if single else "take real numbers"))
@@ -86,7 +90,7 @@ def check_labels(problem_type: str, logits: Tensor, labels: Tensor) -> None:
         expected, what = shape, "the shape of logits " + str(shape)
         hint = "one number for each class" if problem_type.startswith("multi") else "one number for each output"
     fits = labels.shape == expected or (problem_type == "regression" and labels.shape == logits.squeeze(-1).shape)
-    if not fits or len(shape) < 2:
+    if not fits:
         raise ValueError(f"{problem_type} labels must have {what}, got {labels.dtype} {tuple(labels.shape)}: {hint}")
     if single and shape[1] == 1:
         raise ValueError(

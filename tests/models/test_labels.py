@@ -29,6 +29,8 @@ NAN, INF = math.nan, math.inf
         (SINGLE, (2, 3), torch.tensor([156, 0], dtype=torch.uint8), ValueError, "got 156"),
         (SINGLE, (1, 2), torch.tensor([[NAN, 1.0]]), ValueError, "must be in 0..1, got nan"),
         (SINGLE, (1, 2), torch.tensor([[-100.0, 1.0]]), ValueError, "must be in 0..1, got -100"),
+        (SINGLE, (1, 2), torch.tensor([[2.0, -1.0]]), ValueError, r"must be in 0\.\.1, got 2"),
+        (REGRESSION, (2,), torch.zeros(2), ValueError, r"need logits \(B, num_classes\), the head gave \(2,\)"),
         (SINGLE, (2, 1), torch.tensor([0, 0]), ValueError, "at least 2 classes: of one class the loss is always 0"),
         (SINGLE, (2, 3, 4), torch.tensor([0, 1]), ValueError, r"integer classes \(2, 4\), got"),
         (
@@ -129,6 +131,19 @@ def test_a_forward_compiles_with_labels_and_looks_at_no_value():
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     text, labels = make_text(3), torch.tensor([2, NOT_A_LABEL, 0])
     close(compiled(text, labels).loss, model(text, labels).loss)
+
+
+def test_gradients_of_single_samples_are_taken_with_labels():
+    model = PromptTuned(make_bert(), 2, 3, dropout=0.0).double()
+    ids, labels = make_text(3)["input_ids"], torch.tensor([2, 0, 1])
+    parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    def loss(parameters, ids, label):
+        return torch.func.functional_call(model, parameters, ({"input_ids": ids[None]}, label[None])).loss
+
+    got = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, ids, labels)
+    for index in range(3):
+        close({name: g[index] for name, g in got.items()}, torch.func.grad(loss)(parameters, ids[index], labels[index]))
 
 
 @pytest.mark.parametrize("joint", [False, True])
