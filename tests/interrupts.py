@@ -21,6 +21,7 @@ def interrupt(function: Callable[[], Any], event: int, part: str = "") -> int:
             if seen == event:
                 raise KeyboardInterrupt
 
+    hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None  # pytest's would keep frames, and what is in them
     sys.setprofile(profile)
     try:
         function()
@@ -32,4 +33,5 @@ def interrupt(function: Callable[[], Any], event: int, part: str = "") -> int:
             raise
     finally:
         sys.setprofile(None)
+        sys.unraisablehook = hook
     return seen

@@ -160,7 +160,6 @@ def public_state(encoder):
     return flags, [m.training for m in encoder.modules()], [set(vars(m)) for m in encoder.modules()]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # within a generator that was about to end
 def test_an_interrupt_at_any_moment_leaves_a_model_that_works(served):
     model, requests, expected = served
     event = 1
@@ -171,7 +170,6 @@ def test_an_interrupt_at_any_moment_leaves_a_model_that_works(served):
     assert event > 100
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_interrupt_while_an_encoder_is_wrapped_leaves_one_that_can_be():
     text, event = make_text(3), 1
     while True:
@@ -188,7 +186,6 @@ def test_an_interrupt_while_an_encoder_is_wrapped_leaves_one_that_can_be():
     assert event > 400
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_interrupt_while_a_timm_model_is_wrapped_leaves_its_own_attention():
     own = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3, embed_dim=24, num_heads=3)
     event = 1
@@ -203,7 +200,6 @@ def test_an_interrupt_while_a_timm_model_is_wrapped_leaves_its_own_attention():
     assert event > 400
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("kind", ["bert", "vit", "swin"])
 def test_an_interrupt_while_an_encoder_is_given_back_leaves_the_rest_to_be_done(kind):
     sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "num_classes": 0}
