@@ -45,10 +45,11 @@ def show(sample: Any, name: str) -> Shown:
     else:
         parts = (sample, None)
     text = picture = None
-    for part in parts:
+    named = isinstance(sample, (Post, Mapping))
+    for index, part in enumerate(parts):
         if part is None:
             continue
-        if isinstance(part, str) and text is None:
+        if isinstance(part, str) and text is None and not (named and index):
             text = part if len(part) <= LENGTH else part[: LENGTH - 1] + "…"
         elif picture is None:
             picture = _data_uri(part, name)

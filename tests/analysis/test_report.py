@@ -157,6 +157,14 @@ def test_samples_are_shown_whatever_kind_they_are(tmp_path):
     assert pixels(shown[1][1]).size == (112, 56)
 
 
+def test_a_path_in_the_place_of_an_image_is_no_text(tmp_path):
+    Image.new("RGB", (4, 4), "red").save(path := tmp_path / "red.png")
+    for sample in ({"image": str(path)}, {"text": None, "image": str(path)}, Post("1", None, str(path), 0)):
+        text, picture = pictures.show(sample, "sample 1")
+        assert text is None
+        assert picture.startswith("data:image/png")
+
+
 def test_a_picture_is_what_a_viewer_shows(tmp_path):
     exif = Image.Exif()
     exif[274] = 6

@@ -40,6 +40,7 @@ _MIX_EAGER = f"{_MIX}test_outputs_and_gradients_are_as_good_as_eager"
 _TIES = "tests/properties/test_route_and_mix_properties.py::test_among_equal_logits_the_lower_index_is_kept"
 _ATTEND_EAGER = f"{_ATTEND}test_float32_output_and_gradients_are_as_good_as_eager"
 _DENSE = "tests/test_attention_backends.py::test_output_and_gradients_are_those_of_the_dense_formula"
+_STRIDES = "tests/test_attention_backends.py::test_queries_keys_and_values_may_have_any_strides"
 _TIMM = "tests/encoders/test_timm_families.py::"
 _TRANSFORMERS = "tests/encoders/test_transformers_families.py::"
 _CONCATENATED = f"{_TRANSFORMERS}test_fusion_equals_the_librarys_layers_on_concatenated_prompts"
@@ -96,6 +97,14 @@ ROUTE_AND_MIX = (
         "x = tl.load(logits + rows[:, None] * stride_lb + cols[None, :] * stride_lk, mask=mask, other=0.0).to(ACC)",
         "Logits in a view of more than 2^31 elements are read at wrong addresses.",
         f"{_MIX}test_addresses_past_2_31_elements[logits-1]",
+    ),
+    _kernel(
+        "norm-of-rounding-below-zero",
+        "route_and_mix.py",
+        "inv_norm = 1.0 / tl.sqrt(tl.where(below, 0.0, norm_sq) + eps)",
+        "inv_norm = 1.0 / tl.sqrt(norm_sq + eps)",
+        "In K/V space experts that cancel give NaN.",
+        "tests/properties/test_route_and_mix_properties.py::test_experts_that_cancel_have_finite_results_and_gradients",
     ),
     Fault(
         "products-in-tf32",
@@ -184,6 +193,14 @@ ATTENTION = (
         "if True:",
         "A gradient penalty silently has no gradient.",
         "tests/ops/test_registration.py::test_every_way_to_a_second_derivative_raises",
+    ),
+    _fault(
+        "sdpa-reads-overlapping-rows",
+        "ops/sdpa_attention.py",
+        "return last == 1 and (0 < batch < width or 0 < heads < width or 0 < rows < width)",
+        "return False",
+        "On a CPU queries, keys and values made by unfold give garbage.",
+        f"{_STRIDES}[sdpa-heads that overlap-head_dim=12-nothing]",
     ),
     _fault(
         "sdpa-sees-hidden-keys",
@@ -706,10 +723,42 @@ FILES = (
         "Inputs of other types with the same bytes get each other's features.",
         "tests/data/test_feature_cache.py::test_another_content_is_another_sample",
     ),
+    _fault(
+        "content-cut-as-padding",
+        "data/fingerprint.py",
+        "cut = bool(lengths) and name in padded and ",
+        "cut = bool(lengths) and ",
+        "A table or an image whose second dimension is that of the mask gets the feature of another one.",
+        "tests/data/test_feature_cache.py::test_what_only_looks_like_padding_is_content",
+    ),
 )
 
-# readers, splits, metrics
+# readers, pictures, splits, metrics
 DATA = (
+    _fault(
+        "images-from-anywhere",
+        "data/folder.py",
+        "return any(real.is_relative_to(folder) for folder in self._allowed)",
+        "return True",
+        "A data set can put any picture of the disk into a report.",
+        "tests/data/test_jsonl.py::test_an_image_outside_of_the_folder_is_refused",
+    ),
+    _fault(
+        "pictures-not-turned",
+        "data/images.py",
+        "turn = TURNS.get(_orientation(image))",
+        "turn = None",
+        "Photographs of telephones lie on their side.",
+        "tests/data/test_images.py::test_a_picture_is_turned_as_its_exif_data_says",
+    ),
+    _fault(
+        "transparency-on-black",
+        "data/images.py",
+        'Image.new("RGBA", pixels.size, "white")',
+        'Image.new("RGBA", pixels.size, "black")',
+        "Black drawings on a transparent ground are black all over.",
+        "tests/data/test_images.py::test_what_is_transparent_shows_white",
+    ),
     _fault(
         "dev-among-train",
         "data/few_shot.py",
