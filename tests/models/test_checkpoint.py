@@ -390,6 +390,27 @@ def test_a_save_between_any_two_steps_of_another_never_loses_weights(tmp_path, m
     assert steps > 8
 
 
+def test_a_save_published_while_another_one_drops_what_it_replaced_keeps_its_weights(tmp_path, monkeypatch):
+    replace = os.replace
+    at = steps = 1
+    while at <= steps:
+        folder, published = tmp_path / str(at), []
+        save_number(folder, 0)
+        with monkeypatch.context() as context:
+
+            def publish_later(source, target, published=published):
+                published.append((source, target)) if target.name == checkpoint.DESCRIPTION else replace(source, target)
+
+            context.setattr(os, "replace", publish_later)
+            save_number(folder, 1)
+        with Interrupted(monkeypatch, at, lambda published=published: replace(*published.pop())) as dropping:
+            checkpoint._drop_replaced(folder)
+        steps = dropping.count
+        assert saved_number(folder) == (0 if published else 1)
+        at += 1
+    assert steps > 3
+
+
 def test_a_save_that_slept_for_hours_between_its_steps_is_whole(tmp_path, monkeypatch):
     def hours_later():
         for file in tmp_path.iterdir():

@@ -117,6 +117,8 @@ def test_a_deep_copy_fuses_like_the_original():
     torch.manual_seed(4)
     model, inputs = make_fusion(), (make_text(6), make_images(6))
     twin = copy.deepcopy(model)
+    with pytest.raises(ValueError, match="already takes prompts"):  # from the copy
+        make_fusion(twin.main.encoder, None, cross_dim=20)
     before = model(*inputs).logits
     assert torch.equal(twin(*inputs).logits, before)
     with torch.no_grad():
