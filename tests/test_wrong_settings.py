@@ -93,6 +93,7 @@ WRONG: list[tuple[Callable, dict, type[Exception], str]] = [
     (FewShotRecipe, {"eps": INF}, ValueError, "FewShotRecipe.eps must be finite in float32, got inf"),
     (analysis.Thresholds, {"dead": True}, TypeError, "Thresholds.dead must be float, got True"),
     (analysis.Recorder, {"class_names": ["a", "b", "a"]}, ValueError, r"class_names must differ .*, got \['a', 'b', 'a'\]"),
+    (Posts, {"posts": (), "class_names": "ab"}, TypeError, "class_names must be a list of names, got 'ab'"),
     (Posts, {"posts": (), "class_names": ("a", "a")}, ValueError, r"class_names must differ .*, got \['a', 'a'\]"),
     (Posts, {"posts": (Post("1", "", None, True),), "class_names": ("a", "b")}, ValueError, "post 1 has label True"),
 ]

@@ -59,6 +59,7 @@ class Posts(Sequence[Post]):
         dropped: why the reader left samples out, and the ids of these; empty for a part of a set.
 
     Raises:
+        TypeError: ``class_names`` is a text.
         ValueError: two classes have one name, a post's label is none of the classes, or some posts have one class and others
             several or none.
     """
@@ -68,6 +69,8 @@ class Posts(Sequence[Post]):
     dropped: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self):
+        if isinstance(self.class_names, str):
+            raise TypeError(f"class_names must be a list of names, got {self.class_names!r}")
         if len(set(self.class_names)) < len(self.class_names):
             raise ValueError(f"class_names must differ from each other, got {list(self.class_names)}")
         several, classes = self.multi_label, len(self.class_names)

@@ -312,6 +312,7 @@ def test_a_file_that_asks_for_too_much_memory(tmp_path, monkeypatch, error):
         (lambda value: value.to(torch.complex64), "torch.complex64"),
         (lambda value: value.to_sparse(), "torch.sparse_coo"),
         (lambda value: value.to("meta"), "a tensor without values"),
+        (lambda value: torch.nested.nested_tensor([value]), "a nested tensor"),
     ],
 )
 def test_tensors_that_are_no_plain_numbers_are_refused(load, change, kind):
@@ -320,6 +321,13 @@ def test_tensors_that_are_no_plain_numbers_are_refused(load, change, kind):
     lines = refusal(load, state, config, image_size=20, strict=False)
     expected = f": the file has {kind}, the model floating-point numbers"
     assert sorted(lines) == sorted(f"  {key}{expected}" for key in (TABLE, "transformer.cls_token"))
+
+
+def test_numbers_that_are_not_finite_are_a_warning(load):
+    config, state = official("base")
+    state["transformer.cls_token"][0, 0, :2] = float("nan")
+    with pytest.warns(UserWarning, match=r"not finite, in transformer.cls_token \(2 of 24\): outputs will be NaN"):
+        load(state, config)
 
 
 def make_beit(side=12, **settings):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..checkpoint import not_finite
 from .config import VLMoConfig
 from .positions import TEXT_ROWS, image_rows
 
@@ -49,7 +50,7 @@ def _read(path: Path) -> Any:
         what = "is a folder" if path.is_dir() else "does not exist"
         raise FileNotFoundError(f"{path} {what}: expected a file of a VLMo (vlmo_base_plus_patch16_224.pt, for example)")
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             from safetensors.torch import load_file
 
             return load_file(path)
@@ -144,13 +145,15 @@ def load_into(model: "VLMo", state: State, path: str | os.PathLike[str], *, stri
         raise ValueError(f"{path} doesn't fit this VLMo:\n  " + "\n  ".join(unfit + missing + unexpected) + hint)
     if missing + unexpected:
         warnings.warn(f"{path} was loaded in part:\n  " + "\n  ".join(missing + unexpected), stacklevel=3)
+    if problems := not_finite(kept):
+        warnings.warn(f"{path} holds numbers that are not finite, in {', '.join(problems)}: outputs will be NaN", stacklevel=3)
     model.load_state_dict(kept, strict=False)
 
 
 def _kind(value: Tensor) -> str | None:
     """Of a tensor that is no plain one of floating-point numbers; None for one that is."""
-    if value.is_meta or value.layout != torch.strided:
-        return "a tensor without values" if value.is_meta else str(value.layout)
+    if value.is_meta or value.is_nested or value.layout != torch.strided:
+        return "a tensor without values" if value.is_meta else "a nested tensor" if value.is_nested else str(value.layout)
     return None if value.is_floating_point() else str(value.dtype)
 
 
