@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from .._locks import Guarded
 from ..modules.rows import Prefix
 from .families import EncoderFamily, Inputs
-from .frozen import freeze
+from .frozen import freeze, thaw_held
 from .pooling import Pool
 
 _SLOT = "_mope_fast_slot"
@@ -319,4 +319,5 @@ def unwrap_encoder(encoder: nn.Module) -> nn.Module:
         raise TypeError(f"unwrap_encoder takes an encoder, a torch.nn.Module, got {type(encoder).__name__}")
     for attachment in _attachments(encoder):
         attachment.detach()
+    thaw_held(encoder)
     return encoder

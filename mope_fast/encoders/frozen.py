@@ -1,10 +1,13 @@
 """Holding other people's modules frozen, and giving them back as they were."""
 
 import functools
+import weakref
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
+
+_FROZEN = "_mope_fast_frozen"
 
 
 class _Flag(NamedTuple):
@@ -43,3 +46,55 @@ def _thaw(module: nn.Module, modes: list[tuple[nn.Module, bool]], flags: list[_F
         for parameter in (dict(part.named_parameters(recurse=False)).get(name), now.get(path)):
             if parameter is not None:
                 parameter.requires_grad_(flag)
+
+
+class Hold:
+    """One model's hold on a module that it keeps frozen. The module thaws when the last one lets go.
+
+    Holds of models that were dropped count no more: whoever takes the module next finds it as it was before them. A deep copy or a
+    pickle of a model holds its own copy of the module.
+    """
+
+    def __init__(self, module: nn.Module):
+        frozen = vars(module).get(_FROZEN)
+        if frozen is not None and not frozen.holds:
+            frozen.thaw()
+            frozen = None
+        self.frozen = _Frozen(module) if frozen is None else frozen
+        self.frozen.holds.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.frozen.holds.add(self)
+
+    def release(self) -> None:
+        self.frozen.holds.discard(self)
+        if not self.frozen.holds:
+            self.frozen.thaw()
+
+
+class _Frozen:
+    """What a frozen module was before, kept on the module itself."""
+
+    def __init__(self, module: nn.Module):
+        self.module, self._thaw = module, freeze(module)
+        self.holds: weakref.WeakSet[Hold] = weakref.WeakSet()
+        vars(module)[_FROZEN] = self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "holds": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, holds=weakref.WeakSet())
+
+    def thaw(self) -> None:
+        if vars(self.module).get(_FROZEN) is self:
+            self._thaw()
+            del vars(self.module)[_FROZEN]
+
+
+def thaw_held(module: nn.Module) -> None:
+    """Give a module and its parts back from all models that hold them frozen."""
+    for part in list(module.modules()):
+        if (frozen := vars(part).get(_FROZEN)) is not None:
+            frozen.thaw()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..encoders import PromptedEncoder, family_of, find_family
-from ..encoders.frozen import freeze
+from ..encoders.frozen import Hold
 from ..modules import MoPEConfig, PromptBank
 from . import checkpoint
 from .folded import FoldedModel
@@ -77,7 +77,7 @@ class MoPEFusion(TaskModel):
         self.problem_type, self.label_smoothing = problem_type, float(label_smoothing)
         self.main = prompted(main)
         self._wrapped = [] if self.main is main else [self.main]
-        self._thaw_black_box: Callable[[], None] | None = None
+        self._black_box: Hold | None = None
         try:
             self.complementary = self._make_side(complementary)
             self.bank = PromptBank(self.main.widths, cross_dim, self.config)
@@ -133,15 +133,15 @@ class MoPEFusion(TaskModel):
             return PromptTuned(side, self.config.complementary_prompt_length, **settings)
         if isinstance(complementary, nn.Module) and not is_prompted_model(complementary):
             check_holds_no_prompts(complementary)
-            self._thaw_black_box = freeze(complementary)
+            self._black_box = Hold(complementary)
         return complementary
 
     def _give_back(self) -> None:
         """Undo what this model has done to encoders and to a black box; what came wrapped or tuned stays so."""
         for encoder in self._wrapped:
             encoder.detach()
-        if self._thaw_black_box is not None:
-            self._thaw_black_box()
+        if self._black_box is not None:
+            self._black_box.release()
 
     def complementary_feature(self, inputs: Inputs | None) -> Tensor:
         """psi_y, (B, cross_dim)."""
@@ -150,7 +150,7 @@ class MoPEFusion(TaskModel):
     def train(self, mode: bool = True) -> "MoPEFusion":
         """Train or evaluate prompts, mapper and head; encoders stay in eval mode."""
         super().train(mode)
-        if self._thaw_black_box is not None:
+        if self._black_box is not None:
             self.complementary.eval()
         return self
 

@@ -216,9 +216,12 @@ class BAFConfig(Settings):
             raise ValueError("BAFConfig.head='verbalizer' goes with verbalizer=[[token ids of a class], ...] and mask_token_id")
         if self.verbalizer is not None and not all(self.verbalizer):
             raise ValueError(f"BAFConfig.verbalizer must have at least one token for each class, got {self.verbalizer}")
-        words = [word for of_class in self.verbalizer or () for word in of_class]
-        if repeated := sorted({word for word in words if words.count(word) > 1}):
-            raise ValueError(f"BAFConfig.verbalizer has token ids {repeated} more than once: a word stands for one class, once")
+        given = self.verbalizer or ()
+        words = {frozenset(of_class) for of_class in given}
+        if len(words) < len(given) or sum(map(len, words)) < sum(map(len, given)):
+            raise ValueError(
+                f"BAFConfig.verbalizer has a word twice in one class, or the same words in two classes: got {self.verbalizer}"
+            )
 
     def lengths(self, text: int, image: int) -> dict[str, int]:
         """Group -> rows, all five in their order."""

@@ -2,13 +2,12 @@
 
 import dataclasses
 import os
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...encoders.frozen import freeze
+from ...encoders.frozen import Hold
 from ...modules.block_fusion import BlockAwareFusion, PromptFusion
 from ...receptive_field import ReceptiveField
 from .. import checkpoint
@@ -78,10 +77,10 @@ class MoPEBAF(TaskModel):
         self._make_fusions(vlmo)
         self._num_classes = num_classes
         self.head = self._make_head(vlmo, num_classes) if head is None else head
-        self._thaw: Callable[[], None] | None = None
+        self._hold: Hold | None = None
         self.backbone = vlmo
         if config.freeze_backbone:
-            self._thaw = freeze(vlmo)
+            self._hold = Hold(vlmo)
 
     def _make_prompts(self, vlmo: VLMo) -> None:
         """(1 or blocks, rows, D) each; None for no rows."""
@@ -268,7 +267,7 @@ class MoPEBAF(TaskModel):
     def train(self, mode: bool = True) -> "MoPEBAF":
         """Train or evaluate; a frozen VLMo stays in eval mode."""
         super().train(mode)
-        if self._thaw is not None:
+        if self._hold is not None:
             self.backbone.eval()
         return self
 
@@ -299,12 +298,12 @@ class MoPEBAF(TaskModel):
     def unwrap(self) -> VLMo:
         """Give the VLMo back; this model can't be used afterwards.
 
-        A frozen one is as it came: what was trainable and in training mode then is so again. Of several models with one frozen
-        VLMo the last one gives it back first. One that was trained is given as it is.
+        A frozen one is as it came, once no other model holds it: what was trainable and in training mode then is so again. One that
+        was trained is given as it is.
         """
-        if self._thaw is not None:
-            self._thaw()
-            self._thaw = None
+        if self._hold is not None:
+            self._hold.release()
+            self._hold = None
         return self.backbone
 
     def description(self) -> dict[str, Any]:
