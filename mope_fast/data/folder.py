@@ -79,8 +79,9 @@ class Folder:
             if folder.parent != folder and error.errno == errno.ENOENT:
                 parent = self._list(folder.parent)
                 name = parent.folders.spelled(folder.name)
-                if name not in (None, folder.name):
-                    return self._look_into(parent.folder / name)
+                # its own name may be right and a parent's in the other form
+                if name is not None and (spelled := parent.folder / name) != folder:
+                    return self._look_into(spelled)
         return _Listing(folder, files, folders)
 
     def _refusal(self, path: Path) -> str | None:

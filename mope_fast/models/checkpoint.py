@@ -6,7 +6,8 @@ import os
 import re
 import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,9 +37,12 @@ def _content_name(data: bytes) -> str:
     return f"mope_fast-{hashlib.sha256(data).hexdigest()[:16]}"
 
 
+NAME = re.compile(r"(mope_fast-[0-9a-f]{16})(-\w{1,16})?\.safetensors", re.ASCII)
+"""Of weights; earlier versions put nothing behind the hash."""
+
+
 def _is_name_of(name: str, data: bytes) -> bool:
-    # earlier versions put nothing behind the hash
-    return re.fullmatch(_content_name(data) + r"(-\w+)?\.safetensors", name) is not None
+    return (match := NAME.fullmatch(name)) is not None and match[1] == _content_name(data)
 
 
 def not_finite(state: Mapping[str, Tensor]) -> list[str]:
@@ -160,11 +164,20 @@ def read_description(path: str | os.PathLike[str], model: str, settings: set[str
     }
     if wrong := [key for key, kind in types.items() if key in description and not isinstance(description[key], kind)]:
         raise ValueError(f"{file} is damaged: {wrong} have the wrong type; restore it, or save the model again")
-    if Path(description["weights"]).name != description["weights"]:
-        raise ValueError(f"{file} names weights outside its folder ({description['weights']}): don't trust it")
+    if not NAME.fullmatch(description["weights"]):
+        raise ValueError(f"{file} names {description['weights']!r:.99} as its weights, which no save does: don't trust it")
     if unknown := [key for key in description["config"] if key not in settings]:
         raise ValueError(f"{file} has settings that this version doesn't know: {unknown}; update mope_fast")
     return description
+
+
+@contextmanager
+def settings_of(path: str | os.PathLike[str]) -> Iterator[None]:
+    """What refuses settings in the block refuses the save that they are of, as a ValueError that names it."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{Path(path) / DESCRIPTION} is damaged: {error}; restore it, or save the model again") from None
 
 
 def task_settings(description: dict[str, Any]) -> dict[str, Any]:

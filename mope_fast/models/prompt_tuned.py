@@ -47,11 +47,9 @@ class PromptTuned(TaskModel):
     ):
         super().__init__()
         check_head(num_classes, head, problem_type, label_smoothing)
-        if not isinstance(prompt_length, int) or isinstance(prompt_length, bool) or prompt_length < 0:
-            raise ValueError(f"prompt_length must be an integer >= 0, got {prompt_length!r}")
         self.settings = {"prompt_length": prompt_length, "dropout": dropout, "prompt_init": prompt_init}
         # settings are checked before the encoder is touched
-        config = MoPEConfig(**{**self.settings, "prompt_length": max(1, prompt_length)}, use_dynamic=False, use_mapped=False)
+        config = _config(**self.settings)
         self.problem_type, self.label_smoothing = problem_type, float(label_smoothing)
         self.main = prompted(encoder)
         self._shared = self.main is encoder
@@ -106,7 +104,18 @@ class PromptTuned(TaskModel):
             FileNotFoundError, ValueError: no such save, or it doesn't fit; the message says what doesn't.
         """
         saved = checkpoint.read_description(path, "PromptTuned", {"prompt_length", "dropout", "prompt_init"})
-        classes = None if head is not None else saved["num_classes"]
-        model = cls(encoder, num_classes=classes, head=head, **checkpoint.task_settings(saved), **saved["config"])
+        classes, task = None if head is not None else saved["num_classes"], checkpoint.task_settings(saved)
+        with checkpoint.settings_of(path):
+            _config(**saved["config"])
+            check_head(classes, head, **task)
+        model = cls(encoder, num_classes=classes, head=head, **task, **saved["config"])
         model._load(path, saved, strict)
         return model
+
+
+def _config(prompt_length: int, dropout: float, prompt_init: float | None) -> MoPEConfig:
+    """Of the bank; raises TypeError or ValueError for settings that are none."""
+    if not isinstance(prompt_length, int) or isinstance(prompt_length, bool) or prompt_length < 0:
+        raise ValueError(f"prompt_length must be an integer >= 0, got {prompt_length!r}")
+    settings = {"prompt_length": max(1, prompt_length), "dropout": dropout, "prompt_init": prompt_init}
+    return MoPEConfig(**settings, use_dynamic=False, use_mapped=False)

@@ -1,7 +1,6 @@
 """Pictures of every kind and state of repair, through every reader; what they show is computed by numpy from what was written."""
 
 import base64
-import functools
 import io
 import struct
 import zlib
@@ -22,7 +21,7 @@ SIDE = 8
 
 
 class Picture(NamedTuple):
-    """A file's bytes, or an image in memory; what it shows, (H, W, 3), None for what can't be shown; and how much may be rounded."""
+    """A file's bytes, or an image in memory; what it shows, (H, W, 3), None for nothing; and how much may be rounded."""
 
     suffix: str
     content: Any

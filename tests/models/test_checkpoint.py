@@ -1,6 +1,8 @@
 import hashlib
 import json
+import math
 import os
+import re
 import threading
 import time
 from pathlib import Path
@@ -212,6 +214,26 @@ def test_damaged_weights_are_refused(saved, damage):
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(ValueError, match=r"is damaged.*save the model again"):
         MoPEFusion.from_pretrained(saved, bert(), dinov2())
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"num_classes": True}, "num_classes must be an integer >= 1, got True"),
+        ({"label_smoothing": math.nan}, "label_smoothing must be in 0..1, got nan"),
+        ({"problem_type": "other"}, "problem_type must be one of"),
+        ({"config": {"prompt_length": 2, "dropout": "0.1", "prompt_init": None}}, "dropout must be float, got '0.1'"),
+        ({"config": {"prompt_length": 2, "dropout": 0.1}}, "prompt_init"),
+        ({"weights": "a" * 400}, "names 'aaa"),
+        ({"weights": "a\0b"}, "names 'a"),
+        ({"weights": "../mope_fast-0123456789abcdef.safetensors"}, "names '../mope_fast"),
+    ],
+)
+def test_settings_that_are_none_are_the_saves_fault(tmp_path, changed, message):
+    PromptTuned(bert(), 2, 3).save_pretrained(tmp_path)
+    rewrite_description(tmp_path, lambda description: description.update(changed))
+    with pytest.raises(ValueError, match=rf"mope_fast\.json.*{re.escape(message)}"):
+        PromptTuned.from_pretrained(tmp_path, bert())
 
 
 @pytest.mark.parametrize("calls_before", [0, 1, 2])

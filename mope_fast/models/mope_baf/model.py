@@ -3,7 +3,6 @@
 import dataclasses
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -334,12 +333,11 @@ class MoPEBAF(TaskModel):
         """
         known = {field.name for field in dataclasses.fields(BAFConfig)}
         saved = checkpoint.read_description(path, "MoPEBAF", known)
-        try:
+        classes, task = None if head is not None else saved["num_classes"], checkpoint.task_settings(saved)
+        with checkpoint.settings_of(path):
             config = BAFConfig(**saved["config"])
-        except TypeError as error:
-            raise ValueError(f"{Path(path) / checkpoint.DESCRIPTION} is damaged: {error}; restore it") from None
-        classes = None if head is not None else saved["num_classes"]
-        model = cls(vlmo, classes, config, head=head, **checkpoint.task_settings(saved))
+            check_head(classes, head, **task)
+        model = cls(vlmo, classes, config, head=head, **task)
         model._load(path, saved, strict)
         return model
 
