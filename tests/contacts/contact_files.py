@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 import vlmo_files
-from judge import REFUSED, RIGHT, Contact, Refusal, WrongError, in_threads, judge, same
+from judge import REFUSED, RIGHT, Contact, Refusal, WrongError, in_threads, judge, kept_folder, same
 from models import DETERMINISTIC, a_request
+from published_sets import make_twitter
 from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 from tiny_fusion import make_bert, make_fusion
@@ -26,14 +27,14 @@ from tiny_vlmo import make_config
 from torch import nn
 
 from mope_fast import FeatureCache, PromptTuned, VLMo
-from mope_fast.data import read_jsonl_folder
+from mope_fast.data import read_jsonl_folder, read_twitter_sarcasm
 from mope_fast.models import checkpoint
 
 READING = (OSError, ValueError)
 
 
 def run(contact: Contact) -> str:
-    use = contact.random.choices((jsonl, adapter, store, vlmo, savers), (10, 10, 4, 2, 1))[0]
+    use = contact.random.choices((jsonl, published, adapter, store, vlmo, savers), (9, 2, 10, 4, 2, 1))[0]
     contact.note(use.__name__)
     return use(contact)
 
@@ -342,6 +343,54 @@ FAULTS = [
 ]
 
 
+# published sets
+
+
+def published(contact: Contact) -> str:
+    """The tweets of the sarcasm set, with one fault or none."""
+    fault = contact.choose(
+        (None, "twice", "label", "id", "image gone", "image outside", "bytes", "half a pair", "no list", "long", "cut")
+    )
+    end = contact.choose(("\n", "\r\n"))
+    ids = [str(number) for number in contact.random.sample(range(1, 10**9), contact.random.randint(1, 4))]
+    texts = [contact.choose(("good .", 'it \'s "great"', "é …", "")) for _ in ids]
+    labels = [contact.random.randint(0, 1) for _ in ids]
+    rows: list[Any] = [list(row) for row in zip(ids, texts, labels, strict=True)]
+    make_twitter(contact.folder, {"train.txt": rows}, end)
+    bad, picture = contact.choose(rows), contact.folder / "dataset_image" / f"{contact.choose(ids)}.jpg"
+    if fault == "twice":
+        rows.append(bad)
+    elif fault == "label":
+        bad[2] = contact.choose((2, -1, True, None, "1", 1.0, [1]))
+    elif fault == "id":
+        bad[0] = contact.choose(("../1", "1/2", "", "x", 7, "٣", "1\n", "-1", "1\0"))
+    elif fault == "image gone":
+        picture.unlink()
+    elif fault == "image outside":
+        picture.rename(contact.folder.parent / f"{contact.folder.name}-secret.jpg")
+        picture.symlink_to(contact.folder.parent / f"{contact.folder.name}-secret.jpg")
+    lines = [repr(row) for row in rows]
+    damaged = {
+        "bytes": "['1', '\udce9', 1]",
+        "half a pair": "['1', '\\ud800', 1]",
+        "no list": contact.choose(("{}", "['1'", "os.remove('a')", "[" * 9999)),
+        "long": f"['1', '{'a' * 20000}', 1]",
+        "cut": lines[-1][: contact.random.randint(1, len(lines[-1]) - 1)],
+    }
+    if fault in damaged:
+        lines[-1] = damaged[fault]
+    text = contact.choose(("", "\ufeff")) + end.join(lines) + contact.choose((end, "", end * 3))
+    (contact.folder / "text" / "train.txt").write_bytes(text.encode("utf-8", "surrogateescape"))
+    contact.note(fault, lines)
+
+    def right(posts):
+        assert [(post.id, post.text, post.label) for post in posts] == list(zip(ids, texts, labels, strict=True))
+        assert all(post.image.is_file() and post.image.stem == post.id for post in posts)
+
+    use = functools.partial(read_twitter_sarcasm, contact.folder, "train")
+    return judge(use, None if fault else right, Refusal(READING, ("train.txt, line ",)) if fault else None)
+
+
 # saves
 
 ODD = (None, True, 0, -1, 1.5, 10**30, "a", "", [], [1], {}, {"a": {"b": 1}}, "0.1", math.nan, 10**400)
@@ -362,7 +411,7 @@ def saves() -> dict[str, tuple[Path, Any, dict[str, torch.Tensor], Any, torch.Te
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.add_(torch.randn_like(parameter)).copy_(parameter.float())
-        folder = Path(tempfile.mkdtemp())
+        folder = kept_folder()
         model.save_pretrained(folder)
         request = a_request("tuned" if name == "tuned" else "text", 2)
         trained = {key: value.clone() for key, value in model.trained_state_dict().items()}
