@@ -168,7 +168,20 @@ def read_description(path: str | os.PathLike[str], model: str, settings: set[str
         raise ValueError(f"{file} names {description['weights']!r:.99} as its weights, which no save does: don't trust it")
     if unknown := [key for key in description["config"] if key not in settings]:
         raise ValueError(f"{file} has settings that this version doesn't know: {unknown}; update mope_fast")
+    _check_sizes(file, description)
     return description
+
+
+def _check_sizes(file: Path, description: dict[str, Any]) -> None:
+    """Raises ValueError where a model of these settings would have more numbers than there are bytes: it isn't to be tried."""
+    weights = file.with_name(description["weights"])
+    sizes = {**description["config"], "num_classes": description["num_classes"]}
+    if weights.is_file() and (
+        large := [name for name, value in sizes.items() if isinstance(value, int) and value > weights.stat().st_size]
+    ):
+        raise ValueError(
+            f"{file} is damaged: {large} is larger than {weights.name} has numbers; restore it, or save the model again"
+        )
 
 
 @contextmanager

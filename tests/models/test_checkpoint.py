@@ -224,6 +224,8 @@ def test_damaged_weights_are_refused(saved, damage):
         ({"problem_type": "other"}, "problem_type must be one of"),
         ({"config": {"prompt_length": 2, "dropout": "0.1", "prompt_init": None}}, "dropout must be float, got '0.1'"),
         ({"config": {"prompt_length": 2, "dropout": 0.1}}, "prompt_init"),
+        ({"num_classes": 10**12}, "['num_classes'] is larger than mope_fast-"),
+        ({"config": {"prompt_length": 10**30, "dropout": 0.1, "prompt_init": None}}, "['prompt_length'] is larger than"),
         ({"weights": "a" * 400}, "names 'aaa"),
         ({"weights": "a\0b"}, "names 'a"),
         ({"weights": "../mope_fast-0123456789abcdef.safetensors"}, "names '../mope_fast"),
