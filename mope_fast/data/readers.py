@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from .folder import Folder
-from .lines import check_choice, problems_in, read_lines
+from .lines import check_choice, is_unicode, problems_in, read_lines
 from .posts import Post, Posts
 
 _TWITTER = "Cai et al. 2019, https://github.com/headacheboy/data-of-multimodal-sarcasm-detection"
@@ -157,7 +157,11 @@ def _literal(line: str) -> object:
 
 
 def _is_tweet(row: object, fields: int) -> bool:
-    if not isinstance(row, list) or len(row) != fields or not all(isinstance(value, str) for value in row[:2]):
+    if (
+        not isinstance(row, list)
+        or len(row) != fields
+        or not all(isinstance(value, str) and is_unicode(value) for value in row[:2])
+    ):
         return False
     # digits only: an id becomes a path
     return re.fullmatch("[0-9]+", row[0]) is not None and all(type(label) is int and label in (0, 1) for label in row[2:])

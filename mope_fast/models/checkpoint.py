@@ -37,9 +37,12 @@ def _content_name(data: bytes) -> str:
     return f"mope_fast-{hashlib.sha256(data).hexdigest()[:16]}"
 
 
+NAME = re.compile(r"(mope_fast-[0-9a-f]{16})(-\w{1,16})?\.safetensors", re.ASCII)
+"""Of weights; earlier versions put nothing behind the hash."""
+
+
 def _is_name_of(name: str, data: bytes) -> bool:
-    # earlier versions put nothing behind the hash
-    return re.fullmatch(_content_name(data) + r"(-\w+)?\.safetensors", name) is not None
+    return (match := NAME.fullmatch(name)) is not None and match[1] == _content_name(data)
 
 
 def not_finite(state: Mapping[str, Tensor]) -> list[str]:
@@ -186,16 +189,16 @@ def read_description(path: str | os.PathLike[str], model: str, settings: set[str
     ]
     if wrong:
         raise ValueError(f"{file} is damaged: {wrong} have the wrong type; restore it, or save the model again")
-    if Path(description["weights"]).name != description["weights"] or description["weights"] == "..":
-        raise ValueError(f"{file} names weights outside its folder ({description['weights']}): don't trust it")
+    if not NAME.fullmatch(description["weights"]):
+        raise ValueError(f"{file} names {description['weights']!r:.99} as its weights, which no save does: don't trust it")
     if unknown := [key for key in description["config"] if key not in settings]:
         raise ValueError(f"{file} has settings that this version doesn't know: {unknown}; update mope_fast")
-    weights = file.with_name(description["weights"] or "weights")
+    weights = file.with_name(description["weights"])
     try:
         most = weights.stat().st_size
     except PermissionError:
         raise
-    except (OSError, ValueError):  # whatever the name is
+    except OSError:
         if _named_weights(file.parent) != description["weights"]:  # replaced since it was read
             return read_description(path, model, settings)
         raise FileNotFoundError(f"{weights} does not exist, but {DESCRIPTION} names it: copy the whole folder") from None
@@ -211,12 +214,12 @@ def _exceeds(value: Any, most: int) -> bool:
 
 
 @contextmanager
-def reading_settings(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Raises ValueError for a setting of a description that is missing or of a wrong type."""
+def settings_of(path: str | os.PathLike[str]) -> Iterator[None]:
+    """What refuses settings in the block refuses the save that they are of, as a ValueError that names it."""
     try:
         yield
-    except TypeError as error:
-        raise ValueError(f"{Path(path) / DESCRIPTION} is damaged: {error}; restore it") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{Path(path) / DESCRIPTION} is damaged: {error}; restore it, or save the model again") from None
 
 
 def task_settings(description: dict[str, Any]) -> dict[str, Any]:

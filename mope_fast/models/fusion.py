@@ -228,10 +228,11 @@ class MoPEFusion(TaskModel):
         """
         known = {field.name for field in dataclasses.fields(MoPEConfig)}
         saved = checkpoint.read_description(path, "MoPEFusion", known)
-        with checkpoint.reading_settings(path):
+        classes, task = None if head is not None else saved["num_classes"], checkpoint.task_settings(saved)
+        with checkpoint.settings_of(path):
             config = MoPEConfig(**saved["config"])
-        classes = None if head is not None else saved["num_classes"]
-        model = cls(main, complementary, classes, config, head=head, **checkpoint.task_settings(saved))
+            check_head(classes, head, **task)
+        model = cls(main, complementary, classes, config, head=head, **task)
         model._load(path, saved, strict)
         return model
 

@@ -105,10 +105,11 @@ class PromptTuned(TaskModel):
             OSError: a file can't be read.
         """
         saved = checkpoint.read_description(path, "PromptTuned", {"prompt_length", "dropout", "prompt_init"})
-        with checkpoint.reading_settings(path):
+        classes, task = None if head is not None else saved["num_classes"], checkpoint.task_settings(saved)
+        with checkpoint.settings_of(path):
             _config(**saved["config"])
-        classes = None if head is not None else saved["num_classes"]
-        model = cls(encoder, num_classes=classes, head=head, **checkpoint.task_settings(saved), **saved["config"])
+            check_head(classes, head, **task)
+        model = cls(encoder, num_classes=classes, head=head, **task, **saved["config"])
         model._load(path, saved, strict)
         return model
 

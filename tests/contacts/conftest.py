@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS), *(str(TESTS / folder) for folder in ("models", "encoders"))]
+sys.path[:0] = [str(TESTS), *(str(TESTS / folder) for folder in ("models", "encoders", "data"))]
 
 
 def pytest_terminal_summary(terminalreporter):

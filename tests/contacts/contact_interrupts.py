@@ -6,19 +6,16 @@ Each use is a generator: it gives what is to be interrupted, and then checks tha
 import copy
 import ctypes
 import functools
-import os
 import pickle
 import signal
-import tempfile
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import tiny_timm
 import torch
 from interrupts import interrupt
-from judge import REFUSED, RIGHT, Contact, Refusal, in_threads, judge, same
+from judge import REFUSED, RIGHT, Contact, Refusal, in_threads, judge, kept_folder, same
 from models import DETERMINISTIC, gradients, make_cross, served, text_fusion
 from PIL import Image, ImageFile
 from tiny_fusion import make_bert, make_dinov2, make_fusion, make_images, make_text
@@ -51,7 +48,7 @@ def measured(use) -> tuple[int, float]:
     """Moments, and seconds, that a use takes."""
     with torch.random.fork_rng():
         for _ in range(2):  # the first one warms up
-            steps = use(Contact(0, "interrupts", -1, Path(os.devnull)))
+            steps = use(Contact(0, "interrupts", -1, kept_folder()))
             function, start = next(steps), time.perf_counter()
             events = interrupt(function, 0)
             seconds = time.perf_counter() - start
@@ -111,13 +108,6 @@ def public_state(encoder):
     return *flags, modules, [set(vars(m)) for m in modules], id(config), getattr(config, "_attn_implementation", None)
 
 
-def folder_of(contact: Contact) -> Path:
-    """Of the contact; one that stays for a measured one."""
-    if contact.folder != Path(os.devnull):
-        return contact.folder
-    return Path(tempfile.mkdtemp())
-
-
 def works(name: str) -> None:
     """In this thread and in another one."""
     model, requests, expected = served(name)
@@ -131,6 +121,21 @@ def forward(contact: Contact):
     contact.note(name)
     model, requests, _ = served(name)
     yield lambda: model(*requests[1])
+    works(name)
+
+
+def beside(contact: Contact):
+    """While another thread runs the model too."""
+    name = contact.choose(("text", "pair", "vit", "tuned"))
+    contact.note(name)
+    model, requests, expected = served(name)
+    others: list[torch.Tensor] = []
+    thread = threading.Thread(target=lambda: others.extend(model(*requests[2]).logits for _ in range(3)), daemon=True)
+    thread.start()
+    yield lambda: model(*requests[1])
+    thread.join(60)
+    assert not thread.is_alive(), "the other thread waits for ever"
+    same(others, [expected[2]] * 3)
     works(name)
 
 
@@ -223,7 +228,7 @@ def fold(contact: Contact):
 
 
 def save(contact: Contact):
-    folder = folder_of(contact) / "save"
+    folder = contact.folder / "save"
     model = copy.deepcopy(text_fusion())
     old = None
     if contact.chance(0.7):
@@ -248,7 +253,7 @@ def save(contact: Contact):
 
 
 def load(contact: Contact):
-    folder = folder_of(contact) / "save"
+    folder = contact.folder / "save"
     model, requests, expected = served("text")
     model.save_pretrained(folder)
     model = copy.deepcopy(model)
@@ -272,7 +277,7 @@ def load(contact: Contact):
 
 
 def cache(contact: Contact):
-    folder = folder_of(contact) / "features"
+    folder = contact.folder / "features"
     encoder = make_dinov2().train()
     state, images = public_state(encoder), make_images(4)
     expected = mope_fast.encoders.encode(encoder.eval(), images).detach()
@@ -322,7 +327,7 @@ def training_step(contact: Contact):
 
 
 def pictures(contact: Contact):
-    folder = folder_of(contact)
+    folder = contact.folder
     path, cut = folder / "a.png", folder / "cut.jpg"
     pixels = torch.randint(256, (40, 30, 3), dtype=torch.uint8).numpy()
     Image.fromarray(pixels).save(path)
@@ -340,4 +345,4 @@ def pictures(contact: Contact):
         ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 
-USES = (forward, forward, forward, backward, wrap, unwrap, copies, fold, save, load, cache, training_step, pictures)
+USES = (forward, forward, beside, backward, wrap, unwrap, copies, fold, save, load, cache, training_step, pictures)

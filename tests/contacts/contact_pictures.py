@@ -21,7 +21,7 @@ SIDE = 8
 
 
 class Picture(NamedTuple):
-    """A file's bytes, or an image in memory; what it shows, (H, W, 3), or None; and how much may be rounded."""
+    """A file's bytes, or an image in memory; what it shows, (H, W, 3), None for nothing; and how much may be rounded."""
 
     suffix: str
     content: Any

@@ -1,6 +1,7 @@
 """What a contact has, and who judges it: right, refused by name, or wrong."""
 
 import random
+import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,8 +43,14 @@ class Contact:
     def choose(self, options: Sequence[Any]) -> Any:
         return self.random.choice(options)
 
-    def bytes_of(self, path: Path) -> bytes:
-        return path.read_bytes()
+
+_kept: list[tempfile.TemporaryDirectory] = []
+
+
+def kept_folder() -> Path:
+    """One that stays until the process ends."""
+    _kept.append(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+    return Path(_kept[-1].name)
 
 
 def judge(use: Callable[[], Any], right: Callable[[Any], None] | None, refusal: Refusal | None) -> str:

@@ -1,12 +1,12 @@
 """Models that contacts share, so that what one of them breaks the next one meets."""
 
 import functools
-import tempfile
 from typing import Any
 
 import tiny_fusion
 import tiny_timm
 import torch
+from judge import kept_folder
 from tiny_fusion import make_bert, make_dinov2, make_images, make_text
 
 from mope_fast import FeatureCache, MoPEFusion, MultiAdapter, PromptedEncoder, PromptTuned
@@ -44,7 +44,7 @@ def a_model(name: str) -> Any:
         if name in ("vit", "swin"):
             return tiny_timm.make_fusion(tiny_timm.make_encoder(name), num_classes=5, dropout=0.0, noise_std=0.0)
         if name == "cached":
-            cache = FeatureCache(tempfile.mkdtemp(), make_dinov2().eval())
+            cache = FeatureCache(kept_folder(), make_dinov2().eval())
             return tiny_fusion.make_fusion(make_bert(), cache, dropout=0.0, noise_std=0.0)
         if name in ("tuned", "longer"):
             return PromptTuned(shared_encoder(), 2 if name == "tuned" else 5, 3, dropout=0.0).double().eval()
@@ -80,7 +80,10 @@ def served(name: str) -> tuple[Any, list[tuple[Any, ...]], list[torch.Tensor]]:
     with torch.random.fork_rng():
         torch.manual_seed(12)
         requests = [a_request(name, 2 + i % 2) for i in range(4)]
-    return model, requests, [model(*request).logits.detach() for request in requests]
+    expected = [model(*request).logits.detach() for request in requests]
+    if name == "cached":
+        model.complementary.flush()
+    return model, requests, expected
 
 
 def gradients(model: torch.nn.Module, request: tuple[Any, ...]) -> list[torch.Tensor]:

@@ -380,9 +380,9 @@ def test_a_link_to_itself_is_missing_and_hides_no_other_file(tmp_path):
 
 @pytest.mark.parametrize(("written", "on_disk"), [("NFC", "NFD"), ("NFD", "NFC")])
 def test_accents_of_file_names_in_either_form(tmp_path, written, on_disk):
-    names = {form: unicodedata.normalize(form, "Köln/Café.png") for form in ("NFC", "NFD")}
+    names = {form: unicodedata.normalize(form, "Köln/a/Café.png") for form in ("NFC", "NFD")}
     root = write(tmp_path, train=[line(1, img=names[written])])
-    (root / names[on_disk]).parent.mkdir()
+    (root / names[on_disk]).parent.mkdir(parents=True)
     (root / "images" / "a" / "7.png").rename(root / names[on_disk])
     splits = {form: unicodedata.normalize(form, "fünf") for form in ("NFC", "NFD")}
     (root / "train.jsonl").rename(root / f"{splits[on_disk]}.jsonl")

@@ -1,6 +1,8 @@
 import hashlib
 import json
+import math
 import os
+import re
 import threading
 import time
 from pathlib import Path
@@ -210,9 +212,6 @@ def test_missing_files_are_named(saved, tmp_path):
     weights_file(saved).unlink()
     with pytest.raises(FileNotFoundError, match=r"safetensors does not exist, but mope_fast.json names it"):
         MoPEFusion.from_pretrained(saved, bert(), dinov2())
-    rewrite_description(saved, lambda description: description.update(weights="a" * 300))
-    with pytest.raises(FileNotFoundError, match=r"does not exist, but mope_fast\.json names it"):
-        MoPEFusion.from_pretrained(saved, bert(), dinov2())
 
 
 def flip_last_byte(data):
@@ -236,6 +235,27 @@ def test_weights_of_a_name_that_fits_and_a_header_that_lies_are_refused(saved, d
     rewrite_description(saved, lambda description: description.update(weights=name))
     with pytest.raises(ValueError, match=rf"{name} is no file of safetensors \("):
         MoPEFusion.from_pretrained(saved, bert(), dinov2())
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"num_classes": True}, "['num_classes'] have the wrong type"),
+        ({"label_smoothing": math.nan}, "label_smoothing must be in 0..1, got nan"),
+        ({"problem_type": "other"}, "problem_type must be one of"),
+        ({"config": {"prompt_length": 2, "dropout": "0.1", "prompt_init": None}}, "dropout must be float, got '0.1'"),
+        ({"num_classes": 10**12}, "['num_classes'] are more than mope_fast-"),
+        ({"config": {"prompt_length": 10**30, "dropout": 0.1, "prompt_init": None}}, "['prompt_length'] are more than"),
+        ({"weights": "a" * 400}, "names 'aaa"),
+        ({"weights": "a\0b"}, "names 'a"),
+        ({"weights": "../mope_fast-0123456789abcdef.safetensors"}, "names '../mope_fast"),
+    ],
+)
+def test_settings_that_are_none_are_the_saves_fault(tmp_path, changed, message):
+    PromptTuned(bert(), 2, 3).save_pretrained(tmp_path)
+    rewrite_description(tmp_path, lambda description: description.update(changed))
+    with pytest.raises(ValueError, match=rf"mope_fast\.json.*{re.escape(message)}"):
+        PromptTuned.from_pretrained(tmp_path, bert())
 
 
 @pytest.mark.parametrize("calls_before", [0, 1])

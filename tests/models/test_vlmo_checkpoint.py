@@ -273,6 +273,17 @@ def test_cut_files(tmp_path, kind):
             VLMo.from_checkpoint(path, config)
 
 
+def test_a_number_that_is_not_what_was_saved(tmp_path):
+    path = tmp_path / "vlmo.pt"
+    config, state = official("base")
+    torch.save(state, path)
+    data = bytearray(path.read_bytes())
+    data[data.index(state["pooler.dense.bias"].numpy().tobytes()) + 3] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"vlmo\.pt is damaged.*the checksum of vlmo/data/\d+ in it is another one"):
+        VLMo.from_checkpoint(path, config)
+
+
 @pytest.mark.parametrize("data", [b"hello world\n" * 9, b"<html>Not found</html>", bytes(range(256))])
 def test_files_of_something_else(tmp_path, data):
     path = tmp_path / "vlmo.pt"

@@ -333,10 +333,11 @@ class MoPEBAF(TaskModel):
         """
         known = {field.name for field in dataclasses.fields(BAFConfig)}
         saved = checkpoint.read_description(path, "MoPEBAF", known)
-        with checkpoint.reading_settings(path):
+        classes, task = None if head is not None else saved["num_classes"], checkpoint.task_settings(saved)
+        with checkpoint.settings_of(path):
             config = BAFConfig(**saved["config"])
-        classes = None if head is not None else saved["num_classes"]
-        model = cls(vlmo, classes, config, head=head, **checkpoint.task_settings(saved))
+            check_head(classes, head, **task)
+        model = cls(vlmo, classes, config, head=head, **task)
         model._load(path, saved, strict)
         return model
 

@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import warnings
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,7 @@ def _read(path: Path) -> Any:
             from safetensors.torch import load_file
 
             return load_file(path)
+        _check_sums(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError:
         raise
@@ -65,6 +67,14 @@ def _read(path: Path) -> Any:
     except Exception as error:  # torch.load has no type of its own for a file that is cut or no checkpoint at all
         large = ", or asks for more memory than there is" if isinstance(error, MemoryError) or "allocate" in str(error) else ""
         raise ValueError(f"{path} is damaged, or is no file of torch.save or safetensors{large}: {_first_line(error)}") from None
+
+
+def _check_sums(path: Path) -> None:
+    """Raises an error where a part of a file of torch.save isn't what was written, which torch.load doesn't look at."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            if (part := file.testzip()) is not None:
+                raise ValueError(f"the checksum of {part} in it is another one")
 
 
 def _first_line(error: Exception) -> str:
