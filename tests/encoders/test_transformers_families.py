@@ -256,9 +256,10 @@ def test_wrapped_encoder_alone_gives_what_it_gave_and_unwrap_restores_it(name, i
 @every_family
 def test_wrapping_twice_is_refused(name):
     encoder = CASES[name].make(layers=1)
-    make_fusion(encoder)
+    model = make_fusion(encoder)
     with pytest.raises(ValueError, match=r"already takes prompts from another model: unwrap\(\) that one first"):
         make_fusion(encoder)
+    assert model.unwrap()[0] is encoder
 
 
 def check_twin(model, twin, inputs, cross):
