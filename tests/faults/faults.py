@@ -865,7 +865,7 @@ FILES = (
         "if not _waiting(weights).exists() and",
         "if",
         "Of two processes that save at once one deletes the weights that the other is about to name.",
-        f"{_SAVES}test_a_save_between_any_two_steps_of_another_never_loses_weights[others2]",
+        f"{_SAVES}test_a_save_between_any_two_steps_of_another_never_loses_weights[False-others2]",
     ),
     _fault(
         "named-weights-dropped",
