@@ -9,6 +9,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .._settings import checked
+from .rows import is_plain
 
 _NORMS = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm, "none": lambda width: nn.Identity()}
 
@@ -53,12 +54,16 @@ def _batch_normed(norm: _BatchNorm, x: Tensor) -> Tensor:
     if not norm.training or mean is None:
         return norm(x)
     # into copies: backward keeps what the norm was called with, and must not find it changed
-    moved = torch.stack((mean, var))
-    names = ("running_mean", "running_var", "num_batches_tracked")
-    copies = (*moved.unbind(), count.clone())
-    x = functional_call(norm, dict(zip(names, copies, strict=True)), (x,))
+    before = torch.stack((mean, var))
+    moved = before.clone()
+    if type(norm) is nn.BatchNorm1d and norm.momentum is not None and is_plain(norm):
+        x = F.batch_norm(x, *moved.unbind(), norm.weight, norm.bias, True, norm.momentum, norm.eps)
+    else:
+        copies = dict(zip(("running_mean", "running_var"), moved.unbind(), strict=True))
+        x = functional_call(norm, {**copies, "num_batches_tracked": count.clone()}, (x,))
     with torch.no_grad():
         finite = moved.isfinite().all()
-        for kept, new in zip((mean, var, count), copies, strict=True):
-            kept.copy_(torch.where(finite, new, kept))
+        for kept, new in zip((mean, var), torch.where(finite, moved, before), strict=True):
+            kept.copy_(new)
+        count.add_(finite)
     return x
