@@ -1,6 +1,7 @@
 """Pictures of every kind and state of repair, through every reader; what they show is computed by numpy from what was written."""
 
 import base64
+import contextlib
 import io
 import struct
 import zlib
@@ -493,7 +494,9 @@ def by_pillow(path: Path, opened_leniently: bool) -> np.ndarray:
         rawmode = opened.tile[0][3] if opened.tile else None
         ImageFile.LOAD_TRUNCATED_IMAGES = False
         opened.load()
-        mode, values, orientation = opened.mode, np.asarray(opened).astype(int), opened.getexif().get(274, 1)
+        mode, values, orientation = opened.mode, np.asarray(opened).astype(int), 1
+        with contextlib.suppress(SyntaxError):  # the EXIF data was what was damaged
+            orientation = opened.getexif().get(274, 1)
         palette = np.array(opened.getpalette("RGB") or [0] * 768).reshape(-1, 3) if mode == "P" else None
         whites = opened.format == "TIFF" and opened.tag_v2.get(262) == 0
         alphas = np.full(256, 255)
