@@ -302,7 +302,8 @@ def unwrap_encoder(encoder: nn.Module) -> nn.Module:
     """Give an encoder back as it was before a model of this library wrapped it, whoever holds that model.
 
     Models that still hold it can't be used afterwards. An encoder whose models are gone, or a deep copy or a pickle of a wrapped
-    encoder alone, is given back so too. Does nothing where nothing is wrapped.
+    encoder alone, is given back so too, and so is a module that models only hold frozen: a black box, a VLMo. Does nothing where
+    there is neither.
 
     Args:
         encoder: the encoder, or a module that has it as a part.

@@ -94,14 +94,12 @@ def _register_interfaces() -> None:
 
 
 def _attach(encoder: nn.Module) -> Callable[[nn.Module], None]:
-    windows = {
-        name: window for name, part in encoder.named_modules() if (window := getattr(part, "sliding_window", None)) is not None
-    }
-    if windows:
-        raise TypeError(
-            f"this {type(encoder).__name__} can't take prompts: its {next(iter(windows))} sees a window of "
-            f"{next(iter(windows.values()))} tokens; take one that attends to all tokens, or pass this one's features"
-        )
+    for name, part in encoder.named_modules():
+        if (window := getattr(part, "sliding_window", None)) is not None:
+            raise TypeError(
+                f"this {type(encoder).__name__} can't take prompts: its {name} sees a window of {window} tokens; take one that "
+                "attends to all tokens, or pass this one's features"
+            )
     # a config of its own: the user's may be a decoder's or another encoder's too
     config, ours = encoder.config, copy.copy(encoder.config)
     undo = functools.partial(_replace_config, ours, config)

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 import vlmo_files
-from judge import REFUSED, RIGHT, Contact, Refusal, WrongError, in_threads, judge, kept_folder, same
+from at_the_same_time import in_threads
+from judge import REFUSED, RIGHT, Contact, Refusal, WrongError, judge, kept_folder, same
 from models import DETERMINISTIC, a_request
 from published_sets import make_twitter
 from safetensors.torch import load as deserialize

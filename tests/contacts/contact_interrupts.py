@@ -14,8 +14,9 @@ import time
 import numpy as np
 import tiny_timm
 import torch
+from at_the_same_time import in_threads
 from interrupts import interrupt
-from judge import REFUSED, RIGHT, Contact, Refusal, in_threads, judge, kept_folder, same
+from judge import REFUSED, RIGHT, Contact, Refusal, judge, kept_folder, same
 from models import DETERMINISTIC, gradients, make_cross, served, text_fusion
 from PIL import Image, ImageFile
 from tiny_fusion import make_bert, make_dinov2, make_fusion, make_images, make_text

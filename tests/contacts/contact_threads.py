@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import tiny_timm
 import torch
+from at_the_same_time import in_threads
 from contact_interrupts import alone, public_state
-from judge import REFUSED, RIGHT, Contact, Refusal, WrongError, in_threads, judge, same
+from judge import REFUSED, RIGHT, Contact, Refusal, WrongError, judge, same
 from models import DETERMINISTIC, NAMES, ON_ONE_ENCODER, a_model, gradients, make_cross, served
 from tiny_fusion import make_bert, make_dinov2, make_fusion, make_images, make_text
 from torch import nn

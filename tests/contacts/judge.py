@@ -2,7 +2,6 @@
 
 import random
 import tempfile
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,25 +78,3 @@ def judge(use: Callable[[], Any], right: Callable[[Any], None] | None, refusal: 
 def same(got: Any, expected: Any, tolerance: float = 1e-10) -> None:
     """Tensors, or nested lists and dicts of them; only the order of sums may differ."""
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
-
-
-def in_threads(*uses: Callable[[], Any], seconds: float = 60) -> list[Any]:
-    """Results, or exceptions, of uses that run at the same time."""
-    results: list[Any] = [None] * len(uses)
-    start = threading.Barrier(len(uses))
-
-    def run(index: int) -> None:
-        try:
-            start.wait(seconds)
-            results[index] = uses[index]()
-        except BaseException as error:
-            results[index] = error
-
-    threads = [threading.Thread(target=run, args=(index,), daemon=True) for index in range(len(uses))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(seconds)
-        if thread.is_alive():
-            raise WrongError("a thread waits for ever")
-    return results

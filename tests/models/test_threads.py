@@ -11,6 +11,7 @@ import time
 import pytest
 import timm
 import torch
+from at_the_same_time import in_threads
 from interrupts import interrupt
 from tiny_fusion import SETTINGS, close, make_bert, make_dinov2, make_fusion, make_images, make_text
 
@@ -25,25 +26,6 @@ def served():
     model = make_fusion(make_bert(), None, cross_dim=20)
     requests = [(make_text(3), torch.randn(3, 20, dtype=torch.float64)) for _ in range(4)]
     return model, requests, [model(*request).logits for request in requests]
-
-
-def in_threads(*functions):
-    """Results or exceptions of functions that run at the same time."""
-    results = [None] * len(functions)
-
-    def run(index):
-        try:
-            results[index] = functions[index]()
-        except BaseException as error:
-            results[index] = error
-
-    threads = [threading.Thread(target=run, args=(index,), daemon=True) for index in range(len(functions))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive(), "a thread waits for ever"
-    return results
 
 
 def pausing(module, seconds=0.02):
