@@ -746,7 +746,6 @@ def test_merged_segments_have_a_size_limit(tmp_path, monkeypatch):
     assert sorted(len(load_file(segment)["keys"]) for segment in segments(tmp_path)) == [1, 3, 3, 3]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_interrupt_at_any_moment_gives_the_encoder_its_modes_back():
     encoder = nn.Sequential(nn.Linear(2, 2), nn.Dropout()).train()
     encoder[1].eval()

@@ -251,7 +251,6 @@ def test_readers_in_several_threads_give_the_switch_back_once(monkeypatch):
     assert ImageFile.LOAD_TRUNCATED_IMAGES is True
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_interrupt_at_any_moment_gives_pillows_switch_back(tmp_path, monkeypatch):
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     path = saved(tmp_path / "a.png", Image.new("RGB", (2, 2)))
