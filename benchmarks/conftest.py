@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from benchmarks import environment, measure, suite
+from benchmarks.plan import Progress
 from benchmarks.record import Record
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("mope_fast benchmarks")
+    group.addoption("--full", action="store_true", help="all sizes, not one of each group: hours on a CPU")
     group.addoption("--smoke", action="store_true", help="tiny sizes, no compiled baselines, few rounds: does it run at all?")
     group.addoption("--results", metavar="DIR", type=Path, help="save each measurement here at once; leave out those it has")
     group.addoption("--budget", metavar="SECONDS", type=float, default=math.inf, help="begin no measurement after so many")
@@ -20,6 +22,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    config.stash[suite.GROUPS] = {}
     config.stash[suite.RECORD] = Record(config.getoption("results"), config.getoption("budget"))
     if config.getoption("cpu_time"):
         if torch.cuda.is_available():
@@ -27,6 +30,19 @@ def pytest_configure(config):
                 "--cpu-time leaves out what a GPU does: hide the GPU (CUDA_VISIBLE_DEVICES=) or drop the option"
             )
         measure.count_cpu_time()
+
+    if not (config.getoption("benchmark_disable") or config.getoption("numprocesses", None)):
+        config.option.benchmark_quiet = True  # its tables are of nodes and rounds; with -v they are printed too
+        config.pluginmanager.register(Progress(config))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Where only benchmarks are asked for, the tests of what measures them are no skips to list."""
+    if config.getoption("benchmark_only"):
+        others = [item for item in items if "benchmark" not in item.fixturenames]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
 
 
 def pytest_sessionfinish(session, exitstatus):
@@ -36,8 +52,7 @@ def pytest_sessionfinish(session, exitstatus):
 
 def pytest_collection_finish(session):
     """What ``-k`` left out is not planned."""
-    planned = sum("point" in item.callspec.params for item in session.items if hasattr(item, "callspec"))
-    session.config.stash[suite.RECORD].planned = planned
+    session.config.stash[suite.RECORD].planned = len(suite.measurements(session.items))
 
 
 def pytest_benchmark_generate_machine_info(config):
@@ -58,7 +73,8 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
 @pytest.fixture(scope="session")
 def session(request) -> suite.Session:
     """The copy bandwidth and, where no datasheet is known, the peak of arithmetic are measured here, once."""
-    device, smoke = environment.default_device(), request.config.getoption("smoke")
+    setting = suite.setting(request.config)
+    device, smoke = setting.device, setting.smoke
     facts = {
         **environment.describe(device),
         "clock": "CPU time" if measure.clock is time.process_time else "wall time",
@@ -72,4 +88,4 @@ def session(request) -> suite.Session:
         request.config.stash[suite.RECORD].check_same(facts)
     except ValueError as error:
         pytest.exit(str(error), returncode=pytest.ExitCode.USAGE_ERROR)
-    return suite.Session(device, smoke, facts, request.config.stash[suite.RECORD], request.config.getoption("compile_on_cpu"))
+    return suite.Session(setting, facts, request.config.stash[suite.RECORD])

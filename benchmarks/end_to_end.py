@@ -103,5 +103,5 @@ def implementation(provider: str, case: FusedCase, device: torch.device) -> dict
 
 
 GROUP = FusedGroup(
-    "end_to_end", list(providers.PROVIDERS), cases, providers.why_not, FROZEN, batch_of, prepared, implementation
+    "end_to_end", list(providers.PROVIDERS), providers.OURS, cases, providers.why_not, FROZEN, batch_of, prepared, implementation
 )  # fmt: skip

@@ -1,10 +1,12 @@
 """Timer, input rotation, CUDA graphs, memory, the device's peaks and the check that comes before any timing."""
 
+import functools
 import itertools
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -129,11 +131,12 @@ def _peak_of_tensors(target: Callable[[], Any]) -> int:
 def copy_bandwidth(device: torch.device, smoke: bool) -> float:
     """Bytes a second, read plus written, of a copy far larger than any cache."""
     size = 2**22 if smoke else 2**30 if device.type == "cuda" else 2**28
-    source = torch.randn(size // 4, device=device)
+    source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
-    return 2 * size / statistics.median(seconds_per_call(lambda: target.copy_(source), 5) for _ in range(3 if smoke else 9))
+    return 2 * size / statistics.median(seconds_per_call(lambda: target.copy_(source), 3, 1) for _ in range(3 if smoke else 5))
 
 
+@functools.cache
 def peak_arithmetic(device: torch.device, name: str, smoke: bool) -> dict[str, str | float]:
     """TFLOP/s of dense products: the datasheet's, else those of a large square one."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -150,6 +153,22 @@ def peak_arithmetic(device: torch.device, name: str, smoke: bool) -> dict[str, s
     }
 
 
+OTHERS = 2
+"""Others' errors may be so many times what ours may be: how torch's own kernels round depends on the processor."""
+_noted: list[str] | None = None
+
+
+@contextmanager
+def others() -> Iterator[list[str]]:
+    """Within, the bound is that of others, and what misses it is noted here in place of an error."""
+    global _noted
+    before, _noted = _noted, []
+    try:
+        yield _noted
+    finally:
+        _noted = before
+
+
 def _errors(got: Tensor, truth: Tensor) -> dict[str, float]:
     difference = got.double() - truth
     return {"RMS": difference.square().mean().sqrt().item(), "max": difference.abs().max().item()}
@@ -157,6 +176,7 @@ def _errors(got: Tensor, truth: Tensor) -> dict[str, float]:
 
 def assert_as_exact_as_eager(got: Outputs, eager: Outputs, truth: Outputs, names: Sequence[str], times: float = 2) -> None:
     """RMS and max error against the float64 ``truth``: at most ``times`` those of ``eager`` in its dtype, plus eps max|truth|."""
+    times *= 1 if _noted is None else OTHERS
     for name, mine, peer, exact in zip(names, got, eager, truth, strict=True):
         assert mine.dtype == peer.dtype, f"{name} is {mine.dtype}, the eager form gives {peer.dtype}"
         assert mine.shape == exact.shape, f"{name} is {tuple(mine.shape)}, expected {tuple(exact.shape)}"
@@ -164,4 +184,7 @@ def assert_as_exact_as_eager(got: Outputs, eager: Outputs, truth: Outputs, names
         bounds = _errors(peer, exact)
         for kind, error in _errors(mine, exact).items():
             bound = times * bounds[kind] + slack
-            assert error <= bound, f"{kind} error of {name} is {error:.3g}, the bound is {bound:.3g}"
+            message = f"{kind} error of {name} is {error:.3g}, the bound is {bound:.3g}"
+            assert error <= bound or _noted is not None, message
+            if not error <= bound:
+                _noted.append(message)

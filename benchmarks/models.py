@@ -11,8 +11,10 @@ from torch import Tensor
 
 from benchmarks import measure, suite
 from benchmarks.baselines.models import Inputs, Provider
+from benchmarks.cases import CENTRE, FULL, SMOKE
 
 WIDER = {torch.bfloat16: torch.float32, torch.float32: torch.float64}
+CENTRE_SECONDS, COMPILE_SECONDS = 2.0, 120.0
 Named = dict[str, Tensor]
 Prepared = tuple[suite.Step, Callable[[], object]]
 
@@ -29,8 +31,36 @@ class ModelGroup(suite.Group):
     """A provider's step and the function to time; its numbers are right."""
     facts: Callable[[str, Any, torch.device], dict[str, Any]]
     """What is saved of a provider at a case beside the measurement."""
-    seconds: float = 45.0
-    """What the rounds of one measurement should take, where seven rounds don't take longer."""
+    seconds_of_rounds: float = 45.0
+    """What the rounds of one measurement should take when all is measured, where seven rounds don't take longer."""
+
+    def rounds(self, extent: str) -> tuple[float, int] | None:
+        """Seconds that all rounds should take and their least number; None for three of one call."""
+        return {SMOKE: None, CENTRE: (CENTRE_SECONDS, 3), FULL: (self.seconds_of_rounds, 7)}[extent]
+
+    def reason(self, point: suite.Point, setting: suite.Setting) -> str | None:
+        if (reason := super().reason(point, setting)) is not None:
+            return reason
+        if point.case.compiled and setting.device.type == "cpu" and not setting.compile_on_cpu:
+            return "on a CPU, where compiling takes minutes, only with --compile-on-cpu"
+        return None
+
+    def seconds(self, point: suite.Point, setting: suite.Setting) -> float:
+        """A few steps to check and the truth's, then rounds of two steps each."""
+        if self.reason(point, setting) is not None:
+            return 0.1
+        step = point.case.flops(point.mode) / setting.flops_a_second
+        total, least = self.rounds(setting.extent) or (0.0, 3)
+        compiling = COMPILE_SECONDS if point.case.compiled else 0.0
+        return 1.0 + 7 * step + max(total, 2 * least * step) + compiling
+
+
+@dataclass(frozen=True)
+class Divisor:
+    """What the others are timed in turns with."""
+
+    target: Callable[[], object]
+    memory: int | None
 
 
 def check(got: Named, eager: Named, truth: Named) -> None:
@@ -65,32 +95,47 @@ def run(benchmark, group: ModelGroup, point: suite.Point, session: suite.Session
 
 
 def _run(benchmark, group: ModelGroup, point: suite.Point, session: suite.Session) -> None:
-    mode, case, device = point.mode, point.case, session.device
-    reason = group.why_not(point.provider, case, device, session.smoke)
-    if reason is None and case.compiled and device.type == "cpu" and not session.compile_on_cpu:
-        reason = "on a CPU, where compiling takes minutes, only with --compile-on-cpu"
-    if reason is not None:
+    mode, case, device = point.mode, point.case, session.setting.device
+    if (reason := group.reason(point, session.setting)) is not None:
         session.skip(group, point, reason)
-    other_step, other = group.prepared(group.divisor, point, device)
-    step, target = group.prepared(point.provider, point, device)
+    divisor = _divisor(group, point, device)
+    with group.judged(point.provider) as inexact:
+        step, target = group.prepared(point.provider, point, device)
     inputs = group.batch_of(case, device)
-    memory, other_memory = (measure.peak_memory(lambda s=s: s(inputs), device) for s in (step, other_step))
+    memory = measure.peak_memory(lambda: step(inputs), device)
     benchmark.group = f"{group.name} {mode} {point.timing} {case}"
     benchmark.extra_info.update(session.facts | case.describe() | group.facts(point.provider, case, device))
     benchmark.extra_info.update(
         op=group.name, mode=mode, timing=point.timing, provider=point.provider, l2="what the step before left",
-        flops=case.flops(mode), peak_memory=memory, memory_tax=memory and memory / other_memory,
+        flops=case.flops(mode), peak_memory=memory, memory_tax=memory and memory / divisor.memory, inexact=inexact,
     )  # fmt: skip
-    time_in_turns(benchmark, target, other, session.smoke, group.seconds)
+    time_in_turns(benchmark, target, divisor.target, group.rounds(session.setting.extent))
+
+
+_kept: dict[tuple[Any, ...], Divisor] = {}
+
+
+def _divisor(group: ModelGroup, point: suite.Point, device: torch.device) -> Divisor:
+    """Made once for all providers of a size, mode and timing, which follow one another."""
+    key = (group.name, point.mode, point.case, point.timing)
+    if key not in _kept:
+        _kept.clear()  # before the next is made: two may not fit
+        with group.judged(group.divisor):
+            step, target = group.prepared(group.divisor, point, device)
+        inputs = group.batch_of(point.case, device)
+        _kept[key] = Divisor(target, measure.peak_memory(lambda: step(inputs), device))
+    return _kept[key]
 
 
 def time_in_turns(
-    benchmark, target: Callable[[], object], divisor: Callable[[], object], smoke: bool, total_seconds: float
+    benchmark, target: Callable[[], object], divisor: Callable[[], object], schedule: tuple[float, int] | None
 ) -> None:
+    """``schedule`` is of :meth:`ModelGroup.rounds`."""
     rounds, calls = 3, 1
-    if not smoke:
+    if schedule is not None:
+        total, least = schedule
         rounds, calls = measure.schedule(
-            lambda: (divisor(), target()), round_seconds=0.1, total_seconds=total_seconds, warm_up=1, least=7
+            lambda: (divisor(), target()), round_seconds=0.1, total_seconds=total, warm_up=0, least=least
         )
     turns = measure.InTurns(divisor, calls)
 
@@ -102,7 +147,7 @@ def time_in_turns(
     gc.collect()
     gc.freeze()  # a full collection among all modules' objects would take as long as a small step
     try:
-        benchmark.pedantic(call, setup=turns.before, rounds=rounds, warmup_rounds=1)
+        benchmark.pedantic(call, setup=turns.before, rounds=rounds)
     finally:
         gc.unfreeze()
     if benchmark.stats is not None:

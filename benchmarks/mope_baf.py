@@ -55,4 +55,6 @@ def facts(provider: str, case: BAFCase, device: torch.device) -> dict[str, Any]:
     }
 
 
-GROUP = BAFGroup("mope_baf", list(providers.PROVIDERS), cases, providers.why_not, providers.PLAIN, batch_of, prepared, facts)
+GROUP = BAFGroup(
+    "mope_baf", list(providers.PROVIDERS), providers.OURS, cases, providers.why_not, providers.PLAIN, batch_of, prepared, facts
+)

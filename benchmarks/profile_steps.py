@@ -23,6 +23,7 @@ from benchmarks import end_to_end, environment, measure, profile_report, profile
 from benchmarks.baselines import end_to_end as providers
 from benchmarks.baselines.encoders import FROZEN
 from benchmarks.baselines.models import is_compiled
+from benchmarks.cases import FULL, SMOKE
 from benchmarks.cases.end_to_end import FusedCase, cases
 from benchmarks.cases.models import MODES
 from benchmarks.profile_traffic import count_traffic, cpu_times
@@ -40,7 +41,7 @@ def find_case(encoder: str, batch: int, device: torch.device) -> FusedCase:
     Raises:
         ValueError: it has none of that name.
     """
-    known = {case.encoder.name: case for smoke in (True, False) for case in cases(device, smoke)}
+    known = {case.encoder.name: case for extent in (SMOKE, FULL) for case in cases(device, extent)}
     if encoder not in known:
         raise ValueError(f"there is no encoder {encoder!r}, expected one of {sorted(known)}")
     return dataclasses.replace(known[encoder], batch=batch, modes=MODES, compiled=False)

@@ -87,6 +87,13 @@ class Record:
         self._save()
         return True
 
+    def entry(self, key: Key) -> dict[str, Any] | None:
+        """What this run has of a measurement: its figures, or why there are none; None if it was left."""
+        for entry in reversed(self.benchmarks):
+            if _key(entry["extra_info"]) == key:
+                return entry
+        return next((entry for entry in reversed(self.skipped) if _key(entry) == key), None)
+
     def interrupted(self) -> None:
         """By the user, not by the measurement."""
         self.running = None

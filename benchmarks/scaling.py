@@ -34,5 +34,6 @@ def facts(name: str, case: ScalingCase, device: torch.device) -> dict[str, Any]:
 
 
 GROUP = ScalingGroup(
-    "scaling", providers.NAMES, cases, providers.why_not, FROZEN, end_to_end.batch_of, prepared, facts, seconds=10.0
+    "scaling", providers.NAMES, providers.OURS, cases, providers.why_not, FROZEN, end_to_end.batch_of, prepared, facts,
+    seconds_of_rounds=10.0,
 )  # fmt: skip

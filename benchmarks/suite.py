@@ -4,8 +4,10 @@ Two timings: ``called`` is what Python code sees, launch overhead included; ``re
 Both rotate over as many input sets as ``l2`` in the results says.
 """
 
+import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
 
@@ -13,11 +15,41 @@ import pytest
 import torch
 
 from benchmarks import measure
-from benchmarks.environment import default_device
+from benchmarks.cases import CENTRE, FULL, SMOKE
+from benchmarks.environment import default_device, device_name
 from benchmarks.record import FAILED, Key, Record
 
 Step = Callable[[Any], measure.Outputs]
 RECORD = pytest.StashKey[Record]()
+COMPILE_SECONDS = 20.0
+OP_SECONDS = {CENTRE: 0.5, FULL: 2.0}
+"""What the rounds of a function's measurement should take, where ten don't take longer."""
+GROUPS = pytest.StashKey[dict[str, "Group"]]()
+"""By the name of the test function."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and how much is measured."""
+
+    device: torch.device
+    extent: str
+    compile_on_cpu: bool = False
+    """Compile encoders where that takes minutes."""
+
+    @property
+    def smoke(self) -> bool:
+        return self.extent == SMOKE
+
+    @functools.cached_property
+    def flops_a_second(self) -> float:
+        """That whole models reach, roughly."""
+        return 0.8e12 * measure.peak_arithmetic(self.device, device_name(self.device), self.smoke)["peak_tflops"]
+
+
+def setting(config: pytest.Config) -> Setting:
+    extent = SMOKE if config.getoption("smoke") else FULL if config.getoption("full") else CENTRE
+    return Setting(default_device(), extent, config.getoption("compile_on_cpu"))
 
 
 class Case(Protocol):
@@ -37,15 +69,25 @@ class OpCase(Case, Protocol):
 
 
 @dataclass(frozen=True)
-class Group:
+class Group(ABC):
     """What is compared: ``Case`` is its own, opaque to this module."""
 
     name: str
     providers: Sequence[str]
-    cases: Callable[[torch.device, bool], Sequence[Case]]
-    """For a device, of a smoke run or not."""
+    ours: Sequence[str]
+    """Providers whose numbers have to be right; those of the others are timed with a flag if they aren't."""
+    cases: Callable[[torch.device, str], Sequence[Case]]
+    """For a device, and how much is measured."""
     why_not: Callable[[str, Any, torch.device, bool], str | None]
     """Why a provider isn't measured at a case."""
+
+    @abstractmethod
+    def seconds(self, point: "Point", setting: Setting) -> float:
+        """Estimate how long a measurement takes."""
+
+    def reason(self, point: "Point", setting: Setting) -> str | None:
+        """Why it isn't made; None if it is."""
+        return self.why_not(point.provider, point.case, setting.device, setting.smoke)
 
     def providers_at(self, case: Any, mode: str) -> Sequence[str]:
         """Those for which it makes sense there."""
@@ -54,6 +96,10 @@ class Group:
     def captures(self, provider: str) -> bool:
         """Whether it can go into a CUDA graph."""
         return True
+
+    def judged(self, provider: str) -> AbstractContextManager[list[str]]:
+        """Within, numbers outside their bound are an error of ours; the others' bound is wider, and what misses it is noted."""
+        return nullcontext([]) if provider in self.ours else measure.others()
 
 
 @dataclass(frozen=True)
@@ -68,6 +114,14 @@ class Op(Group):
     """Fails if a provider's outputs at a case and mode are not what the input set gives."""
     implementation: Callable[[str, Any, torch.device], str | None]
     """What a provider of ours that chooses has chosen."""
+
+    def seconds(self, point: "Point", setting: Setting) -> float:
+        """The truth is in float64 and holds all scores."""
+        if self.reason(point, setting) is not None:
+            return 0.1
+        compiling = COMPILE_SECONDS if "compiled" in point.provider or point.provider == "flex" else 0.0
+        check = 20 * point.case.flops(point.mode) / setting.flops_a_second
+        return 0.5 + check + OP_SECONDS.get(setting.extent, 0.0) + compiling
 
 
 @dataclass(frozen=True)
@@ -91,12 +145,9 @@ class Point:
 class Session:
     """What all measurements of a run share. What is skipped, or fails, is saved with what is measured."""
 
-    device: torch.device
-    smoke: bool
+    setting: Setting
     facts: dict[str, Any]
     record: Record = field(default_factory=Record)
-    compile_on_cpu: bool = False
-    """Where compiling takes minutes."""
 
     def begin(self, group: Group, point: Point) -> None:
         if not self.record.begin(point.key(group)):
@@ -124,17 +175,24 @@ def _first_line(error: Exception) -> str:
 
 def parametrize(metafunc, group: Group) -> None:
     """All providers of one size, mode and timing run one after the other, so that a busy machine is busy for all of them."""
-    smoke, device, record = metafunc.config.getoption("smoke"), default_device(), metafunc.config.stash[RECORD]
+    config, device = metafunc.config, default_device()
+    record, extent = config.stash[RECORD], setting(config).extent
     points = [
         Point(mode, case, timing, provider)
-        for case in group.cases(device, smoke)
+        for case in group.cases(device, extent)
         for mode in case.modes
         for timing in (["called", "replay"] if device.type == "cuda" else ["called"])
         for provider in group.providers_at(case, mode)
         if timing == "called" or group.captures(provider)
     ]
     points = [point for point in points if point.key(group) not in record.done]
+    config.stash[GROUPS][metafunc.function.__name__] = group
     metafunc.parametrize("point", points, ids=str)
+
+
+def measurements(items: Sequence[pytest.Item]) -> list[pytest.Item]:
+    """Those of pytest's items that measure a point."""
+    return [item for item in items if hasattr(item, "callspec") and "point" in item.callspec.params]
 
 
 def prepare(step: Step, timing: str, sets: list[Any], check: Callable[[measure.Outputs, Any], None]) -> Callable[[], object]:
@@ -167,24 +225,28 @@ def run(benchmark, op: Op, point: Point, session: Session) -> None:
 
 
 def _run(benchmark, op: Op, point: Point, session: Session) -> None:
-    mode, case, device, facts = point.mode, point.case, session.device, session.facts
-    if (reason := op.why_not(point.provider, case, device, session.smoke)) is not None:
+    mode, case, device, facts = point.mode, point.case, session.setting.device, session.facts
+    if (reason := op.reason(point, session.setting)) is not None:
         session.skip(op, point, reason)
     torch.manual_seed(0)
     count, l2 = measure.input_sets(case.bytes(mode), device)
     sets = [op.random(case, device, mode) for _ in range(count)]
     step = op.step(point.provider, case, device, mode)
-    target = prepare(step, point.timing, sets, lambda got, inputs: op.check(point.provider, case, mode, got, inputs))
+    with op.judged(point.provider) as inexact:
+        target = prepare(step, point.timing, sets, lambda got, inputs: op.check(point.provider, case, mode, got, inputs))
     calls = count if point.timing == "replay" else 1
     benchmark.group = f"{op.name} {mode} {point.timing} {case}"
     benchmark.extra_info.update(facts | case.describe())
     benchmark.extra_info.update(
         op=op.name, mode=mode, timing=point.timing, provider=point.provider, l2=l2, input_sets=count, calls_per_iteration=calls,
         bytes=case.bytes(mode), flops=case.flops(mode), peak_memory=measure.peak_memory(lambda: step(sets[0]), device),
+        inexact=inexact,
     )  # fmt: skip
     if (implementation := op.implementation(point.provider, case, device)) is not None:
         benchmark.extra_info["implementation"] = implementation
-    rounds, iterations = (3, 1) if session.smoke else measure.schedule(target)
+    rounds, iterations = (
+        (3, 1) if session.setting.smoke else measure.schedule(target, total_seconds=OP_SECONDS[session.setting.extent])
+    )
     benchmark.pedantic(target, rounds=rounds, iterations=iterations, warmup_rounds=1)
     if benchmark.stats is not None:
         benchmark.extra_info.update(throughput(case, mode, benchmark.stats.stats.median / calls, facts))

@@ -6,10 +6,11 @@ from torch.nn.attention.flex_attention import create_mask
 
 from benchmarks import attention
 from benchmarks.baselines.attention import mask_mod
+from benchmarks.cases import SMOKE
 from benchmarks.cases.attention import GAPS, MOPE_BAF, AttentionCase, prompt_attention, receptive_field_attention, visible_pairs
 
 CPU = torch.device("cpu")
-CASES = [*prompt_attention(CPU, smoke=True), *receptive_field_attention(CPU, smoke=True)]
+CASES = [*prompt_attention(CPU, SMOKE), *receptive_field_attention(CPU, SMOKE)]
 
 
 def test_fields_are_what_they_are_measured_for():

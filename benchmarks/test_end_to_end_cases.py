@@ -9,12 +9,13 @@ import torch.nn.functional as F
 
 from benchmarks import end_to_end
 from benchmarks.baselines import end_to_end as providers
+from benchmarks.cases import SMOKE
 from benchmarks.cases.end_to_end import TINY, TINY_SWIN, cases
 from benchmarks.cases.models import INFERENCE, TRAINING
 from mope_fast.encoders import family_of
 
 CPU = torch.device("cpu")
-CASES = cases(CPU, smoke=True)
+CASES = cases(CPU, SMOKE)
 
 
 @pytest.fixture(params=CASES, ids=str)

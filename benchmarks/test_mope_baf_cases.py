@@ -10,13 +10,14 @@ import torch.nn.functional as F
 
 from benchmarks import mope_baf
 from benchmarks.baselines import mope_baf as providers
+from benchmarks.cases import SMOKE
 from benchmarks.cases.models import INFERENCE, TRAINING
 from benchmarks.cases.mope_baf import BASE_PLUS, MODES, TRAINING_FROZEN, BAFCase, cases
 
 pytest.importorskip("timm")
 CPU = torch.device("cpu")
-CASES = PLUS, BASE = cases(CPU, smoke=True)
-FULL = BAFCase("VLMo-B+", BASE_PLUS, (10, 10, 10), 32, torch.bfloat16, MODES)
+CASES = PLUS, BASE = cases(CPU, SMOKE)
+LARGE = BAFCase("VLMo-B+", BASE_PLUS, (10, 10, 10), 32, torch.bfloat16, MODES)
 HEAD = {"head.weight", "head.bias"}
 NEW = {"text_prompt", "image_prompt", "unified_prompt"}
 
@@ -35,9 +36,9 @@ def check(name, case, mode, outputs):
 
 
 def test_token_ratios_by_hand():
-    assert FULL.token_ratio == (21 * (10 + 40 + 197 + 10) + 3 * (10 + 40 + 197)) / 24 / 237
+    assert LARGE.token_ratio == (21 * (10 + 40 + 197 + 10) + 3 * (10 + 40 + 197)) / 24 / 237
     assert PLUS.token_ratio == (3 * (2 + 6 + 5 + 3) + 1 * (2 + 6 + 5)) / 4 / 11
-    assert [mope_baf.facts(name, FULL, CPU)["token_ratio"] for name in ("plain", "one-block")] == [1, FULL.token_ratio]
+    assert [mope_baf.facts(name, LARGE, CPU)["token_ratio"] for name in ("plain", "one-block")] == [1, LARGE.token_ratio]
 
 
 @pytest.mark.parametrize("name", ["plain", "mope_fast", "unrestricted", "one-block"])

@@ -91,7 +91,7 @@ def test_what_can_not_be_profiled(tmp_path, capsys, arguments, message):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("case", route_and_mix.SMOKE, ids=str)
+@pytest.mark.parametrize("case", route_and_mix.TINY, ids=str)
 def test_bytes_are_those_of_the_cases(case):
     logits = torch.randn(case.batch, case.experts)
     experts = torch.randn(case.experts, case.rows, case.width, dtype=case.dtype)

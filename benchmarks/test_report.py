@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from benchmarks import report
+from benchmarks.cases import FULL
 from benchmarks.cases import attention as attention_cases
 from benchmarks.cases import window_attention as window_cases
 from benchmarks.cases.attention import AttentionCase
@@ -30,11 +31,11 @@ PAPER, LARGE = CUDA[0], CUDA[5]
 
 
 GPU = torch.device("cuda")
-VIT = attention_cases.prompt_attention(GPU, smoke=False)[0]
-VLMO = attention_cases.receptive_field_attention(GPU, smoke=False)[0]
-SWIN_STAGE, *_, FIRST_LAYER = sorted(window_cases.cases(GPU, smoke=False), key=lambda case: case.first_layer)
+VIT = attention_cases.prompt_attention(GPU, FULL)[0]
+VLMO = attention_cases.receptive_field_attention(GPU, FULL)[0]
+SWIN_STAGE, *_, FIRST_LAYER = sorted(window_cases.cases(GPU, FULL), key=lambda case: case.first_layer)
 FUSED, FUSED_BERT, FUSED_SWIN_B = (FusedCase(encoder, 64, torch.bfloat16) for encoder in (VIT_B, BERT_B, SWIN_B))
-BAF = baf_cases(GPU, smoke=False)[0]
+BAF = baf_cases(GPU, FULL)[0]
 
 
 def entry(

@@ -87,7 +87,9 @@ def implementation(provider: str, case: Case, device: torch.device) -> str | Non
     return _implementations.choose("route_and_mix", "auto", _implementations.Problem(device, case.dtype))
 
 
-OP = suite.Op("route_and_mix", providers.NAMES, cases, why_not, Inputs.random, build_step, check, implementation)
+OP = suite.Op(
+    "route_and_mix", providers.NAMES, list(providers.OURS), cases, why_not, Inputs.random, build_step, check, implementation
+)
 
 
 def pytest_generate_tests(metafunc):

@@ -9,18 +9,19 @@ from benchmarks import end_to_end, scaling
 from benchmarks.baselines import scaling as providers
 from benchmarks.baselines.encoders import Parts
 from benchmarks.baselines.paper_literal import PaperLiteral
+from benchmarks.cases import FULL, SMOKE
 from benchmarks.cases.models import INFERENCE, TRAINING
 from benchmarks.cases.scaling import AXES, LENGTH, LENGTH_EXPERTS, cases, equal_length
 from mope_fast import MoPEConfig, PromptBank
 
 CPU = torch.device("cpu")
-DEVICES = [(torch.device(name), smoke) for name in ("cpu", "cuda") for smoke in (False, True)]
+DEVICES = [(torch.device(name), extent) for name in ("cpu", "cuda") for extent in (FULL, SMOKE)]
 
 
 @pytest.fixture
 def case():
     pytest.importorskip("timm")
-    return cases(CPU, smoke=True)[0]
+    return cases(CPU, SMOKE)[0]
 
 
 @pytest.mark.parametrize("experts", [1, 2, 4, 8, 16, 32, 64, 128, 1024])
@@ -38,10 +39,10 @@ def test_a_length_that_does_not_divide_is_refused():
         equal_length(4, 4)
 
 
-@pytest.mark.parametrize(("device", "smoke"), DEVICES)
-def test_along_a_curve_one_thing_changes(device, smoke):
+@pytest.mark.parametrize(("device", "extent"), DEVICES)
+def test_along_a_curve_one_thing_changes(device, extent):
     pytest.importorskip("timm")
-    found = cases(device, smoke)
+    found = cases(device, extent)
     centre = found[0]
     assert centre.axes == AXES
     assert len({str(case) for case in found}) == len(found)
@@ -59,9 +60,7 @@ def test_along_a_curve_one_thing_changes(device, smoke):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_goal_has_both_its_points(device):
     pytest.importorskip("timm")
-    points = {
-        (case.encoder.name, case.batch, case.experts) for case in cases(torch.device(device), smoke=False) if "K" in case.axes
-    }
+    points = {(case.encoder.name, case.batch, case.experts) for case in cases(torch.device(device), FULL) if "K" in case.axes}
     goal = ("ViT-B/16", 64 if device == "cuda" else 8)
     assert {(*goal, 16), (*goal, 256)} <= points
 

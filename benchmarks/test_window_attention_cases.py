@@ -8,10 +8,11 @@ import torch
 from benchmarks import window_attention
 from benchmarks.baselines import window_attention as providers
 from benchmarks.baselines.window_attention import Inputs, flex_attention, timm_block
+from benchmarks.cases import SMOKE
 from benchmarks.cases.window_attention import WindowCase, cases, swin_stage
 
 CPU = torch.device("cpu")
-SHIFTED, PADDED, FIRST_LAYER = CASES = cases(CPU, smoke=True)
+SHIFTED, PADDED, FIRST_LAYER = CASES = cases(CPU, SMOKE)
 BACKWARD = "forward+backward"
 
 

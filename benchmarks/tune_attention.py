@@ -16,6 +16,7 @@ import torch
 from mope_fast.kernels import launch
 
 from benchmarks import attention, measure
+from benchmarks.cases import FULL
 from benchmarks.cases.attention import AttentionCase, prompt_attention, receptive_field_attention
 
 try:
@@ -103,7 +104,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("this needs a CUDA GPU")
     device = torch.device("cuda")
-    cases = [*prompt_attention(device, smoke=False), *receptive_field_attention(device, smoke=False)]
+    cases = [*prompt_attention(device, FULL), *receptive_field_attention(device, FULL)]
     results: list[dict[str, Any]] = []
     for case in (case for case in cases if options.case in str(case) and not case.first_layer):
         of_case = tune(case, options.knob or list(KNOBS), device)

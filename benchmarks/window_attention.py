@@ -73,6 +73,6 @@ def check(provider: str, case: WindowCase, mode: str, got: measure.Outputs, inpu
 
 
 OP = suite.Op(
-    "window_prompt_attention", list(providers.PROVIDERS), cases, providers.why_not, Inputs.random, build_step, check,
-    providers.implementation,
+    "window_prompt_attention", list(providers.PROVIDERS), providers.OURS, cases, providers.why_not, Inputs.random, build_step,
+    check, providers.implementation,
 )  # fmt: skip

@@ -153,8 +153,7 @@ PROVIDERS: dict[str, Callable[[AttentionCase, torch.device], Provider]] = {
     "triton": _mope_fast("triton"),
     "auto": _mope_fast("auto"),
 }
-OTHERS = ("sdpa", "sdpa-mask", "flex", "xformers-bias")
-"""Providers that are none of mope_fast's own."""
+OURS = ("xformers", "triton", "auto")
 NEEDS = {"xformers-bias": "xformers", "xformers": "xformers", "triton": "triton"}
 """The implementation of mope_fast that has to be able to run for a provider to."""
 

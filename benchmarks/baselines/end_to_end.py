@@ -160,6 +160,7 @@ PROVIDERS: dict[str, tuple[Sequence[str], Make]] = {
     "side": (MODES, lambda parts, case, mode: Side(case, parts.head.weight.device)),
 }
 """The modes in which each makes sense, and what makes it of weights of its own."""
+OURS = ("mope_fast", "mope_fast-compiled", "folded", "folded-compiled", "checkpointed")
 
 
 def build(name: str, case: FusedCase, device: torch.device, mode: str, dtype: torch.dtype | None = None) -> FusedProvider:

@@ -54,6 +54,7 @@ PROVIDERS = {
     "unrestricted": Form(settings=(("restricted", False),)),
     "one-block": Form(settings=(("num_blocks", 1),)),
 }
+OURS = ("mope_fast", "mope_fast-compiled", "triton", "xformers", "unrestricted", "one-block")
 
 
 class PlainVLMo(models.Headed):

@@ -15,6 +15,7 @@ from mope_fast.encoders import family_of
 
 OPTIMIZER = "optimizer"
 NAMES = (FROZEN, "mope_fast", end_to_end.PAPER_LITERAL, "vpt-deep", OPTIMIZER)
+OURS = ("mope_fast", OPTIMIZER)
 CPU_BYTES = 2**28
 """Of expanded experts: their gradient is filled and added up once a layer."""
 

@@ -232,6 +232,7 @@ PROVIDERS = {
     "triton": Form(functools.partial(_mope_fast, impl="triton")),
     "auto": Form(functools.partial(_mope_fast, impl="auto")),
 }
+OURS = ("triton", "auto")
 
 
 def _problem(case: WindowCase, device: torch.device) -> _implementations.Problem:

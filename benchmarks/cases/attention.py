@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases import MODES
+from benchmarks.cases import CENTRE, MODES, SMOKE
 from mope_fast.functional import ReceptiveField
 
 
@@ -125,10 +125,10 @@ GAPS = ReceptiveField(
 """Every group sees positions on both sides of some that it doesn't: no intervals."""
 
 
-def prompt_attention(device: torch.device, smoke: bool) -> list[AttentionCase]:
+def prompt_attention(device: torch.device, extent: str) -> list[AttentionCase]:
     """In order of interest: of N shards the first has the first case."""
     dtype = _dtype(device)
-    if smoke:
+    if extent == SMOKE:
         return [
             AttentionCase("tiny", 2, 20, 2, 16, dtype, (6, 7), ragged=(0, 20)),
             AttentionCase("tiny", 2, 20, 2, 16, dtype, (6,), causal=True),
@@ -138,6 +138,8 @@ def prompt_attention(device: torch.device, smoke: bool) -> list[AttentionCase]:
     def case(model: str, batch: int, tokens: int, heads: int, head_dim: int = 64, prefixes=(6, 7), **rest) -> AttentionCase:
         return AttentionCase(model, batch, tokens, heads, head_dim, dtype, prefixes, **rest)
 
+    if extent == CENTRE:
+        return [case("ViT-B", 64 if device.type == "cuda" else 8, 197, 12)]
     if device.type == "cuda":
         return [
             case("ViT-B", 64, 197, 12),
@@ -163,10 +165,10 @@ def prompt_attention(device: torch.device, smoke: bool) -> list[AttentionCase]:
     ]
 
 
-def receptive_field_attention(device: torch.device, smoke: bool) -> list[AttentionCase]:
+def receptive_field_attention(device: torch.device, extent: str) -> list[AttentionCase]:
     """In order of interest, as above."""
     dtype = _dtype(device)
-    if smoke:
+    if extent == SMOKE:
         lengths = {"a": 3, "b": 9, "c": 5}
         intervals = ReceptiveField(lengths, {"a": ["a", "b"], "b": ["a", "b", "c"], "c": ["c"]})
         gaps = ReceptiveField(lengths, {"a": ["a", "c"], "b": ["b"], "c": ["a", "c"]})
@@ -180,6 +182,8 @@ def receptive_field_attention(device: torch.device, smoke: bool) -> list[Attenti
         return AttentionCase(model, batch, field.size, heads, head_dim, dtype, field=field, **rest)
 
     text = (LENGTHS["lp"], LENGTHS["lp"] + LENGTHS["text"])
+    if extent == CENTRE:
+        return [case(64 if device.type == "cuda" else 8)]
     if device.type == "cuda":
         return [
             case(64),

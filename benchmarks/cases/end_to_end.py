@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.cases import CENTRE, SMOKE
 from benchmarks.cases.models import DTYPE_NAMES, INFERENCE, MODES, TRAINING, count_flops, padded_text
 
 CLASSES = 101
@@ -192,11 +193,14 @@ SIDES = {
 """Complementary encoders of a usual size."""
 
 
-def cases(device: torch.device, smoke: bool) -> list[FusedCase]:
+def cases(device: torch.device, extent: str) -> list[FusedCase]:
     """In order of interest, which is that of measuring."""
-    if device.type == "cuda":
-        return _tiny_cases(torch.bfloat16) if smoke else _gpu_cases(torch.bfloat16)
-    return _tiny_cases(torch.float32) if smoke else _cpu_cases(torch.float32)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if extent == SMOKE:
+        return _tiny_cases(dtype)
+    if extent == CENTRE:
+        return [FusedCase(VIT_B, 64, dtype) if device.type == "cuda" else FusedCase(vit("S", 224), 2, dtype)]
+    return _gpu_cases(dtype) if device.type == "cuda" else _cpu_cases(dtype)
 
 
 def _tiny_cases(dtype: torch.dtype) -> list[FusedCase]:
@@ -230,5 +234,6 @@ def _cpu_cases(dtype: torch.dtype) -> list[FusedCase]:
         *(FusedCase(encoder, 16, dtype, modes=(TRAINING,)) for encoder in (VIT_B, SWIN_B)),
         *(FusedCase(encoder, 8, dtype) for encoder in (VIT_S, WHISPER, SWIN_T, LARGE_SWIN_T)),
         *(FusedCase(encoder, 64, dtype, modes=(INFERENCE,)) for encoder in (VIT_B, SWIN_B, BERT_B)),
+        FusedCase(vit("S", 224), 2, dtype),
         *(FusedCase(encoder, 8, dtype, compiled=True) for encoder in (VIT_B, SWIN_B, BERT_B)),
     ]

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.cases import CENTRE, SMOKE
 from benchmarks.cases.models import DTYPE_NAMES, INFERENCE, TRAINING, count_flops, padded_text
 from mope_fast import BAFConfig, VLMo, VLMoConfig
 from mope_fast.models.mope_baf.plan import make_plan
@@ -82,6 +83,7 @@ def _flops(config: VLMoConfig, mode: str) -> int:
 
 # what is random in training mode would cost a VLMo the same with prompts and without
 BASE_PLUS = VLMoConfig.named("base_plus", drop_path_rate=0.0)
+BASE_PLUS_QUARTER = VLMoConfig.named("base_plus", drop_path_rate=0.0, num_layers=6, first_fusion_layer=5)
 _TINY = {"image_size": 32, "max_text_length": 6, "vocab_size": 100, "num_heads": 2, "drop_path_rate": 0.0}
 TINY_PLUS = VLMoConfig(hidden_size=68, num_layers=4, first_fusion_layer=3, **_TINY)
 TINY_BASE = VLMoConfig(
@@ -91,16 +93,23 @@ TINY_BASE = VLMoConfig(
 )  # fmt: skip
 
 
-def cases(device: torch.device, smoke: bool) -> list[BAFCase]:
+def _quarter(mode: str) -> BAFCase:
+    """A quarter of the layers, each of full size: for minutes on a CPU."""
+    return BAFCase("VLMo-B+ 6 layers", BASE_PLUS_QUARTER, (10, 10, 10), 2, torch.float32, (mode,))
+
+
+def cases(device: torch.device, extent: str) -> list[BAFCase]:
     """In order of interest: of N shards the first has the first case."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    if smoke:
+    if extent == SMOKE:
         tiny = {"tiny VLMo-B+": TINY_PLUS, "tiny VLMo-B": TINY_BASE}
         return [BAFCase(name, config, (2, 3, 2), 3, dtype, MODES) for name, config in tiny.items()]
 
     def case(batch: int, mode: str, compiled: bool = False) -> BAFCase:
         return BAFCase("VLMo-B+", BASE_PLUS, (10, 10, 10), batch, dtype, (mode,), compiled)
 
+    if extent == CENTRE:
+        return [case(32, mode) for mode in MODES] if device.type == "cuda" else [_quarter(mode) for mode in MODES]
     if device.type == "cuda":
         return [
             *(case(32, mode) for mode in MODES),
@@ -109,4 +118,9 @@ def cases(device: torch.device, smoke: bool) -> list[BAFCase]:
             *(case(64, mode) for mode in MODES),
             case(1, INFERENCE),
         ]
-    return [*(case(8, mode) for mode in MODES), case(1, INFERENCE), *(case(8, mode, compiled=True) for mode in MODES)]
+    return [
+        *(case(8, mode) for mode in MODES),
+        case(1, INFERENCE),
+        *(_quarter(mode) for mode in MODES),
+        *(case(8, mode, compiled=True) for mode in MODES),
+    ]

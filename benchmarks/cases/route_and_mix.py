@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from benchmarks.cases import MODES
+from benchmarks.cases import CENTRE, MODES, SMOKE
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,14 @@ CUDA = [
     _bf16(8192, 16), _bf16(8192, 16, 1536, gram=True), _bf16(8192, 256),
 ]  # fmt: skip
 CPU = [_fp32(8, 16), _fp32(64, 16), _fp32(64, 16, 1536, gram=True), _fp32(64, 256), _fp32(512, 16)]
-SMOKE = [Case(3, 5, 2, 24, torch.float32), Case(3, 5, 2, 24, torch.float32, gram=True)]
+TINY = [Case(3, 5, 2, 24, torch.float32), Case(3, 5, 2, 24, torch.float32, gram=True)]
 PAPER = _fp32(64, 16)
 """The one size at which the compiled baselines run on a CPU, where compiling takes tens of seconds."""
 
 
-def cases(device: torch.device, smoke: bool) -> list[Case]:
-    if smoke:
-        return SMOKE
+def cases(device: torch.device, extent: str) -> list[Case]:
+    if extent == SMOKE:
+        return TINY
+    if extent == CENTRE:
+        return [_bf16(64, 16) if device.type == "cuda" else PAPER]
     return CUDA if device.type == "cuda" else CPU

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.cases import CENTRE, SMOKE
 from benchmarks.cases.end_to_end import TINY, Encoder, FusedCase, vit
 from benchmarks.cases.models import INFERENCE, MODES, TRAINING
 
@@ -79,11 +80,16 @@ def _modes(batch: int) -> tuple[str, ...]:
     return MODES if batch > 1 else (INFERENCE,)
 
 
-def cases(device: torch.device, smoke: bool) -> list[ScalingCase]:
+def cases(device: torch.device, extent: str) -> list[ScalingCase]:
     """In order of interest, which is that of measuring."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    if smoke:
+    if extent == SMOKE:
         return Curves(ScalingCase(TINY[0], 32, dtype), (2,), (3,), (3,), (TINY[1],), (4,)).cases()
+    if extent == CENTRE:  # of a curve it takes two points to see anything: the goal's
+        few = ScalingCase(vit("S", 224), 4, dtype, modes=(TRAINING,), axes=("K",))
+        if device.type == "cuda":
+            few = dataclasses.replace(few, encoder=vit("B", 224), batch=64)
+        return [few, dataclasses.replace(few, experts=256)]
     return _gpu_cases(dtype) if device.type == "cuda" else _cpu_cases(dtype)
 
 

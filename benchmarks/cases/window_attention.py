@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cases import MODES
+from benchmarks.cases import CENTRE, MODES, SMOKE
 
 
 @dataclass(frozen=True)
@@ -105,15 +105,17 @@ def swin_stage(stage: int, batch: int, dtype: torch.dtype, *, image: int = 224, 
     return WindowCase(model, batch, (side, side), 2 ** (stage + 1), window, shift, dtype, **rest)
 
 
-def cases(device: torch.device, smoke: bool) -> list[WindowCase]:
+def cases(device: torch.device, extent: str) -> list[WindowCase]:
     """In order of interest: of N shards the first has the first case."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    if smoke:
+    if extent == SMOKE:
         return [
             WindowCase("tiny", 2, (8, 8), 2, 4, 2, dtype, 16),
             WindowCase("tiny", 2, (7, 9), 2, 4, 1, dtype, 16),
             WindowCase("tiny", 2, (8, 8), 2, 4, 0, dtype, 16, first_layer=True),
         ]
+    if extent == CENTRE:
+        return [swin_stage(3, 64 if device.type == "cuda" else 8, dtype)]
     if device.type == "cuda":
         return [
             swin_stage(3, 64, dtype),

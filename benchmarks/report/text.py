@@ -203,6 +203,15 @@ def preamble(rows: Sequence[Row], profile: Profile) -> str:
     )
 
 
+def inexact(rows: Iterable[Row]) -> list[str]:
+    """A sentence for every number outside its bound."""
+    return [
+        f"{row.info['mode']}, {row.info['case']}, {row.info['provider']}: {miss}"
+        for row in rows
+        for miss in row.info.get("inexact", [])
+    ]
+
+
 def skips(skipped: Iterable[Skip], profile: Profile) -> list[str]:
     """A sentence for every provider and reason."""
     cases: dict[tuple[str, str], dict[str, None]] = {}
@@ -238,6 +247,8 @@ def markdown(groups: Sequence[Group], profile: Profile, skipped: Sequence[Skip],
     parts += results(groups, profile)
     parts += ["## Goals", table(GOAL_HEADER, goal_lines(groups, profile, rows[0].info["device_type"]))]
     parts += ["## Where mope_fast loses", "\n".join(f"- {line}" for line in losses(groups)) or "At no size measured."]
+    if lines := inexact(rows):
+        parts += ["## Timed, though outside their bound", "\n".join(f"- {line}" for line in lines)]
     if lines := skips(skipped, profile):
         parts += ["## Not measured", "\n".join(f"- {line}" for line in lines)]
     parts += [f"![{Path(name).stem}]({name})" for name in pictures]

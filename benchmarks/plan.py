@@ -1,0 +1,128 @@
+"""What a run is going to measure and how long that takes, how far it is, and what it found."""
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from benchmarks import suite
+from benchmarks.cases import CENTRE
+from benchmarks.report import terminal
+
+
+def duration(seconds: float) -> str:
+    """Two digits or so."""
+    if seconds < 99.5:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min" if seconds < 99.5 * 60 else f"{round(seconds / 3600)} h"
+
+
+@dataclass(frozen=True)
+class Work:
+    """A measurement, and the seconds that it may take."""
+
+    group: suite.Group
+    point: suite.Point
+    seconds: float
+
+    @property
+    def size(self) -> str:
+        return f"{self.group.name}, {self.point.case}"
+
+    def __str__(self) -> str:
+        timing = "" if self.point.timing == "called" else f" {self.point.timing}"
+        return f"{self.point.mode}{timing} {self.point.provider}"
+
+
+class Plan:
+    """All measurements of a run, in their order."""
+
+    def __init__(self, points: Iterable[tuple[suite.Group, suite.Point]], setting: suite.Setting):
+        self.works = [Work(group, point, group.seconds(point, setting)) for group, point in points]
+        self.begun: float | None = None
+        self.ended = 0
+
+    def __str__(self) -> str:
+        """A line for each group: measurements, time, and sizes where these are few."""
+        lines = [f"{len(self.works)} measurements, about {duration(sum(work.seconds for work in self.works))} on this machine"]
+        for name in dict.fromkeys(work.group.name for work in self.works):
+            works = [work for work in self.works if work.group.name == name]
+            sizes = list(dict.fromkeys(str(work.point.case) for work in works))
+            shown = "; ".join(sizes) if len(sizes) < 3 else f"{len(sizes)} sizes"
+            lines.append(f"  {name:<26}{len(works):>4}  {duration(sum(work.seconds for work in works)):>6}  {shown}")
+        return "\n".join(lines)
+
+    def begin(self) -> None:
+        if self.begun is None:
+            self.begun = time.monotonic()
+
+    def end(self, entry: Mapping[str, Any] | None) -> str:
+        """What was found, and the time left by the estimate, at the speed so far; a line for the size where it is another."""
+        work = self.works[self.ended]
+        title = "" if self.ended and self.works[self.ended - 1].size == work.size else f"{work.size}\n"
+        self.ended += 1
+        done, ahead = (sum(each.seconds for each in part) for part in (self.works[: self.ended], self.works[self.ended :]))
+        left = f"{duration(ahead / done * (time.monotonic() - self.begun))} left" if ahead else "done"
+        return f"{title}  [{self.ended}/{len(self.works)}, {left}] {work}: {_found(entry)}"
+
+
+def _found(entry: Mapping[str, Any] | None) -> str:
+    if entry is None:
+        return "left for another run"
+    if "reason" in entry:
+        return entry["reason"]
+    info = entry["extra_info"]
+    tax = f", tax {info['tax']:.3f}" if "tax" in info else ""
+    return f"{terminal.time_of(info['median_us'] / 1e6)}{tax}{', outside its bound' if info['inexact'] else ''}"
+
+
+class Progress:
+    """pytest's plugin that prints it: the plan before the first measurement, a line behind each, the tables at the end."""
+
+    def __init__(self, config: pytest.Config):
+        self.config, self.record = config, config.stash[suite.RECORD]
+        self.plan: Plan | None = None
+        self.names: set[str] = set()
+
+    def _reporter(self) -> pytest.TerminalReporter:
+        return self.config.pluginmanager.getplugin("terminalreporter")
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """What ``-k`` left out is not planned."""
+        items = suite.measurements(session.items)
+        groups = self.config.stash[suite.GROUPS]
+        self.names = {item.nodeid for item in items}
+        self._reporter().showfspath = self._reporter().showfspath and not items
+        self.plan = Plan([(groups[item.originalname], item.callspec.params["point"]) for item in items], suite.setting(self.config))
+
+    def pytest_report_collectionfinish(self) -> str | None:
+        if not self.plan.works:
+            return None
+        more = "one size of every group; --full for all sizes\n" if suite.setting(self.config).extent == CENTRE else ""
+        return f"{self.plan}\n{more}"
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        if nodeid in self.names:
+            self.plan.begin()
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        if nodeid in self.names:
+            work = self.plan.works[self.plan.ended]
+            self._reporter().ensure_newline()
+            self._reporter().write_line(self.plan.end(self.record.entry(work.point.key(work.group))))
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
+        """The line behind each says it, in place of a letter; a reason for a skip is in the tables."""
+        if report.nodeid not in self.names or report.when != "call":
+            return None
+        return ("not measured" if report.skipped else report.outcome, "", "")
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if self.record.benchmarks:
+            terminalreporter.section("mope_fast and the others")
+            terminalreporter.write_line(terminal.tables(self.record.benchmarks, self.record.skipped))

@@ -1,0 +1,71 @@
+"""The tables that a run prints at its end: every provider of a group beside ours."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from benchmarks import scaling_points
+from benchmarks.report import text
+from benchmarks.report.model import Group, Profile, group, merge, parse, speed
+from benchmarks.report.profiles import END_TO_END, PROFILES
+
+
+def time_of(seconds: float) -> str:
+    """Three digits."""
+    scale, unit = next(
+        (scale, unit) for scale, unit in ((1, "s"), (1e3, "ms"), (1e6, "us")) if seconds * scale >= 1 or unit == "us"
+    )
+    return f"{float(f'{seconds * scale:.3g}'):g} {unit}"
+
+
+def _cell(each: Group, name: str) -> str:
+    """Time, and the tax or, where there is none, the speed over the peers'."""
+    row = each.rows.get(name)
+    if row is None:
+        return "-"
+    relative = f"{row.info['tax']:.3f}" if "tax" in row.info else f"{speed(each, each.profile.peers, of=name):.2f}x"
+    return f"{relative} {time_of(row.median):>8}"
+
+
+def _table(groups: Sequence[Group], profile: Profile) -> Iterator[str]:
+    """One size: a line for each provider, a column for each mode and timing."""
+    info = groups[0].info
+    meaning = (
+        f"speed over {profile.peers_text}" if profile.baseline is None else f"time over the {profile.labels[profile.baseline]}'s"
+    )
+    yield f"{info['op']}, {info['case']}: {meaning}, median time"
+    timings = {each.timing for each in groups}
+    header = ["", *(each.mode if len(timings) == 1 else f"{each.mode}, {each.timing}" for each in groups)]
+    lines = [header]
+    for name in dict.fromkeys([*profile.labels, *(name for each in groups for name in each.rows)]):
+        rows = [each.rows[name] for each in groups if name in each.rows]
+        if rows:
+            mark = " *" if any(row.info.get("inexact") for row in rows) else ""
+            lines.append([profile.labels.get(name, name) + mark, *(_cell(each, name) for each in groups)])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for first, *cells in lines:
+        yield "  " + "  ".join(
+            [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))]
+        )
+
+
+def _skipped(skipped: Sequence[Mapping[str, str]]) -> Iterator[str]:
+    """A line for each reason."""
+    whose: dict[str, dict[str, None]] = {}
+    for skip in skipped:
+        whose.setdefault(skip["reason"], {})[f"{skip['op']} {skip['provider']}"] = None
+    for reason, names in whose.items():
+        yield f"not measured, {reason}: {', '.join(names)}"
+
+
+def tables(benchmarks: Sequence[Mapping[str, Any]], skipped: Sequence[Mapping[str, str]]) -> str:
+    """All of them, with what a goal says of several sizes, what is outside its bound and what was not measured."""
+    rows = merge(parse({"benchmarks": benchmarks}))
+    lines: list[str] = []
+    for op in dict.fromkeys(row.info["op"] for row in rows):
+        profile = PROFILES.get(op, END_TO_END)  # scaling has its providers
+        groups = group((row for row in rows if row.info["op"] == op), profile)
+        for case in dict.fromkeys(each.case for each in groups):
+            lines += ["", *_table([each for each in groups if each.case == case], profile)]
+    lines += ["", *scaling_points.verdicts(row for row in rows if row.info["op"] == scaling_points.OP)]
+    lines += [*(f"* {sentence}" for sentence in text.inexact(rows)), *_skipped(skipped)]
+    return "\n".join(lines).strip("\n")

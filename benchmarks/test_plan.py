@@ -1,0 +1,101 @@
+"""What the default run measures, how long it says that takes, and what it prints."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks import measure, plan, run, suite
+from benchmarks.cases import CENTRE, FULL
+from benchmarks.report import terminal
+from benchmarks.report.text import inexact
+from benchmarks.test_report import FUSED, entry, rows, tax_entry
+
+MODULES = [importlib.import_module(f"benchmarks.test_{name}") for name in run.GROUPS]
+GROUPS = [getattr(module, "OP", None) or getattr(module, "GROUP", None) or module.window_attention.OP for module in MODULES]
+
+
+class SlowMachine(suite.Setting):
+    """Two cores without AVX-512."""
+
+    flops_a_second = 1.2e11
+
+
+def points(group: suite.Group, setting: suite.Setting) -> list[suite.Point]:
+    return [
+        suite.Point(mode, case, "called", provider)
+        for case in group.cases(setting.device, setting.extent)
+        for mode in case.modes
+        for provider in group.providers_at(case, mode)
+    ]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_a_default_run_measures_is_a_part_of_all(device):
+    for group in GROUPS:
+        centre, full = ({str(case) for case in group.cases(torch.device(device), extent)} for extent in (CENTRE, FULL))
+        assert centre <= full, group.name
+        assert len(centre) <= 2, group.name
+
+
+def test_a_default_run_leaves_room_for_groups_to_come():
+    pytest.importorskip("timm")
+    setting = SlowMachine(torch.device("cpu"), CENTRE)
+    seconds = {group.name: sum(group.seconds(point, setting) for point in points(group, setting)) for group in GROUPS}
+    assert max(seconds.values()) < 100, seconds
+    assert sum(seconds.values()) < 480, seconds
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.1, "1 s"), (99, "99 s"), (100, "2 min"), (5900, "98 min"), (6000, "2 h"), (36000, "10 h")]
+)
+def test_durations(seconds, text):
+    assert plan.duration(seconds) == text
+
+
+def test_a_miss_is_an_error_of_ours_and_noted_of_the_others():
+    truth = torch.ones(4, dtype=torch.float64)
+    eager = truth.float() + 1e-3
+    near, far = truth.float() + 3e-3, truth.float() + 9e-3  # the bounds are 2e-3, and twice that for others
+    (group,) = (group for group in GROUPS if group.name == "route_and_mix")
+    for provider, number in (("literal", near), ("literal", far), ("mope_fast", eager)):
+        with group.judged(provider) as misses:
+            measure.assert_as_exact_as_eager((number,), (eager,), (truth,), ["out"])
+        assert len(misses) == 2 * (number is far)
+    with pytest.raises(AssertionError, match=r"RMS error of out is 0.003, the bound is 0.002"), group.judged("mope_fast"):
+        measure.assert_as_exact_as_eager((near,), (eager,), (truth,), ["out"])
+
+
+def test_what_is_outside_its_bound_is_marked():
+    miss = "RMS error of out is 2, the bound is 1"
+    entries = [entry("literal", 30.0, inexact=[miss]), entry("matmul", 20.0, inexact=[]), entry("mope_fast", 10.0)]
+    lines = terminal.tables(entries, []).splitlines()
+    assert [line.split("  ")[1] for line in lines if "us" in line] == ["paper-literal eager *", "matmul eager", "mope_fast"]
+    assert lines[-1] == f"* {inexact(rows(*entries))[0]}"
+    assert lines[-1].endswith(f"literal: {miss}")
+
+
+def test_tables_have_taxes_times_and_reasons():
+    entries = [tax_entry("frozen", 1.0), tax_entry("mope_fast", 1.04), tax_entry("mope_fast", 1.02, mode="inference")]
+    skipped = [{"op": "end_to_end", "provider": name, "reason": "peft is not installed"} for name in ("lora", "lora", "full")]
+    text = terminal.tables(entries, skipped)
+    assert f"end_to_end, {FUSED}: time over the frozen encoder's, median time" in text
+    assert [line.split() for line in text.splitlines() if "mope_fast  " in line] == [
+        ["mope_fast", "1.040", "1.04", "ms", "1.020", "1.02", "ms"]
+    ]
+    assert "not measured, peft is not installed: end_to_end lora, end_to_end full" in text
+
+
+def test_a_run_prints_plan_progress_and_tables(monkeypatch):
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # pytest-benchmark measures nothing in one
+    command = [sys.executable, "-m", "pytest", "benchmarks/test_route_and_mix.py", "--benchmark-only", "--smoke"]
+    ran = subprocess.run(command, cwd=run.FOLDER.parent, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout
+    out = ran.stdout
+    begin, middle, end = (out.index(part) for part in ("20 measurements, about", "[1/20, ", "mope_fast and the others"))
+    assert begin < middle < end
+    assert "forward literal-compiled: a smoke run compiles nothing" in out
+    assert "12 passed" in out
+    assert "8 not measured" in out
