@@ -21,8 +21,8 @@ from benchmarks.record import FAILED, Key, Record
 
 Step = Callable[[Any], measure.Outputs]
 RECORD = pytest.StashKey[Record]()
-COMPILE_SECONDS = 20.0
-OP_SECONDS = {CENTRE: 0.5, FULL: 2.0}
+COMPILE_SECONDS = 8.0
+OP_SECONDS = {CENTRE: 1.0, FULL: 2.0}
 """What the rounds of a function's measurement should take, where ten don't take longer."""
 GROUPS = pytest.StashKey[dict[str, "Group"]]()
 """By the name of the test function."""

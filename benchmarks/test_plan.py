@@ -44,7 +44,7 @@ def test_a_default_run_leaves_room_for_groups_to_come():
     pytest.importorskip("timm")
     setting = SlowMachine(torch.device("cpu"), CENTRE)
     seconds = {group.name: sum(group.seconds(point, setting) for point in points(group, setting)) for group in GROUPS}
-    assert max(seconds.values()) < 100, seconds
+    assert max(seconds.values()) < 150, seconds
     assert sum(seconds.values()) < 480, seconds
 
 
@@ -85,7 +85,7 @@ def test_tables_have_taxes_times_and_reasons():
     assert [line.split() for line in text.splitlines() if "mope_fast  " in line] == [
         ["mope_fast", "1.040", "1.04", "ms", "1.020", "1.02", "ms"]
     ]
-    assert "not measured, peft is not installed: end_to_end lora, end_to_end full" in text
+    assert text.endswith("not measured, peft is not installed:\n  end_to_end lora, end_to_end full")
 
 
 def test_a_run_prints_plan_progress_and_tables(monkeypatch):
@@ -96,6 +96,7 @@ def test_a_run_prints_plan_progress_and_tables(monkeypatch):
     out = ran.stdout
     begin, middle, end = (out.index(part) for part in ("20 measurements, about", "[1/20, ", "mope_fast and the others"))
     assert begin < middle < end
-    assert "forward literal-compiled: a smoke run compiles nothing" in out
+    assert "forward literal-compiled: not measured" in out
+    assert "not measured, a smoke run compiles nothing:" in out
     assert "12 passed" in out
     assert "8 not measured" in out

@@ -199,7 +199,7 @@ def cases(device: torch.device, extent: str) -> list[FusedCase]:
     if extent == SMOKE:
         return _tiny_cases(dtype)
     if extent == CENTRE:
-        return [FusedCase(VIT_B, 64, dtype) if device.type == "cuda" else FusedCase(vit("S", 224), 2, dtype)]
+        return [FusedCase(VIT_B, 64, dtype) if device.type == "cuda" else FusedCase(vit("S", 224), 4, dtype)]
     return _gpu_cases(dtype) if device.type == "cuda" else _cpu_cases(dtype)
 
 
@@ -234,6 +234,6 @@ def _cpu_cases(dtype: torch.dtype) -> list[FusedCase]:
         *(FusedCase(encoder, 16, dtype, modes=(TRAINING,)) for encoder in (VIT_B, SWIN_B)),
         *(FusedCase(encoder, 8, dtype) for encoder in (VIT_S, WHISPER, SWIN_T, LARGE_SWIN_T)),
         *(FusedCase(encoder, 64, dtype, modes=(INFERENCE,)) for encoder in (VIT_B, SWIN_B, BERT_B)),
-        FusedCase(vit("S", 224), 2, dtype),
+        FusedCase(vit("S", 224), 4, dtype),
         *(FusedCase(encoder, 8, dtype, compiled=True) for encoder in (VIT_B, SWIN_B, BERT_B)),
     ]

@@ -1,5 +1,6 @@
 """The tables that a run prints at its end: every provider of a group beside ours."""
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -54,7 +55,8 @@ def _skipped(skipped: Sequence[Mapping[str, str]]) -> Iterator[str]:
     for skip in skipped:
         whose.setdefault(skip["reason"], {})[f"{skip['op']} {skip['provider']}"] = None
     for reason, names in whose.items():
-        yield f"not measured, {reason}: {', '.join(names)}"
+        yield f"not measured, {reason}:"
+        yield from textwrap.wrap(", ".join(names), 128, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
 
 
 def tables(benchmarks: Sequence[Mapping[str, Any]], skipped: Sequence[Mapping[str, str]]) -> str:
