@@ -7,7 +7,7 @@ import os
 import shutil
 import sysconfig
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,10 +35,17 @@ class Problem(NamedTuple):
 Reason = Callable[[Problem], str | None]
 
 
+def _constant(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let Dynamo call ``function`` and keep what it gives, as ``torch.compiler.assume_constant_result`` does."""
+    # that one imports all of Dynamo, which takes as long as half of torch
+    vars(function)["_dynamo_marked_constant"] = True
+    return function
+
+
 _cached_capability = functools.cache(torch.cuda.get_device_capability)
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _compute_capability(device: torch.device) -> tuple[int, int]:
     return _cached_capability(device)
 
@@ -69,7 +76,7 @@ def _folders_of_headers() -> list[str]:
     return [own, *filter(None, itertools.chain(*more))]
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _why_not_compiled() -> str | None:
     return _found_no_compiler()
 
@@ -99,7 +106,7 @@ def _why_not_triton_in_windows(problem: Problem) -> str | None:
     return f"a window with its prompts has {problem.keys} keys of head dimension {problem.head_dim}, more than the kernel can hold"
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _why_not_loaded_xformers() -> str | None:
     return xformers_attention.why_not_loaded()
 

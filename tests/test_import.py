@@ -33,6 +33,23 @@ assert {"bert", "dinov2"} <= set(mope_fast.supported_encoders())
     assert run(program) == []
 
 
+def test_import_brings_nothing_heavy_beyond_torch():
+    program = """
+import sys, torch
+before = set(sys.modules)
+import mope_fast, mope_fast.data, mope_fast.info
+heavy = {
+    "torch._dynamo", "torch._export", "torch._functorch.aot_autograd", "torch._inductor", "torch.distributed.checkpoint",
+    "torch.distributed.fsdp", "torch.distributed.tensor", "torch.export", "torch.fx.experimental.symbolic_shapes", "torch.onnx",
+    "torch.testing", "torch.utils.data", "torch.utils.tensorboard",
+    "PIL", "accelerate", "lightning", "matplotlib", "onnx", "pandas", "scipy", "sklearn", "sympy", "timm", "torchvision",
+    "tqdm", "transformers", "triton", "xformers",
+}
+print(*sorted(heavy & (set(sys.modules) - before)))
+"""
+    assert run(program) == []
+
+
 def test_without_triton_everything_but_its_kernels_works():
     program = (
         HIDE_TRITON

@@ -95,8 +95,9 @@ class FeatureCache:
         self._store = FeatureStore(folder, fingerprint, _name(self.encoder), flush_every)
         self._versions = _versions(self.encoder)
         self._flushed_at_exit_of: int | None = None
+        # here, because torch.compiler.disable imports all of Dynamo; of the class, because a method would hold the cache
+        self._uncompiled = torch.compiler.disable(FeatureCache._look_up)
 
-    @torch.compiler.disable
     def __call__(self, inputs: Inputs | None = None, /, **keywords: Tensor) -> Tensor:
         """The features of a batch, (B, D) on the device of the inputs, without gradient.
 
@@ -111,7 +112,9 @@ class FeatureCache:
             ValueError: an empty batch, tensors of different batch lengths, features of a wrong shape or another width or dtype than
                 the stored ones, or not finite; the encoder was changed; a file is damaged.
         """
-        inputs = keywords if inputs is None else inputs
+        return self._uncompiled(self, keywords if inputs is None else inputs)
+
+    def _look_up(self, inputs: Inputs) -> Tensor:
         named = _check_inputs(inputs)
         keys = sample_keys(named, self._padded)
         with self._store.lock:
