@@ -33,8 +33,10 @@ def commit() -> str:
     if "BENCHMARK_COMMIT" in os.environ:
         return os.environ["BENCHMARK_COMMIT"]
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    project = Path(__file__).parents[1]
+    own = os.environ | {"GIT_CEILING_DIRECTORIES": str(project.parent)}  # not a repository that an unpacked sdist lies in
     try:
-        answer = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        answer = subprocess.run(command, cwd=project, env=own, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         return "unknown"
     return answer.stdout.strip() or "unknown"
