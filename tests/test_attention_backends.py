@@ -293,8 +293,18 @@ def assert_right(
             assert_as_good_as_eager(name, got, eager[name], truth[name], dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+IN_16_BITS = ("nothing", "both prefixes, more queries", "causal, prefix", "everything", "everything, 31 keys", "aligned")
+"""One of each kind of mask; with a field ``"gaps, padding, bias"`` and ``"intervals"``."""
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        pytest.param(case, dtype, id=f"{name}-{dtype}")
+        for name, case in CASES.items()
+        for dtype in (DTYPES if name in (*IN_16_BITS, "gaps, padding, bias", "intervals") else DTYPES[:2])
+    ],
+)
 def test_output_and_gradients_are_those_of_the_dense_formula(case, dtype, backend):
     assert_right(backend, case, make_tensors(case, dtype), make_padding(case.tokens) if case.padded else None)
 
@@ -355,16 +365,23 @@ def assert_right_in_layout(backend: Backend, layout: Callable, names: tuple[str,
     assert_right(backend._replace(layout=layout, laid_out=names), case, tensors, None, contiguous)
 
 
-@pytest.mark.parametrize("case", ["nothing", "shared prefix", "intervals", "causal"])
-@pytest.mark.parametrize("head_dim", [HEAD_DIM, 16], ids="head_dim={}".format)
+@pytest.mark.parametrize(
+    ("head_dim", "case"),
+    [
+        pytest.param(head_dim, case, id=f"head_dim={head_dim}-{case}")
+        for head_dim, case in ((HEAD_DIM, "nothing"), (16, "shared prefix"), (16, "intervals"), (HEAD_DIM, "causal"))
+    ],
+)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_queries_keys_and_values_may_have_any_strides(layout, head_dim, case, backend):
     assert_right_in_layout(backend, layout, ("q", "k", "v"), CASES[case]._replace(head_dim=head_dim))
 
 
-@pytest.mark.parametrize("tokens", [TOKENS, 16], ids="tokens={}".format)
-@pytest.mark.parametrize("shape", [(1, HEADS), (BATCH, 1)], ids=str)
-@pytest.mark.parametrize("prefixes", [(), (1,)], ids=["", "prefix"])
+@pytest.mark.parametrize(
+    ("prefixes", "shape", "tokens"),
+    [((), (1, HEADS), TOKENS), ((1,), (BATCH, 1), TOKENS), ((1,), (1, HEADS), 16), ((), (BATCH, 1), 16)],
+    ids=str,
+)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_a_bias_may_have_any_strides(layout, prefixes, shape, tokens, backend):
     assert_right_in_layout(backend, layout, ("bias",), Case(tokens, tokens, prefixes, bias=shape))

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from compiler import SHARED_MEMORY, Recorder, assert_fits, assert_wide_words, compile_launch, innermost_first, misaligned
+from compiler import Recorder, assert_fits, assert_wide_words, compile_launch, innermost_first, misaligned
+from tiers import slow_but
 
 from mope_fast import ReceptiveField
 
@@ -76,6 +77,9 @@ OTHERS = [
 ]
 
 
+QUICK = [case for case in COMMON if case.name in ("Dh=64", "Dh=64 causal", "Dh=64 intervals")]
+
+
 @pytest.fixture
 def record(monkeypatch):
     """A function that gives the launches of a forward and a backward."""
@@ -113,7 +117,10 @@ def record(monkeypatch):
 
 @pytest.mark.parametrize(
     ("case", "capability"),
-    [(case, capability) for case in ENTRIES for capability in SHARED_MEMORY] + [(case, 90) for case in [*COMMON[4:], *OTHERS]],
+    slow_but(
+        [(COMMON[0], 80), (COMMON[0], 86), *((case, 90) for case in QUICK)],
+        [(COMMON[0], 80), *((case, 86) for case in ENTRIES), *((case, 90) for case in (*ENTRIES, *COMMON[4:], *OTHERS))],
+    ),
     ids=str,
 )
 def test_compiles_and_fits(case, capability, record):
@@ -121,7 +128,7 @@ def test_compiles_and_fits(case, capability, record):
         assert_fits(compile_launch(launch, capability), capability)
 
 
-@pytest.mark.parametrize("view", [misaligned, innermost_first])
+@pytest.mark.parametrize("view", slow_but([(misaligned,)], [(misaligned,), (innermost_first,)]))
 def test_compiles_for_other_layouts(view, record):
     for launch in record(COMMON[0], view=view):
         assert_fits(compile_launch(launch, 90), 90)
@@ -135,14 +142,21 @@ def test_compiles_for_a_first_layer_with_prefix_gradients_only(needs_query, reco
     assert (products > 0) == needs_query, "without it only delta is left"
 
 
-@pytest.mark.parametrize("case", [*COMMON, *(case for case in ENTRIES if case.dtype == FP32 and case.head_dim < 256)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    slow_but(
+        [(case,) for case in QUICK],
+        [(case,) for case in (*COMMON, *(case for case in ENTRIES if case.dtype == FP32 and case.head_dim < 256))],
+    ),
+    ids=str,
+)
 def test_spills_nothing_on_sm_90(case, record):
     for launch in record(case):
         compiled = compile_launch(launch, 90)
         assert compiled.spills == 0, f"{compiled.name}: {compiled.spills} bytes of local memory"
 
 
-@pytest.mark.parametrize("case", COMMON, ids=str)
+@pytest.mark.parametrize("case", slow_but([(case,) for case in QUICK], [(case,) for case in COMMON]), ids=str)
 def test_tiles_move_in_words_of_16_bytes_and_meet_in_tensor_cores_on_sm_90(case, record):
     for launch in record(case):
         compiled = compile_launch(launch, 90)

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from compiler import SHARED_MEMORY, Recorder, assert_fits, assert_wide_words, compile_launch, innermost_first, misaligned
+from compiler import Recorder, assert_fits, assert_wide_words, compile_launch, innermost_first, misaligned
+from tiers import slow_but
 
 pytestmark = pytest.mark.aot
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+SMALLEST = (1, 1, 1, 1, FP32, {})
 # (batch, experts, rows, width, dtype, settings): the branches of kernels/launch.py, and each constexpr of the kernels
 CASES = [
     (64, 16, 6, 768, BF16, {}),
@@ -20,7 +22,7 @@ CASES = [
     (8192, 256, 6, 768, FP32, {}),
     (64, 1024, 6, 768, BF16, {"gram": True, "top_k": 4}),
     (64, 1024, 6, 768, FP32, {"gram": True, "top_k": 4, "renormalize": True}),
-    (1, 1, 1, 1, FP32, {}),
+    SMALLEST,
     (17, 7, 3, 34, BF16, {"gram": True, "noise": True, "top_k": 2}),
     (64, 16, 6, 768, FP32, {"out_dtype": BF16}),
 ]
@@ -54,8 +56,14 @@ def record(monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    ("case", "capability"),
+    slow_but(
+        [(SMALLEST, 80), (COMMON[2], 86), *((case, 90) for case in CASES)],
+        [(SMALLEST, 80), *((case, capability) for capability in (86, 90) for case in CASES)],
+    ),
+    ids=str,
+)
 def test_compiles_and_fits(case, capability, record):
     for launch in record(*case):
         assert_fits(compile_launch(launch, capability), capability)

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from compiler import SHARED_MEMORY, Recorder, assert_fits, assert_wide_words, compile_launch, innermost_first, misaligned
+from compiler import Recorder, assert_fits, assert_wide_words, compile_launch, innermost_first, misaligned
+from tiers import slow_but
 
 pytestmark = pytest.mark.aot
 
@@ -65,6 +66,9 @@ LIMITS = [
 ]
 
 
+QUICK = [case for case in COMMON if case.name in ("window 7", "window 12")]
+
+
 @pytest.fixture
 def record(monkeypatch):
     """A function that gives the launches of a forward and a backward."""
@@ -99,7 +103,10 @@ def record(monkeypatch):
 
 @pytest.mark.parametrize(
     ("case", "capability"),
-    [(case, capability) for case in [*COMMON, *LIMITS] for capability in SHARED_MEMORY] + [(case, 90) for case in OTHERS],
+    slow_but(
+        [(COMMON[0], 80), *((case, 90) for case in QUICK)],
+        [(COMMON[0], 80), *((case, 86) for case in (*QUICK, *LIMITS)), *((case, 90) for case in (*COMMON, *LIMITS, *OTHERS))],
+    ),
     ids=str,
 )
 def test_compiles_and_fits(case, capability, record):
@@ -107,7 +114,7 @@ def test_compiles_and_fits(case, capability, record):
         assert_fits(compile_launch(launch, capability), capability)
 
 
-@pytest.mark.parametrize("view", [misaligned, innermost_first])
+@pytest.mark.parametrize("view", slow_but([(misaligned,)], [(misaligned,), (innermost_first,)]))
 def test_compiles_for_other_layouts(view, record):
     for launch in record(COMMON[0], view=view):
         assert_fits(compile_launch(launch, 90), 90)
@@ -121,7 +128,7 @@ def test_without_gradients_of_tokens_a_program_writes_prompts_only(record):
     assert 0 < products[1] < products[0], "the product for the gradient of queries is left out"
 
 
-@pytest.mark.parametrize("case", COMMON, ids=str)
+@pytest.mark.parametrize("case", slow_but([(case,) for case in QUICK], [(case,) for case in COMMON]), ids=str)
 def test_spills_nothing_on_sm_90(case, record):
     for launch in record(case)[:2]:
         compiled = compile_launch(launch, 90)
@@ -131,7 +138,7 @@ def test_spills_nothing_on_sm_90(case, record):
 
 
 # 16 queries at a time, as for window 12, leave each thread 8 bytes
-@pytest.mark.parametrize("case", [case for case in COMMON if case.window < 12], ids=str)
+@pytest.mark.parametrize("case", slow_but([(case,) for case in QUICK], [(case,) for case in COMMON if case.window < 12]), ids=str)
 def test_tiles_move_in_words_of_16_bytes_and_meet_in_tensor_cores_on_sm_90(case, record):
     for launch in record(case)[:2]:
         compiled = compile_launch(launch, 90)

@@ -8,9 +8,11 @@ import pytest
 import torch
 import transformers as hf
 from op_recorder import Recorder
+from tiers import slow_but
 from tiny_transformers import (
     CASES,
     END_OF_TEXT,
+    FORWARDS,
     ONE_OF_EACH,
     SETTINGS,
     close,
@@ -482,7 +484,8 @@ def test_folded_model_gives_the_same(name):
     close(folded.scores, expected.scores)
 
 
-@every_family
+# bert and dinov2: tests/models/test_fusion_steps.py
+@pytest.mark.parametrize("name", slow_but([("gpt2",), ("whisper",)], [(name,) for name in FORWARDS]))
 def test_compiled_step_equals_eager_for_every_batch_size_without_recompiling(name):
     torch._dynamo.reset()
     case = CASES[name]

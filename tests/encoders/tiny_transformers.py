@@ -336,3 +336,5 @@ def _audio_cases() -> dict[str, Case]:
 CASES = {**_text_cases(), **_image_cases(), **_audio_cases()}
 ONE_OF_EACH = [name for name in CASES if "," not in name]
 """One case of each family."""
+FORWARDS = [name for name in ONE_OF_EACH if name not in ("roberta", "deit", "hubert")]
+"""For compilers: those three run the code of BERT, ViT and wav2vec 2.0."""

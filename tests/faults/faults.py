@@ -224,7 +224,7 @@ ATTENTION = (
         "visible = padding if visible is None else visible & padding",
         "visible = padding if visible is None else visible",
         "A causal encoder attends to padding.",
-        "tests/test_prompt_attention.py::test_attention_equals_a_loop_over_visible_keys[()-causal-padding-sdpa]",
+        f"{_DENSE}[sdpa-causal, padding-torch.float64]",
     ),
     _fault(
         "overlapping-rows-read-as-they-are",

@@ -66,8 +66,12 @@ def check_against_truth(inputs, dtype, **settings):
         assert_as_good_as_eager(name, value, eager[name], truth[name], own)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("batch", "experts", "rows", "width"), [(40, 16, 6, 48), (1, 1, 1, 1), (33, 7, 2, 34), (65, 33, 1, 130)])
+@pytest.mark.parametrize(
+    ("batch", "experts", "rows", "width", "dtype"),
+    [(*sizes, dtype) for sizes in ((40, 16, 6, 48), (33, 7, 2, 34)) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+    + [(1, 1, 1, 1, torch.float32), (65, 33, 1, 130, torch.float32)],
+    ids=str,
+)
 @pytest.mark.parametrize("gram", [False, True])
 def test_outputs_and_gradients_are_as_good_as_eager(batch, experts, rows, width, dtype, gram, device):
     inputs = make_inputs(batch, experts, rows, width, dtype, device, gram=gram, noise=True)

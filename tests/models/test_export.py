@@ -62,6 +62,7 @@ def test_a_saved_program_runs_where_only_torch_is_imported(tmp_path, monkeypatch
     assert in_a_process_of_its_own(LOAD + CHECK) == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None and "CXX" not in os.environ, reason="Inductor needs a C++ compiler")
 def test_an_inductor_package_runs_where_only_torch_is_imported(tmp_path, monkeypatch):
     names = page(tmp_path, monkeypatch)

@@ -162,7 +162,7 @@ def test_an_attention_that_ignores_prompts_is_noticed():
         model(make_text(3), make_images(3))
 
 
-@pytest.mark.parametrize(("main", "complementary"), [("bert", "dinov2"), ("dinov2", "bert")])
+@pytest.mark.parametrize(("main", "complementary"), [("bert", "dinov2"), pytest.param("dinov2", "bert", marks=pytest.mark.slow)])
 def test_a_pickled_model_works_in_another_process(main, complementary, tmp_path):
     model = make_fusion(main, complementary)
     inputs = INPUTS[main](3), INPUTS[complementary](3)

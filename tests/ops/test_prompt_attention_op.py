@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from op_calls import Silent, record_calls
+from tiers import slow_but
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -125,16 +126,14 @@ def test_statistics_are_the_largest_exponent_and_the_log_of_the_sum_in_base_2_in
 
 
 @problems
-@pytest.mark.parametrize("permuted", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(("dtype", "permuted"), [(torch.float32, True), (torch.bfloat16, False)], ids=str)
 def test_opcheck_of_the_forward_op(problem, permuted, dtype):
     inputs = detached(make_inputs(dtype, **problem, permuted=permuted))
     torch.library.opcheck(ops.prompt_attention_forward, (*inputs, 0.4, problem.get("is_causal", False)))
 
 
 @pytest.mark.parametrize("name", ["a shared prefix", "everything", "gaps, padding, bias"])
-@pytest.mark.parametrize("permuted", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("dtype", "permuted"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)
 @pytest.mark.parametrize(
     "needs",
     [
@@ -238,16 +237,21 @@ def test_the_op_compiles_with_a_field(field):
     check_compiled(function, {"prefixes": [], "field": field})
 
 
-@pytest.mark.parametrize("impl", ["auto", "sdpa", "reference"])
-@pytest.mark.parametrize("bias", [None, (1, HEADS)])
+@pytest.mark.parametrize(
+    ("impl", "bias"),
+    slow_but([("auto", (1, HEADS))], [("auto", (1, HEADS)), ("sdpa", None), ("reference", (1, HEADS))]),
+)
 def test_prompt_attention_compiles_in_one_graph_without_recompiling_for_a_new_batch(impl, bias):
     for is_causal in (False, True):
         problem = {"bias": bias, "is_causal": is_causal}
         check_compiled(lambda inputs, problem=problem: through_functional(inputs, problem, impl), problem)
 
 
-@pytest.mark.parametrize("impl", ["auto", "sdpa", "reference"])
-@pytest.mark.parametrize("field", [INTERVALS, GAPS], ids=["intervals", "gaps"])
+@pytest.mark.parametrize(
+    ("impl", "field"),
+    slow_but([("auto", INTERVALS)], [("auto", INTERVALS), ("sdpa", GAPS), ("reference", INTERVALS)]),
+    ids=lambda value: {INTERVALS: "intervals", GAPS: "gaps"}.get(value, value),
+)
 def test_receptive_field_attention_compiles_in_one_graph_without_recompiling_for_a_new_batch(impl, field):
     problem = {"prefixes": [], "field": field, "bias": (1, 1)}
     check_compiled(lambda inputs: through_functional(inputs, problem, impl), problem)

@@ -1,5 +1,6 @@
 """Laws that routing obeys for any input; on whatever implementation ``auto`` takes (the kernels, under the interpreter)."""
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -7,6 +8,8 @@ from hypothesis import strategies as st
 from mope_fast.functional import route_and_mix
 from mope_fast.ops.route_and_mix import INTERPRETED
 
+# ``auto`` takes the kernels there
+pytestmark = [pytest.mark.kernel] if INTERPRETED else []
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 laws = settings(max_examples=10 if INTERPRETED else 50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 

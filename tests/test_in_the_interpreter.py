@@ -1,0 +1,38 @@
+"""The kernels in Triton's interpreter: pytest on each file of theirs in a process of its own.
+
+``-x`` and ``-m`` are passed on. ``-k`` and ids are not, because they choose among these files: for one test of one of them type
+``TRITON_INTERPRET=1 pytest tests/kernels -k ...``.
+"""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+# those that take longest first, so that none is left to the end
+FILES = sorted(TESTS.glob("kernels/test_*.py"), key=lambda file: -file.stat().st_size) + sorted(TESTS.glob("properties/test_*.py"))
+# pytest-xdist's would make the new process one of its own, the user's options are passed on below
+OTHERS = ("PYTEST_ADDOPTS", "PYTEST_CURRENT_TEST", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_XDIST_TESTRUNUID")
+
+pytestmark = [
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is the interpreter"),
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
+    pytest.mark.timeout(1500),
+]
+
+
+@pytest.mark.parametrize("file", [file.relative_to(TESTS).as_posix() for file in FILES])
+def test_kernels_in_the_interpreter(file, request):
+    option = request.config.option
+    chosen = f"kernel and ({option.markexpr})" if option.markexpr else "kernel"
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=short", "-rfE", "-p", "no:cacheprovider", "-m", chosen]
+    command += [f"--maxfail={option.maxfail}", str(TESTS / file)]
+    environment = {name: value for name, value in os.environ.items() if name not in OTHERS} | {"TRITON_INTERPRET": "1"}
+    run = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True)
+    if run.returncode or not re.search(r"^\d+ passed", run.stdout, re.MULTILINE):
+        pytest.fail(f"TRITON_INTERPRET=1 {' '.join(command)}\n{run.stdout[-20000:]}{run.stderr[-2000:]}", pytrace=False)
