@@ -362,7 +362,7 @@ def test_what_is_wrong_is_one_line_and_no_traceback(folder, tmp_path):
 @pytest.mark.usefixtures("_tiny_encoders")
 def test_an_image_that_is_none_is_one_line(folder, tmp_path):
     (folder / "images" / "train3.png").write_bytes(b"no picture")
-    with pytest.raises(SystemExit, match="^OSError: the image of post 3 can't be read"):
+    with pytest.raises(SystemExit, match=r"^OSError: the image of post 3 can't be read"):
         jsonl_task.run_from_shell(lambda: run(folder, tmp_path / "out"))
 
 
