@@ -4,34 +4,27 @@
 ``TRITON_INTERPRET=1 pytest tests/kernels -k ...``.
 """
 
-import importlib.util
 import os
 import re
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+triton = pytest.importorskip("triton")
+
 TESTS = Path(__file__).parent
 # those that take longest first, so that none is left to the end
 FILES = sorted(TESTS.glob("kernels/test_*.py"), key=lambda file: -file.stat().st_size) + sorted(TESTS.glob("properties/test_*.py"))
 # pytest-xdist's would make the new process one of its own, the user's options are passed on below
 OTHERS = ("PYTEST_ADDOPTS", "PYTEST_CURRENT_TEST", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_XDIST_TESTRUNUID")
-
-
-def too_old() -> bool:
-    """Whether Triton's interpreter can't run on this NumPy."""
-    triton, numpy = (tuple(map(int, version(name).split(".")[:2])) for name in ("triton", "numpy"))
-    return triton < (3, 7) and numpy >= (2, 4)
-
+OLD_TRITON, NEW_NUMPY = triton.__version__.startswith("3.6."), tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4)
 
 pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is the interpreter"),
-    pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed"),
-    pytest.mark.skipif(HAS_TRITON and too_old(), reason="the interpreter of Triton 3.6 needs NumPy below 2.4"),
+    pytest.mark.skipif(OLD_TRITON and NEW_NUMPY, reason="the interpreter of Triton 3.6 needs NumPy below 2.4"),
     pytest.mark.timeout(1500),
 ]
 
