@@ -1,6 +1,7 @@
 """Which tests run where, and how long one may take: kernels on a GPU or in Triton's interpreter, compilers outside of it."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,11 @@ from hypothesis import settings
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA = torch.cuda.is_available()
+SKIPS = {
+    "gpu": (not CUDA, "needs a CUDA GPU"),
+    "kernel": (not (CUDA or INTERPRETED), "needs a CUDA GPU, or the interpreter: tests/test_in_the_interpreter.py"),
+    "aot": (INTERPRETED, "the interpreter can't compile"),
+}
 SECONDS = 300
 """What a test may take where pytest-timeout is installed, if its own mark doesn't say otherwise."""
 # how long an example takes says nothing on a shared machine
@@ -29,22 +35,21 @@ def pytest_collection_modifyitems(config, items):
     elsewhere = [
         item for item in others if item.get_closest_marker("kernel") and f"{item.path.parent.name}/{item.path.name}" in covered
     ]
-    # they are no skips of ours: another process runs them
+    # another process runs them, so they are not skipped
     config.hook.pytest_deselected(items=elsewhere)
     items[:] = [*interpreted, *(item for item in others if item not in elsewhere)]
 
-    skips = {
-        "gpu": (not CUDA, "needs a CUDA GPU"),
-        "kernel": (not (CUDA or INTERPRETED), "needs a CUDA GPU, or the interpreter: tests/test_in_the_interpreter.py"),
-        "aot": (INTERPRETED, "the interpreter can't compile"),
-    }
     limited = config.pluginmanager.hasplugin("timeout") and config.getoption("timeout") is None
     for item in items:
-        for marker, (skip, reason) in skips.items():
-            if skip and item.get_closest_marker(marker):
-                item.add_marker(pytest.mark.skip(reason=reason))
-        if limited and not item.get_closest_marker("timeout"):
+        if limited and item.path.is_relative_to(Path(__file__).parent) and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SECONDS))
+
+
+def pytest_runtest_setup(item):
+    # skipped from here, all with one reason are one line of the summary
+    for marker, (skip, reason) in SKIPS.items():
+        if skip and item.get_closest_marker(marker):
+            pytest.skip(reason)
 
 
 @pytest.fixture
