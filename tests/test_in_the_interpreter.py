@@ -34,7 +34,7 @@ def test_kernels_in_the_interpreter(file, request):
     option = request.config.option
     chosen = f"kernel and ({option.markexpr})" if option.markexpr else "kernel"
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=short", "-rfE", "-p", "no:cacheprovider", "-m", chosen]
-    command += [f"--maxfail={option.maxfail}", str(TESTS / file)]
+    command += [f"--maxfail={option.maxfail or 0}", str(TESTS / file)]
     environment = {name: value for name, value in os.environ.items() if name not in OTHERS} | {"TRITON_INTERPRET": "1"}
     run = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True)
     if run.returncode or not re.search(r"^\d+ passed", run.stdout, re.MULTILINE):
