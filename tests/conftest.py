@@ -8,6 +8,7 @@ import torch
 from hypothesis import settings
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+TESTS = Path(__file__).parent
 CUDA = torch.cuda.is_available()
 SKIPS = {
     "gpu": (not CUDA, "needs a CUDA GPU"),
@@ -31,9 +32,9 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     interpreted = [item for item in items if item.path.name == "test_in_the_interpreter.py"]
     others = [item for item in items if item not in interpreted]
-    covered = {item.callspec.params["file"] for item in interpreted} if not (CUDA or INTERPRETED) else set()
+    covered = [TESTS / item.callspec.params["path"] for item in interpreted if not (CUDA or INTERPRETED)]
     elsewhere = [
-        item for item in others if item.get_closest_marker("kernel") and f"{item.path.parent.name}/{item.path.name}" in covered
+        item for item in others if item.get_closest_marker("kernel") and any(item.path.is_relative_to(path) for path in covered)
     ]
     # another process runs them, so they are not skipped
     config.hook.pytest_deselected(items=elsewhere)
@@ -41,7 +42,7 @@ def pytest_collection_modifyitems(config, items):
 
     limited = config.pluginmanager.hasplugin("timeout") and config.getoption("timeout") is None
     for item in items:
-        if limited and item.path.is_relative_to(Path(__file__).parent) and not item.get_closest_marker("timeout"):
+        if limited and item.path.is_relative_to(TESTS) and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SECONDS))
 
 

@@ -1,6 +1,6 @@
-"""The kernels in Triton's interpreter: pytest on each file of theirs in a process of its own.
+"""The kernels in Triton's interpreter: pytest on their tests in processes of its own.
 
-``-x`` and ``-m`` are passed on. ``-k`` and ids are not, because they choose among these files: for one test of one of them type
+``-x`` and ``-m`` are passed on. ``-k`` and ids are not, because they choose among these processes: for one test of theirs type
 ``TRITON_INTERPRET=1 pytest tests/kernels -k ...``.
 """
 
@@ -16,8 +16,9 @@ import pytest
 triton = pytest.importorskip("triton")
 
 TESTS = Path(__file__).parent
-# those that take longest first, so that none is left to the end
-FILES = sorted(TESTS.glob("kernels/test_*.py"), key=lambda file: -file.stat().st_size) + sorted(TESTS.glob("properties/test_*.py"))
+# a process for each, those that take longest first
+PATHS = sorted(TESTS.glob("kernels/test_*.py"), key=lambda file: -file.stat().st_size)
+PATHS.insert(2, TESTS / "properties")
 # pytest-xdist's would make the new process one of its own, the user's options are passed on below
 OTHERS = ("PYTEST_ADDOPTS", "PYTEST_CURRENT_TEST", "PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_XDIST_TESTRUNUID")
 OLD_TRITON, NEW_NUMPY = triton.__version__.startswith("3.6."), tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4)
@@ -29,12 +30,12 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("file", [file.relative_to(TESTS).as_posix() for file in FILES])
-def test_kernels_in_the_interpreter(file, request):
+@pytest.mark.parametrize("path", [path.relative_to(TESTS).as_posix() for path in PATHS])
+def test_kernels_in_the_interpreter(path, request):
     option = request.config.option
     chosen = f"kernel and ({option.markexpr})" if option.markexpr else "kernel"
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=short", "-rfE", "-p", "no:cacheprovider", "-m", chosen]
-    command += [f"--maxfail={option.maxfail or 0}", str(TESTS / file)]
+    command += [f"--maxfail={option.maxfail or 0}", str(TESTS / path)]
     environment = {name: value for name, value in os.environ.items() if name not in OTHERS} | {"TRITON_INTERPRET": "1"}
     run = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True)
     if run.returncode or not re.search(r"^\d+ passed", run.stdout, re.MULTILINE):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from op_recorder import Recorder as Ops
+from tiers import slow_but
 from tiny_fusion import CLASSES, SETTINGS, make_bert, make_fusion, make_images, make_text
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -179,7 +180,11 @@ def test_on_a_gpu_no_value_is_asked_for():
 
 
 @pytest.mark.parametrize(
-    ("order", "backend"), [("recorded first", "aot_eager"), ("compiled first", "eager"), ("compiled in place", "eager")]
+    ("order", "backend"),
+    slow_but(
+        [("recorded first", "aot_eager")],
+        [("recorded first", "aot_eager"), ("compiled first", "eager"), ("compiled in place", "eager")],
+    ),
 )
 def test_compiled_models_are_recorded_without_compiling_again(order, backend):
     torch._dynamo.reset()

@@ -63,7 +63,7 @@ def test_text_without_a_mask(name):
     close(exported(inputs, features), model(inputs, features))
 
 
-@pytest.mark.parametrize("name", ["bert", "timm_vit"])
+@pytest.mark.parametrize("name", slow_but([("bert",)], [("bert",), ("timm_vit",)]))
 def test_strict(name):
     encoder, make_inputs = make_family(name)
     model = make_fusion(encoder, 3).fold().for_export()

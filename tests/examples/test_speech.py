@@ -5,6 +5,7 @@ import wave
 import numpy as np
 import pytest
 import torch
+from tiers import slow_but
 
 from mope_fast import FeatureCache, MoPEConfig, MoPEFusion
 
@@ -53,7 +54,9 @@ def text(minilm) -> dict[str, torch.Tensor]:
     return dict(minilm[1](LINES, padding=True, return_tensors="pt"))
 
 
-@pytest.fixture(params=["whisper main", "minilm main", "minilm main, whisper features on disk"])
+@pytest.fixture(
+    params=slow_but([("whisper main",)], [("whisper main",), ("minilm main",), ("minilm main, whisper features on disk",)])
+)
 def fusion(request, whisper, minilm, tmp_path):
     """(model, inputs of a batch of two, as a function of the sound)."""
     encoders, config = (minilm[0], whisper[0]), MoPEConfig(**CONFIG)

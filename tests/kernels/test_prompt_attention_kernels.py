@@ -208,7 +208,13 @@ EVERYTHING = {
     name: PROBLEMS[name]
     for name in ("prefixes, padding, bias, causal, scale", "intervals, padding, bias, scale", "gaps, padding, bias")
 }
-everything = pytest.mark.parametrize(("sizes", "settings"), EVERYTHING.values(), ids=EVERYTHING)
+everything = pytest.mark.parametrize(
+    ("sizes", "settings"),
+    [
+        pytest.param(*problem, id=name, marks=pytest.mark.slow if name.startswith("intervals") else ())
+        for name, problem in EVERYTHING.items()
+    ],
+)
 
 
 @pytest.mark.parametrize(("sizes", "settings"), PROBLEMS.values(), ids=PROBLEMS)
@@ -218,7 +224,7 @@ def test_float32_output_and_gradients_are_as_good_as_eager(sizes, settings, devi
     check_against_truth(make_inputs(torch.float32, device, **sizes), torch.float32, **settings)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("name", ["both prefixes", "bias for each sample", *EVERYTHING])
 def test_16_bit_output_and_gradients_are_as_good_as_eager(name, dtype, device):
     sizes, settings = many_rows(*PROBLEMS[name])

@@ -195,6 +195,7 @@ def check_evaluation(rank, folder):
     close(output.logits, expected.logits[part(rank)])
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
     checks = [check for name, check in globals().items() if name.startswith("check_") and name != "check_trains_as_one"]
     run_in_two_processes(checks, tmp_path)

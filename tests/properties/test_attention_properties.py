@@ -19,7 +19,7 @@ def laws(examples):
     return settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
-many, some = laws(200), laws(20 if INTERPRETED else 80)
+many, some = laws(200), laws(10 if INTERPRETED else 80)
 
 
 @st.composite
