@@ -205,6 +205,7 @@ def test_compiled_models_are_recorded_without_compiling_again(order, backend):
     assert_same(other, expected(outputs, LABELS))
 
 
+@pytest.mark.slow
 def test_a_larger_compiled_function_gives_its_scores_by_hand():
     torch._dynamo.reset()
     model, batch = small()
@@ -221,7 +222,7 @@ def test_a_larger_compiled_function_gives_its_scores_by_hand():
     assert_same(own, expected([model(*batch)], LABELS))
 
 
-@pytest.mark.parametrize("wrapped", ["ddp", "static ddp", "compiled ddp", "ddp of compiled"])
+@pytest.mark.parametrize("wrapped", ["ddp", "static ddp", "compiled ddp", pytest.param("ddp of compiled", marks=pytest.mark.slow)])
 def test_data_parallel_models_are_recorded(process_group, wrapped):
     torch._dynamo.reset()
     model, batch = small()

@@ -229,6 +229,7 @@ def test_a_window_made_narrower_is_drawn_again(open_page, file):
     assert page.evaluate("document.documentElement.scrollWidth") == 400
 
 
+@pytest.mark.slow
 def test_many_layers_experts_and_classes(open_page, tmp_path):
     recorder = Recorder(class_names=[f"class {c}" for c in range(300)])
     recorder.update((torch.randn(48, 600, 256) * 3).softmax(-1), torch.arange(600) % 300)

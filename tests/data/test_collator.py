@@ -120,7 +120,7 @@ def test_labels_of_several_classes(tokenizer):
     assert torch.equal(batch["labels"], torch.tensor([[1, 0, 1], [0, 0, 0]]))
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_it_runs_in_workers(posts, tokenizer, context):
     collate = FusionCollator(tokenizer, PROCESSOR)
     loader = DataLoader(posts, batch_size=2, collate_fn=collate, num_workers=1, multiprocessing_context=context)

@@ -208,6 +208,8 @@ EVERYTHING = {
     name: PROBLEMS[name]
     for name in ("prefixes, padding, bias, causal, scale", "intervals, padding, bias, scale", "gaps, padding, bias")
 }
+IN_OTHERS = ("a prefix for each sample", "bias for each head", "bias for each sample and head", "intervals", "gaps")
+"""What another problem has too."""
 everything = pytest.mark.parametrize(
     ("sizes", "settings"),
     [
@@ -217,7 +219,10 @@ everything = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.parametrize(("sizes", "settings"), PROBLEMS.values(), ids=PROBLEMS)
+@pytest.mark.parametrize(
+    ("sizes", "settings"),
+    [pytest.param(*problem, id=name, marks=pytest.mark.slow if name in IN_OTHERS else ()) for name, problem in PROBLEMS.items()],
+)
 def test_float32_output_and_gradients_are_as_good_as_eager(sizes, settings, device, monkeypatch):
     set_tiles(monkeypatch, 64, 64)
     sizes, settings = many_rows(sizes, settings)
@@ -550,7 +555,7 @@ def test_16_bit_garbage_in_padded_keys_and_values_changes_no_bit(dtype, device, 
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
-@pytest.mark.parametrize("garbage", [1e30, torch.finfo(torch.float32).max])
+@pytest.mark.parametrize("garbage", [pytest.param(1e30, marks=pytest.mark.slow), torch.finfo(torch.float32).max])
 @pytest.mark.parametrize(
     ("sizes", "settings"),
     [({}, {}), ({"prefixes": [(1, 6), (2, 7)]}, {"is_causal": True}), ({"bias": (2, 1)}, {}), ({"bias": (1, 1)}, {"field": GAPS})],
@@ -619,7 +624,9 @@ def test_three_runs_have_the_same_bits(sizes, settings, device):
 
 
 @interpreted
-@pytest.mark.parametrize("name", ["prefixes, padding, bias, causal, scale", "gaps, padding, bias"])
+@pytest.mark.parametrize(
+    "name", ["prefixes, padding, bias, causal, scale", pytest.param("gaps, padding, bias", marks=pytest.mark.slow)]
+)
 def test_programs_may_run_in_any_order_and_twice(name, monkeypatch, small_tiles):
     sizes, settings = PROBLEMS[name]
     inputs = make_inputs(torch.float32, CPU, **one_head(sizes))

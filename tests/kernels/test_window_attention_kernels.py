@@ -24,6 +24,7 @@ from harness import (
     transposed,
 )
 from numerics import assert_as_good_as_eager
+from tiers import slow_but
 from torch import Tensor
 
 from mope_fast import _implementations
@@ -174,7 +175,7 @@ def test_float32_output_and_gradients_are_as_good_as_eager(sizes, device):
     check_against_truth(make_inputs(torch.float32, device, **sizes, **MANY_ROWS), torch.float32)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("name", ["no prefixes", "both prefixes", "everything"])
 def test_16_bit_output_and_gradients_are_as_good_as_eager(name, dtype, device):
     check_against_truth(make_inputs(dtype, device, **PROBLEMS[name], **MANY_ROWS), dtype, scale=0.25)
@@ -207,7 +208,16 @@ def test_the_tables_launches_of_swins_windows_are_as_good_as_eager(side, prompts
 
 @pytest.mark.parametrize(
     "changes",
-    [{"block_q": 16}, {"block_q": 32, "tile": 16}, {"windows": 1}, {"windows": 3, "block_q": 16, "tile": 32}, {"windows": 100}],
+    slow_but(
+        [({"block_q": 16},), ({"windows": 3, "block_q": 16, "tile": 32},)],
+        [
+            ({"block_q": 16},),
+            ({"block_q": 32, "tile": 16},),
+            ({"windows": 1},),
+            ({"windows": 3, "block_q": 16, "tile": 32},),
+            ({"windows": 100},),
+        ],
+    ),
     ids=str,
 )
 def test_any_launch_equals_the_reference(changes, device, monkeypatch):
@@ -281,7 +291,7 @@ def test_any_geometry_equals_the_reference(geometry, pad, device):
     check_equals_truth(inputs)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 def test_float32_prompts_bias_and_padding_meet_16_bit_tokens_and_get_float32_gradients(dtype, device):
     inputs = make_inputs(dtype, device, **EVERYTHING)
     upstream = random_upstream(inputs)
@@ -342,7 +352,13 @@ GRADCHECKS = {
 
 
 @interpreted
-@pytest.mark.parametrize("sizes", GRADCHECKS.values(), ids=GRADCHECKS)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param(sizes, id=name, marks=pytest.mark.slow if name == "padding, prefixes" else ())
+        for name, sizes in GRADCHECKS.items()
+    ],
+)
 def test_gradcheck_in_float64_goes_through_the_kernels(sizes):
     inputs = make_inputs(torch.float64, CPU, **{"batch": 1, "head_dim": 2, **sizes})
     names = leaves(inputs)
@@ -539,7 +555,9 @@ def test_nan_of_a_token_stays_in_its_window(device):
     assert got[:, :3].isnan().all()
 
 
-@pytest.mark.parametrize(("windows", "dtype"), [(1, torch.float32), (4, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize(
+    ("windows", "dtype"), [pytest.param(1, torch.float32, marks=pytest.mark.slow), (4, torch.bfloat16)], ids=str
+)
 def test_an_image_has_the_same_bits_alone_and_in_a_batch(windows, dtype, device, monkeypatch):
     set_launch(monkeypatch, windows=windows)
     inputs = make_inputs(dtype, device, batch=3, prefixes=[(3, 2), (3, 3, 3)])

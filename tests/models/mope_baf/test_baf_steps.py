@@ -52,7 +52,10 @@ def test_compiled_step_equals_eager_for_every_batch_size_without_recompiling():
                 close(compiled(**small_batch(size, 6)).logits, model(**small_batch(size, 6)).logits, 1e-9)
 
 
-@pytest.mark.parametrize("settings", [{"fusion_form": "G", "num_blocks": 2}, {"fusion_form": "E", "freeze_backbone": True}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"fusion_form": "G", "num_blocks": 2}, pytest.param({"fusion_form": "E", "freeze_backbone": True}, marks=pytest.mark.slow)],
+)
 def test_inference_compiles_too(settings):
     torch._dynamo.reset()
     model, inputs = small("base", **settings), small_batch()
@@ -151,6 +154,7 @@ def test_checkpointed_layers_run_again_in_the_backward_pass():
     assert len(calls) == 2
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_compiles():
     torch._dynamo.reset()
     model, inputs = small(), small_batch()
