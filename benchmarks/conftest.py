@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import environment, measure, suite
+from benchmarks import environment, measure, models, suite
 from benchmarks.plan import Progress
 from benchmarks.record import Record
 
@@ -31,6 +31,8 @@ def pytest_configure(config):
             )
         measure.count_cpu_time()
 
+    # one that failed says so itself
+    config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")
     if not (config.getoption("benchmark_disable") or config.getoption("numprocesses", None)):
         config.option.benchmark_quiet = True  # its tables are of nodes and rounds; with -v they are printed too
         config.pluginmanager.register(Progress(config))
@@ -68,6 +70,13 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
     output_json["skipped"] = config.stash[suite.RECORD].skipped
     for entry in output_json["benchmarks"]:
         entry["stats"].pop("data", None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _drop_divisors():
+    """Of a group that has ended, so that the next has their memory."""
+    yield
+    models.drop_divisors()
 
 
 @pytest.fixture(scope="session")

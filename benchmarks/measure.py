@@ -153,8 +153,10 @@ def peak_arithmetic(device: torch.device, name: str, smoke: bool) -> dict[str, s
     }
 
 
-OTHERS = 2
+OTHERS_TIMES = 2
 """Others' errors may be so many times what ours may be: how torch's own kernels round depends on the processor."""
+GROSS_TIMES = 100
+"""So many times its bound is no rounding, whoever it is."""
 _noted: list[str] | None = None
 
 
@@ -176,7 +178,7 @@ def _errors(got: Tensor, truth: Tensor) -> dict[str, float]:
 
 def assert_as_exact_as_eager(got: Outputs, eager: Outputs, truth: Outputs, names: Sequence[str], times: float = 2) -> None:
     """RMS and max error against the float64 ``truth``: at most ``times`` those of ``eager`` in its dtype, plus eps max|truth|."""
-    times *= 1 if _noted is None else OTHERS
+    times *= 1 if _noted is None else OTHERS_TIMES
     for name, mine, peer, exact in zip(names, got, eager, truth, strict=True):
         assert mine.dtype == peer.dtype, f"{name} is {mine.dtype}, the eager form gives {peer.dtype}"
         assert mine.shape == exact.shape, f"{name} is {tuple(mine.shape)}, expected {tuple(exact.shape)}"
@@ -185,6 +187,6 @@ def assert_as_exact_as_eager(got: Outputs, eager: Outputs, truth: Outputs, names
         for kind, error in _errors(mine, exact).items():
             bound = times * bounds[kind] + slack
             message = f"{kind} error of {name} is {error:.3g}, the bound is {bound:.3g}"
-            assert error <= bound or _noted is not None, message
-            if not error <= bound:
+            assert error <= (bound if _noted is None else GROSS_TIMES * bound), message
+            if error > bound:
                 _noted.append(message)

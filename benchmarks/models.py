@@ -127,6 +127,10 @@ def _divisor(group: ModelGroup, point: suite.Point, device: torch.device) -> Div
     return _kept[key]
 
 
+def drop_divisors() -> None:
+    _kept.clear()
+
+
 def time_in_turns(
     benchmark, target: Callable[[], object], divisor: Callable[[], object], schedule: tuple[float, int] | None
 ) -> None:

@@ -59,7 +59,7 @@ class Plan:
         if self.begun is None:
             self.begun = time.monotonic()
 
-    def end(self, entry: Mapping[str, Any] | None) -> str:
+    def end(self, entry: Mapping[str, Any]) -> str:
         """What was found, and the time left by the estimate, at the speed so far; a line for the size where it is another."""
         work = self.works[self.ended]
         title = "" if self.ended and self.works[self.ended - 1].size == work.size else f"{work.size}\n"
@@ -69,14 +69,12 @@ class Plan:
         return f"{title}  [{self.ended}/{len(self.works)}, {left}] {work}: {_found(entry)}"
 
 
-def _found(entry: Mapping[str, Any] | None) -> str:
-    if entry is None:
-        return "left for another run"
+def _found(entry: Mapping[str, Any]) -> str:
     if "reason" in entry:
         return entry["reason"] if entry["reason"].startswith(FAILED) else "not measured"  # why is below the tables, once
     info = entry["extra_info"]
     tax = f", tax {info['tax']:.3f}" if "tax" in info else ""
-    return f"{terminal.time_of(info['median_us'] / 1e6)}{tax}{', outside its bound' if info['inexact'] else ''}"
+    return f"{terminal.time_of(info['median_us'] / 1e6)}{tax}{', outside its bound' if info.get('inexact') else ''}"
 
 
 class Progress:
@@ -101,7 +99,7 @@ class Progress:
 
     def pytest_report_collectionfinish(self) -> str | None:
         if not self.plan.works:
-            return None
+            return f"nothing is left to measure: {self.record.folder} has it" if self.record.done else None
         more = "one size of every group; --full for all sizes\n" if suite.setting(self.config).extent == CENTRE else ""
         return f"{self.plan}\n{more}"
 
@@ -110,20 +108,28 @@ class Progress:
             self.plan.begin()
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
-        if nodeid in self.names:
-            work = self.plan.works[self.plan.ended]
+        if nodeid not in self.names:
+            return
+        work = self.plan.works[self.plan.ended]
+        if (entry := self.record.entry(work.point.key(work.group))) is not None:  # else the budget is used up
             self._reporter().ensure_newline()
-            self._reporter().write_line(self.plan.end(self.record.entry(work.point.key(work.group))))
+            self._reporter().write_line(self.plan.end(entry))
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
-        """The line behind each says it, in place of a letter; a reason for a skip is in the tables."""
-        if report.nodeid not in self.names or report.when != "call":
+        """The line behind each says it, in place of a letter; a reason for a skip is below the tables."""
+        if report.nodeid not in self.names or report.when != "call" or report.failed:
             return None
-        return ("not measured" if report.skipped else report.outcome, "", "")
+        outcome = "not measured" if report.skipped else report.outcome
+        return outcome, "", outcome.upper()
 
     @pytest.hookimpl(trylast=True)
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        if self.record.benchmarks:
+        documents = self.record.documents()
+        if any(document["benchmarks"] for document in documents):
             terminalreporter.section("mope_fast and the others")
-            terminalreporter.write_line(terminal.tables(self.record.benchmarks, self.record.skipped))
+            terminalreporter.write_line(terminal.tables(documents))
+        if self.record.left:
+            terminalreporter.write_line(
+                f"{self.record.left} are left, the budget is used up; with --results DIR the next run goes on"
+            )

@@ -94,6 +94,12 @@ class Record:
                 return entry
         return next((entry for entry in reversed(self.skipped) if _key(entry) == key), None)
 
+    def documents(self) -> list[dict[str, Any]]:
+        """What the folder has, of earlier runs too; without one what this run has."""
+        if self.folder is None:
+            return [{"benchmarks": self.benchmarks, "skipped": self.skipped}]
+        return [read(file) for file in files(self.folder)]
+
     def interrupted(self) -> None:
         """By the user, not by the measurement."""
         self.running = None

@@ -10,8 +10,7 @@ import torch
 from benchmarks import measure, plan, run, suite
 from benchmarks.cases import CENTRE, FULL
 from benchmarks.report import terminal
-from benchmarks.report.text import inexact
-from benchmarks.test_report import FUSED, entry, rows, tax_entry
+from benchmarks.test_report import FUSED, PAPER, entry, tax_entry
 
 MODULES = [importlib.import_module(f"benchmarks.test_{name}") for name in run.GROUPS]
 GROUPS = [getattr(module, "OP", None) or getattr(module, "GROUP", None) or module.window_attention.OP for module in MODULES]
@@ -58,29 +57,38 @@ def test_durations(seconds, text):
 def test_a_miss_is_an_error_of_ours_and_noted_of_the_others():
     truth = torch.ones(4, dtype=torch.float64)
     eager = truth.float() + 1e-3
-    near, far = truth.float() + 3e-3, truth.float() + 9e-3  # the bounds are 2e-3, and twice that for others
+    near, far, wrong = (truth.float() + error for error in (3e-3, 9e-3, 0.5))  # the bounds are 2e-3, and twice that for others
     (group,) = (group for group in GROUPS if group.name == "route_and_mix")
     for provider, number in (("literal", near), ("literal", far), ("mope_fast", eager)):
         with group.judged(provider) as misses:
             measure.assert_as_exact_as_eager((number,), (eager,), (truth,), ["out"])
         assert len(misses) == 2 * (number is far)
-    with pytest.raises(AssertionError, match=r"RMS error of out is 0.003, the bound is 0.002"), group.judged("mope_fast"):
-        measure.assert_as_exact_as_eager((near,), (eager,), (truth,), ["out"])
+    for provider, number, message in (
+        ("mope_fast", near, r"RMS error of out is 0.003, the bound is 0.002"),
+        ("literal", wrong, r"RMS error of out is 0.5, the bound is 0.004"),
+        ("literal", near * torch.nan, r"RMS error of out is nan"),
+    ):
+        with pytest.raises(AssertionError, match=message), group.judged(provider):
+            measure.assert_as_exact_as_eager((number,), (eager,), (truth,), ["out"])
 
 
 def test_what_is_outside_its_bound_is_marked():
     miss = "RMS error of out is 2, the bound is 1"
     entries = [entry("literal", 30.0, inexact=[miss]), entry("matmul", 20.0, inexact=[]), entry("mope_fast", 10.0)]
-    lines = terminal.tables(entries, []).splitlines()
+    lines = terminal.tables([{"benchmarks": entries}]).splitlines()
     assert [line.split("  ")[1] for line in lines if "us" in line] == ["paper-literal eager *", "matmul eager", "mope_fast"]
-    assert lines[-1] == f"* {inexact(rows(*entries))[0]}"
-    assert lines[-1].endswith(f"literal: {miss}")
+    assert lines[-1] == f"* route_and_mix, forward+backward, replay, {PAPER}, paper-literal eager: {miss}"
+
+
+def test_ours_alone_has_no_speed_over_others():
+    assert terminal.tables([{"benchmarks": [entry("mope_fast", 10.0)]}]).splitlines()[-1].split() == ["mope_fast", "-", "10", "us"]
 
 
 def test_tables_have_taxes_times_and_reasons():
     entries = [tax_entry("frozen", 1.0), tax_entry("mope_fast", 1.04), tax_entry("mope_fast", 1.02, mode="inference")]
-    skipped = [{"op": "end_to_end", "provider": name, "reason": "peft is not installed"} for name in ("lora", "lora", "full")]
-    text = terminal.tables(entries, skipped)
+    where = {"op": "end_to_end", "mode": "training", "timing": "called", "case": "some"}
+    skipped = [where | {"provider": name, "reason": "peft is not installed"} for name in ("lora", "lora", "full")]
+    text = terminal.tables([{"benchmarks": entries[:1], "skipped": skipped}, {"benchmarks": entries[1:]}])
     assert f"end_to_end, {FUSED}: time over the frozen encoder's, median time" in text
     assert [line.split() for line in text.splitlines() if "mope_fast  " in line] == [
         ["mope_fast", "1.040", "1.04", "ms", "1.020", "1.02", "ms"]
@@ -88,15 +96,33 @@ def test_tables_have_taxes_times_and_reasons():
     assert text.endswith("not measured, peft is not installed:\n  end_to_end lora, end_to_end full")
 
 
-def test_a_run_prints_plan_progress_and_tables(monkeypatch):
+@pytest.fixture
+def printed(monkeypatch, tmp_path):
+    """Function of more arguments: what a smoke run of ``route_and_mix`` prints, whose results stay in one folder."""
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # pytest-benchmark measures nothing in one
-    command = [sys.executable, "-m", "pytest", "benchmarks/test_route_and_mix.py", "--benchmark-only", "--smoke"]
-    ran = subprocess.run(command, cwd=run.FOLDER.parent, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stdout
-    out = ran.stdout
-    begin, middle, end = (out.index(part) for part in ("20 measurements, about", "[1/20, ", "mope_fast and the others"))
+
+    def smoke(*arguments: str) -> str:
+        command = [sys.executable, "-m", "pytest", "benchmarks/test_route_and_mix.py", "--benchmark-only", "--smoke"]
+        command += ["--results", str(tmp_path), *arguments]
+        ran = subprocess.run(command, cwd=run.FOLDER.parent, capture_output=True, text=True, check=False)
+        assert ran.returncode in (0, run.NOTHING_LEFT), ran.stdout
+        return ran.stdout
+
+    return smoke
+
+
+def test_a_run_prints_plan_progress_and_tables(printed):
+    out = printed("-k", "not mope_fast", "--budget", "1e-9")
+    assert "15 are left, the budget is used up" in out
+    printed("-k", "not mope_fast")
+    out = printed()
+    begin, middle, end = (out.index(part) for part in ("4 measurements, about", "[1/4, ", "mope_fast and the others"))
     assert begin < middle < end
-    assert "forward literal-compiled: not measured" in out
     assert "not measured, a smoke run compiles nothing:" in out
-    assert "12 passed" in out
-    assert "8 not measured" in out
+    assert "4 passed" in out
+    ours = [line.split() for line in out.splitlines() if line.startswith("  mope_fast")]
+    assert len(ours) == 2  # sizes, each with a speed over what an earlier run measured
+    assert all(line[1].endswith("x") for line in ours)
+    again = printed()
+    assert "nothing is left to measure" in again
+    assert out[end:].split("short test")[0].split("====")[0] == again[again.index("mope_fast and") :].split("====")[0]

@@ -131,7 +131,8 @@ class Profile:
     """Of taxes: not one table for all modes of a size."""
 
     def label(self, row: Row) -> str:
-        return self.labels[row.info["provider"]]
+        name = row.info["provider"]
+        return self.labels.get(name, name)
 
 
 class Ratio(NamedTuple):

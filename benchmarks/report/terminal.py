@@ -4,9 +4,10 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from benchmarks import scaling_points
+from benchmarks import record, scaling_points
+from benchmarks.record import FAILED
 from benchmarks.report import text
-from benchmarks.report.model import Group, Profile, group, merge, parse, speed
+from benchmarks.report.model import Group, Profile, group, merge, optional, parse, speed
 from benchmarks.report.profiles import END_TO_END, PROFILES
 
 
@@ -23,8 +24,8 @@ def _cell(each: Group, name: str) -> str:
     row = each.rows.get(name)
     if row is None:
         return "-"
-    relative = f"{row.info['tax']:.3f}" if "tax" in row.info else f"{speed(each, each.profile.peers, of=name):.2f}x"
-    return f"{relative} {time_of(row.median):>8}"
+    faster = optional(speed(each, each.profile.peers, of=name), "{:.2f}x")
+    return f"{row.info['tax']:.3f} {time_of(row.median):>8}" if "tax" in row.info else f"{faster} {time_of(row.median):>8}"
 
 
 def _table(groups: Sequence[Group], profile: Profile) -> Iterator[str]:
@@ -55,19 +56,21 @@ def _skipped(skipped: Sequence[Mapping[str, str]]) -> Iterator[str]:
     for skip in skipped:
         whose.setdefault(skip["reason"], {})[f"{skip['op']} {skip['provider']}"] = None
     for reason, names in whose.items():
-        yield f"not measured, {reason}:"
+        yield f"{'' if reason.startswith(FAILED) else 'not measured, '}{reason}:"
         yield from textwrap.wrap(", ".join(names), 128, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
 
 
-def tables(benchmarks: Sequence[Mapping[str, Any]], skipped: Sequence[Mapping[str, str]]) -> str:
+def tables(documents: Sequence[Mapping[str, Any]]) -> str:
     """All of them, with what a goal says of several sizes, what is outside its bound and what was not measured."""
-    rows = merge(parse({"benchmarks": benchmarks}))
+    rows = merge(row for document in documents for row in parse(document))
     lines: list[str] = []
+    misses: list[str] = []
     for op in dict.fromkeys(row.info["op"] for row in rows):
         profile = PROFILES.get(op, END_TO_END)  # scaling has its providers
         groups = group((row for row in rows if row.info["op"] == op), profile)
         for case in dict.fromkeys(each.case for each in groups):
             lines += ["", *_table([each for each in groups if each.case == case], profile)]
+        misses += [f"* {op}, {miss}" for each in groups for miss in text.inexact(each.rows.values(), profile)]
     lines += ["", *scaling_points.verdicts(row for row in rows if row.info["op"] == scaling_points.OP)]
-    lines += [*(f"* {sentence}" for sentence in text.inexact(rows)), *_skipped(skipped)]
+    lines += [*misses, *_skipped(record.skips(documents))]
     return "\n".join(lines).strip("\n")

@@ -203,10 +203,10 @@ def preamble(rows: Sequence[Row], profile: Profile) -> str:
     )
 
 
-def inexact(rows: Iterable[Row]) -> list[str]:
+def inexact(rows: Iterable[Row], profile: Profile) -> list[str]:
     """A sentence for every number outside its bound."""
     return [
-        f"{row.info['mode']}, {row.info['case']}, {row.info['provider']}: {miss}"
+        f"{row.info['mode']}, {row.info['timing']}, {row.info['case']}, {profile.label(row)}: {miss}"
         for row in rows
         for miss in row.info.get("inexact", [])
     ]
@@ -247,7 +247,7 @@ def markdown(groups: Sequence[Group], profile: Profile, skipped: Sequence[Skip],
     parts += results(groups, profile)
     parts += ["## Goals", table(GOAL_HEADER, goal_lines(groups, profile, rows[0].info["device_type"]))]
     parts += ["## Where mope_fast loses", "\n".join(f"- {line}" for line in losses(groups)) or "At no size measured."]
-    if lines := inexact(rows):
+    if lines := inexact(rows, profile):
         parts += ["## Timed, though outside their bound", "\n".join(f"- {line}" for line in lines)]
     if lines := skips(skipped, profile):
         parts += ["## Not measured", "\n".join(f"- {line}" for line in lines)]
