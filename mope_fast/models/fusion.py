@@ -120,9 +120,8 @@ class MoPEFusion(TaskModel):
         loss = None if task_loss is None else task_loss + config.importance_weight * importance
         return self._output_type(logits, labels)(loss, logits, task_loss, importance, scores, features, maps)
 
-    @property
     def _loss_is_cross_entropy(self) -> bool:
-        return super()._loss_is_cross_entropy and not (self.bank.routes and self.config.importance_weight)
+        return super()._loss_is_cross_entropy() and not (self.bank.routes and self.config.importance_weight)
 
     def _make_side(self, complementary: Any) -> Any:
         if _is_encoder(complementary):

@@ -199,14 +199,14 @@ class TaskModel(ImageConfig, nn.Module, ABC):
             raise TypeError(f"process_group must be a torch.distributed.ProcessGroup of this rank, or None; got {got}")
         self._joint_batch = JointBatch(process_group)
 
-    @property
+    # no property: torch 2.10 compiles none that is another class's
     def _loss_is_cross_entropy(self) -> bool:
         """Whether the mean cross entropy of a rank's logits, not smoothed, is all of the loss."""
         joint = self._joint_batch is not None and self.training
         return self.problem_type == "single_label_classification" and not joint and not self.label_smoothing
 
     def _output_type(self, logits: Tensor | None, labels: Tensor | None) -> type[FusionOutput]:
-        whole = labels is not None or logits is None or self._loss_is_cross_entropy
+        whole = labels is not None or logits is None or self._loss_is_cross_entropy()
         return FusionOutput if whole else UnlabelledOutput
 
     def task_loss(self, logits: Tensor | None, labels: Tensor | None) -> Tensor | None:

@@ -771,8 +771,8 @@ LOSSES = (
     _fault(
         "trainers-smoothing-drops-the-importance-loss",
         "models/fusion.py",
-        "return super()._loss_is_cross_entropy and not (self.bank.routes and self.config.importance_weight)",
-        "return super()._loss_is_cross_entropy",
+        "return super()._loss_is_cross_entropy() and not (self.bank.routes and self.config.importance_weight)",
+        "return super()._loss_is_cross_entropy()",
         "With label_smoothing_factor transformers' Trainer trains on the task loss alone.",
         "tests/models/test_trainers.py::"
         "test_a_trainers_own_label_smoothing_is_refused_where_it_would_drop_a_part_of_the_loss"
