@@ -34,7 +34,7 @@ from jsonl_task import (
     to_device,
     write_atomically,
 )
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from progress import Steps
 from run_folder import RunFolder
 from torch import Tensor
 from torch.utils.data import DistributedSampler
@@ -127,24 +127,23 @@ class Run:
 
     def train(self) -> None:
         """From the position to the end."""
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        columns = (*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
-        with Progress(*columns, disable=not self.accelerator.is_main_process) as bar:
-            shown = bar.add_task("training", total=self.args.epochs * len(self.loader), completed=self.done, note="")
+        steps = self.args.epochs * len(self.loader)
+        with Steps("training", steps, self.done, self.accelerator.is_main_process) as progress:
             while self.position.epoch < self.args.epochs:
                 self.model.train()
                 self.sampler.set_epoch(self.position.epoch)
                 for batch in skip_first_batches(self.loader, self.position.step):
                     loss = self._step(to_device(batch, self.accelerator.device))
-                    bar.update(shown, completed=self.done)
+                    note = None
                     if self.done % 10 == 0:
                         self._check_health()
                         self._log({"train/loss": loss.item(), "train/lr": self.schedule.get_last_lr()[0]})
-                        bar.update(shown, note=f"epoch {self.position.epoch + 1}/{self.args.epochs}, loss {loss.item():.3f}")
+                        note = f"epoch {self.position.epoch + 1}/{self.args.epochs}, loss {loss.item():.3f}"
+                    progress.reach(self.done, note)
                     if self.done % self.args.checkpoint_every == 0 and self.position.step < len(self.loader):
                         self._save()
                 metrics = self._end_epoch()
-                bar.update(shown, note=f"val after epoch {self.position.epoch}: {readable(metrics)}")
+                self.accelerator.print(f"val after epoch {self.position.epoch}: {readable(metrics)}")
 
     def _step(self, batch: dict[str, Any]) -> Tensor:
         accelerator = self.accelerator

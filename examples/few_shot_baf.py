@@ -23,9 +23,9 @@ from pathlib import Path
 import matplotlib
 import torch
 import torch.nn.functional as F
+from progress import Steps
 from question_types import LONGEST, SIZE, TYPES, Questions, load
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -93,13 +93,6 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def progress() -> Progress:
-    return Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
-    )  # fmt: skip
-
-
 def architecture(vocabulary: int) -> VLMoConfig:
     """1.3 M parameters: four layers with experts of each modality, two with the joint one."""
     return VLMoConfig(
@@ -125,8 +118,7 @@ def pretrained(data: Questions, vocabulary: int, args: argparse.Namespace) -> Pa
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.pretrain_lr, args.pretrain_steps + 1, pct_start=0.1)
     model.train()
-    with progress() as bar:
-        task = bar.add_task("training a VLMo", total=args.pretrain_steps, note="")
+    with Steps("training a VLMo", args.pretrain_steps) as progress:
         total = torch.zeros((), device=args.device)
         for step, index in enumerate(balanced(data, args.pretrain_steps, 64, generator), start=1):
             batch = data.batch(index)
@@ -138,10 +130,11 @@ def pretrained(data: Questions, vocabulary: int, args: argparse.Namespace) -> Pa
             optimizer.step()
             schedule.step()
             total += loss.detach()
-            note = {"note": f"loss {total / 50:.3f}"} if step % 50 == 0 else {}
-            if note:
+            note = None
+            if step % 50 == 0:
+                note = f"loss {total / 50:.3f}"
                 total.zero_()
-            bar.update(task, advance=1, **note)
+            progress.reach(step, note)
     part = file.with_suffix(".part")
     save_file(model.backbone.state_dict(), part)
     os.replace(part, file)
@@ -288,12 +281,12 @@ def main() -> None:
     print(f"{args.held_out}: {', '.join(train.names)}; {counts}")
     file = pretrained(pretraining, vocabulary, args)
     runs = Runs(args)
-    with progress() as bar:
-        todo = runs.missing(args.seeds)
-        task = bar.add_task("adapting it", total=len(todo), note="")
-        for (backbone, method, seed), result in in_processes(todo, (file, vocabulary, train, test, args), args.workers):
+    todo = runs.missing(args.seeds)
+    with Steps("adapting it", len(todo)) as progress:
+        results = in_processes(todo, (file, vocabulary, train, test, args), args.workers)
+        for done, ((backbone, method, seed), result) in enumerate(results, start=1):
             runs.add(backbone, method, seed, result)
-            bar.update(task, advance=1, note=f"{backbone}: {method}, seed {seed}: {100 * result['accuracy']:.1f} %")
+            progress.reach(done, f"{backbone}: {method}, seed {seed}: {100 * result['accuracy']:.1f} %")
     answers = test.labels[: args.test_samples]
     chance = torch.bincount(answers).max().item() / len(answers)
     Console(width=130).print(table(runs, args))
