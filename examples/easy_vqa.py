@@ -7,6 +7,7 @@ With text as main, a frozen MiniLM takes prompts routed and mapped from features
 With the image as main, the ViT takes them from MiniLM, which has trained prompts of its own; on a CPU that is for few samples.
 
     python examples/easy_vqa.py                     # trains, saves, reloads and tests the fused model
+    python examples/easy_vqa.py --epochs 3          # the full run
     python examples/easy_vqa.py --method sequential # static and mapped prompts, no routing
     python examples/easy_vqa.py --main image --amp  # on a GPU
     python examples/easy_vqa.py --main image --samples 640 --image-size 56 --epochs 1
@@ -51,9 +52,11 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--method", choices=METHODS, default="mope", help="; ".join(f"{k}: {v}" for k, v in METHODS.items()))
     parser.add_argument("--experts", type=int, default=16, help="K, experts a layer")
     parser.add_argument("--prompt-length", type=int, default=6, help="L, rows of a prompt")
-    parser.add_argument("--epochs", type=int, default=None, help="default: 3, or 15 for methods on frozen features")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=1e-3, help="of prompts, router and mapper")
+    parser.add_argument(
+        "--epochs", type=int, default=None, help="default: 1, or 15 for methods on frozen features; 3 for the image as main"
+    )
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=2e-3, help="of prompts, router and mapper")
     parser.add_argument("--head-lr", type=float, default=5e-3)
     parser.add_argument("--weight-decay", type=float, default=1e-3)
     parser.add_argument("--image-size", type=int, default=70, help="pixels, a multiple of 14; the images are 64 wide")
@@ -67,7 +70,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     if args.main == "image" and args.method in FROZEN:
         parser.error(f"--method {args.method} prompts neither side: leave out --main image")
     if args.epochs is None:
-        args.epochs = 15 if args.method in FROZEN else 3
+        args.epochs = 15 if args.method in FROZEN else 3 if args.main == "image" else 1
     least = {"experts": 1, "prompt_length": 1, "epochs": 1, "batch_size": 2, "image_size": 14}
     for name, value in least.items():
         if getattr(args, name) < value:
@@ -168,8 +171,14 @@ class PromptedFeature(nn.Module):
 def encoders(args: argparse.Namespace) -> tuple[nn.Module, nn.Module | None]:
     """(main, complementary); with text as main the images come in as features, and one side is enough for static prompts."""
     if args.main == "text":
-        return minilm()[0], None
+        return minilm(mean_pooled=True)[0], None
     return dinov2_small(), None if args.method == "static" else minilm()[0]
+
+
+def fused_head(main: nn.Module, classes: int) -> nn.Module:
+    """One hidden layer; the batch norm before it brings out what is small in a feature, as "not" is in MiniLM's."""
+    width = main.config.hidden_size
+    return nn.Sequential(nn.BatchNorm1d(width), nn.Linear(width, 256), nn.GELU(), nn.Linear(256, classes))
 
 
 def build(args: argparse.Namespace, image_width: int | None, classes: int) -> nn.Module:
@@ -191,7 +200,7 @@ def build(args: argparse.Namespace, image_width: int | None, classes: int) -> nn
         num_experts=args.experts, prompt_length=args.prompt_length, use_dynamic=routed, use_mapped=mapped,
         cross_dim=image_width, dropout=0.0, prompt_init=PROMPT_INIT,
     )  # fmt: skip
-    return MoPEFusion(main, complementary, classes, config)
+    return MoPEFusion(main, complementary, None, config, head=fused_head(main, classes))
 
 
 def parameter_groups(model: nn.Module, args: argparse.Namespace) -> list[dict]:
@@ -269,7 +278,9 @@ def save_and_reload(model: nn.Module, args: argparse.Namespace, image_width: int
     """Write the trained parts, then read them onto fresh encoders."""
     if isinstance(model, MoPEFusion):
         model.save_pretrained(args.output / "adapter")
-        return MoPEFusion.from_pretrained(args.output / "adapter", *encoders(args)).to(args.device)
+        main, complementary = encoders(args)
+        head = fused_head(main, classes)
+        return MoPEFusion.from_pretrained(args.output / "adapter", main, complementary, head=head).to(args.device)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     args.output.mkdir(parents=True, exist_ok=True)
     save_file({name: value for name, value in model.state_dict().items() if name in trained}, args.output / "trained.safetensors")

@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+import torch
 
 easy_vqa = pytest.importorskip("easy_vqa", reason="needs the packages of the examples extra")
 
@@ -27,7 +28,26 @@ def test_a_setting_that_can_not_work_is_refused(arguments, message, monkeypatch,
     assert message in capsys.readouterr().err
 
 
-def test_frozen_features_train_longer(monkeypatch, tmp_path):
-    for arguments, epochs in (([], 3), (["--method", "text"], 15), (["--main", "image"], 3), (["--epochs", "7"], 7)):
+def test_how_long_it_trains_depends_on_what_is_trained(monkeypatch, tmp_path):
+    for arguments, epochs in (([], 1), (["--method", "text"], 15), (["--main", "image"], 3), (["--epochs", "7"], 7)):
         monkeypatch.setattr(sys, "argv", ["easy_vqa.py", "--output", str(tmp_path), *arguments])
         assert easy_vqa.parse_arguments().epochs == epochs
+
+
+def test_the_mean_over_tokens_is_the_feature_of_a_family_of_its_own():
+    transformers = pytest.importorskip("transformers")
+    from mean_pooled import MeanPooledBert
+
+    from mope_fast.encoders import encode, find_family
+
+    config = transformers.BertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, max_position_embeddings=8
+    )
+    encoder = MeanPooledBert(config).eval()
+    inputs = {"input_ids": torch.randint(1, 20, (2, 5)), "attention_mask": torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])}
+    with torch.no_grad():
+        tokens = encoder(**inputs).last_hidden_state
+        expected = torch.stack([tokens[0, :3].mean(0), tokens[1].mean(0)])
+        torch.testing.assert_close(encode(encoder, inputs), expected)
+    assert find_family(encoder).name == "mean_pooled_bert"
+    assert find_family(transformers.BertModel(config)).name == "bert"
