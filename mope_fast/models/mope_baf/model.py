@@ -170,7 +170,7 @@ class MoPEBAF(TaskModel):
         groups |= {name: self._prompt(name, 0, groups["text"]) for name in GROUPS if name not in groups}
         for segment in self._plans[input_ids.shape[1] - 1]:
             groups |= self._entered(segment.layers.start, groups)
-            before, after = segment.around_tokens
+            before, after = segment.around_tokens()
             image = segment.lengths["image"]
             mask = vlmo.key_padding_mask(attention_mask, input_ids, before=before, after=image + after)
             biases = vlmo.position_biases(input_ids.shape[1], image, before=before, after=after, layers=segment.layers)

@@ -20,7 +20,7 @@ class Segment(NamedTuple):
     fields: tuple[ReceptiveField | None, ...]
     """Of each layer; None where every group sees every other."""
 
-    @property
+    # no property: torch 2.10 compiles none of a named tuple
     def around_tokens(self) -> tuple[int, int]:
         """Rows of prompts in front of the text and behind the image."""
         names = list(self.lengths)
