@@ -179,7 +179,7 @@ def main(words: Sequence[str] | None = None) -> None:
     if args.cpu_time:
         measure.count_cpu_time()
     example = easy_vqa()
-    options = example.parse_arguments(["--epochs", str(args.epochs), "--image-size", str(args.image_size)])
+    options = example.parse_arguments(["--epochs", str(args.epochs), "--image-size", str(args.image_size), "--balance", "0"])
     train, test, names = example.load_data(options)
     train, test = subset(train, args.samples), subset(test, args.test_samples)
     settings = {

@@ -7,7 +7,7 @@ With text as main, a frozen MiniLM takes prompts routed and mapped from features
 With the image as main, the ViT takes them from MiniLM, which has trained prompts of its own; on a CPU that is for few samples.
 
     python examples/easy_vqa.py                     # trains, saves, reloads and tests the fused model
-    python examples/easy_vqa.py --epochs 3          # the full run
+    python examples/easy_vqa.py --epochs 3 --balance 0  # all questions, three times
     python examples/easy_vqa.py --method sequential # static and mapped prompts, no routing
     python examples/easy_vqa.py --main image --amp  # on a GPU
     python examples/easy_vqa.py --main image --samples 640 --image-size 56 --epochs 1
@@ -53,8 +53,13 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--experts", type=int, default=16, help="K, experts a layer")
     parser.add_argument("--prompt-length", type=int, default=6, help="L, rows of a prompt")
     parser.add_argument(
-        "--epochs", type=int, default=None, help="default: 1, or 15 for methods on frozen features; 3 for the image as main"
+        "--epochs", type=int, default=None, help="default: 2, or 15 for methods on frozen features; 3 for the image as main"
     )
+    parser.add_argument(
+        "--balance", type=float, default=None,
+        help="an answer to a question comes at most so many times as often as its rarest one, 0: as often as it does; "
+        "default: 3 for mope and sequential with text as main, else 0",
+    )  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=2e-3, help="of prompts, router and mapper")
     parser.add_argument("--head-lr", type=float, default=5e-3)
@@ -70,7 +75,9 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     if args.main == "image" and args.method in FROZEN:
         parser.error(f"--method {args.method} prompts neither side: leave out --main image")
     if args.epochs is None:
-        args.epochs = 15 if args.method in FROZEN else 3 if args.main == "image" else 1
+        args.epochs = 15 if args.method in FROZEN else 3 if args.main == "image" else 2
+    if args.balance is None:
+        args.balance = 3.0 if args.main == "text" and args.method in ("mope", "sequential") else 0.0
     least = {"experts": 1, "prompt_length": 1, "epochs": 1, "batch_size": 2, "image_size": 14}
     for name, value in least.items():
         if getattr(args, name) < value:
@@ -213,11 +220,10 @@ def parameter_groups(model: nn.Module, args: argparse.Namespace) -> list[dict]:
 
 def train(model: nn.Module, data: Questions, args: argparse.Namespace) -> float:
     """AdamW with warm-up over a tenth of the steps and linear decay; returns the seconds it took."""
-    epochs = args.epochs
     generator = torch.Generator().manual_seed(args.seed)
+    epochs = [data.training_batches(args.batch_size, generator, args.balance) for _ in range(args.epochs)]
+    steps = sum(map(len, epochs))
     optimizer = torch.optim.AdamW([g for g in parameter_groups(model, args) if g["params"]], weight_decay=args.weight_decay)
-    per_epoch = -(-len(data) // args.batch_size)
-    steps = epochs * per_epoch
     warm_up = max(1, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm_up, max(0.0, (steps - step) / max(1, steps - warm_up)))
@@ -227,9 +233,10 @@ def train(model: nn.Module, data: Questions, args: argparse.Namespace) -> float:
     model.train()
     start = time.perf_counter()
     with Steps("training", steps) as progress:
-        for epoch in range(epochs):
+        done = 0
+        for number, batches in enumerate(epochs, start=1):
             total = torch.zeros((), device=args.device)
-            for i, index in enumerate(data.batches(args.batch_size, generator), start=1):
+            for i, index in enumerate(batches, start=1):
                 with autocast(args):
                     output = step(*data.batch(index))
                 optimizer.zero_grad()
@@ -238,9 +245,9 @@ def train(model: nn.Module, data: Questions, args: argparse.Namespace) -> float:
                 optimizer.step()
                 schedule.step()
                 total += output.loss.detach()
-                note = f"epoch {epoch + 1}/{epochs}, loss {total / i:.3f}" if i % 20 == 0 else None
-                progress.reach(epoch * per_epoch + i, note)
-            progress.reach((epoch + 1) * per_epoch, f"epoch {epoch + 1}/{epochs}, loss {total / i:.3f}")
+                done += 1
+                shown = i % 20 == 0 or i == len(batches)
+                progress.reach(done, f"epoch {number}/{len(epochs)}, loss {total / i:.3f}" if shown else None)
     return time.perf_counter() - start
 
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -80,16 +81,47 @@ class Questions:
         sides = (image, text) if self.image_first else (text, image)
         return *sides, self.answers[index]
 
-    def batches(self, size: int, generator: torch.Generator | None = None) -> Iterator[Tensor]:
-        """Index batches: in order of length, or shuffled and in order of length within eight batches."""
-        if generator is None:
-            yield from self.lengths.argsort(stable=True).split(size)
-            return
-        groups = torch.randperm(len(self), generator=generator).split(8 * size)
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """Index batches of all, in order of length."""
+        yield from self.lengths.argsort(stable=True).split(size)
+
+    def training_batches(self, size: int, generator: torch.Generator, balance: float = 0.0) -> list[Tensor]:
+        """Index batches of one epoch: shuffled, and in order of length within eight batches.
+
+        Args:
+            size: of a batch.
+            generator: of the order.
+            balance: an answer to a question comes at most so many times as often as its rarest one, the rest is left out by chance;
+                0 leaves nothing out. Most questions here have a common answer, which the text alone tells.
+        """
+        order = torch.randperm(len(self), generator=generator)
+        if balance:
+            shares = balance * self._rarest / self._alike
+            order = order[torch.rand(len(order), generator=generator) < shares[order]]
+        groups = order.split(8 * size)
         batches = [batch for group in groups for batch in group[self.lengths[group].argsort(stable=True)].split(size)]
-        for i in torch.randperm(len(batches), generator=generator):
-            if len(batches[i]) > 1:  # batch norm needs two
-                yield batches[i]
+        # batch norm needs two
+        return [batches[i] for i in torch.randperm(len(batches), generator=generator) if len(batches[i]) > 1]
+
+    @cached_property
+    def _counts(self) -> tuple[Tensor, Tensor]:
+        """Of each sample its question's number; (questions, answers), how often each answer is given to each question."""
+        texts, question = self.input_ids.cpu().unique(dim=0, return_inverse=True)
+        answers = self.answers.cpu()
+        counts = torch.zeros(len(texts), int(answers.max()) + 1, dtype=torch.long)
+        return question, counts.index_put_((question, answers), torch.ones_like(answers), accumulate=True)
+
+    @cached_property
+    def _alike(self) -> Tensor:
+        """Samples with the question and answer of each."""
+        question, counts = self._counts
+        return counts[question, self.answers.cpu()]
+
+    @cached_property
+    def _rarest(self) -> Tensor:
+        """Samples with the question of each and the rarest answer to it."""
+        question, counts = self._counts
+        return counts.masked_fill(counts == 0, len(self)).amin(1)[question]
 
 
 def tokenised(split: Split, image_inputs: Tensor, tokenizer, device: str, samples: int | None, image_first: bool) -> Questions:
