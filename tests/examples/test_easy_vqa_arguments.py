@@ -47,11 +47,14 @@ def test_balanced_epochs_hold_each_answer_to_a_question_about_as_often():
     assert 150 < kept[0] < 250
 
 
-def test_the_mean_over_tokens_is_the_feature_of_a_family_of_its_own():
+def test_the_mean_over_tokens_is_the_feature_of_a_family_of_its_own(monkeypatch):
     transformers = pytest.importorskip("transformers")
-    from mean_pooled import MeanPooledBert
+    from mope_fast.encoders import encode, families, find_family
 
-    from mope_fast.encoders import encode, find_family
+    # its import registers the family, for this test alone
+    monkeypatch.setattr(families, "_FAMILIES", dict(families._FAMILIES))
+    monkeypatch.delitem(sys.modules, "mean_pooled", raising=False)
+    from mean_pooled import MeanPooledBert
 
     config = transformers.BertConfig(
         vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, max_position_embeddings=8
@@ -64,3 +67,4 @@ def test_the_mean_over_tokens_is_the_feature_of_a_family_of_its_own():
         torch.testing.assert_close(encode(encoder, inputs), expected)
     assert find_family(encoder).name == "mean_pooled_bert"
     assert find_family(transformers.BertModel(config)).name == "bert"
+    del sys.modules["mean_pooled"]
