@@ -86,10 +86,11 @@ def train_and_test(run: Run, args: Namespace, train: Any, test: Any, classes: in
     example.train(model, train, args)
     seconds = measure.synchronised_time() - start
     steps = args.epochs * -(-len(train) // args.batch_size)
-    logits = example.predict(model, test, args)
+    batches = list(test.batches(256))
+    logits = torch.cat(example.predict(model, test, batches, args))
     return {
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "test_accuracy": (logits.argmax(-1) == test.answers.cpu()).double().mean().item(),
+        "test_accuracy": (logits.argmax(-1) == test.answers.cpu()[torch.cat(batches)]).double().mean().item(),
         "step_ms": seconds / steps * 1e3,
     }
 
