@@ -43,7 +43,6 @@ class Plan:
     def __init__(self, points: Iterable[tuple[suite.Group, suite.Point]], setting: suite.Setting):
         self.works = [Work(group, point, group.seconds(point, setting)) for group, point in points]
         self.begun: float | None = None
-        self.ended = 0
 
     def __str__(self) -> str:
         """A line for each group: measurements, time, and sizes where these are few."""
@@ -59,14 +58,16 @@ class Plan:
         if self.begun is None:
             self.begun = time.monotonic()
 
-    def end(self, entry: Mapping[str, Any]) -> str:
-        """What was found, and the time left by the estimate, at the speed so far; a line for the size where it is another."""
-        work = self.works[self.ended]
-        title = "" if self.ended and self.works[self.ended - 1].size == work.size else f"{work.size}\n"
-        self.ended += 1
-        done, ahead = (sum(each.seconds for each in part) for part in (self.works[: self.ended], self.works[self.ended :]))
+    def end(self, number: int, entry: Mapping[str, Any]) -> str:
+        """What the measurement of that number, from 0, found, and the time left by the estimate, at the speed so far.
+
+        In front a line for the size, where the one before was of another.
+        """
+        work, ended = self.works[number], number + 1
+        title = "" if number and self.works[number - 1].size == work.size else f"{work.size}\n"
+        done, ahead = (sum(each.seconds for each in part) for part in (self.works[:ended], self.works[ended:]))
         left = f"{duration(ahead / done * (time.monotonic() - self.begun))} left" if ahead else "done"
-        return f"{title}  [{self.ended}/{len(self.works)}, {left}] {work}: {_found(entry)}"
+        return f"{title}  [{ended}/{len(self.works)}, {left}] {work}: {_found(entry)}"
 
 
 def _found(entry: Mapping[str, Any]) -> str:
@@ -83,7 +84,8 @@ class Progress:
     def __init__(self, config: pytest.Config):
         self.config, self.record = config, config.stash[suite.RECORD]
         self.plan: Plan | None = None
-        self.names: set[str] = set()
+        self.numbers: dict[str, int] = {}
+        """By pytest's id, the place in the plan."""
 
     def _reporter(self) -> pytest.TerminalReporter:
         return self.config.pluginmanager.getplugin("terminalreporter")
@@ -93,7 +95,7 @@ class Progress:
         """What ``-k`` left out is not planned."""
         items = suite.measurements(session.items)
         groups = self.config.stash[suite.GROUPS]
-        self.names = {item.nodeid for item in items}
+        self.numbers = {item.nodeid: number for number, item in enumerate(items)}
         self._reporter().showfspath = self._reporter().showfspath and not items
         self.plan = Plan([(groups[item.originalname], item.callspec.params["point"]) for item in items], suite.setting(self.config))
 
@@ -104,21 +106,21 @@ class Progress:
         return f"{self.plan}\n{more}"
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        if nodeid in self.names:
+        if nodeid in self.numbers:
             self.plan.begin()
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
-        if nodeid not in self.names:
+        if (number := self.numbers.get(nodeid)) is None:
             return
-        work = self.plan.works[self.plan.ended]
+        work = self.plan.works[number]
         if (entry := self.record.entry(work.point.key(work.group))) is not None:  # else the budget is used up
             self._reporter().ensure_newline()
-            self._reporter().write_line(self.plan.end(entry))
+            self._reporter().write_line(self.plan.end(number, entry))
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
         """The line behind each says it, in place of a letter; a reason for a skip is below the tables."""
-        if report.nodeid not in self.names or report.when != "call" or report.failed:
+        if report.nodeid not in self.numbers or report.when != "call" or report.failed:
             return None
         outcome = "not measured" if report.skipped else report.outcome
         return outcome, "", outcome.upper()

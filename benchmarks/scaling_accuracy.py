@@ -86,7 +86,7 @@ def train_and_test(run: Run, args: Namespace, train: Any, test: Any, classes: in
     example.train(model, train, args)
     seconds = measure.synchronised_time() - start
     steps = args.epochs * -(-len(train) // args.batch_size)
-    batches = list(test.batches(256))
+    batches = test.batches(256)
     logits = torch.cat(example.predict(model, test, batches, args))
     return {
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),

@@ -311,7 +311,7 @@ def main() -> None:
     print(f"{trained:,} trained parameters, {len(train_data):,} training questions")
     with recorded(model, names) as training:
         seconds = train(model, train_data, args)
-    batches = list(test_data.batches(256))
+    batches = test_data.batches(256)
     with recorded(model, names) as testing:
         logits = predict(model, test_data, batches, args, testing)
     accuracy = (torch.cat(logits).argmax(-1) == test_data.answers.cpu()[torch.cat(batches)]).float().mean().item()

@@ -1,7 +1,7 @@
 """Easy-VQA, a published set of questions about images: its files, and batches of it on a device."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -81,9 +81,9 @@ class Questions:
         sides = (image, text) if self.image_first else (text, image)
         return *sides, self.answers[index]
 
-    def batches(self, size: int) -> Iterator[Tensor]:
+    def batches(self, size: int) -> Sequence[Tensor]:
         """Index batches of all, in order of length."""
-        yield from self.lengths.argsort(stable=True).split(size)
+        return self.lengths.argsort(stable=True).split(size)
 
     def training_batches(self, size: int, generator: torch.Generator, balance: float = 0.0) -> list[Tensor]:
         """Index batches of one epoch: shuffled, and in order of length within eight batches.
@@ -96,32 +96,21 @@ class Questions:
         """
         order = torch.randperm(len(self), generator=generator)
         if balance:
-            shares = balance * self._rarest / self._alike
-            order = order[torch.rand(len(order), generator=generator) < shares[order]]
+            order = order[torch.rand(len(order), generator=generator) < (balance / self._commonness)[order]]
         groups = order.split(8 * size)
         batches = [batch for group in groups for batch in group[self.lengths[group].argsort(stable=True)].split(size)]
         # batch norm needs two
         return [batches[i] for i in torch.randperm(len(batches), generator=generator) if len(batches[i]) > 1]
 
     @cached_property
-    def _counts(self) -> tuple[Tensor, Tensor]:
-        """Of each sample its question's number; (questions, answers), how often each answer is given to each question."""
+    def _commonness(self) -> Tensor:
+        """How many times as often as the rarest answer to its question the answer of each sample is given."""
         texts, question = self.input_ids.cpu().unique(dim=0, return_inverse=True)
         answers = self.answers.cpu()
         counts = torch.zeros(len(texts), int(answers.max()) + 1, dtype=torch.long)
-        return question, counts.index_put_((question, answers), torch.ones_like(answers), accumulate=True)
-
-    @cached_property
-    def _alike(self) -> Tensor:
-        """Samples with the question and answer of each."""
-        question, counts = self._counts
-        return counts[question, self.answers.cpu()]
-
-    @cached_property
-    def _rarest(self) -> Tensor:
-        """Samples with the question of each and the rarest answer to it."""
-        question, counts = self._counts
-        return counts.masked_fill(counts == 0, len(self)).amin(1)[question]
+        counts.index_put_((question, answers), torch.ones_like(answers), accumulate=True)
+        rarest = counts.masked_fill(counts == 0, len(self)).amin(1)
+        return counts[question, answers] / rarest[question]
 
 
 def tokenised(split: Split, image_inputs: Tensor, tokenizer, device: str, samples: int | None, image_first: bool) -> Questions:
