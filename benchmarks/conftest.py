@@ -22,6 +22,10 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if config.getoption("full") and config.getoption("smoke"):
+        raise pytest.UsageError("--full measures all sizes, --smoke tiny ones: take one of them")
+    if config.getoption("benchmark_only") and config.getoption("numprocesses", None):
+        raise pytest.UsageError("processes beside each other (-n) would measure each other: drop -n, or drop --benchmark-only")
     config.stash[suite.GROUPS] = {}
     config.stash[suite.RECORD] = Record(config.getoption("results"), config.getoption("budget"))
     if config.getoption("cpu_time"):

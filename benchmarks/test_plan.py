@@ -3,6 +3,7 @@
 import importlib
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -109,6 +110,32 @@ def printed(monkeypatch, tmp_path):
         return ran.stdout
 
     return smoke
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [(["--full", "--smoke"], "take one of them"), (["--benchmark-only", "-n", "2"], "drop -n")]
+)
+def test_options_that_contradict_each_other_are_refused(options, message):
+    command = [sys.executable, "-m", "pytest", "benchmarks/test_record.py", "--collect-only", *options]
+    ran = subprocess.run(command, cwd=run.FOLDER.parent, capture_output=True, text=True, check=False)
+    assert ran.returncode == pytest.ExitCode.USAGE_ERROR
+    assert message in ran.stderr
+
+
+def test_a_measurement_that_left_no_entry_moves_no_line(monkeypatch):
+    (group,) = (group for group in GROUPS if group.name == "route_and_mix")
+    first, second = points(group, SlowMachine(torch.device("cpu"), CENTRE))[:2]
+    lines = []
+    progress = plan.Progress.__new__(plan.Progress)
+    progress.plan = plan.Plan([(group, first), (group, second)], SlowMachine(torch.device("cpu"), CENTRE))
+    progress.record = SimpleNamespace(entry={second.key(group): {"reason": "peft is not installed"}}.get)
+    progress.numbers = {"first": 0, "second": 1}
+    monkeypatch.setattr(progress, "_reporter", lambda: SimpleNamespace(ensure_newline=lambda: None, write_line=lines.append))
+    for nodeid in progress.numbers:
+        progress.pytest_runtest_logstart(nodeid)
+        progress.pytest_runtest_logfinish(nodeid)
+    (line,) = lines
+    assert f"[2/2, done] {second.mode} {second.provider}: not measured" in line
 
 
 def test_a_run_prints_plan_progress_and_tables(printed):

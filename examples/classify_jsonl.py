@@ -34,7 +34,7 @@ from jsonl_task import (
     to_device,
     write_atomically,
 )
-from progress import Steps
+from progress import Steps, tracked
 from run_folder import RunFolder
 from torch import Tensor
 from torch.utils.data import DistributedSampler
@@ -197,7 +197,8 @@ class Run:
     def _predict(self, split: str) -> Tensor:
         """Logits, in the split's order."""
         self.model.eval()
-        logits = [self.accelerator.gather_for_metrics(self.model(**batch).logits.float()) for batch in self.judged[split]]
+        batches = tracked(self.judged[split], f"predicting {split}", self.accelerator.is_main_process)
+        logits = [self.accelerator.gather_for_metrics(self.model(**batch).logits.float()) for batch in batches]
         return torch.cat(logits).cpu()
 
     def finish(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Progress of long work: a bar on a terminal, a line now and then in a file."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from rich.console import Console
@@ -12,7 +12,7 @@ EVERY = 10.0
 
 
 class Steps:
-    """Shows how many steps of a work are done, within a ``with`` block.
+    """Shows how many steps of a work are done, within a ``with`` block. One within another one's block is a second bar below it.
 
     Args:
         description: what is done.
@@ -21,13 +21,16 @@ class Steps:
         shown: False for a process that shall say nothing.
     """
 
+    _drawing: Progress | None = None
+    """Whose bars are on the terminal now: there can be one."""
+
     def __init__(self, description: str, total: int, done: int = 0, shown: bool = True):
         self._description, self._total, self._done, self._before, self._note = description, total, done, done, ""
         console = Console()
         draws = shown and (console.is_interactive or console.is_jupyter)
-        self._prints, self._bar = shown and not draws, None
+        self._prints, self._bar, self._outer = shown and not draws, None, Steps._drawing
         if draws:
-            self._bar = Progress(
+            self._bar = self._outer or Progress(
                 SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                 TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console,
             )  # fmt: skip
@@ -35,13 +38,17 @@ class Steps:
 
     def __enter__(self) -> "Steps":
         self._start = self._last = time.monotonic()
-        if self._bar is not None:
+        if self._bar is not None and self._outer is None:
             self._bar.start()
+            Steps._drawing = self._bar
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        if self._bar is not None:
+        if self._bar is not None and self._outer is None:
             self._bar.stop()
+            Steps._drawing = None
+        elif self._bar is not None:
+            self._bar.remove_task(self._task)
         elif self._prints and kind is None:
             self._print()
 
@@ -63,9 +70,9 @@ class Steps:
         print(", ".join([*parts, *filter(None, [self._note])]), flush=True)
 
 
-def tracked(items: Sequence[Any], description: str) -> Iterator[Any]:
+def tracked(items: Collection[Any], description: str, shown: bool = True) -> Iterator[Any]:
     """Gives the items one by one and shows how many are done."""
-    with Steps(description, len(items)) as steps:
+    with Steps(description, len(items), shown=shown) as steps:
         for done, item in enumerate(items, start=1):
             yield item
             steps.reach(done)

@@ -1,5 +1,14 @@
 """Routed prompts that fuse frozen pretrained encoders, on Triton kernels in drop-in torch modules."""
 
+from importlib.util import find_spec
+
+if find_spec(f"{__name__}.kernels") is None:
+    # else an import in a source tree would work until a first GPU
+    raise ImportError(
+        f"mope_fast is imported from {__path__[0]}, a source tree whose kernels are another folder: run from elsewhere, or install "
+        'it as editable: pip install -e "."'
+    )
+
 from . import functional
 from .data import FeatureCache, FusionCollator
 from .encoders import PromptedEncoder, register_encoder, supported_encoders, unwrap_encoder

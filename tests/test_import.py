@@ -82,3 +82,16 @@ except TypeError as error:
     print("refused")
 """
     assert run(program) == ["refused"]
+
+
+def test_a_source_tree_without_its_kernels_says_so_at_once():
+    program = """
+import sys
+sys.modules["mope_fast.kernels"] = None
+try:
+    import mope_fast
+except ImportError as error:
+    assert "pip install -e" in str(error), error
+    print("refused")
+"""
+    assert run(program) == ["refused"]

@@ -15,6 +15,7 @@ from .. import encoders
 from .._locks import Guarded
 from .feature_store import FeatureStore
 from .fingerprint import encoder_fingerprint, sample_keys
+from .progress import tracked
 
 Inputs = Tensor | Mapping[str, Tensor]
 TEXT_FAMILIES = ("bert", "roberta", "distilbert", "bart", "gpt2")
@@ -144,11 +145,9 @@ class FeatureCache:
         Raises:
             ValueError: there is no batch; else as for a call.
         """
-        from tqdm import tqdm
-
         rows = []
         try:
-            for inputs in tqdm(loader, desc=f"features of {_name(self.encoder)}", unit="batch", disable=not progress):
+            for inputs in tracked(loader, f"features of {_name(self.encoder)}", "batch", shown=progress):
                 rows.append(self(inputs))
         finally:
             self.flush()

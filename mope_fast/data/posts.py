@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .images import load_image, pillow
 from .lines import listed
+from .progress import tracked
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -135,10 +136,8 @@ class Posts(Sequence[Post]):
             ImportError: Pillow is not installed.
             OSError: some can't be read; the message has the first ten, and their number.
         """
-        from tqdm import tqdm
-
         problems = []
-        for post in tqdm(self.posts, desc="checking images", unit="image", disable=not progress):
+        for post in tracked(self.posts, "checking images", "image", shown=progress):
             try:
                 post.open_image()
             except OSError as error:

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from .._settings import Settings, check_types, setting
 from .feature_cache import evaluating
+from .progress import tracked
 
 Batch = Callable[[Tensor], Mapping[str, Any]]
 
@@ -160,8 +161,6 @@ class FewShotRecipe(Settings):
             ValueError: no indices; ``evaluate_every`` without ``dev``; nothing to train.
             FloatingPointError: a loss was NaN or infinite; found within ten steps, the parameters are spoiled by then.
         """
-        from tqdm import tqdm
-
         index = _indices("index", index)
         if dev is not None:
             dev = _indices("dev", dev)
@@ -173,7 +172,7 @@ class FewShotRecipe(Settings):
         losses, pending = torch.empty(0), []
         best: tuple[float, int] | None = None
         state: dict[str, Tensor] = {}
-        bar = tqdm(self._order(index, seed), desc="few-shot", unit="step", disable=not progress)
+        bar = tracked(self._order(index, seed), "few-shot", "step", shown=progress)
         model.train()
         try:
             for step, chosen in enumerate(bar, 1):

@@ -608,7 +608,10 @@ def test_precompute_goes_on_where_it_was_interrupted(tmp_path, capsys):
     features = make_cache(tmp_path, spy).precompute(torch.utils.data.DataLoader(x, batch_size=5))
     assert torch.equal(features, rows_of(x))
     assert torch.equal(torch.cat(spy.batches), x)
-    assert "features of Spy" in capsys.readouterr().err
+    *_, last, end = capsys.readouterr().err.split("\n")
+    assert last.startswith("features of Spy: 100%")
+    assert "2/2" in last
+    assert "\r" not in last + end, "a file gets lines"
 
 
 def test_a_deleted_folder_is_made_again(tmp_path):

@@ -94,8 +94,10 @@ def test_a_terminal_gets_a_bar_and_no_lines(clock, capsys, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     with progress.Steps("training", 2) as steps:
         clock[0] += 60
+        assert list(progress.tracked("abcdefg", "predicting")) == list("abcdefg"), "a bar within is a second one"
         steps.reach(2, "loss 0.5")
     shown = capsys.readouterr().out
     assert "2/2" in shown
+    assert "/7" in shown
     assert "loss 0.5" in shown
     assert "elapsed" not in shown

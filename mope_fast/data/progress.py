@@ -1,0 +1,34 @@
+"""Progress of work on data: a bar on a terminal, a line now and then in a file."""
+
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+SECONDS_PER_LINE = 10.0
+
+
+class _Lines:
+    """A file in which each state of a bar is a line of its own."""
+
+    def __init__(self, file: TextIO):
+        self._file = file
+
+    def write(self, text: str) -> None:
+        if text := text.strip("\r\n "):
+            self._file.write(f"{text}\n")
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def tracked(items: Iterable[Any], description: str, unit: str, *, shown: bool) -> "tqdm[Any]":
+    """Give the items one by one and show on stderr how many are done."""
+    from tqdm import tqdm
+
+    options: dict[str, Any] = {"desc": description, "unit": unit, "disable": not shown}
+    if not (sys.stderr.isatty() or "ipykernel" in sys.modules):  # a notebook draws bars
+        options |= {"file": _Lines(sys.stderr), "mininterval": SECONDS_PER_LINE, "miniters": 1}
+    return tqdm(items, **options)
