@@ -184,7 +184,7 @@ def load_task(args: argparse.Namespace) -> Task:
     config = MoPEConfig(
         num_experts=args.experts, prompt_length=args.prompt_length, dropout=args.dropout, noise_std=args.noise_std,
         prompt_init=args.prompt_init, mapper_norm=args.mapper_norm,
-        complementary_prompt_length=args.complementary_prompt_length,        importance_weight=args.importance_weight,
+        complementary_prompt_length=args.complementary_prompt_length, importance_weight=args.importance_weight,
     )  # fmt: skip
     torch.manual_seed(args.seed)
     several = splits["train"].multi_label
