@@ -42,6 +42,7 @@ class FeatureCache:
             gradient and without autocast, and gets its training flags back afterwards.
         fingerprint: names the encoder; needed for a callable without parameters and buffers. Default: a hash of class, structure,
             config, parameters and buffers. Change it with anything else that features depend on.
+        pooling: of a supported encoder's tokens into its feature: "cls", "mean" or "last"; None for its family's own way.
         flush_every: rows kept in memory at most before they are written; also written by :meth:`flush`, at the end of a ``with``
             block and of the interpreter.
         padded_inputs: names of inputs (B, S, ...) that hold padding which the encoder doesn't read: what is behind a sample's last
@@ -67,6 +68,7 @@ class FeatureCache:
         encoder: nn.Module | Callable[..., Tensor],
         *,
         fingerprint: str | None = None,
+        pooling: str | None = None,
         flush_every: int = 1024,
         padded_inputs: Collection[str] | None = None,
     ):
@@ -81,6 +83,10 @@ class FeatureCache:
             )
         if not isinstance(flush_every, int) or isinstance(flush_every, bool) or flush_every < 1:
             raise ValueError(f"flush_every must be an integer >= 1, got {flush_every!r}")
+        if pooling is not None:
+            if (family := encoders.find_family(encoder)) is None:
+                raise ValueError(f"pooling={pooling!r} needs a supported encoder, and {_name(encoder)} gives features of its own")
+            family.check_pooling(pooling)
         if padded_inputs is None:
             padded_inputs = _padded_inputs(encoder)
         elif isinstance(padded_inputs, str) or not all(isinstance(name, str) for name in padded_inputs):
@@ -88,9 +94,9 @@ class FeatureCache:
                 f"padded_inputs must be names of inputs, such as ('input_ids', 'attention_mask'), got {padded_inputs!r}"
             )
         self._padded = frozenset(padded_inputs)
-        self.encoder = encoder
+        self.encoder, self.pooling = encoder, pooling
         self._named = fingerprint is not None
-        self._open(Path(folder).absolute(), encoder_fingerprint(encoder) if fingerprint is None else fingerprint, flush_every)
+        self._open(Path(folder).absolute(), self._fingerprint(fingerprint), flush_every)
 
     def _open(self, folder: Path, fingerprint: str, flush_every: int) -> None:
         self._store = FeatureStore(folder, fingerprint, _name(self.encoder), flush_every)
@@ -207,10 +213,11 @@ class FeatureCache:
             self._check_unchanged()
             self.flush()
         arguments = (self.folder, self.fingerprint, self._store.flush_every)
-        return {"encoder": self.encoder, "named": self._named, "padded": self._padded, "arguments": arguments}
+        kept = {"encoder": self.encoder, "pooling": self.pooling, "named": self._named, "padded": self._padded}
+        return {**kept, "arguments": arguments}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.encoder, self._named, self._padded = state["encoder"], state["named"], state["padded"]
+        self.encoder, self.pooling, self._named, self._padded = (state[name] for name in ("encoder", "pooling", "named", "padded"))
         self._open(*state["arguments"])
 
     def _missing(self, keys: list[bytes]) -> dict[bytes, int]:
@@ -227,11 +234,16 @@ class FeatureCache:
             self._flushed_at_exit_of = os.getpid()
             Finalize(self, self._store.flush, exitpriority=0)
 
+    def _fingerprint(self, name: str | None = None) -> str:
+        """Of what gives the features; ``name`` stands for the encoder's own."""
+        whole = encoder_fingerprint(self.encoder) if name is None else name
+        return whole if self.pooling is None else f"{whole}, {self.pooling} of tokens"
+
     def _check_unchanged(self) -> None:
         if self._named or (versions := _versions(self.encoder)) == self._versions:
             return
         # another device has other tensors of the same content
-        if (got := encoder_fingerprint(self.encoder)) != self.fingerprint:
+        if (got := self._fingerprint()) != self.fingerprint:
             raise ValueError(
                 f"{_name(self.encoder)} was changed (trained, loaded or cast?) after this cache was made: its fingerprint is "
                 f"{got}, expected {self.fingerprint}; make a new cache in another folder"
@@ -247,7 +259,7 @@ class FeatureCache:
         frozen = evaluating(self.encoder) if isinstance(self.encoder, nn.Module) else nullcontext()
         with torch.no_grad(), torch.autocast(next(iter(batch.values())).device.type, enabled=False), frozen:
             if supported:
-                features = encoders.encode(self.encoder, inputs)
+                features = encoders.encode(self.encoder, inputs, self.pooling)
             else:
                 features = self.encoder(**inputs) if isinstance(inputs, dict) else self.encoder(inputs)
         name = _name(self.encoder)

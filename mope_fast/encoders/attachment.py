@@ -100,7 +100,8 @@ class Attachment(Guarded):
         ValueError: the encoder takes prompts from another model that is alive, or uses one module as several layers.
     """
 
-    def __init__(self, encoder: nn.Module, family: EncoderFamily):
+    def __init__(self, encoder: nn.Module, family: EncoderFamily, pooling: str | None = None, router_pooling: str | None = None):
+        family.check_pooling(pooling, router_pooling)
         layers = [(layer.module, layer.attention) for layer in family.layers(encoder)]
         for what, parts in zip(("layers", "attentions"), zip(*layers, strict=True), strict=True):
             if len({id(part) for part in parts}) < len(parts):
@@ -108,6 +109,7 @@ class Attachment(Guarded):
         _take_over(encoder)
         family.setup()
         self.encoder, self.family = encoder, family
+        self.pooling, self.router_pooling = pooling, router_pooling
         super().__init__()
         self.owners: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.layers: list[tuple[nn.Module, nn.Module]] = []
@@ -170,7 +172,8 @@ class Attachment(Guarded):
         if prompts is None:
             return self._encode(inputs, [], feature_maps)
         scores: list[Tensor | None] = []
-        running = _Running(prompts, self.family.pool(self.encoder, inputs), gradient_checkpointing, scores, thread)
+        pool = self.family.router_pool(self.encoder, inputs, self.router_pooling)
+        running = _Running(prompts, pool, gradient_checkpointing, scores, thread)
         state.running = running
         try:
             encoded = self._encode(inputs, scores, feature_maps)
@@ -189,7 +192,7 @@ class Attachment(Guarded):
         if feature_maps:
             feature, maps = self.family.encode_with_maps(self.encoder, inputs)
             return Encoded(feature, scores, maps)
-        return Encoded(self.family.encode(self.encoder, inputs), scores)
+        return Encoded(self.family.encode(self.encoder, inputs, self.pooling), scores)
 
     def _layer_forward(self, index: int, *args: Any, **kwargs: Any) -> Any:
         """In place of the layer's own forward."""

@@ -1,7 +1,7 @@
 """What an encoder family is, and the register of them."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -107,6 +107,10 @@ class EncoderFamily:
         problem: encoder -> why this one can't take prompts, or None.
         feature_maps: (encoder, its keyword arguments) -> its output and, of each stage, the map (B, C, H, W); None for no stages.
         setup: makes the encoder's library ready, in this process; called before a model is wrapped and when one is unpickled.
+        pools: other poolings by name, as far as this family can have them: "cls" (class token), "mean" (over real tokens, of an
+            image over its patches) and "last" (real token); each is (encoder, its keyword arguments) -> pool.
+        tokens: (encoder, its output, its keyword arguments) -> its last layer's tokens (B, S, D), normed, which ``pools`` make a
+            feature of; None where the output has none, and the feature's pooling can't be chosen.
     """
 
     name: str
@@ -121,6 +125,8 @@ class EncoderFamily:
     problem: Callable[[nn.Module], str | None] = _no_problem
     feature_maps: Callable[[nn.Module, Inputs], tuple[Any, Sequence[Tensor]]] | None = None
     setup: Callable[[], None] = _nothing
+    pools: Mapping[str, Callable[[nn.Module, Inputs], Pool]] = field(default_factory=dict)
+    tokens: Callable[[nn.Module, Any, Inputs], Tensor] | None = None
 
     def keyword_arguments(self, inputs: Tensor | Inputs) -> Inputs:
         """A bare tensor under its name.
@@ -144,12 +150,26 @@ class EncoderFamily:
         sizes = [value.shape[0] for value in tensors if isinstance(value, Tensor) and value.dim()]
         return next((size for size in sizes if size != 1), sizes[0] if sizes else None)
 
-    def encode(self, encoder: nn.Module, inputs: Inputs) -> Tensor:
-        """The encoder's global feature (B, D)."""
+    def check_pooling(self, pooling: str | None, router_pooling: str | None = None) -> None:
+        """Raises ValueError for a pooling of the feature, or of what the router sees, that this family doesn't have."""
+        choices = {"pooling": () if self.tokens is None else self.pools, "router_pooling": self.pools}
+        for (name, known), value in zip(choices.items(), (pooling, router_pooling), strict=True):
+            if value is not None and value not in known:
+                hint = "; a timm model pools as it was created: global_pool='avg'" if self.name.startswith("timm") else ""
+                raise ValueError(f"{name} of {self.name} must be one of {[None, *known]}, None for its own, got {value!r}{hint}")
+
+    def router_pool(self, encoder: nn.Module, inputs: Inputs, pooling: str | None = None) -> Pool:
+        """How a layer's input is pooled for the router; ``pooling`` is None for the family's own way, or one of ``pools``."""
+        return self.pool(encoder, inputs) if pooling is None else self.pools[pooling](encoder, inputs)
+
+    def encode(self, encoder: nn.Module, inputs: Inputs, pooling: str | None = None) -> Tensor:
+        """The encoder's global feature (B, D); ``pooling`` is None for the family's own, or one of ``pools``."""
         output = self.run(encoder, inputs)
         if isinstance(output, tuple):
             raise ValueError(f"{type(encoder).__name__} gave a tuple: leave return_dict at its default")
-        return self.feature(encoder, output, inputs)
+        if pooling is None:
+            return self.feature(encoder, output, inputs)
+        return self.pools[pooling](encoder, inputs)(self.tokens(encoder, output, inputs))
 
     def encode_with_maps(self, encoder: nn.Module, inputs: Inputs) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The global feature (B, D), and the maps (B, C, H, W) of the encoder's stages.
@@ -236,11 +256,13 @@ def family_of(encoder: object) -> EncoderFamily:
     return family
 
 
-def encode(encoder: nn.Module, inputs: Tensor | Inputs) -> Tensor:
+def encode(encoder: nn.Module, inputs: Tensor | Inputs, pooling: str | None = None) -> Tensor:
     """The global feature (B, D) of a supported encoder, without prompts.
 
     Args:
         inputs: the encoder's main input, or a dict of its keyword arguments.
+        pooling: "cls", "mean" or "last", as far as its family has it; None for the family's own (docs/encoders.md).
     """
     family = family_of(encoder)
-    return family.encode(encoder, family.keyword_arguments(inputs))
+    family.check_pooling(pooling)
+    return family.encode(encoder, family.keyword_arguments(inputs), pooling)

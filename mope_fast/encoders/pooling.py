@@ -20,6 +20,11 @@ def token_mean(x: Tensor) -> Tensor:
     return x.flatten(1, -2).mean(1)
 
 
+def patch_mean(class_tokens: int) -> Pool:
+    """The mean over an image's patches, behind so many tokens that stand for the whole image."""
+    return functools.partial(_patch_mean, class_tokens)
+
+
 def masked_mean(mask: Tensor | None) -> Pool:
     """The mean over real tokens, mask (B, S) nonzero there; zero for a sample without one. None: all are real."""
     return token_mean if mask is None else functools.partial(_masked_mean, mask.bool())
@@ -40,6 +45,10 @@ def last_real_token(mask: Tensor | None) -> Pool:
 
 def _last_token(x: Tensor) -> Tensor:
     return x[:, -1]
+
+
+def _patch_mean(class_tokens: int, x: Tensor) -> Tensor:
+    return x[:, class_tokens:].mean(1)
 
 
 def _masked_mean(mask: Tensor, x: Tensor) -> Tensor:

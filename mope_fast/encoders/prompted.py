@@ -19,17 +19,21 @@ class PromptedEncoder(nn.Module):
 
     Args:
         encoder: see :func:`mope_fast.supported_encoders`.
+        pooling: how its tokens become the feature: "cls" (class token), "mean" (over real tokens, of an image over its patches),
+            "last" (real token), or None for its family's own way (docs/encoders.md). Sentence encoders such as MiniLM were trained
+            for the mean.
+        router_pooling: how a layer's input is pooled for the router; likewise.
 
     Raises:
         TypeError: the encoder is not supported.
-        ValueError: it takes prompts from another model already.
+        ValueError: it takes prompts from another model already, or its family doesn't have that pooling.
     """
 
-    def __init__(self, encoder: nn.Module):
+    def __init__(self, encoder: nn.Module, *, pooling: str | None = None, router_pooling: str | None = None):
         super().__init__()
         self.family = family_of(encoder)
         with wrapping.lock:
-            self._attachment = Attachment(encoder, self.family)
+            self._attachment = Attachment(encoder, self.family, pooling, router_pooling)
             self._attachment.owners.add(self)
         self.encoder = encoder
         facts = self._facts = self.family.layers(encoder)
@@ -56,6 +60,14 @@ class PromptedEncoder(nn.Module):
                     "wrapped: change it first, then make the model"
                 )
         return self._facts
+
+    @property
+    def pooling(self) -> str | None:
+        return self._attachment.pooling
+
+    @property
+    def router_pooling(self) -> str | None:
+        return self._attachment.router_pooling
 
     @property
     def dtype(self) -> torch.dtype:

@@ -12,7 +12,7 @@ from ..modules.rows import is_plain
 from .attachment import prefixes_of
 from .families import EncoderFamily, Inputs, PromptedLayer, keys_and_values, refuse_encoder, register_encoder
 from .front import Front
-from .pooling import Pool, first_token, token_mean
+from .pooling import Pool, first_token, patch_mean, token_mean
 
 
 def _layer(block: nn.Module, width: int) -> PromptedLayer:
@@ -111,6 +111,16 @@ def _vit_problem(encoder: nn.Module) -> str | None:
 
 def _vit_pool(encoder: nn.Module, inputs: Inputs) -> Pool:
     return token_mean if encoder.cls_token is None else first_token
+
+
+def _by_class_token(encoder: nn.Module, inputs: Inputs) -> Pool:
+    if encoder.cls_token is None:
+        raise ValueError(f"router_pooling is 'cls', but this {type(encoder).__name__} has no class token: take 'mean' or None")
+    return first_token
+
+
+def _by_patch_mean(encoder: nn.Module, inputs: Inputs) -> Pool:
+    return patch_mean(encoder.num_prefix_tokens)
 
 
 def _attach_vit(encoder: nn.Module) -> Callable[[nn.Module], None]:
@@ -226,6 +236,7 @@ register_encoder(
         pool=_vit_pool,
         attach=_attach_vit,
         problem=_vit_problem,
+        pools={"cls": _by_class_token, "mean": _by_patch_mean},
         **_COMMON,
     )
 )
@@ -237,6 +248,7 @@ register_encoder(
         pool=_swin_pool,
         attach=_attach_swin,
         problem=_swin_problem,
+        pools={"mean": _swin_pool},
         feature_maps=_swin_feature_maps,
         **_COMMON,
     )

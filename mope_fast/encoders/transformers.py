@@ -11,12 +11,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional import prompt_attention
 from .attachment import prefixes_of
 from .families import EncoderFamily, Inputs, PromptedLayer, keys_and_values, register_encoder
-from .pooling import Pool, first_token, last_real_token, masked_mean, token_at, token_mean
+from .pooling import Pool, first_token, last_real_token, masked_mean, patch_mean, token_at, token_mean
 
 NAME = "mope_fast"
 
@@ -128,6 +129,20 @@ def _by_masked_mean(encoder: nn.Module, inputs: Inputs) -> Pool:
     return masked_mean(inputs.get("attention_mask"))
 
 
+def _by_patch_mean(class_tokens: int, encoder: nn.Module, inputs: Inputs) -> Pool:
+    if (mask := inputs.get("attention_mask")) is None:
+        return patch_mean(class_tokens)
+    return masked_mean(F.pad(mask[:, class_tokens:].bool(), (class_tokens, 0)))
+
+
+def _by_last_token(encoder: nn.Module, inputs: Inputs) -> Pool:
+    return last_real_token(inputs.get("attention_mask"))
+
+
+def _tokens(encoder: nn.Module, output: Any, inputs: Inputs) -> Tensor:
+    return output.last_hidden_state
+
+
 def _class_token(encoder: nn.Module, output: Any, inputs: Inputs) -> Tensor:
     return output.last_hidden_state[:, 0]
 
@@ -216,6 +231,11 @@ def _clip_text_pool(encoder: nn.Module, inputs: Inputs) -> Pool:
     ids = inputs["input_ids"]
     # as CLIPTextModel finds it: in old configurations the end of text is the largest id, not eos_token_id
     return token_at((ids if encoder.config.eos_token_id == 2 else ids == encoder.config.eos_token_id).int().argmax(1))
+
+
+def _clip_vision_tokens(encoder: nn.Module, output: Any, inputs: Inputs) -> Tensor:
+    # transformers norms the class token alone
+    return encoder.post_layernorm(output.last_hidden_state)
 
 
 def _siglip_feature(encoder: nn.Module, output: Any, inputs: Inputs) -> Tensor:
@@ -323,55 +343,56 @@ def _gpt2_run(encoder: nn.Module, inputs: Inputs) -> Any:
     return encoder(**{"use_cache": False, **inputs})
 
 
-def _by_last_token(encoder: nn.Module, inputs: Inputs) -> Pool:
-    return last_real_token(inputs.get("attention_mask"))
-
-
 def _last_token(encoder: nn.Module, output: Any, inputs: Inputs) -> Tensor:
     return _by_last_token(encoder, inputs)(output.last_hidden_state)
 
 
 def _register(name: str, model: str, input_name: str, *, module: str | None = None, **facts: Any) -> None:
     module = name if module is None else module
-    defaults = {"attach": _attach, "setup": _register_interfaces, "feature_width": _hidden_size}
+    defaults = {"attach": _attach, "setup": _register_interfaces, "feature_width": _hidden_size, "tokens": _tokens}
     models = (f"transformers.models.{module}.modeling_{module}.{model}",)
     register_encoder(EncoderFamily(name=name, models=models, input_name=input_name, **{**defaults, **facts}))
 
 
 _CLASS_TOKEN = {"pool": _by_class_token, "feature": _class_token}
-_register("bert", "BertModel", "input_ids", layers=_bert_layers, problem=_bert_problem, **_CLASS_TOKEN)
-_register("roberta", "RobertaModel", "input_ids", layers=_bert_layers, problem=_bert_problem, **_CLASS_TOKEN)
-_register("distilbert", "DistilBertModel", "input_ids", layers=_distilbert_layers, **_CLASS_TOKEN)
-_register("vit", "ViTModel", "pixel_values", layers=_vit_layers, **_CLASS_TOKEN)
-_register("deit", "DeiTModel", "pixel_values", layers=_vit_layers, **_CLASS_TOKEN)
-_register("dinov2", "Dinov2Model", "pixel_values", layers=_dinov2_layers, **_CLASS_TOKEN)
+_TEXT = {"pools": {"cls": _by_class_token, "mean": _by_masked_mean, "last": _by_last_token}}
+_IMAGE = {"pools": {"cls": _by_class_token, "mean": functools.partial(_by_patch_mean, 1)}}
+_DISTILLED = {"pools": {"cls": _by_class_token, "mean": functools.partial(_by_patch_mean, 2)}}
+_register("bert", "BertModel", "input_ids", layers=_bert_layers, problem=_bert_problem, **_CLASS_TOKEN, **_TEXT)
+_register("roberta", "RobertaModel", "input_ids", layers=_bert_layers, problem=_bert_problem, **_CLASS_TOKEN, **_TEXT)
+_register("distilbert", "DistilBertModel", "input_ids", layers=_distilbert_layers, **_CLASS_TOKEN, **_TEXT)
+_register("vit", "ViTModel", "pixel_values", layers=_vit_layers, **_CLASS_TOKEN, **_IMAGE)
+_register("deit", "DeiTModel", "pixel_values", layers=_vit_layers, **_CLASS_TOKEN, **_DISTILLED)
+_register("dinov2", "Dinov2Model", "pixel_values", layers=_dinov2_layers, **_CLASS_TOKEN, **_IMAGE)
 _register(
     "clip_vision", "CLIPVisionModel", "pixel_values",
-    module="clip", layers=_clip_layers, pool=_by_class_token, feature=_pooler_output,
+    module="clip", layers=_clip_layers, pool=_by_class_token, feature=_pooler_output, tokens=_clip_vision_tokens, **_IMAGE,
 )  # fmt: skip
 _register(
     "clip_text", "CLIPTextModel", "input_ids",
     module="clip", layers=_clip_layers, pool=_clip_text_pool, feature=_pooler_output,
+    pools={"mean": _by_masked_mean, "last": _clip_text_pool},
 )  # fmt: skip
 _register(
     "siglip_vision", "SiglipVisionModel", "pixel_values",
-    module="siglip", layers=_clip_layers, pool=_by_mean, feature=_siglip_feature,
+    module="siglip", layers=_clip_layers, pool=_by_mean, feature=_siglip_feature, pools={"mean": _by_mean},
 )  # fmt: skip
 _register(
     "whisper", "WhisperEncoder", "input_features",
-    layers=_layers_behind_a_norm, pool=_by_mean, feature=_mean, feature_width=_d_model,
+    layers=_layers_behind_a_norm, pool=_by_mean, feature=_mean, feature_width=_d_model, pools={"mean": _by_mean},
 )  # fmt: skip
 _register(
     "bart", "BartEncoder", "input_ids",
-    layers=_layers_before_a_norm, pool=_by_masked_mean, feature=_masked_mean, feature_width=_d_model,
+    layers=_layers_before_a_norm, pool=_by_masked_mean, feature=_masked_mean, feature_width=_d_model, **_TEXT,
 )  # fmt: skip
 for _name, _model in (("wav2vec2", "Wav2Vec2Model"), ("hubert", "HubertModel")):
     _register(
         _name, _model, "input_values",
         layers=_wav2vec2_layers, pool=_wav2vec2_pool, feature=_wav2vec2_feature, feature_width=_wav2vec2_feature_width,
-        attach=_attach_wav2vec2,
+        attach=_attach_wav2vec2, tokens=None,
     )  # fmt: skip
 _register(
     "gpt2", "GPT2Model", "input_ids",
     layers=_gpt2_layers, pool=_by_last_token, feature=_last_token, run=_gpt2_run,
+    pools={"mean": _by_masked_mean, "last": _by_last_token},
 )  # fmt: skip

@@ -10,7 +10,7 @@ from ..modules import FoldedBank, PromptBank
 from .image_config import ImageConfig
 from .output import FusionOutput
 from .prompting import Inputs, run_prompted
-from .sides import check_same_batch, complementary_feature
+from .sides import check_same_batch, complementary_feature, head_inputs
 from .task import apply_head
 
 
@@ -52,11 +52,21 @@ class FoldedModel(ImageConfig, nn.Module):
     ) -> FusionOutput:
         """As :class:`MoPEFusion`'s or :class:`PromptTuned`'s, without labels: logits, scores, features and feature maps."""
         cross = None
-        if self.bank is not None and self.bank.config.needs_cross:
+        if self.uses_cross:
             cross = complementary_feature(self.complementary, complementary_inputs)
             check_same_batch(self.main, main_inputs, cross)
         features, scores, maps = run_prompted(self.main, self.bank, main_inputs, cross, feature_maps=feature_maps)
-        return FusionOutput(logits=apply_head(self.head, features), scores=scores, features=features, feature_maps=maps)
+        logits = apply_head(self.head, *self.head_inputs(features, cross))
+        return FusionOutput(logits=logits, scores=scores, features=features, feature_maps=maps)
+
+    @property
+    def uses_cross(self) -> bool:
+        """Whether prompts or the head depend on the complementary feature."""
+        return self.bank is not None and self.bank.config.uses_cross
+
+    def head_inputs(self, features: Tensor, cross: Tensor | None) -> list[Tensor]:
+        """What the head reads, side by side."""
+        return [features] if self.bank is None else head_inputs(self.bank.config, features, cross)
 
     def for_export(self, *outputs: str) -> nn.Module:
         """This model with plain outputs, for ``torch.export``: what is exported of it is loaded without mope_fast.

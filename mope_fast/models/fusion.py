@@ -16,7 +16,14 @@ from .folded import FoldedModel
 from .output import FusionOutput
 from .prompt_tuned import PromptTuned
 from .prompting import Inputs, run_prompted
-from .sides import check_holds_no_prompts, check_same_batch, check_trains_nothing, complementary_feature, is_prompted_model
+from .sides import (
+    check_holds_no_prompts,
+    check_same_batch,
+    check_trains_nothing,
+    complementary_feature,
+    head_inputs,
+    is_prompted_model,
+)
 from .task import TaskModel, apply_head, check_head, describe_encoder, make_head, prompted
 
 
@@ -31,7 +38,8 @@ class MoPEFusion(TaskModel):
             trained; nor may a function train anything), or None: then the features themselves are passed to ``forward``.
         num_classes: outputs of the linear head; None for no head (``logits`` is None, use ``features``).
         config: see :class:`MoPEConfig`; ``config.cross_dim`` is needed unless ``complementary`` is a supported encoder.
-        head: a head of your own, (B, D) -> (B, num_classes), in place of the linear one.
+        head: a head of your own, (B, D) -> (B, num_classes), in place of the linear one; D is of the main encoder's feature, with
+            psi_y behind it where ``config.head_inputs`` is "both".
         problem_type: "single_label_classification": labels (B,) are integer classes, -100 for samples that don't count, or
             probabilities (B, C) in 0..1. "multi_label_classification": labels (B, C) in 0..1. "regression": numbers (B, C), or (B,)
             of one output. Losses are in float32 at least.
@@ -70,18 +78,23 @@ class MoPEFusion(TaskModel):
                 f"config.cross_dim is {config.cross_dim}, but {type(complementary).__name__} gives features of width {cross_dim}"
             )
         cross_dim = config.cross_dim if cross_dim is None else cross_dim
-        if config.needs_cross and cross_dim is None:
+        if config.uses_cross and cross_dim is None:
             raise ValueError("the width of the complementary feature can't be inferred: set MoPEConfig(cross_dim=...)")
 
-        self.config = dataclasses.replace(config, cross_dim=cross_dim)
         self.problem_type, self.label_smoothing = problem_type, float(label_smoothing)
-        self.main = prompted(main)
+        self.main = prompted(main, pooling=config.pooling, router_pooling=config.router_pooling)
         self._wrapped = [] if self.main is main else [self.main]
         self._black_box: Hold | None = None
         try:
-            self.complementary = self._make_side(complementary)
+            self.complementary = self._make_side(complementary, config)
+            side = self.complementary.main if isinstance(self.complementary, PromptTuned) else None
+            # what came wrapped has poolings of its own
+            self.config = dataclasses.replace(
+                config, cross_dim=cross_dim, pooling=self.main.pooling, router_pooling=self.main.router_pooling,
+                complementary_pooling=config.complementary_pooling if side is None else side.pooling,
+            )  # fmt: skip
             self.bank = PromptBank(self.main.widths, cross_dim, self.config)
-            self.head = make_head(self.main, num_classes, head)
+            self.head = make_head(self.main, num_classes, head, cross_dim if config.head_inputs == "both" else 0)
         except BaseException:
             self._give_back()
             raise
@@ -106,13 +119,13 @@ class MoPEFusion(TaskModel):
             feature_maps: give those of the main encoder's stages too, for dense prediction (Swin).
         """
         config, cross = self.config, None
-        if config.needs_cross:
+        if config.uses_cross:
             cross = self.complementary_feature(complementary_inputs)
             if self.training:
                 check_trains_nothing(self.complementary, complementary_inputs, cross)
             check_same_batch(self.main, main_inputs, cross)
         features, scores, maps = run_prompted(self.main, self.bank, main_inputs, cross, feature_maps=feature_maps)
-        logits = apply_head(self.head, features)
+        logits = apply_head(self.head, *head_inputs(config, features, cross))
         task_loss, summed = self._losses(logits, labels, scores)
         importance = features.new_zeros(())
         if summed is not None:
@@ -123,13 +136,13 @@ class MoPEFusion(TaskModel):
     def _loss_is_cross_entropy(self) -> bool:
         return super()._loss_is_cross_entropy() and not (self.bank.routes and self.config.importance_weight)
 
-    def _make_side(self, complementary: Any) -> Any:
+    def _make_side(self, complementary: Any, config: MoPEConfig) -> Any:
         if _is_encoder(complementary):
-            side = prompted(complementary)
+            side = prompted(complementary, pooling=config.complementary_pooling)
             if side is not complementary:
                 self._wrapped.append(side)
-            settings = {"dropout": self.config.dropout, "prompt_init": self.config.prompt_init}
-            return PromptTuned(side, self.config.complementary_prompt_length, **settings)
+            settings = {"dropout": config.dropout, "prompt_init": config.prompt_init}
+            return PromptTuned(side, config.complementary_prompt_length, **settings)
         if isinstance(complementary, nn.Module) and not is_prompted_model(complementary):
             check_holds_no_prompts(complementary)
             self._black_box = Hold(complementary)

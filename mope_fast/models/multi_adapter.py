@@ -102,7 +102,7 @@ class MultiAdapter(ImageConfig, nn.Module):
         features, scores, _ = self.main(main_inputs, prompts)
         routed = self.stack is not None and self.stack.routes
         return FusionOutput(
-            logits=self._logits(features, ids), scores=torch.stack(scores)[..., :-1] if routed else None, features=features
+            logits=self._logits(features, ids, crosses), scores=torch.stack(scores)[..., :-1] if routed else None, features=features
         )
 
     def _ids(self, main_inputs: Inputs, adapters: Sequence[str] | Tensor) -> tuple[Tensor, set[str]]:
@@ -131,7 +131,7 @@ class MultiAdapter(ImageConfig, nn.Module):
             raise ValueError(f"complementary_inputs for unknown adapters {unknown}: expected names out of {self.names}")
         crosses: list[Tensor | None] = []
         for name, model in zip(self.names, self.models, strict=True):
-            needed = name in used and model.bank is not None and model.bank.config.needs_cross
+            needed = name in used and model.uses_cross
             if needed and name not in given:
                 raise ValueError(f"adapter {name!r} depends on a complementary modality: give complementary_inputs[{name!r}]")
             cross = complementary_feature(model.complementary, given[name]) if needed else None
@@ -140,8 +140,12 @@ class MultiAdapter(ImageConfig, nn.Module):
             crosses.append(cross)
         return crosses
 
-    def _logits(self, features: Tensor, ids: Tensor) -> Tensor | None:
-        each = [apply_head(model.head, features) for model in self.models]
+    def _logits(self, features: Tensor, ids: Tensor, crosses: Sequence[Tensor | None]) -> Tensor | None:
+        each = []
+        for model, cross in zip(self.models, crosses, strict=True):
+            if cross is None and model.uses_cross:  # it isn't in use
+                cross = features.new_zeros(len(features), model.bank.config.cross_dim)
+            each.append(apply_head(model.head, *model.head_inputs(features, cross)))
         if all(logits is None for logits in each):
             return None
         known = [logits for logits in each if logits is not None]

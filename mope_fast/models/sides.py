@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ..encoders import PromptedEncoder
-from ..modules import MoPELayer, PromptBank, PromptMapper
+from ..modules import MoPEConfig, MoPELayer, PromptBank, PromptMapper
 from ..modules.block_fusion import PromptFusion
+from ..modules.prompts import check_input
 from .prompting import Inputs
 from .task import TaskModel
 
@@ -58,6 +59,14 @@ def check_trains_nothing(complementary: object, inputs: Inputs, feature: Tensor)
 def is_prompted_model(complementary: object) -> bool:
     """Whether it is a model of ours: its output has ``features``."""
     return isinstance(getattr(complementary, "main", None), PromptedEncoder)
+
+
+def head_inputs(config: MoPEConfig, features: Tensor, cross: Tensor | None) -> list[Tensor]:
+    """What a fusion's head reads, side by side: (B, D), and (B, cross_dim) where ``config.head_inputs`` is "both"."""
+    if config.head_inputs == "main":
+        return [features]
+    check_input("the complementary feature", cross, config.cross_dim, features.shape[0])
+    return [features, cross]
 
 
 def check_same_batch(main: PromptedEncoder, main_inputs: Inputs, cross: Tensor) -> None:

@@ -132,17 +132,22 @@ def check_head(num_classes: int | None, head: nn.Module | None, problem_type: st
         raise ValueError(f"label_smoothing is for single_label_classification, got {label_smoothing} with {problem_type}")
 
 
-def apply_head(head: nn.Module | None, features: Tensor) -> Tensor | None:
-    """Logits, in the head's dtype; None without a head."""
+def apply_head(head: nn.Module | None, *features: Tensor) -> Tensor | None:
+    """Logits of features side by side, in the head's dtype; None without a head."""
     if head is None:
         return None
-    return head(features.to(next((p.dtype for p in head.parameters() if p.is_floating_point()), features.dtype)))
+    dtype = next((p.dtype for p in head.parameters() if p.is_floating_point()), features[0].dtype)
+    return head(torch.cat([feature.to(dtype) for feature in features], dim=-1))
 
 
-def make_head(main: PromptedEncoder, num_classes: int | None, head: nn.Module | None) -> nn.Module | None:
-    """The linear head, the given one, or None; raises ValueError if that is a part of the frozen encoder."""
+def make_head(main: PromptedEncoder, num_classes: int | None, head: nn.Module | None, cross_dim: int = 0) -> nn.Module | None:
+    """The linear head on the feature and so many numbers more, the given one, or None.
+
+    Raises:
+        ValueError: the given one is a part of the frozen encoder.
+    """
     if num_classes is not None:
-        return nn.Linear(main.feature_width, num_classes)
+        return nn.Linear(main.feature_width + cross_dim, num_classes)
     check_is_trained(head, main)
     return head
 
@@ -154,9 +159,21 @@ def check_is_trained(head: nn.Module | None, frozen: nn.Module) -> None:
         raise ValueError("head is a part of the frozen encoder and would not be trained: pass copy.deepcopy(head)")
 
 
-def prompted(encoder: nn.Module) -> PromptedEncoder:
-    """The encoder wrapped, or itself if several models share it as a :class:`PromptedEncoder`."""
-    return encoder if isinstance(encoder, PromptedEncoder) else PromptedEncoder(encoder)
+def prompted(encoder: nn.Module, **poolings: str | None) -> PromptedEncoder:
+    """The encoder wrapped, or itself if several models share it as a :class:`PromptedEncoder`.
+
+    Raises:
+        ValueError: a wrapped one has another pooling than is asked for; None takes its own.
+    """
+    if not isinstance(encoder, PromptedEncoder):
+        return PromptedEncoder(encoder, **poolings)
+    for name, asked in poolings.items():
+        if asked not in (None, own := getattr(encoder, name)):
+            raise ValueError(
+                f"{name}={asked!r} was asked for, but this PromptedEncoder has {name}={own!r}: make it with "
+                f"PromptedEncoder(encoder, {name}={asked!r}), or leave the model's at None"
+            )
+    return encoder
 
 
 class TaskModel(ImageConfig, nn.Module, ABC):

@@ -51,6 +51,14 @@ class MoPEConfig(Settings):
         0.1, "a layer whose squared coefficient of variation is at most this has no importance loss", _PAPER
     )
     complementary_prompt_length: int = setting(4, "l', rows of vanilla prompts in a supported complementary encoder", _PAPER)
+    head_inputs: str = setting(
+        "main", "what the head reads: 'main', the fused feature, or 'both', the complementary feature beside it", _PAPER
+    )
+    pooling: str | None = setting(
+        None, "of the main encoder's tokens into its feature: 'cls', 'mean', 'last', or None for the family's own", _OURS
+    )
+    router_pooling: str | None = setting(None, "of a layer's input, for the router; likewise", _OURS)
+    complementary_pooling: str | None = setting(None, "of a supported complementary encoder's tokens into psi_y; likewise", _OURS)
     cross_dim: int | None = setting(None, "width of the complementary feature where it can't be inferred", _OURS)
 
     def __post_init__(self):
@@ -76,7 +84,9 @@ class MoPEConfig(Settings):
             raise ValueError("MoPEConfig.renormalize=True needs top_k: without a gate the scores add up to 1 already")
         if not (self.use_static or self.use_dynamic or self.use_mapped):
             raise ValueError("MoPEConfig has no prompt left: set use_static, use_dynamic or use_mapped")
-        for name, choices in (("mapper_norm", ("batch", "layer", "none")), ("mixing", ("auto", "prompt", "kv"))):
+        for name, choices in (
+            ("mapper_norm", ("batch", "layer", "none")), ("mixing", ("auto", "prompt", "kv")), ("head_inputs", ("main", "both")),
+        ):  # fmt: skip
             if getattr(self, name) not in choices:
                 raise ValueError(f"MoPEConfig.{name} must be one of {choices}, got {getattr(self, name)!r}")
         if self.mixing == "kv" and self.dynamic_dropout > 0:
@@ -88,6 +98,11 @@ class MoPEConfig(Settings):
     def needs_cross(self) -> bool:
         """Whether any prompt depends on the complementary feature."""
         return self.use_dynamic or self.use_mapped
+
+    @property
+    def uses_cross(self) -> bool:
+        """Whether prompts or the head depend on the complementary feature."""
+        return self.needs_cross or self.head_inputs == "both"
 
     def init_bound(self, width: int) -> float:
         """Bound of the uniform start of prompts of this width."""

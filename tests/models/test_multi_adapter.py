@@ -22,6 +22,7 @@ MIXES = {
     "alike": [fusion(), fusion(), fusion()],
     "experts and temperatures differ": [fusion(), fusion(2, num_experts=7, temperature=0.3), fusion(num_experts=1)],
     "lengths differ": [fusion(), fusion(4, prompt_length=5), tuned(4), tuned(0, 2)],
+    "heads read different parts": [fusion(head_inputs="both"), fusion(), fusion(4, head_inputs="both", use_dynamic=False)],
     "parts differ": [fusion(use_dynamic=False), fusion(use_mapped=False), fusion(use_static=False)],
     "gated": [fusion(top_k=2, renormalize=True), fusion(top_k=2, renormalize=True, num_experts=2), tuned(3)],
     "prompts of one length": [tuned(3), tuned(3, 5)],
@@ -37,7 +38,7 @@ def build(name, makers):
 
 
 def features_for(models, batch):
-    needs = [name for name, model in models.items() if isinstance(model, MoPEFusion) and model.config.needs_cross]
+    needs = [name for name, model in models.items() if isinstance(model, MoPEFusion) and model.config.uses_cross]
     return {name: torch.randn(batch, CROSS, dtype=torch.float64) for name in needs}
 
 

@@ -1,0 +1,138 @@
+"""Poolings that a user asks for, of the feature and of what the router sees."""
+
+import pickle
+from functools import partial
+
+import pytest
+import timm
+import torch
+from tiny_transformers import CASES, CROSS, SETTINGS, class_token, close, each, last_real_token, make_cross, masked_mean
+
+from mope_fast import FeatureCache, MoPEConfig, MoPEFusion, PromptedEncoder
+from mope_fast.encoders import encode
+
+
+def patches(first, inputs, x):
+    mask = inputs.get("attention_mask")
+    return x[:, first:].mean(1) if mask is None else each(lambda i, s: s[first:][mask[i, first:].bool()].mean(0), x)
+
+
+def real_mean(inputs, x):
+    mask = inputs.get("attention_mask")
+    return x.mean(1) if mask is None else masked_mean(mask, x)
+
+
+TEXT = {"cls": class_token, "mean": real_mean, "last": last_real_token}
+IMAGE = {"cls": class_token, "mean": partial(patches, 1)}
+EXPECTED = {
+    "bert": TEXT,
+    "roberta": TEXT,
+    "distilbert": TEXT,
+    "bart": TEXT,
+    "gpt2": {name: TEXT[name] for name in ("mean", "last")},
+    "vit": IMAGE,
+    "deit": {"cls": class_token, "mean": partial(patches, 2)},
+    "dinov2": IMAGE,
+    "clip_vision": IMAGE,
+    "clip_text": {"mean": real_mean},
+    "siglip_vision": {"mean": real_mean},
+    "whisper": {"mean": real_mean},
+}
+
+
+@pytest.mark.parametrize(("family", "pooling"), [(family, name) for family, pools in EXPECTED.items() for name in pools])
+def test_feature_and_router_are_pooled_as_asked(family, pooling):
+    case = CASES[family]
+    encoder, inputs, pool = case.make(), case.inputs(3), EXPECTED[family][pooling]
+    with torch.no_grad():
+        tokens = encoder(**inputs).last_hidden_state
+    tokens = encoder.post_layernorm(tokens) if family == "clip_vision" else tokens
+    plain, seen = encode(encoder, inputs, pooling), []
+
+    def provide(index, hidden_states, pool_of):
+        seen.append((pool_of(hidden_states), pool(inputs, hidden_states)))
+        head = torch.zeros(1, 4, 1, hidden_states.shape[-1] // 4, dtype=hidden_states.dtype)
+        return [(head, head)], None
+
+    feature = PromptedEncoder(encoder, pooling=pooling, router_pooling=pooling)(inputs).feature
+    close(feature, pool(inputs, tokens))
+    close(plain, feature)
+    PromptedEncoder(case.make(), router_pooling=pooling)(inputs, provide)
+    assert len(seen) == 2
+    for got, expected in seen:
+        close(got, expected)
+
+
+def test_a_save_keeps_its_poolings(tmp_path):
+    bert, dinov2 = CASES["bert"].make(), CASES["dinov2"].make()
+    poolings = {"pooling": "mean", "router_pooling": "last", "complementary_pooling": "mean"}
+    model = MoPEFusion(bert, dinov2, 3, MoPEConfig(**{**SETTINGS, "cross_dim": None, **poolings})).double().eval()
+    inputs = CASES["bert"].inputs(3), CASES["dinov2"].inputs(3)
+    expected = model(*inputs)
+    model.save_pretrained(tmp_path)
+    model.unwrap()
+    again = MoPEFusion.from_pretrained(tmp_path, bert, dinov2).double()
+    assert torch.equal(again(*inputs).logits, expected.logits)
+    assert {name: getattr(again.config, name) for name in poolings} == poolings
+
+
+def test_an_encoder_that_came_wrapped_keeps_its_poolings():
+    shared = PromptedEncoder(CASES["bert"].make(), pooling="mean")
+    config = MoPEConfig(**SETTINGS)
+    assert MoPEFusion(shared, None, 3, config).config.pooling == "mean"
+    with pytest.raises(ValueError, match=r"pooling='cls' was asked for, but this PromptedEncoder has pooling='mean'"):
+        MoPEFusion(shared, None, 3, MoPEConfig(**SETTINGS, pooling="cls"))
+
+
+@pytest.mark.parametrize(
+    ("family", "poolings", "message"),
+    [
+        ("bert", {"pooling": "max"}, r"pooling of bert must be one of \[None, 'cls', 'mean', 'last'\]"),
+        ("gpt2", {"router_pooling": "cls"}, r"router_pooling of gpt2 must be one of \[None, 'mean', 'last'\], None for its own"),
+        ("wav2vec2", {"pooling": "cls"}, r"pooling of wav2vec2 must be one of \[None\]"),
+    ],
+)
+def test_a_pooling_that_a_family_does_not_have_is_refused(family, poolings, message):
+    encoder = CASES[family].make()
+    with pytest.raises(ValueError, match=message):
+        PromptedEncoder(encoder, **poolings)
+    assert PromptedEncoder(encoder), "it was not touched"
+
+
+def test_timms_feature_is_pooled_by_the_model_and_the_routers_view_as_asked():
+    settings = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4, "reg_tokens": 2}
+    vit = timm.models.vision_transformer.VisionTransformer(num_classes=0, **settings).eval()
+    with pytest.raises(ValueError, match=r"must be one of \[None\], None for its own, got 'mean'; .*global_pool='avg'"):
+        PromptedEncoder(vit, pooling="mean")
+    seen = []
+
+    def provide(index, hidden_states, pool_of):
+        seen.append(torch.equal(pool_of(hidden_states), hidden_states[:, 3:].mean(1)))
+        head = torch.zeros(1, 4, 1, 8)
+        return [(head, head)], None
+
+    PromptedEncoder(vit, router_pooling="mean")(torch.randn(2, 3, 16, 16), provide)
+    assert seen == [True, True]
+
+
+def test_features_of_another_pooling_are_another_cache(tmp_path):
+    bert, inputs = CASES["bert"].make(), CASES["bert"].inputs(3)
+    cache = FeatureCache(tmp_path, bert, pooling="mean")
+    close(cache(inputs), encode(bert, inputs, "mean"))
+    cache.flush()
+    assert torch.equal(pickle.loads(pickle.dumps(cache))(inputs), cache(inputs))
+    with pytest.raises(ValueError, match="another encoder"):
+        FeatureCache(tmp_path, bert)(inputs)
+    with pytest.raises(ValueError, match=r"pooling of bert must be one of"):
+        FeatureCache(tmp_path / "other", bert, pooling="max")
+    with pytest.raises(ValueError, match=r"pooling='mean' needs a supported encoder"):
+        FeatureCache(tmp_path / "other", torch.nn.Linear(2, 3), pooling="mean")
+
+
+def test_a_head_on_both_reads_the_complementary_feature_too():
+    bert, inputs, cross = CASES["bert"].make(), CASES["bert"].inputs(3), make_cross(3)
+    model = MoPEFusion(bert, None, 5, MoPEConfig(**SETTINGS, head_inputs="both")).double().eval()
+    output = model(inputs, cross)
+    close(output.logits, model.head(torch.cat([output.features, cross], dim=1)))
+    assert model.head.in_features == 32 + CROSS
+    close(model.fold()(inputs, cross).logits, output.logits)
