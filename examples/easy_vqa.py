@@ -178,7 +178,7 @@ class PromptedFeature(nn.Module):
 def encoders(args: argparse.Namespace) -> tuple[nn.Module, nn.Module | None]:
     """(main, complementary); with text as main the images come in as features, and one side is enough for static prompts."""
     if args.main == "text":
-        return minilm(mean_pooled=True)[0], None
+        return minilm()[0], None
     return dinov2_small(), None if args.method == "static" else minilm()[0]
 
 
@@ -205,7 +205,7 @@ def build(args: argparse.Namespace, image_width: int | None, classes: int) -> nn
     routed, mapped = args.method == "mope", args.method in ("mope", "sequential")
     config = MoPEConfig(
         num_experts=args.experts, prompt_length=args.prompt_length, use_dynamic=routed, use_mapped=mapped,
-        cross_dim=image_width, dropout=0.0, prompt_init=PROMPT_INIT,
+        cross_dim=image_width, dropout=0.0, prompt_init=PROMPT_INIT, pooling="mean" if args.main == "text" else None,
     )  # fmt: skip
     return MoPEFusion(main, complementary, None, config, head=fused_head(main, classes))
 

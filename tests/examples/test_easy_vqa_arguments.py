@@ -45,26 +45,3 @@ def test_balanced_epochs_hold_each_answer_to_a_question_about_as_often():
     kept = data.answers[torch.cat(data.training_batches(64, generator, balance=2.0))].bincount()
     assert kept[1:].tolist() == [100, 30]
     assert 150 < kept[0] < 250
-
-
-def test_the_mean_over_tokens_is_the_feature_of_a_family_of_its_own(monkeypatch):
-    transformers = pytest.importorskip("transformers")
-    from mope_fast.encoders import encode, families, find_family
-
-    # its import registers the family, for this test alone
-    monkeypatch.setattr(families, "_FAMILIES", dict(families._FAMILIES))
-    monkeypatch.delitem(sys.modules, "mean_pooled", raising=False)
-    from mean_pooled import MeanPooledBert
-
-    config = transformers.BertConfig(
-        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, max_position_embeddings=8
-    )
-    encoder = MeanPooledBert(config).eval()
-    inputs = {"input_ids": torch.randint(1, 20, (2, 5)), "attention_mask": torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])}
-    with torch.no_grad():
-        tokens = encoder(**inputs).last_hidden_state
-        expected = torch.stack([tokens[0, :3].mean(0), tokens[1].mean(0)])
-        torch.testing.assert_close(encode(encoder, inputs), expected)
-    assert find_family(encoder).name == "mean_pooled_bert"
-    assert find_family(transformers.BertModel(config)).name == "bert"
-    del sys.modules["mean_pooled"]
