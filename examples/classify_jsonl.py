@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, skip_first_batches
+from files import write_atomically
 from jsonl_task import (
     Task,
     argument_parser,
@@ -32,7 +33,6 @@ from jsonl_task import (
     load_task,
     run_from_shell,
     to_device,
-    write_atomically,
 )
 from progress import Steps, tracked
 from run_folder import RunFolder

@@ -15,6 +15,7 @@ With the image as main, the ViT takes them from MiniLM, which has trained prompt
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from easy_vqa_data import Questions, easy_vqa, load_pictures, normalised, tokenised
+from files import write_atomically
 from packages import CACHE
 from pretrained import dinov2_small, minilm
 from progress import Steps, tracked
@@ -57,7 +59,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--balance", type=float, default=None,
-        help="an answer to a question comes at most so many times as often as its rarest one, 0: as often as it does; "
+        help="an answer to a question comes on average at most so many times as often as its rarest one, 0: as often as it does; "
         "default: 3 for mope and sequential with text as main, else 0",
     )  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=64)
@@ -82,6 +84,9 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     for name, value in least.items():
         if getattr(args, name) < value:
             parser.error(f"--{name.replace('_', '-')} must be at least {value}, got {getattr(args, name)}")
+    for name in ("balance", "lr", "head_lr", "weight_decay"):
+        if not (math.isfinite(getattr(args, name)) and getattr(args, name) >= 0):
+            parser.error(f"--{name.replace('_', '-')} must be a finite number >= 0, got {getattr(args, name)}")
     if args.image_size % 14:
         parser.error(f"--image-size must be a multiple of 14, got {args.image_size}")
     if args.samples is not None and args.samples < 2:
@@ -223,6 +228,8 @@ def train(model: nn.Module, data: Questions, args: argparse.Namespace) -> float:
     generator = torch.Generator().manual_seed(args.seed)
     epochs = [data.training_batches(args.batch_size, generator, args.balance) for _ in range(args.epochs)]
     steps = sum(map(len, epochs))
+    if not steps:
+        raise SystemExit(f"--balance {args.balance} leaves nothing of {len(data)} samples to train on: raise it, or --samples")
     optimizer = torch.optim.AdamW([g for g in parameter_groups(model, args) if g["params"]], weight_decay=args.weight_decay)
     warm_up = max(1, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -300,6 +307,8 @@ def main() -> None:
     args = parse_arguments()
     start = time.perf_counter()
     args.output.mkdir(parents=True, exist_ok=True)
+    for name in ("result.json", "report.html"):  # of an earlier run
+        (args.output / name).unlink(missing_ok=True)
     train_data, test_data, names = load_data(args)
     image_width = None if args.main == "image" else train_data.image_inputs.shape[1]
 
@@ -315,12 +324,18 @@ def main() -> None:
     with recorded(model, names) as testing:
         logits = predict(model, test_data, batches, args, testing)
     accuracy = (torch.cat(logits).argmax(-1) == test_data.answers.cpu()[torch.cat(batches)]).float().mean().item()
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    result = {
+        "test_accuracy": accuracy, "test_questions": len(test_data), "trained_parameters": trained, "training_seconds": seconds,
+        "total_seconds": time.perf_counter() - start, "torch": torch.__version__, "settings": settings,
+    }  # fmt: skip
+    write_atomically(args.output / "result.json", json.dumps(result, indent=2))
     reloaded = save_and_reload(model, args, image_width, len(names))
     # every tenth batch, so questions of all lengths, shows as well as all of them whether anything was lost
     some = slice(None, None, 10)
     if not all(map(torch.equal, logits[some], predict(reloaded, test_data, batches[some], args))):
         raise SystemExit("the reloaded model has other logits")
-    print(f"saved and reloaded from {args.output}: the same logits, bit for bit")
+    print(f"saved and reloaded from {args.output}, as save_and_reload() in this script does: the same logits, bit for bit")
     if testing is not None:
         test = easy_vqa()[1]
         page = testing.report(
@@ -328,13 +343,7 @@ def main() -> None:
             samples=lambda i: (test.questions[i], test.paths[test.images[i]]), training=training, title="Experts on Easy-VQA",
         )  # fmt: skip
         print(f"what the experts learned: {page}")
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    result = {
-        "test_accuracy": accuracy, "test_questions": len(test_data), "trained_parameters": trained, "training_seconds": seconds,
-        "total_seconds": time.perf_counter() - start, "torch": torch.__version__, "settings": settings,
-    }  # fmt: skip
-    (args.output / "result.json").write_text(json.dumps(result, indent=2))
-    print(f"trained in {seconds:.0f} s, {result['total_seconds']:.0f} s in all")
+    print(f"trained in {seconds:.0f} s, {time.perf_counter() - start:.0f} s in all")
     print(f"test accuracy: {accuracy:.4f}")
 
 

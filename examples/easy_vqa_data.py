@@ -91,8 +91,8 @@ class Questions:
         Args:
             size: of a batch.
             generator: of the order.
-            balance: an answer to a question comes at most so many times as often as its rarest one, the rest is left out by chance;
-                0 leaves nothing out. Most questions here have a common answer, which the text alone tells.
+            balance: an answer to a question comes on average at most so many times as often as its rarest one, the rest is left out
+                by chance; 0 leaves nothing out. Most questions here have a common answer, which the text alone tells.
         """
         order = torch.randperm(len(self), generator=generator)
         if balance:

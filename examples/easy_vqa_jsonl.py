@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from easy_vqa_data import Split, easy_vqa
-from jsonl_task import write_atomically
+from files import write_atomically
 
 VALIDATION_IMAGES = 400
 """The last of the 4,000 training images; their questions are for choosing, not for training."""

@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -255,10 +254,3 @@ def is_unused(folder: Path) -> bool:
     """Whether it isn't there or has nothing in it, but for what a process that was killed at once leaves."""
     leftovers = r"\.lock|\.settings\.json\.\d+\.part"
     return not folder.exists() or all(re.fullmatch(leftovers, path.name) for path in folder.iterdir())
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """There is the old file or the new one, never a part."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)

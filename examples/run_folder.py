@@ -8,7 +8,8 @@ from typing import Any
 
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
-from jsonl_task import is_unused, write_atomically
+from files import write_atomically
+from jsonl_task import is_unused
 
 _CHECKPOINT, _ADAPTER = r"step-\d{8}", r"adapter-epoch-\d+"
 _PART = rf"\.({_CHECKPOINT}|{_ADAPTER}|(settings|results|predictions-\w+)\.jsonl?\.\d+)\.part|\.report\.html\.\w+\.tmp"

@@ -3,12 +3,14 @@
 import os
 from pathlib import Path
 
+import mope_fast.kernels
 import pytest
 import torch
 from hypothesis import settings
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TESTS = Path(__file__).parent
+ROOT = TESTS.parent
 CUDA = torch.cuda.is_available()
 SKIPS = {
     "gpu": (not CUDA, "needs a CUDA GPU"),
@@ -23,14 +25,28 @@ settings.load_profile("untimed")
 
 
 def pytest_configure(config):
+    # an editable install of another checkout would give its kernels to this one's package
+    found = [Path(module.__file__).resolve() for module in (mope_fast, mope_fast.kernels)]
+    if found[0].is_relative_to(ROOT.resolve()) and not found[1].is_relative_to(ROOT.resolve()):
+        raise pytest.UsageError(f"{found[0]} is tested with the kernels of {found[1].parent}: pip install -e . in this checkout")
     # pytest-xdist: a process is given one test after another, so that none is left with the long ones
     if getattr(config.option, "maxschedchunk", 0) is None:
         config.option.maxschedchunk = 1
 
 
+def _is_interpreter(item):
+    return item.path.name == "test_in_the_interpreter.py"
+
+
+def pytest_itemcollected(item):
+    expression = item.config.option.markexpr
+    if _is_interpreter(item) and "slow" in expression and "not slow" not in expression:
+        item.add_marker("slow")  # some of those within are
+
+
 @pytest.hookimpl(trylast=True)  # when -k and -m have chosen
 def pytest_collection_modifyitems(config, items):
-    interpreted = [item for item in items if item.path.name == "test_in_the_interpreter.py"]
+    interpreted = [item for item in items if _is_interpreter(item)]
     others = [item for item in items if item not in interpreted]
     covered = [TESTS / item.callspec.params["path"] for item in interpreted if not (CUDA or INTERPRETED)]
     elsewhere = [
@@ -49,7 +65,7 @@ def pytest_collection_modifyitems(config, items):
 def pytest_runtest_setup(item):
     # skipped from here, all with one reason are one line of the summary
     for marker, (skip, reason) in SKIPS.items():
-        if skip and item.get_closest_marker(marker):
+        if skip and item.get_closest_marker(marker) and not _is_interpreter(item):
             pytest.skip(reason)
 
 

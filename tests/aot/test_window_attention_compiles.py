@@ -104,7 +104,7 @@ def record(monkeypatch):
 @pytest.mark.parametrize(
     ("case", "capability"),
     slow_but(
-        [(COMMON[0], 80), *((case, 90) for case in QUICK)],
+        [(COMMON[0], 80), (LIMITS[0], 86), *((case, 90) for case in QUICK)],
         [(COMMON[0], 80), *((case, 86) for case in (*QUICK, *LIMITS)), *((case, 90) for case in (*COMMON, *LIMITS, *OTHERS))],
     ),
     ids=str,

@@ -347,13 +347,12 @@ def test_a_training_step_never_waits_for_the_host(kind, settings):
     assert len(recorder.names) > 200
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "settings", "mode"),
     [
         ("vit", {"depth": 1}, "fusion"),
-        ("swin", {"depths": (2,), "num_heads": (2,), "image": (30, 30)}, "fusion"),
-        ("swin", {"depths": (2,), "num_heads": (2,)}, "prompts only"),
+        pytest.param("swin", {"depths": (2,), "num_heads": (2,), "image": (30, 30)}, "fusion", marks=pytest.mark.slow),
+        pytest.param("swin", {"depths": (2,), "num_heads": (2,)}, "prompts only", marks=pytest.mark.slow),
     ],
 )
 def test_compiled_step_equals_eager_for_every_batch_size_without_recompiling(kind, settings, mode):

@@ -18,6 +18,8 @@ easy_vqa = pytest.importorskip("easy_vqa", reason="needs the packages of the exa
         (["--image-size", "64"], "--image-size must be a multiple of 14, got 64"),
         (["--batch-size", "1"], "--batch-size must be at least 2, got 1"),
         (["--samples", "1"], "--samples must be at least 2, got 1"),
+        (["--balance", "-1"], "--balance must be a finite number >= 0, got -1.0"),
+        (["--weight-decay", "nan"], "--weight-decay must be a finite number >= 0, got nan"),
         (["--device", "cuda:99"], "--device cuda:99 can't be used here"),
     ],
 )

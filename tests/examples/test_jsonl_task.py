@@ -148,9 +148,11 @@ def test_complementary_forms(task, tmp_path):
 
 
 def test_files_are_replaced_whole(tmp_path):
+    from files import write_atomically
+
     file = tmp_path / "results.json"
     for text in ("old", "new"):
-        jsonl_task.write_atomically(file, text)
+        write_atomically(file, text)
         assert file.read_text() == text
     assert list(tmp_path.iterdir()) == [file]
 

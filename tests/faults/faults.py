@@ -39,6 +39,7 @@ _MIX, _ATTEND, _WINDOWS = (
 _MIX_EAGER = f"{_MIX}test_outputs_and_gradients_are_as_good_as_eager"
 _TIES = "tests/properties/test_route_and_mix_properties.py::test_among_equal_logits_the_lower_index_is_kept"
 _ATTEND_EAGER = f"{_ATTEND}test_float32_output_and_gradients_are_as_good_as_eager"
+_ATTEND_COMPILES = "tests/aot/test_prompt_attention_compiles.py::test_compiles_and_fits"
 _DENSE = "tests/test_attention_backends.py::test_output_and_gradients_are_those_of_the_dense_formula"
 _STRIDES = "tests/test_attention_backends.py::test_queries_keys_and_values_may_have_any_strides"
 _TIMM = "tests/encoders/test_timm_families.py::"
@@ -129,6 +130,14 @@ ROUTE_AND_MIX = (
 
 # attention with prefixes and receptive fields: kernels, torch's own, fields
 ATTENTION = (
+    Fault(
+        "tiles-larger-than-shared-memory",
+        "kernels/launch.py",
+        "256: (AttentionLaunch(64, 32, 8, 2)",
+        "256: (AttentionLaunch(128, 128, 8, 3)",
+        "With head dim 256 attention doesn't start on any GPU.",
+        (f"{_ATTEND_COMPILES}[Dh=256-86]",),
+    ),
     _kernel(
         "causal-off-by-one",
         "prompt_attention.py",
@@ -799,6 +808,14 @@ LOSSES = (
 # several processes
 # several processes
 RANKS = (
+    _fault(
+        "joint-batch-of-all-ranks",
+        "_distributed.py",
+        "dist.group.WORLD if self.name is None else dist.distributed_c10d._resolve_process_group(self.name)",
+        "dist.group.WORLD",
+        "use_joint_batch(group) takes the losses of ranks that aren't in the group too.",
+        f"{_JOINT}test_two_processes_train_as_one",
+    ),
     _fault(
         "left-out-labels-counted",
         "models/task.py",

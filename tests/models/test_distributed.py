@@ -185,7 +185,6 @@ def check_one_all_reduce_a_step_and_no_wait_for_the_device(rank, folder):
     assert not recorder.waits()
 
 
-@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
     checks = [check for name, check in globals().items() if name.startswith("check_")]
     run_in_two_processes(checks, tmp_path)
