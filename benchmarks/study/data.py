@@ -1,0 +1,250 @@
+"""What methods are compared on: texts, pictures, frozen features of both, classes, and splits that keep families together."""
+
+import importlib
+import itertools
+import random
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.study import items
+from mope_fast import FeatureCache
+from mope_fast.data import read_jsonl_folder
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+DEV_SHARE = 0.2
+"""Of the training families."""
+TEST_SHARE = 0.3
+
+
+def example(name: str) -> ModuleType:
+    """A module of the examples, whose folder is of programs, not a package."""
+    if str(EXAMPLES) not in sys.path:
+        sys.path.insert(0, str(EXAMPLES))
+    return importlib.import_module(name)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Texts with pictures, as rows of a task's, and their classes."""
+
+    texts: Tensor  # (n,)
+    pictures: Tensor  # (n,)
+    labels: Tensor  # (n,)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Tensor) -> "Samples":
+        return Samples(self.texts[index], self.pictures[index], self.labels[index])
+
+
+@dataclass(frozen=True)
+class Split:
+    """``test`` is looked at once a final cell; everything is chosen on ``dev``."""
+
+    train: Samples
+    dev: Samples
+    test: Samples
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set. Pictures are uint8 (I, 3, H, W), features those of the frozen encoders: MiniLM's mean, the ViT's class token
+    and mean patch."""
+
+    name: str
+    input_ids: Tensor  # (T, S), padded
+    lengths: Tensor  # (T,)
+    pictures: Tensor
+    text_features: Tensor  # (T, 384)
+    picture_features: Tensor  # (I, 768)
+    class_names: tuple[str, ...]
+    split: Callable[[int], Split]
+
+
+def divided(families: Sequence[int], share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Indices of this share of the families, drawn by the seed, and those of the others."""
+    names = sorted(set(families))
+    random.Random(seed).shuffle(names)
+    chosen = set(names[: int(share * len(names))])
+    inside = [index for index, family in enumerate(families) if family in chosen]
+    return inside, [index for index, family in enumerate(families) if family not in chosen]
+
+
+def by_family(families: Sequence[int], samples: Callable[[list[int]], Samples]) -> Callable[[int], Split]:
+    """Splits of what has these families; ``samples`` makes them of the indices on one side."""
+
+    def split(seed: int) -> Split:
+        train, test = divided(families, 1 - TEST_SHARE, seed)
+        kept, held = divided([families[index] for index in train], 1 - DEV_SHARE, 100 + seed)
+        parts = ([train[index] for index in kept], [train[index] for index in held], test)
+        return Split(*map(samples, parts))
+
+    return split
+
+
+def _resized(images: Sequence[Image.Image], size: int) -> Tensor:
+    pictures = [np.array(image.resize((size, size), Image.Resampling.BICUBIC)) for image in images]
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+
+
+def _task(name: str, texts: Sequence[str], pictures: Tensor, class_names: Sequence[str], split: Callable[[int], Split]) -> Task:
+    packages, pretrained, easy_vqa = (example(module) for module in ("packages", "pretrained", "easy_vqa"))
+    minilm, tokenizer = pretrained.minilm()
+    encoded = tokenizer(list(texts), padding=True, truncation=True, max_length=64, return_tensors="pt")
+    text_cache = FeatureCache(packages.CACHE / "study-texts", minilm, pooling="mean")
+    picture_cache = FeatureCache(packages.CACHE / "study-pictures", easy_vqa.PictureEncoder())
+    tokens = [
+        {"input_ids": ids, "attention_mask": mask}
+        for ids, mask in zip(encoded["input_ids"].split(64), encoded["attention_mask"].split(64), strict=True)
+    ]
+    return Task(
+        name, encoded["input_ids"], encoded["attention_mask"].sum(1), pictures, text_cache.precompute(tokens),
+        picture_cache.precompute(pictures.split(64)), tuple(class_names), split,
+    )  # fmt: skip
+
+
+def _items(name: str, size: int) -> Task:
+    rows = items.read_items(example("packages").package_folder("osrsreboxed"))
+    families = items.families(rows)
+    kinds = [row.slot if name != "items-kind" or row.weapon is None else f"{row.slot}, {row.weapon}" for row in rows]
+    names = ["no", "yes"] if name == "items-match" else sorted(set(kinds))
+    labels = torch.tensor([names.index(kind) for kind in kinds]) if name != "items-match" else None
+
+    def classified(index: list[int]) -> Samples:
+        chosen = torch.tensor(index)
+        return Samples(chosen, chosen, labels[chosen])
+
+    def matched(index: list[int]) -> Samples:
+        """Each sentence with its icon, and with one of the same slot and another family."""
+        draw, pairs = random.Random(len(index)), [(i, i, 1) for i in index]
+        by_slot: dict[str, list[int]] = {}
+        for i in index:
+            by_slot.setdefault(rows[i].slot, []).append(i)
+        for i in index:
+            others = [j for j in by_slot[rows[i].slot] if families[j] != families[i]]
+            pairs += [(i, draw.choice(others), 0)] if others else []
+        return Samples(*torch.tensor(pairs).unbind(1))
+
+    split = by_family(families, matched if name == "items-match" else classified)
+    return _task(name, [row.sentence for row in rows], _resized([items.picture(row) for row in rows], size), names, split)
+
+
+def _easy_vqa(name: str, size: int) -> Task:
+    """4,000 training questions, of pictures of the official training set alone: its test set stays closed."""
+    data = example("easy_vqa_data")
+    whole, _, names = data.easy_vqa()
+    drawn = torch.randperm(len(whole.answers), generator=torch.Generator().manual_seed(0))[: round(4000 / (1 - TEST_SHARE))]
+    texts = sorted({whole.questions[index] for index in drawn.tolist()})
+    place = {text: row for row, text in enumerate(texts)}
+    rows = torch.tensor([place[whole.questions[index]] for index in drawn.tolist()])
+
+    def samples(index: list[int]) -> Samples:
+        chosen = torch.tensor(index)
+        return Samples(rows[chosen], whole.images[drawn[chosen]], whole.answers[drawn[chosen]])
+
+    return _task(name, texts, data.load_pictures(whole.paths, size), names, by_family(whole.images[drawn].tolist(), samples))
+
+
+TASKS: dict[str, tuple[Callable[[str, int], Task], int, str]] = {
+    "items-slot": (_items, 56, "which of 12 slots an item is worn in"),
+    "items-kind": (_items, 56, "the slot, and of weapons the kind"),
+    "items-match": (_items, 56, "whether the sentence is of the icon or of another item of its slot"),
+    "easy-vqa": (_easy_vqa, 70, "answers to 4,000 questions about images"),
+}
+
+
+def load(name: str) -> Task:
+    """Read and encode one of TASKS, or a folder of JSON lines; what it needs is downloaded once."""
+    if name not in TASKS:
+        return _folder(Path(name))
+    make, size, _ = TASKS[name]
+    return make(name, size)
+
+
+def _folder(folder: Path, size: int = 112) -> Task:
+    """train.jsonl, val.jsonl and a labelled test.jsonl. Without one val is the test split, and dev a part of train, by the seed.
+
+    Raises:
+        OSError, ValueError: files are missing or wrong, samples have no picture or no label, or several classes each.
+    """
+    posts = read_jsonl_folder(folder, missing_images="skip")
+    if any(split.multi_label for split in posts.values()):
+        raise ValueError(f"{folder} has samples of several classes: the study is of one class each")
+    names = [name for name in ("train", "val", "test") if name in posts and posts[name].labelled]
+    if names[:2] != ["train", "val"]:
+        raise ValueError(f"{folder} has labels in {names}: train and val need them")
+    every = [post for name in names for post in posts[name]]
+    begins = [0, *itertools.accumulate(len(posts[name]) for name in names)]
+    labels = torch.tensor([post.label for post in every])
+
+    def samples(index: Iterable[int]) -> Samples:
+        chosen = torch.tensor(list(index))
+        return Samples(chosen, chosen, labels[chosen])
+
+    def split(seed: int) -> Split:
+        parts = [range(*pair) for pair in itertools.pairwise(begins)]
+        if len(parts) == 3:
+            return Split(*map(samples, parts))
+        kept, held = divided(parts[0], 1 - DEV_SHARE, seed)
+        return Split(samples(kept), samples(held), samples(parts[1]))
+
+    pictures = _resized([post.open_image() for post in every], size)
+    return _task(folder.name, [post.text for post in every], pictures, posts["train"].class_names, split)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What any method may read of some samples."""
+
+    text: dict[str, Any]  # input_ids and attention_mask, cut to the longest
+    text_feature: Tensor  # (B, 384), standardised
+    pictures: Tensor  # (B, 3, H, W), as the ViT was trained
+    picture_feature: Tensor  # (B, 768), standardised
+    labels: Tensor  # (B,)
+
+
+class Batches:
+    """Batches of a split's samples, features standardised by its training samples: the same for every method."""
+
+    def __init__(self, task: Task, train: Samples):
+        self.task = task
+        self._text, self._picture = (
+            _standardised(features, rows)
+            for features, rows in ((task.text_features, train.texts), (task.picture_features, train.pictures))
+        )
+
+    def batch(self, samples: Samples) -> Batch:
+        lengths = self.task.lengths[samples.texts]
+        longest = int(lengths.max())
+        text = {
+            "input_ids": self.task.input_ids[samples.texts, :longest],
+            "attention_mask": torch.arange(longest) < lengths[:, None],
+        }
+        pictures = example("easy_vqa_data").normalised(self.task.pictures[samples.pictures])
+        return Batch(text, self._text[samples.texts], pictures, self._picture[samples.pictures], samples.labels)
+
+    def epoch(self, samples: Samples, size: int, generator: torch.Generator) -> list[Tensor]:
+        """Indices of an epoch's batches, all of one size: shuffled, and of like lengths within eight batches."""
+        lengths = self.task.lengths[samples.texts]
+        groups = torch.randperm(len(samples), generator=generator).split(8 * size)
+        batches = [batch for group in groups for batch in group[lengths[group].argsort(stable=True)].split(size)]
+        whole = [batch for batch in batches if len(batch) == size]
+        return [whole[index] for index in torch.randperm(len(whole), generator=generator).tolist()]
+
+    def in_order(self, samples: Samples, size: int) -> Sequence[Tensor]:
+        """Indices of batches of all samples, by length."""
+        return self.task.lengths[samples.texts].argsort(stable=True).split(size)
+
+
+def _standardised(features: Tensor, rows: Tensor) -> Tensor:
+    return (features - features[rows].mean(0)) / features[rows].std(0).clamp(min=1e-6)

@@ -1,0 +1,219 @@
+"""The methods that are compared: what each trains, and what of a sample it reads."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.baselines.prompt_fusion import PMF, PromptFuse
+from benchmarks.study.data import Batch, Task, example
+from mope_fast import MoPEConfig, MoPEFusion
+
+HIDDEN = 256
+"""Of every method's head."""
+LENGTH, EXPERTS = 6, 16
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a method is trained: AdamW, warm-up over a tenth of the steps, then down to zero in a line."""
+
+    epochs: int
+    lr: float  # of prompts, router, mapper, adapters
+    head_lr: float
+    dropout: float = 0.5  # in the head
+    label_smoothing: float = 0.1
+    weight_decay: float = 0.01
+    batch_size: int = 32
+
+
+class Model(nn.Module):
+    """Gives logits, and what is added to the loss. ``head`` is trained at its own learning rate."""
+
+    head: nn.Module
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor | float]:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Give back what isn't this model's own."""
+
+
+def classifier(width: int, classes: int, recipe: Recipe, hidden: int | None = HIDDEN) -> nn.Module:
+    """Features, normed by the batch, -> logits; linear without a hidden layer."""
+    drop = nn.Dropout(recipe.dropout)
+    if hidden is None:
+        return nn.Sequential(nn.BatchNorm1d(width), drop, nn.Linear(width, classes))
+    return nn.Sequential(nn.BatchNorm1d(width), drop, nn.Linear(width, hidden), nn.GELU(), drop, nn.Linear(hidden, classes))
+
+
+class OnFeatures(Model):
+    """A head on frozen features of one or both sides."""
+
+    def __init__(self, task: Task, recipe: Recipe, sides: tuple[str, ...], hidden: int | None = HIDDEN):
+        super().__init__()
+        widths = {"text": task.text_features.shape[1], "image": task.picture_features.shape[1]}
+        self.sides = sides
+        self.head = classifier(sum(widths[side] for side in sides), len(task.class_names), recipe, hidden)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, float]:
+        features = {"text": batch.text_feature, "image": batch.picture_feature}
+        return self.head(torch.cat([features[side] for side in self.sides], dim=-1)), 0.0
+
+
+def frozen_encoder(side: str) -> nn.Module:
+    pretrained = example("pretrained")
+    return pretrained.minilm()[0] if side == "text" else pretrained.dinov2_small()
+
+
+def sides(batch: Batch, main: str) -> tuple[dict[str, Any] | Tensor, Tensor]:
+    """The main encoder's inputs, and the other side's feature."""
+    return (batch.text, batch.picture_feature) if main == "text" else (batch.pictures, batch.text_feature)
+
+
+class Fused(Model):
+    """MoPE and what its settings leave of it: prompts in the main encoder, made of the other side's frozen feature."""
+
+    def __init__(self, task: Task, main: str, recipe: Recipe, settings: Mapping[str, Any]):
+        super().__init__()
+        encoder, other = frozen_encoder(main), task.picture_features if main == "text" else task.text_features
+        config = MoPEConfig(**{"num_experts": EXPERTS, "prompt_length": LENGTH, **settings}, cross_dim=other.shape[1])
+        if main == "text":
+            config = replace(config, pooling="mean")
+        width = encoder.config.hidden_size + (other.shape[1] if config.head_inputs == "both" else 0)
+        self.main = main
+        self.fusion = MoPEFusion(encoder, None, None, config, head=classifier(width, len(task.class_names), recipe))
+        self.fusion.leave_frozen_out_of_state_dict()
+
+    @property
+    def head(self) -> nn.Module:
+        return self.fusion.head
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        output = self.fusion(*sides(batch, self.main))
+        return output.logits, self.fusion.config.importance_weight * output.importance_loss
+
+    def close(self) -> None:
+        self.fusion.unwrap()
+
+
+class LoRA(Model):
+    """LoRA of rank 8 on the main encoder's queries and values; the head reads its feature beside the other side's frozen one."""
+
+    def __init__(self, task: Task, main: str, recipe: Recipe):
+        super().__init__()
+        from peft import LoraConfig, inject_adapter_in_model
+
+        encoder, other = frozen_encoder(main), task.picture_features if main == "text" else task.text_features
+        targets = ["query", "value"] if main == "text" else ["q_proj", "v_proj", "query", "value"]
+        encoder.requires_grad_(False)
+        self.encoder = inject_adapter_in_model(LoraConfig(r=8, lora_alpha=16, target_modules=targets), encoder)
+        self.main = main
+        self.head = classifier(encoder.config.hidden_size + other.shape[1], len(task.class_names), recipe)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, float]:
+        from mope_fast.encoders import encode
+
+        inputs, other = sides(batch, self.main)
+        feature = encode(self.encoder, inputs, "mean" if self.main == "text" else None)
+        return self.head(torch.cat([feature, other], dim=-1)), 0.0
+
+    def train(self, mode: bool = True) -> "LoRA":
+        super().train(mode)
+        self.encoder.eval()  # as the encoders of all methods
+        return self
+
+
+class Interactive(Model):
+    """PMF: both encoders run."""
+
+    def __init__(self, task: Task, main: str, recipe: Recipe):
+        super().__init__()
+        self.pmf = PMF(frozen_encoder("text"), frozen_encoder("image"), len(task.class_names))
+
+    @property
+    def head(self) -> nn.Module:
+        return self.pmf.heads
+
+    def forward(self, batch: Batch) -> tuple[Tensor, float]:
+        return self.pmf(batch.text, batch.pictures), 0.0
+
+
+class InputPrompts(Model):
+    """PromptFuse: text as main."""
+
+    def __init__(self, task: Task, main: str, recipe: Recipe):
+        super().__init__()
+        self.fuse = PromptFuse(frozen_encoder("text"), len(task.class_names), task.picture_features.shape[1])
+
+    @property
+    def head(self) -> nn.Module:
+        return self.fuse.head
+
+    def forward(self, batch: Batch) -> tuple[Tensor, float]:
+        return self.fuse(batch.text, batch.picture_feature), 0.0
+
+
+class Majority(Model):
+    """The commonest class of the training samples, whatever the input."""
+
+    def __init__(self, task: Task, main: str, recipe: Recipe):
+        super().__init__()
+        self.head = nn.Identity()
+        self.classes = len(task.class_names)
+        self.counts = torch.zeros(self.classes)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, float]:
+        return self.counts.expand(len(batch.labels), -1), 0.0
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the study."""
+
+    title: str
+    make: Callable[[Task, str, Recipe], Model]
+    encodes: bool = True
+    """Whether its steps run an encoder; if not, it reads features at hand, and neither side is the main one."""
+    mains: tuple[str, ...] = ("text", "image")
+
+
+def _on_features(title: str, *read: str, hidden: int | None = HIDDEN) -> Method:
+    return Method(title, lambda task, main, recipe: OnFeatures(task, recipe, read, hidden), encodes=False)
+
+
+def _fused(title: str, **settings: Any) -> Method:
+    return Method(title, lambda task, main, recipe: Fused(task, main, recipe, settings))
+
+
+def _longer() -> int:
+    """Rows of one expert and the static prompt that have as many numbers as 16 experts and a static prompt of 6 rows."""
+    return (EXPERTS + 1) * LENGTH // 2
+
+
+METHODS = {
+    "majority": Method("commonest class", Majority, encodes=False),
+    "text": _on_features("text: MLP on its frozen feature", "text"),
+    "image": _on_features("image: MLP on its frozen feature", "image"),
+    "mlp": _on_features("MLP on both frozen features", "text", "image"),
+    "late-concat-frozen": _on_features("linear head on both frozen features", "text", "image", hidden=None),
+    "late-concat-prompted": _fused(
+        "static prompts, head on both", use_dynamic=False, use_mapped=False, head_inputs="both"
+    ),
+    "sequential": _fused("static and mapped prompts", use_dynamic=False),
+    "sequential-both": _fused("static and mapped prompts, head on both", use_dynamic=False, head_inputs="both"),
+    "pmf": Method("PMF", Interactive, mains=("text",)),
+    "promptfuse": Method("PromptFuse", InputPrompts, mains=("text",)),
+    "lora": Method("LoRA r=8 on the main encoder, head on both", LoRA),
+    "mope-1": _fused("MoPE, K=1", num_experts=1),
+    "mope-4": _fused("MoPE, K=4", num_experts=4),
+    "mope-16": _fused("MoPE, K=16"),
+    "longer": _fused("one long prompt of K=16's parameters", num_experts=1, prompt_length=_longer()),
+    "dynamic-only": _fused("MoPE, routed prompts only", use_static=False, use_mapped=False),
+    "no-importance": _fused("MoPE without importance loss", importance_weight=0.0),
+    "learned-keys": _fused("MoPE, keys learned", learn_keys=True),
+    "top-1": _fused("MoPE, one expert a sample", top_k=1),
+    "mope-16-both": _fused("MoPE, K=16, head on both", head_inputs="both"),
+}  # fmt: skip

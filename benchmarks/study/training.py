@@ -1,0 +1,117 @@
+"""One way of training for every method of the study."""
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.study.data import Batches, Samples, Split, Task
+from benchmarks.study.methods import METHODS, Majority, Model, Recipe
+
+TEST_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run gives. The state that is kept is that of the epoch which was the best on dev, the later one of equals."""
+
+    dev: float
+    test: float | None
+    """None where the test split stayed closed."""
+    epoch: int  # from 1
+    losses: list[float]  # of each epoch
+    trained_parameters: int
+    step_ms: float
+    seconds: float
+
+
+@torch.inference_mode()
+def predict(model: Model, batches: Batches, samples: Samples) -> Tensor:
+    """Classes (n,) of samples, in their order."""
+    model.eval()
+    predicted = torch.empty(len(samples), dtype=torch.long)
+    for index in batches.in_order(samples, TEST_BATCH):
+        predicted[index] = model(batches.batch(samples[index]))[0].argmax(-1)
+    return predicted
+
+
+def accuracy(model: Model, batches: Batches, samples: Samples) -> float:
+    return (predict(model, batches, samples) == samples.labels).double().mean().item()
+
+
+def train(
+    task: Task,
+    split: Split,
+    name: str,
+    main: str,
+    recipe: Recipe,
+    seed: int,
+    *,
+    test: bool,
+    progress: Callable[[str], None] = lambda note: None,
+) -> Trained:
+    """Train a method and judge it on dev; with ``test`` the state that dev has chosen is judged on the test split too."""
+    start = time.perf_counter()
+    torch.manual_seed(seed)
+    batches = Batches(task, split.train)
+    model = METHODS[name].make(task, main, recipe)
+    if isinstance(model, Majority):
+        model.counts = split.train.labels.bincount(minlength=model.classes).float()
+        dev, found = (accuracy(model, batches, samples) for samples in (split.dev, split.test))
+        return Trained(dev, found if test else None, 1, [], 0, 0.0, time.perf_counter() - start)
+    head = list(model.head.parameters())
+    own = {id(parameter) for parameter in head}
+    others = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in own]
+    groups = [{"params": head, "lr": recipe.head_lr}, *([{"params": others, "lr": recipe.lr}] if others else [])]
+    optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
+    generator = torch.Generator().manual_seed(seed)
+    steps = recipe.epochs * (len(split.train) // recipe.batch_size)
+    warm_up = max(1, steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm_up, max(0.0, (steps - step) / max(1, steps - warm_up)))
+    )
+    best, kept, epoch_kept, losses, training = -1.0, None, 0, [], 0.0
+    for epoch in range(1, recipe.epochs + 1):
+        model.train()
+        began, total, count = time.perf_counter(), torch.zeros(()), 0
+        for index in batches.epoch(split.train, recipe.batch_size, generator):
+            batch = batches.batch(split.train[index])
+            logits, more = model(batch)
+            loss = F.cross_entropy(logits, batch.labels, label_smoothing=recipe.label_smoothing) + more
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_([*head, *others], 1.0)
+            optimizer.step()
+            schedule.step()
+            total, count = total + loss.detach(), count + 1
+        training += time.perf_counter() - began
+        losses.append((total / count).item())
+        dev = accuracy(model, batches, split.dev)
+        progress(f"epoch {epoch}/{recipe.epochs}, loss {losses[-1]:.3f}, dev {100 * dev:.1f} %")
+        if dev >= best:
+            best, epoch_kept, kept = dev, epoch, _state(model)
+    _restore(model, kept)
+    found = accuracy(model, batches, split.test) if test else None
+    model.close()
+    parameters = sum(parameter.numel() for parameter in (*head, *others))
+    return Trained(best, found, epoch_kept, losses, parameters, training / steps * 1e3, time.perf_counter() - start)
+
+
+def _own(model: Model) -> dict[str, Tensor]:
+    """What training changes: parameters with a gradient, and buffers of norms."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return trained | {name: buffer for name, buffer in model.named_buffers() if name.endswith(("running_mean", "running_var"))}
+
+
+def _state(model: Model) -> dict[str, Tensor]:
+    return copy.deepcopy({name: value.detach() for name, value in _own(model).items()})
+
+
+def _restore(model: Model, state: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, value in _own(model).items():
+            value.copy_(state[name])
