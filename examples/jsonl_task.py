@@ -56,7 +56,18 @@ def argument_parser(description: str, output: str) -> argparse.ArgumentParser:
     add("--noise-std", type=float, default=1 / 256, help="of the noise on routing logits, in training")
     add("--mapper-norm", choices=("batch", "layer", "none"), default="batch", help="on the way of the other feature to a prompt")
     add("--prompt-init", type=float, default=None, help="prompts start uniform in +- this; default: the release's rule")
-    add("--importance-weight", type=float, default=0.01)
+    add("--importance-weight", type=float, default=0.01, help="of the importance loss, 0 for none")
+    add("--no-static", action="store_true", help="leave out static prompts")
+    add("--no-dynamic", action="store_true", help="leave out routed prompts: no experts, no router")
+    add("--no-mapped", action="store_true", help="leave out the other feature as a prompt")
+    add("--top-k", type=int, default=None, help="keep the k largest routing scores; default: all")
+    add("--learn-keys", action="store_true", help="train the routing keys")
+    add("--temperature", type=float, default=0.1, help="of the router's softmax")
+    add("--head-inputs", choices=("main", "both"), default="main", help="what the head reads: the fused feature, or the other too")
+    poolings, default = ("own", "cls", "mean", "last"), f"default: mean for {PACKAGED_TEXT}, else its own"
+    add("--pooling", choices=poolings, default=None, help=f"of the main encoder's tokens; {default}")
+    add("--router-pooling", choices=poolings, default="own", help="of a layer's input, for the router")
+    add("--complementary-pooling", choices=poolings, default=None, help=f"of the other encoder's tokens; {default}")
     add("--lr", type=float, default=None, help="of prompts, router and mapper; default: the paper's 5e-4 for text, 4e-4 for images")
     add("--complementary-lr", type=float, default=None, help="of the other side's prompts; default: the paper's of that side")
     add("--head-lr", type=float, default=None, help="default: as --lr")
@@ -106,6 +117,14 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse
     recipe = {"lr": papers[args.main], "complementary_lr": papers[other], "dropout": 0.1}
     if getattr(args, f"{args.main}_model") in (PACKAGED_TEXT, PACKAGED_IMAGE):
         recipe |= PACKAGED_RECIPE
+    for name, side in (("pooling", args.main), ("complementary_pooling", other)):
+        recipe[name] = "mean" if side == "text" and args.text_model == PACKAGED_TEXT else "own"
+    if args.top_k is not None and not 1 <= args.top_k <= args.experts:
+        parser.error(f"--top-k must be 1 to --experts ({args.experts}), got {args.top_k}")
+    if args.no_static and args.no_dynamic and args.no_mapped:
+        parser.error("--no-static --no-dynamic --no-mapped leaves no prompt: drop one of them")
+    if not (math.isfinite(args.temperature) and args.temperature > 0):
+        parser.error(f"--temperature must be a finite number > 0, got {args.temperature}")
     for name, value in recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -179,11 +198,16 @@ def load_task(args: argparse.Namespace) -> Task:
     (main, main_inputs), (complementary, complementary_inputs) = sides[args.main], sides[other]
     if args.complementary == "frozen":
         complementary.to(default_device())
-        complementary = FeatureCache(CACHE / "features" / _file_name(getattr(args, f"{other}_model")), complementary)
+        name, pooling = _file_name(getattr(args, f"{other}_model")), _pooling(args.complementary_pooling)
+        folder = CACHE / "features" / (name if pooling is None else f"{name}-{pooling}")
+        complementary = FeatureCache(folder, complementary, pooling=pooling)
     config = MoPEConfig(
         num_experts=args.experts, prompt_length=args.prompt_length, dropout=args.dropout, noise_std=args.noise_std,
-        prompt_init=args.prompt_init, mapper_norm=args.mapper_norm,
-        complementary_prompt_length=args.complementary_prompt_length, importance_weight=args.importance_weight,
+        prompt_init=args.prompt_init, mapper_norm=args.mapper_norm, importance_weight=args.importance_weight,
+        complementary_prompt_length=args.complementary_prompt_length, use_static=not args.no_static,
+        use_dynamic=not args.no_dynamic, use_mapped=not args.no_mapped, top_k=args.top_k, learn_keys=args.learn_keys,
+        temperature=args.temperature, head_inputs=args.head_inputs, pooling=_pooling(args.pooling),
+        router_pooling=_pooling(args.router_pooling), complementary_pooling=_pooling(args.complementary_pooling),
     )  # fmt: skip
     torch.manual_seed(args.seed)
     several = splits["train"].multi_label
@@ -223,6 +247,10 @@ def image_encoder(name: str, size: int) -> Encoder:
 def _pixels(size: int, image: Image.Image) -> Tensor:
     image = image.resize((size, size), Image.Resampling.BICUBIC)
     return vision.normalize(vision.to_tensor(image), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+
+def _pooling(name: str) -> str | None:
+    return None if name == "own" else name
 
 
 def _file_name(model: str) -> str:

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from .._settings import Settings, check_types, setting
 
+_PAPERS = {
+    "num_experts": 16, "prompt_length": 6, "cross_routing_dim": 8, "inter_routing_dim": 2, "temperature": 0.1, "noise_std": 1 / 256,
+    "top_k": None, "renormalize": False, "learn_keys": False, "dropout": 0.1, "dynamic_dropout": 0.0, "use_static": True,
+    "use_dynamic": True, "use_mapped": True, "mapper_norm": "batch", "prompt_init": None, "importance_weight": 0.01,
+    "importance_threshold": 0.1, "complementary_prompt_length": 4, "head_inputs": "main", "pooling": None, "router_pooling": None,
+    "complementary_pooling": None,
+}  # fmt: skip
+"""What text and released code have in common."""
 _PAPER = "MoPE v1 (arXiv 2403.10568), section 4.1"
 _CODE = "the authors' released code"
 _OURS = "ours"
@@ -93,6 +102,19 @@ class MoPEConfig(Settings):
             raise ValueError("MoPEConfig.mixing='kv' is not exact with dynamic_dropout > 0: use 'auto' or 'prompt'")
         if self.prompt_init is not None and not 0 < self.prompt_init < 1e38:  # the largest float32 is 3.4e38
             raise ValueError(f"MoPEConfig.prompt_init must be > 0 and finite, or None, got {self.prompt_init}")
+
+    @classmethod
+    def paper(cls, **changes: Any) -> MoPEConfig:
+        """Make the settings of MoPE v1's text (arXiv 2403.10568, section 4.1), whatever the defaults are, with ``changes``."""
+        return cls(**{**_PAPERS, "dynamic_dropout": 0.1, **changes})
+
+    @classmethod
+    def released(cls, **changes: Any) -> MoPEConfig:
+        """Make those of the authors' released code, whatever the defaults are, with ``changes``.
+
+        K is its command line's default, 4. Its batch norm is always in eval mode: an affine map, as is the layer before it.
+        """
+        return cls(**{**_PAPERS, "num_experts": 4, "mapper_norm": "none", **changes})
 
     @property
     def needs_cross(self) -> bool:

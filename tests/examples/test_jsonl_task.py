@@ -113,6 +113,32 @@ def test_settings_reach_the_model(task):
     assert {name: getattr(config, names.get(name, name.replace("-", "_"))) for name in settings} == settings
 
 
+def test_what_the_paper_leaves_out_can_be_left_out(task):
+    off = task("--no-static", "--no-mapped", "--top-k", "2", "--learn-keys", "--temperature", "0.5", "--head-inputs", "both")
+    config = off.model.config
+    assert (config.use_static, config.use_dynamic, config.use_mapped) == (False, True, False)
+    assert (config.top_k, config.learn_keys, config.temperature, config.head_inputs) == (2, True, 0.5, "both")
+    assert not hasattr(task("--no-dynamic").model.bank, "keys")
+    poolings = task("--main", "image", "--pooling", "mean", "--router-pooling", "mean").model.config
+    assert (poolings.pooling, poolings.router_pooling, poolings.complementary_pooling) == ("mean", "mean", "mean")
+    frozen = task("--complementary", "frozen").model
+    assert (frozen.config.pooling, frozen.complementary.pooling) == ("mean", None)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--top-k", "17"], "--top-k must be 1 to --experts (16), got 17"),
+        (["--no-static", "--no-dynamic", "--no-mapped"], "leaves no prompt"),
+        (["--temperature", "0"], "--temperature must be a finite number > 0"),
+    ],
+)
+def test_switches_that_can_not_work_are_refused(words, message, task, capsys):
+    with pytest.raises(SystemExit):
+        task(*words)
+    assert message in capsys.readouterr().err
+
+
 def test_metrics_of_either_kind(task, tmp_path):
     logits = torch.tensor([[2.0, 1, 0], [0, 1, 0], [0, 1, 0], [0, 0, 1.0]])
     made, labels = task(), torch.tensor([0, 1, 2, 2])

@@ -4,6 +4,7 @@ import json
 import pytest
 
 from mope_fast import MoPEConfig
+from mope_fast.modules import config as config_module
 
 
 @pytest.mark.parametrize(
@@ -25,6 +26,7 @@ from mope_fast import MoPEConfig
         ({"dropout": -0.1}, "dropout", "-0.1"),
         ({"dynamic_dropout": 1.5}, "dynamic_dropout", "1.5"),
         ({"mapper_norm": "group"}, "mapper_norm", "'group'"),
+        ({"head_inputs": "all"}, "head_inputs", "'all'"),
         ({"mixing": "fast"}, "mixing", "'fast'"),
         ({"mixing": "kv", "dynamic_dropout": 0.1}, "mixing", "'kv'"),
         ({"prompt_init": 0.0}, "prompt_init", "0.0"),
@@ -45,6 +47,15 @@ def test_bad_setting_is_refused_with_its_name_and_value(settings, field, value):
 def test_a_config_without_prompts_is_refused():
     with pytest.raises(ValueError, match="no prompt left: set use_static, use_dynamic or use_mapped"):
         MoPEConfig(use_static=False, use_dynamic=False, use_mapped=False)
+
+
+def test_paper_and_released_code_name_every_setting_that_shapes_a_model():
+    named = set(config_module._PAPERS) | {"mixing", "cross_dim"}
+    assert named == {field.name for field in dataclasses.fields(MoPEConfig)}, "else it would follow the default"
+    paper, released = MoPEConfig.paper(cross_dim=512), MoPEConfig.released(num_experts=8)
+    assert (paper.num_experts, paper.temperature, paper.dynamic_dropout, paper.mapper_norm) == (16, 0.1, 0.1, "batch")
+    assert paper.cross_dim == 512
+    assert (released.num_experts, released.dynamic_dropout, released.mapper_norm) == (8, 0.0, "none")
 
 
 def test_every_setting_has_a_meaning_and_a_source():

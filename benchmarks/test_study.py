@@ -1,0 +1,233 @@
+"""The study: its baselines by their definitions, its splits, its resumed cells and its statistics; on tiny random encoders."""
+
+import base64
+import io
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("transformers")
+from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model
+
+from benchmarks.baselines.prompt_fusion import PMF, PromptFuse
+from benchmarks.study import __main__ as study
+from benchmarks.study import cells, data, items, methods, training
+
+
+def bert(width=24):
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=width,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=32,
+        max_position_embeddings=32,
+    )
+    return BertModel(config).double().eval()
+
+
+def dinov2(width=16):
+    config = Dinov2Config(hidden_size=width, num_hidden_layers=4, num_attention_heads=2, mlp_ratio=2, image_size=8, patch_size=4)
+    return Dinov2Model(config).double().eval()
+
+
+def text(batch=3, tokens=6):
+    mask = torch.arange(tokens) < torch.tensor([6, 3, 5])[:batch, None]
+    return {"input_ids": torch.randint(1, 50, (batch, tokens)), "attention_mask": mask}
+
+
+def test_pmf_without_prompts_influence_is_both_encoders_as_they_are():
+    model = PMF(bert(), dinov2(), 5, layers=2, length=1, bottleneck=8).double()
+    inputs, pictures = text(), torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    for encoder in (model.text, model.image):  # attention that gives nothing: prompts can't be seen
+        layers = encoder.encoder.layer
+        for layer in layers:
+            attention = layer.attention.self if hasattr(layer.attention, "self") else layer.attention
+            value = getattr(attention, "value", None) or attention.v_proj
+            torch.nn.init.zeros_(value.weight)
+            torch.nn.init.zeros_(value.bias)
+    features = model.text(**inputs).last_hidden_state[:, 0], model.image(pictures).last_hidden_state[:, 0]
+    expected = torch.stack([head(feature) for head, feature in zip(model.heads.values(), features, strict=True)]).mean(0)
+    torch.testing.assert_close(model(inputs, pictures), expected)
+
+
+def test_pmf_is_its_two_stages_one_sample_at_a_time():
+    model = PMF(bert(), dinov2(), 5, layers=1, length=2, bottleneck=8).double()
+    inputs, pictures = text(), torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    got = model(inputs, pictures)
+    for i, length in enumerate(inputs["attention_mask"].sum(1).tolist()):
+        ids = inputs["input_ids"][i : i + 1, :length]
+        words = model.text(input_ids=ids, output_hidden_states=True).hidden_states[-2]
+        patches = model.image(pictures[i : i + 1], output_hidden_states=True).hidden_states[-2]
+        prompts = {name: prompt[0][None] for name, prompt in model.prompts.items()}
+        last = {"text": model.text.encoder.layer[-1], "image": model.image.encoder.layer[-1]}
+        tokens = {"text": words, "image": patches}
+        asked = {
+            side: last[side](torch.cat([seen, prompts[f"{side}_query_context"], prompts[f"{side}_query"]], 1))[:, -2:]
+            for side, seen in tokens.items()
+        }
+        told = {"text": model.told["image_to_text"][0](asked["image"]), "image": model.told["text_to_image"][0](asked["text"])}
+        fused = {
+            side: last[side](torch.cat([seen, prompts[f"{side}_fusion_context"], told[side]], 1)) for side, seen in tokens.items()
+        }
+        features = {"text": fused["text"][:, 0], "image": model.image.layernorm(fused["image"])[:, 0]}
+        expected = sum(model.heads[side](feature) for side, feature in features.items()) / 2
+        torch.testing.assert_close(got[i : i + 1], expected)
+
+
+def test_pmf_trains_every_prompt_and_neither_encoder():
+    model = PMF(bert(), dinov2(), 5, layers=2, length=2, bottleneck=8).double().train()
+    model(text(), torch.randn(3, 3, 8, 8, dtype=torch.float64)).sum().backward()
+    for name, parameter in model.named_parameters():
+        frozen = name.startswith(("text.", "image."))
+        assert (parameter.grad is None) == frozen, name
+    assert not model.text.training
+
+
+def test_promptfuse_puts_feature_and_prompts_before_the_words():
+    model = PromptFuse(bert(), 5, feature_width=48, length=3).double()
+    inputs, feature = text(), torch.randn(3, 48, dtype=torch.float64)
+    got = model(inputs, feature)
+    for i, length in enumerate(inputs["attention_mask"].sum(1).tolist()):
+        words = model.text.embeddings.word_embeddings(inputs["input_ids"][i : i + 1, :length])
+        embeds = torch.cat([feature[i].view(1, 2, 24), model.prompts[None], words], dim=1)
+        expected = model.head(model.text(inputs_embeds=embeds).last_hidden_state[:, 5])
+        torch.testing.assert_close(got[i : i + 1], expected)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained == ["prompts", "head.weight", "head.bias"]
+    with pytest.raises(ValueError, match="whole tokens of width 24"):
+        PromptFuse(bert(), 5, feature_width=40)
+
+
+def icon(color):
+    file = io.BytesIO()
+    Image.new("RGBA", (36, 32), color).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def record(number, name, sentence, color, slot="head", weapon=None, **more):
+    flags = {"noted": False, "placeholder": False, "duplicate": False, "equipable_by_player": True}
+    rest = {"equipment": {"slot": slot}, "weapon": weapon and {"weapon_type": weapon}}
+    return {"id": number, "name": name, "examine": sentence, "icon": icon(color), **flags, **rest, **more}
+
+
+def test_items_are_read_and_those_that_belong_together_are_one_family(tmp_path):
+    file = tmp_path / items.FILE
+    file.parent.mkdir(parents=True)
+    records = [
+        record(1, "Red hat", "It is red.", "red"),
+        record(2, "Red hat (2)", "A newer one.", "blue"),  # by its name
+        record(3, "Cap", "A newer one.", "green"),  # by its sentence
+        record(4, "Sword", "Sharp.", "black", "weapon", "slash_sword"),
+        record(5, "Noted sword", "Sharp.", "black", noted=True),
+        record(6, "Stone", "Heavy.", "grey", equipable_by_player=False),
+    ]
+    file.write_text(json.dumps({str(row["id"]): row for row in records}))
+    rows = items.read_items(tmp_path)
+    assert [row.id for row in rows] == [1, 2, 3, 4]
+    assert (rows[3].slot, rows[3].weapon) == ("weapon", "slash_sword")
+    family = items.families(rows)
+    assert family[0] == family[1] == family[2] != family[3]
+    assert items.picture(rows[0]).size == (36, 36)
+    assert items.picture(rows[0]).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_no_family_is_on_two_sides_of_a_split():
+    families = [index // 3 for index in range(300)]
+    split = data.by_family(families, lambda index: data.Samples(*(torch.tensor(index),) * 3))
+    parts = split(0)
+    sides = [{families[index] for index in part.texts.tolist()} for part in (parts.train, parts.dev, parts.test)]
+    assert sum(map(len, sides)) == len(set().union(*sides)) == 100
+    assert [len(side) for side in sides] == [56, 14, 30]
+    assert split(1).test.texts.tolist() != parts.test.texts.tolist()
+    assert split(0).dev.texts.tolist() == parts.dev.texts.tolist()
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A task of random texts and pictures on tiny encoders, whose class the text tells."""
+    count = 120
+    ids = torch.randint(4, 50, (count, 6))
+    labels = torch.arange(count) % 2
+    ids[:, 1] = 1 + labels
+    pictures = torch.randint(0, 255, (count, 3, 8, 8), dtype=torch.uint8)
+    split = data.by_family(range(count), lambda index: data.Samples(*(torch.tensor(index),) * 2, labels[torch.tensor(index)]))
+    features = torch.randn(count, 24), torch.randn(count, 48)
+    task = data.Task("tiny", ids, torch.full((count,), 6), pictures, *features, ("a", "b"), split)
+    modules = {
+        "pretrained": SimpleNamespace(minilm=lambda: (bert().float(), None), dinov2_small=lambda: dinov2().float()),
+        "easy_vqa_data": SimpleNamespace(normalised=lambda pictures: pictures / 255),
+    }
+    for module in (data, methods):
+        monkeypatch.setattr(module, "example", modules.__getitem__)
+    monkeypatch.setitem(data.TASKS, "tiny", (lambda name, size: task, 8, "for tests"))
+    monkeypatch.setattr(cells, "SEARCHED", ("tiny", 0))
+    return task
+
+
+RECIPE = methods.Recipe(2, 1e-3, 1e-2, dropout=0.0, batch_size=16)
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_every_method_trains_and_keeps_the_best_epoch(name, tiny):
+    if name == "lora":
+        pytest.importorskip("peft")
+    split = tiny.split(0)
+    found = training.train(tiny, split, name, "text", RECIPE, 0, test=True)
+    assert 0 <= found.test <= 1
+    assert len(found.losses) == (0 if name == "majority" else 2)
+    again = training.train(tiny, split, name, "text", RECIPE, 0, test=False)
+    assert again.test is None
+    assert (again.dev, again.losses, again.epoch) == (found.dev, found.losses, found.epoch)
+    if name == "longer":
+        sixteen = training.train(tiny, split, "mope-16", "text", RECIPE, 0, test=False)
+        # a router over one expert has fewer keys' dimensions to learn, and nothing else differs
+        assert abs(found.trained_parameters - sixteen.trained_parameters) < 0.01 * sixteen.trained_parameters
+
+
+def test_a_study_goes_on_where_it_was_stopped_and_says_what_was_not_run(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cells, "TRIALS", {kind: [RECIPE] * 1 for kind in (True, False)})
+    trained = []
+    once = training.train
+
+    def counted(*arguments, **settings):
+        trained.append((arguments[2], settings["test"]))
+        return once(*arguments, **settings)
+
+    monkeypatch.setattr(study, "train", counted)
+    words = ["tiny", "--results", str(tmp_path), "--splits", "2", "--methods"]
+    study.main([*words, "mlp", "sequential"])
+    assert sorted(trained) == [("mlp", False), *[("mlp", True)] * 2, ("sequential", False), *[("sequential", True)] * 2]
+    study.main([*words, "mlp", "sequential"])
+    assert len(trained) == 6, "nothing is run twice"
+    study.main([*words, "mlp", "sequential", "mope-4", "--hours", "0"])
+    *_, mlp, sequential, mope = capsys.readouterr().out.splitlines()
+    assert mlp.startswith("MLP on both frozen features")
+    assert " 2 " in sequential
+    assert mope.split() == ["MoPE,", "K=4", "not", "run"]
+    (file,) = tmp_path.iterdir()
+    file.write_text(file.read_text() + "{}\n")
+    with pytest.raises(ValueError, match=r"tiny.jsonl, line 7 is no cell of benchmarks.study"):
+        study.main([*words, "mlp"])
+
+
+def test_intervals_are_students():
+    found = cells.interval([0.01, 0.02, 0.06])
+    assert found.mean == pytest.approx(0.03)
+    assert found.half == pytest.approx(4.302653 * 0.0264575 / 3**0.5, rel=1e-5)
+    assert cells.interval([0.5]).half != cells.interval([0.5]).half, "one value has none"
+
+
+def test_differences_are_of_the_same_splits():
+    recipe = RECIPE
+    rows = [
+        {"cell": cells.Cell("t", main, name, split, recipe, True).as_dict(), "found": {"test": value}}
+        for name, main, values in (("mlp", None, [0.5, 0.6, 0.1]), ("mope-16", "text", [0.6, 0.8]))
+        for split, value in enumerate(values)
+    ]
+    found = cells.difference(rows, "t", "mope-16", "mlp", "text")
+    assert (found.count, found.mean) == (2, pytest.approx(0.15))
+    assert cells.difference(rows, "t", "mope-16", "mlp", "image") is None
