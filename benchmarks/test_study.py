@@ -50,8 +50,7 @@ def test_pmf_without_prompts_influence_is_both_encoders_as_they_are():
             torch.nn.init.zeros_(value.weight)
             torch.nn.init.zeros_(value.bias)
     features = model.text(**inputs).last_hidden_state[:, 0], model.image(pictures).last_hidden_state[:, 0]
-    expected = torch.stack([head(feature) for head, feature in zip(model.heads.values(), features, strict=True)]).mean(0)
-    torch.testing.assert_close(model(inputs, pictures), expected)
+    torch.testing.assert_close(model(inputs, pictures), model.head(torch.cat(features, dim=1)))
 
 
 def test_pmf_is_its_two_stages_one_sample_at_a_time():
@@ -73,8 +72,9 @@ def test_pmf_is_its_two_stages_one_sample_at_a_time():
         fused = {
             side: last[side](torch.cat([seen, prompts[f"{side}_fusion_context"], told[side]], 1)) for side, seen in tokens.items()
         }
-        features = {"text": fused["text"][:, 0], "image": model.image.layernorm(fused["image"])[:, 0]}
-        expected = sum(model.heads[side](feature) for side, feature in features.items()) / 2
+        text_logits = torch.nn.functional.linear(fused["text"][:, 0], model.head.weight[:, :24])
+        expected = text_logits + torch.nn.functional.linear(model.image.layernorm(fused["image"])[:, 0], model.head.weight[:, 24:])
+        expected = expected + model.head.bias
         torch.testing.assert_close(got[i : i + 1], expected)
 
 

@@ -74,7 +74,8 @@ class PMF(nn.Module):
             )
             for source, target in pairs
         })  # fmt: skip
-        self.heads = nn.ModuleDict({side: nn.Linear(width, num_classes) for side, width in widths.items()})
+        # the mean of a linear head's logits a side is a linear head on both
+        self.head = nn.Linear(sum(widths.values()), num_classes)
 
     def train(self, mode: bool = True) -> "PMF":
         super().train(mode)
@@ -92,8 +93,7 @@ class PMF(nn.Module):
                     tokens[side] = layer(tokens[side])
         for index in range(self.fused):
             tokens = self._fused(index, {side: layers[side][index - self.fused] for side in tokens}, tokens)
-        features = {"text": tokens["text"][:, 0], "image": self.image.layernorm(tokens["image"])[:, 0]}
-        return torch.stack([self.heads[side](feature) for side, feature in features.items()]).mean(0)
+        return self.head(torch.cat([tokens["text"][:, 0], self.image.layernorm(tokens["image"])[:, 0]], dim=-1))
 
     def _fused(self, index: int, layers: dict[str, Layer], tokens: dict[str, Tensor]) -> dict[str, Tensor]:
         def prompt(side: str, kind: str) -> Tensor:

@@ -27,6 +27,8 @@ class Recipe:
     label_smoothing: float = 0.1
     weight_decay: float = 0.01
     batch_size: int = 32
+    head_epochs: int = 0
+    """Before all is trained, the head alone, on what it reads at the start: of an encoder's steps these are none."""
 
 
 class Model(nn.Module):
@@ -135,7 +137,7 @@ class Interactive(Model):
 
     @property
     def head(self) -> nn.Module:
-        return self.pmf.heads
+        return self.pmf.head
 
     def forward(self, batch: Batch) -> tuple[Tensor, float]:
         return self.pmf(batch.text, batch.pictures), 0.0

@@ -13,6 +13,8 @@ from benchmarks.study.data import Batches, Samples, Split, Task
 from benchmarks.study.methods import METHODS, Majority, Model, Recipe
 
 TEST_BATCH = 64
+HEAD_LR = 1e-3
+"""Where the head is trained alone."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,30 @@ def predict(model: Model, batches: Batches, samples: Samples) -> Tensor:
 
 def accuracy(model: Model, batches: Batches, samples: Samples) -> float:
     return (predict(model, batches, samples) == samples.labels).double().mean().item()
+
+
+def train_head(model: Model, batches: Batches, samples: Samples, recipe: Recipe, generator: torch.Generator) -> None:
+    """The head alone, on what it reads of these samples while the rest is as it is."""
+    read: list[Tensor] = []
+    hook = model.head.register_forward_pre_hook(lambda head, inputs: read.append(inputs[0]))
+    try:
+        predict(model, batches, samples)
+    finally:
+        hook.remove()
+    features = torch.empty(len(samples), read[0].shape[1])
+    features[torch.cat(list(batches.in_order(samples, TEST_BATCH)))] = torch.cat(read)
+    optimizer = torch.optim.AdamW(model.head.parameters(), lr=HEAD_LR, weight_decay=recipe.weight_decay)
+    steps = recipe.head_epochs * (len(samples) // recipe.batch_size)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+    model.head.train()
+    for _ in range(recipe.head_epochs):
+        order = torch.randperm(len(samples), generator=generator)
+        for index in order.split(recipe.batch_size)[: len(samples) // recipe.batch_size]:
+            loss = F.cross_entropy(model.head(features[index]), samples.labels[index], label_smoothing=recipe.label_smoothing)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
 
 
 def train(
@@ -75,6 +101,10 @@ def train(
         optimizer, lambda step: min((step + 1) / warm_up, max(0.0, (steps - step) / max(1, steps - warm_up)))
     )
     best, kept, epoch_kept, losses, training = -1.0, None, 0, [], 0.0
+    if recipe.head_epochs:
+        train_head(model, batches, split.train, recipe, generator)
+        best, kept = accuracy(model, batches, split.dev), _state(model)
+        progress(f"head alone, dev {100 * best:.1f} %")
     for epoch in range(1, recipe.epochs + 1):
         model.train()
         began, total, count = time.perf_counter(), torch.zeros(()), 0
