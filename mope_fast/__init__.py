@@ -23,6 +23,7 @@ from .models import (
     VLMo,
     VLMoConfig,
     VLMoProcessor,
+    fit_head,
 )
 from .modules import MoPEConfig, MoPELayer, MoPEOutput, PromptAttention, PromptBank, PromptMapper
 from .receptive_field import ReceptiveField
@@ -49,6 +50,7 @@ __all__ = [
     "VLMo",
     "VLMoConfig",
     "VLMoProcessor",
+    "fit_head",
     "functional",
     "register_encoder",
     "supported_encoders",

@@ -1,8 +1,8 @@
 """FeatureCache: what a frozen encoder gives for each sample, computed once and kept on disk."""
 
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import nullcontext
 from itertools import chain
 from multiprocessing.util import Finalize
 from pathlib import Path
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import encoders
-from .._locks import Guarded
+from .._modes import evaluating
+from .._progress import tracked
 from .feature_store import FeatureStore
 from .fingerprint import encoder_fingerprint, sample_keys
-from .progress import tracked
 
 Inputs = Tensor | Mapping[str, Tensor]
 TEXT_FAMILIES = ("bert", "roberta", "distilbert", "bart", "gpt2")
@@ -300,46 +300,6 @@ def _padded_inputs(encoder: object) -> tuple[str, ...]:
         return ()
     ours = all(function.__module__.startswith(encoders.__name__) for function in (family.run, family.feature))
     return TOKEN_INPUTS if ours else ()
-
-
-class _Modes(Guarded):
-    """Of each module that is evaluated: its mode before the first block, and the blocks that hold it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.of: dict[tuple[int, nn.Module], tuple[bool, set[object]]] = {}
-
-
-_modes = _Modes()
-
-
-@contextmanager
-def evaluating(encoder: nn.Module) -> Iterator[None]:
-    """Eval mode for the block. Blocks of several threads may share modules: the last one gives the modes back."""
-    # by process: a forked one inherits blocks of threads that it doesn't have
-    block, keys = object(), [(os.getpid(), module) for module in encoder.modules()]
-    try:
-        with _modes.lock:
-            for key in keys:
-                _modes.of.setdefault(key, (key[1].training, set()))[1].add(block)
-            encoder.eval()
-        yield
-    finally:
-        try:
-            _give_modes_back(block, keys)
-        except BaseException:  # a Ctrl-C in the middle of it
-            _give_modes_back(block, keys)
-            raise
-
-
-def _give_modes_back(block: object, keys: list[tuple[int, nn.Module]]) -> None:
-    with _modes.lock:
-        for key in keys:
-            mode, blocks = _modes.of.get(key, (None, set()))
-            if mode is not None and blocks <= {block}:
-                key[1].training = mode
-                del _modes.of[key]
-            blocks.discard(block)
 
 
 def _check_inputs(inputs: object) -> dict[str, Tensor]:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, overload
 import torch
 from torch import Tensor
 
+from .._progress import tracked
 from .images import load_image, pillow
 from .lines import listed
-from .progress import tracked
 
 if TYPE_CHECKING:
     from PIL import Image

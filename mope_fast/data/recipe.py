@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from .._modes import evaluating
+from .._progress import tracked
 from .._settings import Settings, check_types, setting
-from .feature_cache import evaluating
-from .progress import tracked
 
 Batch = Callable[[Tensor], Mapping[str, Any]]
 

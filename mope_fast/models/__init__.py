@@ -1,5 +1,6 @@
 """Whole models: fused, prompt-tuned, and folded for inference."""
 
+from .fit_head import fit_head
 from .folded import FoldedModel
 from .fusion import MoPEFusion
 from .mope_baf import BAFConfig, MoPEBAF
@@ -20,4 +21,5 @@ __all__ = [
     "VLMoConfig",
     "VLMoOutput",
     "VLMoProcessor",
+    "fit_head",
 ]

@@ -23,8 +23,8 @@ from transformers import BertConfig, BertModel, CLIPTextConfig, CLIPTextModel
 
 import mope_fast
 from mope_fast import FeatureCache, MoPEConfig, MoPEFusion, _files, encoders
+from mope_fast._modes import evaluating
 from mope_fast.data import feature_store
-from mope_fast.data.feature_cache import evaluating
 from mope_fast.data.fingerprint import encoder_fingerprint
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="forks, and reads /proc")

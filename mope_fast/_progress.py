@@ -1,4 +1,4 @@
-"""Progress of work on data: a bar on a terminal, a line now and then in a file."""
+"""Progress of long work: a bar on a terminal, a line now and then in a file."""
 
 import sys
 from collections.abc import Iterable

@@ -1,0 +1,49 @@
+"""Modules in eval mode for a while."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from ._locks import Guarded
+
+
+class _Modes(Guarded):
+    """Of each module that is evaluated: its mode before the first block, and the blocks that hold it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: dict[tuple[int, nn.Module], tuple[bool, set[object]]] = {}
+
+
+_modes = _Modes()
+
+
+@contextmanager
+def evaluating(encoder: nn.Module) -> Iterator[None]:
+    """Eval mode for the block. Blocks of several threads may share modules: the last one gives the modes back."""
+    # by process: a forked one inherits blocks of threads that it doesn't have
+    block, keys = object(), [(os.getpid(), module) for module in encoder.modules()]
+    try:
+        with _modes.lock:
+            for key in keys:
+                _modes.of.setdefault(key, (key[1].training, set()))[1].add(block)
+            encoder.eval()
+        yield
+    finally:
+        try:
+            _give_modes_back(block, keys)
+        except BaseException:  # a Ctrl-C in the middle of it
+            _give_modes_back(block, keys)
+            raise
+
+
+def _give_modes_back(block: object, keys: list[tuple[int, nn.Module]]) -> None:
+    with _modes.lock:
+        for key in keys:
+            mode, blocks = _modes.of.get(key, (None, set()))
+            if mode is not None and blocks <= {block}:
+                key[1].training = mode
+                del _modes.of[key]
+            blocks.discard(block)
