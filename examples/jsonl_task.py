@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import functional as vision
 from transformers import get_linear_schedule_with_warmup
 
-from mope_fast import FeatureCache, FusionCollator, MoPEConfig, MoPEFusion
+from mope_fast import FeatureCache, FusionCollator, MoPEConfig, MoPEFusion, fit_head
 from mope_fast.data import Posts, StackEach, classification_metrics, multi_label_metrics, read_jsonl_folder
 
 PACKAGED_TEXT, PACKAGED_IMAGE = "minilm", "dinov2-small"
@@ -71,6 +71,9 @@ def argument_parser(description: str, output: str) -> argparse.ArgumentParser:
     add("--lr", type=float, default=None, help="of prompts, router and mapper; default: the paper's 5e-4 for text, 4e-4 for images")
     add("--complementary-lr", type=float, default=None, help="of the other side's prompts; default: the paper's of that side")
     add("--head-lr", type=float, default=None, help="default: as --lr")
+    add(
+        "--head-epochs", type=int, default=0, help="of the head alone, before anything else: seconds, as encoders run once a sample"
+    )
     add("--check-images", action="store_true", help="read every image before anything else")
     add("--debug", action="store_true", help="show where an error comes from")
     add("--weight-decay", type=float, default=1e-3)
@@ -92,6 +95,7 @@ def argument_parser(description: str, output: str) -> argparse.ArgumentParser:
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
     """Ends the program with one line for arguments that make no sense; fills in what was left to us."""
     least = {"image_size": 14, "max_length": 3, "experts": 1, "prompt_length": 1, "complementary_prompt_length": 0, "epochs": 1}
+    least["head_epochs"] = 0
     least |= {"batch_size": 2, "samples": 2, "workers": 0}
     for name, value in least.items():
         got = getattr(args, name)
@@ -216,7 +220,12 @@ def load_task(args: argparse.Namespace) -> Task:
         problem_type="multi_label_classification" if several else "single_label_classification",
     )  # fmt: skip
     collate = FusionCollator(main_inputs, complementary_inputs, main_field=args.main, complementary_field=other)
-    return Task(splits, collate, model, args)
+    task = Task(splits, collate, model, args)
+    if args.head_epochs:  # every process does the same
+        model.to(default_device())
+        batches = (to_device(batch, default_device()) for batch in task.loader("train", range(len(splits["train"]))))
+        fit_head(model, batches, epochs=args.head_epochs, batch_size=args.batch_size, seed=args.seed)
+    return task
 
 
 def text_encoder(name: str, max_length: int) -> Encoder:

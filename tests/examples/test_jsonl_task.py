@@ -125,6 +125,12 @@ def test_what_the_paper_leaves_out_can_be_left_out(task):
     assert (frozen.config.pooling, frozen.complementary.pooling) == ("mean", None)
 
 
+def test_the_head_is_fitted_first(task):
+    plain, fitted = (task(*words).model for words in ((), ("--head-epochs", "3", "--batch-size", "8")))
+    changed = [name for name, value in fitted.state_dict().items() if not torch.equal(value, plain.state_dict()[name])]
+    assert changed == ["head.weight", "head.bias"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
