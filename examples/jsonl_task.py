@@ -95,8 +95,7 @@ def argument_parser(description: str, output: str) -> argparse.ArgumentParser:
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
     """Ends the program with one line for arguments that make no sense; fills in what was left to us."""
     least = {"image_size": 14, "max_length": 3, "experts": 1, "prompt_length": 1, "complementary_prompt_length": 0, "epochs": 1}
-    least["head_epochs"] = 0
-    least |= {"batch_size": 2, "samples": 2, "workers": 0}
+    least |= {"batch_size": 2, "samples": 2, "workers": 0, "head_epochs": 0}
     for name, value in least.items():
         got = getattr(args, name)
         if got is not None and got < value:
