@@ -27,7 +27,7 @@ FORMAT = 2
 KEYS = ("model", "main", "config", "head", "num_classes", "problem_type", "weights")
 TRAINING_SETTINGS = frozenset((
     "noise_std", "dropout", "dynamic_dropout", "mixing", "importance_weight", "importance_threshold",
-    "prompt_init", "prompt_init_std",
+    "prompt_init", "prompt_init_std", "expert_spread",
 ))  # fmt: skip
 """Settings that change nothing, or only the rounding, in eval mode."""
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from .._settings import Settings, check_types, setting
 
 _PAPERS = {
     "num_experts": 16, "prompt_length": 6, "cross_routing_dim": 8, "inter_routing_dim": 2, "temperature": 0.1, "noise_std": 1 / 256,
     "top_k": None, "renormalize": False, "learn_keys": False, "dropout": 0.1, "dynamic_dropout": 0.0, "use_static": True,
-    "use_dynamic": True, "use_mapped": True, "mapper_norm": "batch", "prompt_init": None, "importance_weight": 0.01,
+    "use_dynamic": True, "use_mapped": True, "mapper_norm": "batch", "prompt_init": None, "expert_spread": 1.0,
+    "importance_weight": 0.01,
     "importance_threshold": 0.1, "complementary_prompt_length": 4, "head_inputs": "main", "pooling": None, "router_pooling": None,
     "complementary_pooling": None,
 }  # fmt: skip
@@ -54,6 +58,12 @@ class MoPEConfig(Settings):
         "static prompts and experts start uniform in +-prompt_init; None: sqrt(6 / (3 * 16 * 16 + D)), VPT's rule at 16 px patches",
         _CODE,
     )
+    expert_spread: float = setting(
+        1.0,
+        "how far a layer's experts start from each other: at 1 each is drawn on its own, at 0 all are equal, and routing has no "
+        "effect until training has parted them",
+        _OURS,
+    )
     mixing: str = setting("auto", "'prompt', 'kv', or 'auto': K/V space where it is exact and K < B", _OURS)
     importance_weight: float = setting(0.01, "weight of the importance loss", _PAPER)
     importance_threshold: float = setting(
@@ -87,6 +97,8 @@ class MoPEConfig(Settings):
         for name in ("dropout", "dynamic_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"MoPEConfig.{name} must be in [0, 1), got {getattr(self, name)}")
+        if not 0 <= self.expert_spread <= 1:
+            raise ValueError(f"MoPEConfig.expert_spread must be in [0, 1], got {self.expert_spread}")
         if self.top_k is not None and not 1 <= self.top_k <= self.num_experts:
             raise ValueError(f"MoPEConfig.top_k must be 1 to num_experts ({self.num_experts}) or None, got {self.top_k}")
         if self.renormalize and self.top_k is None:
@@ -115,6 +127,12 @@ class MoPEConfig(Settings):
         K is its command line's default, 4. Its batch norm is always in eval mode: an affine map, as is the layer before it.
         """
         return cls(**{**_PAPERS, "num_experts": 4, "mapper_norm": "none", **changes})
+
+    def draw_experts(self, *shape: int) -> Tensor:
+        """Draw experts (..., K, L, D) as they start."""
+        bound = self.init_bound(shape[-1])
+        experts = torch.empty(shape).uniform_(-bound, bound)
+        return experts if self.expert_spread == 1 else torch.lerp(experts[..., :1, :, :], experts, self.expert_spread)
 
     @property
     def needs_cross(self) -> bool:

@@ -83,7 +83,7 @@ class MoPELayer(nn.Module):
         if use_static:
             self.static_prompt = nn.Parameter(torch.empty(prompt_length, dim).uniform_(-bound, bound))
         if use_dynamic:
-            self.experts = nn.Parameter(torch.empty(num_experts, prompt_length, dim).uniform_(-bound, bound))
+            self.experts = nn.Parameter(config.draw_experts(num_experts, prompt_length, dim))
             self.inter_proj = nn.Linear(dim, inter_routing_dim)
             self.cross_proj = nn.Linear(cross_dim, cross_routing_dim)
             keys = orthogonal_keys(num_experts, inter_routing_dim + cross_routing_dim)
@@ -161,8 +161,7 @@ class _Stack(nn.Module):
         if config.use_static:
             self.static_prompt = nn.Parameter(torch.empty(layers, config.prompt_length, width).uniform_(-bound, bound))
         if config.use_dynamic:
-            experts = torch.empty(layers, config.num_experts, config.prompt_length, width).uniform_(-bound, bound)
-            self.experts = nn.Parameter(experts)
+            self.experts = nn.Parameter(config.draw_experts(layers, config.num_experts, config.prompt_length, width))
             # the start of nn.Linear: uniform in +-1 / sqrt(inputs)
             self.inter_weight = nn.Parameter(
                 torch.empty(layers, config.inter_routing_dim, width).uniform_(-(width**-0.5), width**-0.5)

@@ -26,6 +26,7 @@ from mope_fast.modules import config as config_module
         ({"dropout": -0.1}, "dropout", "-0.1"),
         ({"dynamic_dropout": 1.5}, "dynamic_dropout", "1.5"),
         ({"mapper_norm": "group"}, "mapper_norm", "'group'"),
+        ({"expert_spread": 1.5}, "expert_spread", "1.5"),
         ({"head_inputs": "all"}, "head_inputs", "'all'"),
         ({"mixing": "fast"}, "mixing", "'fast'"),
         ({"mixing": "kv", "dynamic_dropout": 0.1}, "mixing", "'kv'"),

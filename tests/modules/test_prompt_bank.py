@@ -6,7 +6,7 @@ import torch
 from prompt_setups import CROSS, DIM, HEADS, LENGTH, SETTINGS, close, make_bank, make_inputs
 from torch import nn
 
-from mope_fast import MoPELayer
+from mope_fast import MoPEConfig, MoPELayer, PromptBank
 
 
 def layers_of(bank):
@@ -178,3 +178,20 @@ def test_prepare_names_a_wrong_complementary_feature():
         make_bank().prepare(torch.zeros(2, 21, dtype=torch.float64))
     with pytest.raises(TypeError, match="got NoneType"):
         make_bank().prepare()
+
+
+@pytest.mark.parametrize(
+    "make", [lambda c: PromptBank([8, 8], 6, c).stacks["8"].experts, lambda c: MoPELayer(8, **c.to_dict()).experts]
+)
+def test_experts_start_as_far_from_each_other_as_is_set(make):
+    def spread(value):
+        torch.manual_seed(0)
+        return make(MoPEConfig(num_experts=5, expert_spread=value, prompt_init=0.5, cross_dim=6)).detach()
+
+    apart, equal, between = spread(1.0), spread(0.0), spread(0.25)
+    first = apart[..., :1, :, :]
+    assert (apart - first).abs().amax() > 0.5
+    assert torch.equal(equal, first.expand_as(apart))
+    torch.testing.assert_close(between, first + 0.25 * (apart - first))
+    if apart.dim() == 4:
+        assert not torch.equal(equal[0], equal[1]), "layers don't share theirs"
