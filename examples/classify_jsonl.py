@@ -100,6 +100,8 @@ class Run:
         task = self.task = load_task(args)
         self.folder = RunFolder(args.output, accelerator)
         self.folder.claim(settings_of(task, accelerator.num_processes), args.resume)
+        if not (args.resume and self.folder.has_checkpoint):
+            task.fit_head()
         self.sampler = DistributedSampler(
             task.splits["train"], accelerator.num_processes, accelerator.process_index, seed=args.seed, drop_last=True
         )

@@ -172,6 +172,13 @@ class Task:
         milestones = [3 * steps_per_epoch, 6 * steps_per_epoch]
         return optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, 0.4)
 
+    def fit_head(self) -> None:
+        """Train the head alone first, if that was asked for; every process does the same."""
+        if self.args.head_epochs:
+            self.model.to(default_device())
+            batches = [to_device(batch, default_device()) for batch in self.loader("train", range(len(self.splits["train"])))]
+            fit_head(self.model, batches, epochs=self.args.head_epochs, batch_size=self.args.batch_size, seed=self.args.seed)
+
     def metrics(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
         """Accuracy, macro and micro F1."""
         if self.splits["train"].multi_label:
@@ -210,7 +217,8 @@ def load_task(args: argparse.Namespace) -> Task:
         complementary_prompt_length=args.complementary_prompt_length, use_static=not args.no_static,
         use_dynamic=not args.no_dynamic, use_mapped=not args.no_mapped, top_k=args.top_k, learn_keys=args.learn_keys,
         temperature=args.temperature, head_inputs=args.head_inputs, pooling=_pooling(args.pooling),
-        router_pooling=_pooling(args.router_pooling), complementary_pooling=_pooling(args.complementary_pooling),
+        router_pooling=_pooling(args.router_pooling),
+        complementary_pooling=None if args.complementary == "frozen" else _pooling(args.complementary_pooling),
     )  # fmt: skip
     torch.manual_seed(args.seed)
     several = splits["train"].multi_label
@@ -219,12 +227,7 @@ def load_task(args: argparse.Namespace) -> Task:
         problem_type="multi_label_classification" if several else "single_label_classification",
     )  # fmt: skip
     collate = FusionCollator(main_inputs, complementary_inputs, main_field=args.main, complementary_field=other)
-    task = Task(splits, collate, model, args)
-    if args.head_epochs:  # every process does the same
-        model.to(default_device())
-        batches = (to_device(batch, default_device()) for batch in task.loader("train", range(len(splits["train"]))))
-        fit_head(model, batches, epochs=args.head_epochs, batch_size=args.batch_size, seed=args.seed)
-    return task
+    return Task(splits, collate, model, args)
 
 
 def text_encoder(name: str, max_length: int) -> Encoder:

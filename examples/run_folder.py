@@ -60,6 +60,10 @@ class RunFolder:
             what = "; ".join(f"{name} was {saved.get(name)!r}, now it is {settings.get(name)!r}" for name in changed)
             raise SystemExit(f"{self.folder} is of another configuration: {what}. Give the same, or another --output")
 
+    @property
+    def has_checkpoint(self) -> bool:
+        return bool(self._named(_CHECKPOINT))
+
     def load(self) -> None:
         """The newest checkpoint, if there is any.
 

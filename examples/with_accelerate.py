@@ -42,6 +42,7 @@ def main(arguments: list[str] | None = None) -> Task:
     parser = argument_parser(__doc__.split("\n")[0], "with_accelerate")
     args = check(parser, parser.parse_args(arguments))
     task = load_task(args)
+    task.fit_head()
     accelerator = Accelerator(cpu=default_device() == "cpu")
     torch.manual_seed(args.seed + accelerator.process_index)  # dropout and noise of its own for each process
     model = train(task, accelerator)

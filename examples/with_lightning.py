@@ -41,6 +41,7 @@ def main(arguments: list[str] | None = None) -> Task:
     parser = argument_parser(__doc__.split("\n")[0], "with_lightning")
     parser.add_argument("--resume", action="store_true")
     task = load_task(check(parser, parser.parse_args(arguments)))
+    task.fit_head()
     args = task.args
     lightning.seed_everything(args.seed)
     trainer = lightning.Trainer(

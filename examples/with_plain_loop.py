@@ -38,6 +38,7 @@ def evaluate(task: Task, split: str, device: str) -> dict[str, float]:
 def main(arguments: list[str] | None = None) -> Task:
     parser = argument_parser(__doc__.split("\n")[0], "with_plain_loop")
     task = load_task(check(parser, parser.parse_args(arguments)))
+    task.fit_head()
     device = default_device()
     train(task, device)
     print(evaluate(task, "val", device))

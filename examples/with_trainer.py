@@ -60,6 +60,7 @@ def main(arguments: list[str] | None = None) -> Task:
     parser = argument_parser(__doc__.split("\n")[0], "with_trainer")
     parser.add_argument("--resume", action="store_true")
     task = load_task(check(parser, parser.parse_args(arguments)))
+    task.fit_head()
     trainer = make_trainer(task)
     last = get_last_checkpoint(task.args.output) if task.args.resume and task.args.output.is_dir() else None
     trainer.train(resume_from_checkpoint=last)

@@ -190,7 +190,7 @@ class Attachment(Guarded):
     def _encode(self, inputs: Inputs, scores: list[Tensor | None], feature_maps: bool) -> Encoded:
         """``scores`` are filled by the layers on the way."""
         if feature_maps:
-            feature, maps = self.family.encode_with_maps(self.encoder, inputs)
+            feature, maps = self.family.encode_with_maps(self.encoder, inputs, self.pooling)
             return Encoded(feature, scores, maps)
         return Encoded(self.family.encode(self.encoder, inputs, self.pooling), scores)
 

@@ -167,12 +167,15 @@ class EncoderFamily:
         output = self.run(encoder, inputs)
         if isinstance(output, tuple):
             raise ValueError(f"{type(encoder).__name__} gave a tuple: leave return_dict at its default")
+        return self._pooled(encoder, output, inputs, pooling)
+
+    def _pooled(self, encoder: nn.Module, output: Any, inputs: Inputs, pooling: str | None) -> Tensor:
         if pooling is None:
             return self.feature(encoder, output, inputs)
         return self.pools[pooling](encoder, inputs)(self.tokens(encoder, output, inputs))
 
-    def encode_with_maps(self, encoder: nn.Module, inputs: Inputs) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The global feature (B, D), and the maps (B, C, H, W) of the encoder's stages.
+    def encode_with_maps(self, encoder: nn.Module, inputs: Inputs, pooling: str | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The global feature (B, D), pooled as by :meth:`encode`, and the maps (B, C, H, W) of the encoder's stages.
 
         Raises:
             ValueError: this family has none.
@@ -181,7 +184,7 @@ class EncoderFamily:
             having = [name for name, family in _FAMILIES.items() if family.feature_maps is not None]
             raise ValueError(f"{self.name} has no feature maps of several scales: they are there for {', '.join(having)}")
         output, maps = self.feature_maps(encoder, inputs)
-        return self.feature(encoder, output, inputs), tuple(maps)
+        return self._pooled(encoder, output, inputs, pooling), tuple(maps)
 
     def __reduce__(self):
         """Pickled by name: the process that loads it registers the family first."""

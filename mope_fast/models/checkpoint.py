@@ -30,6 +30,10 @@ TRAINING_SETTINGS = frozenset((
     "prompt_init", "prompt_init_std", "expert_spread",
 ))  # fmt: skip
 """Settings that change nothing, or only the rounding, in eval mode."""
+BEFORE = {
+    "pooling": None, "router_pooling": None, "complementary_pooling": None, "head_inputs": "main", "expert_spread": 1.0,
+}  # fmt: skip
+"""What saves meant that don't have these settings yet, whatever the defaults are."""
 
 
 def _content_name(data: bytes) -> str:
@@ -193,6 +197,8 @@ def read_description(path: str | os.PathLike[str], model: str, settings: set[str
         raise ValueError(f"{file} names {description['weights']!r:.99} as its weights, which no save does: don't trust it")
     if unknown := [key for key in description["config"] if key not in settings]:
         raise ValueError(f"{file} has settings that this version doesn't know: {unknown}; update mope_fast")
+    before = {name: value for name, value in BEFORE.items() if name in settings}
+    description["config"] = {**before, **description["config"]}
     weights = file.with_name(description["weights"])
     try:
         most = weights.stat().st_size

@@ -1,12 +1,13 @@
 """The head alone: trained in seconds on what it reads, before prompts are."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .._distributed import is_sharded
 from .._modes import evaluating
 from .._progress import tracked
 from .task import TaskModel
@@ -31,7 +32,8 @@ def fit_head(
     arXiv 2202.10054). By AdamW with a warm-up over a tenth of the steps and linear decay.
 
     Args:
-        model: any of this library's with a head; not compiled yet.
+        model: any of this library's with a head. Before it is compiled, or wrapped by DDP or FSDP; with several processes every one
+            calls this with the same batches, and so has the same head.
         batches: keyword arguments of the model, with ``labels`` (B, ...). What the head reads of all of them is kept in memory.
         epochs: over the samples.
         lr, weight_decay: of AdamW.
@@ -43,21 +45,49 @@ def fit_head(
         The mean loss of each epoch.
 
     Raises:
-        TypeError: ``batches`` gives no dicts.
-        ValueError: the model has no head, there are no batches, or one has no labels.
+        TypeError: it is another model, or ``batches`` gives no dicts.
+        ValueError: the model has no head, or one without trained parameters; there are no batches, or one has no labels.
         FloatingPointError: a loss was NaN or infinite.
 
     Example:
         >>> fit_head(model, loader)
         >>> for batch in loader: ...                            # as ever
     """
+    if not isinstance(model, TaskModel):
+        raise TypeError(f"fit_head takes a model of this library, neither compiled nor in DDP, got {type(model).__name__}")
+    if model.head is None:
+        raise ValueError(f"this {type(model).__name__} has no head to fit: give it num_classes or head")
+    if not any(parameter.requires_grad for parameter in model.head.parameters()):
+        raise ValueError(f"the head, {type(model.head).__name__}, has no parameters to train")
+    if any(is_sharded(parameter) for parameter in model.head.parameters()):
+        raise ValueError("the head is sharded: call fit_head before fully_shard, with the same batches on every rank")
+    features, labels = _read(model, batches, progress)
+    with evaluating(model):
+        return fit_on_features(
+            model.head, features, labels, model.task_loss, epochs=epochs, lr=lr, weight_decay=weight_decay,
+            batch_size=batch_size, seed=seed, progress=progress,
+        )  # fmt: skip
+
+
+@torch.enable_grad()
+def fit_on_features(
+    head: nn.Module,
+    features: Tensor,
+    labels: Tensor,
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    *,
+    epochs: int,
+    lr: float,
+    weight_decay: float,
+    batch_size: int,
+    seed: int,
+    progress: bool,
+) -> list[float]:
+    """:func:`fit_head` of any head on features (N, D) at hand; ``loss_of`` is called with logits and labels."""
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
-    if model.head is None:
-        raise ValueError(f"this {type(model).__name__} has no head to fit: give it num_classes or head")
-    features, labels = _read(model, batches, progress)
-    parameters = [parameter for parameter in model.head.parameters() if parameter.requires_grad]
+    parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
     count = max(1, len(labels) // batch_size)
     steps, generator = epochs * count, torch.Generator().manual_seed(seed)
@@ -65,14 +95,14 @@ def fit_head(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
     )
-    losses = []
-    with evaluating(model):
-        model.head.train()
+    losses, training = [], head.training
+    head.train()
+    try:
         for _ in tracked(range(epochs), "fitting the head", "epoch", shown=progress):
             total = torch.zeros((), device=labels.device)
             for index in torch.randperm(len(labels), generator=generator).split(batch_size)[:count]:
                 index = index.to(labels.device)
-                loss = model.task_loss(model.head(features[index]), labels[index])
+                loss = loss_of(head(features[index]), labels[index])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -83,6 +113,9 @@ def fit_head(
                 raise FloatingPointError(
                     f"the head's loss became {losses[-1]}: look for inputs that aren't finite, or take a lower lr"
                 )
+    finally:
+        optimizer.zero_grad()  # else the next loop's first step would have it
+        head.train(training)
     return losses
 
 
@@ -106,4 +139,7 @@ def _read(model: TaskModel, batches: Iterable[Mapping[str, Any]], progress: bool
         hook.remove()
     if not labels:
         raise ValueError("batches gave none: it needs at least one (an iterator can be used only once)")
-    return torch.cat(read), torch.cat(labels)
+    features, targets = torch.cat(read), torch.cat(labels)
+    if len(features) != len(targets):
+        raise ValueError(f"the head read {len(features)} rows for {len(targets)} samples: it has to be called once a forward")
+    return features, targets

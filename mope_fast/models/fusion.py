@@ -70,6 +70,8 @@ class MoPEFusion(TaskModel):
             name = type(complementary).__name__
             raise TypeError(f"complementary can't be a {name}: pass PromptTuned, a folded model, or a function of its features")
         config = MoPEConfig() if config is None else config
+        if config.head_inputs == "both" and num_classes is None and head is None:
+            raise ValueError("MoPEConfig.head_inputs='both' needs a head: give num_classes or head, or leave it at 'main'")
         if not isinstance(main, PromptedEncoder):
             family_of(main)
         cross_dim = _feature_width(complementary)
@@ -87,11 +89,16 @@ class MoPEFusion(TaskModel):
         self._black_box: Hold | None = None
         try:
             self.complementary = self._make_side(complementary, config)
-            side = self.complementary.main if isinstance(self.complementary, PromptTuned) else None
             # what came wrapped has poolings of its own
+            own = side.main.pooling if is_prompted_model(side := self.complementary) else None
+            if config.complementary_pooling not in (None, own):
+                raise ValueError(
+                    f"complementary_pooling={config.complementary_pooling!r} was asked for, but complementary, "
+                    f"{type(side).__name__}, has pooling={own!r}: set it where it is made, or leave the model's at None"
+                )
             self.config = dataclasses.replace(
                 config, cross_dim=cross_dim, pooling=self.main.pooling, router_pooling=self.main.router_pooling,
-                complementary_pooling=config.complementary_pooling if side is None else side.pooling,
+                complementary_pooling=own,
             )  # fmt: skip
             self.bank = PromptBank(self.main.widths, cross_dim, self.config)
             self.head = make_head(self.main, num_classes, head, cross_dim if config.head_inputs == "both" else 0)

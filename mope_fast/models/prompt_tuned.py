@@ -27,6 +27,7 @@ class PromptTuned(TaskModel):
         problem_type, label_smoothing: as for :class:`MoPEFusion`.
         dropout: on prompts, one mask a step.
         prompt_init: prompts start uniform in +-prompt_init; None for :class:`MoPEConfig`'s rule.
+        pooling: of the encoder's tokens into the feature, see :class:`PromptedEncoder`.
 
     Example:
         >>> model = PromptTuned(vit, prompt_length=8, num_classes=10)
@@ -44,14 +45,17 @@ class PromptTuned(TaskModel):
         label_smoothing: float = 0.0,
         dropout: float = 0.1,
         prompt_init: float | None = None,
+        pooling: str | None = None,
     ):
         super().__init__()
         check_head(num_classes, head, problem_type, label_smoothing)
-        self.settings = {"prompt_length": prompt_length, "dropout": dropout, "prompt_init": prompt_init}
         # settings are checked before the encoder is touched
-        config = _config(**self.settings)
+        config = _config(prompt_length, dropout, prompt_init)
         self.problem_type, self.label_smoothing = problem_type, float(label_smoothing)
-        self.main = prompted(encoder)
+        self.main = prompted(encoder, pooling=pooling)
+        self.settings = {
+            "prompt_length": prompt_length, "dropout": dropout, "prompt_init": prompt_init, "pooling": self.main.pooling
+        }  # fmt: skip
         self._shared = self.main is encoder
         self.bank = PromptBank(self.main.widths, None, config) if prompt_length else None
         self.head = make_head(self.main, num_classes, head)
@@ -104,10 +108,10 @@ class PromptTuned(TaskModel):
             FileNotFoundError, ValueError: no such save, it is damaged or doesn't fit; the message says what doesn't.
             OSError: a file can't be read.
         """
-        saved = checkpoint.read_description(path, "PromptTuned", {"prompt_length", "dropout", "prompt_init"})
+        saved = checkpoint.read_description(path, "PromptTuned", {"prompt_length", "dropout", "prompt_init", "pooling"})
         classes, task = None if head is not None else saved["num_classes"], checkpoint.task_settings(saved)
         with checkpoint.settings_of(path):
-            _config(**saved["config"])
+            _config(**{name: value for name, value in saved["config"].items() if name != "pooling"})
             check_head(classes, head, **task)
         model = cls(encoder, num_classes=classes, head=head, **task, **saved["config"])
         model._load(path, saved, strict)

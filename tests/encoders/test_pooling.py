@@ -1,6 +1,8 @@
 """Poolings that a user asks for, of the feature and of what the router sees."""
 
+import json
 import pickle
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -8,7 +10,7 @@ import timm
 import torch
 from tiny_transformers import CASES, CROSS, SETTINGS, class_token, close, each, last_real_token, make_cross, masked_mean
 
-from mope_fast import FeatureCache, MoPEConfig, MoPEFusion, PromptedEncoder
+from mope_fast import FeatureCache, MoPEConfig, MoPEFusion, PromptedEncoder, PromptTuned, unwrap_encoder
 from mope_fast.encoders import encode
 
 
@@ -76,6 +78,49 @@ def test_a_save_keeps_its_poolings(tmp_path):
     assert {name: getattr(again.config, name) for name in poolings} == poolings
 
 
+def test_a_save_from_before_there_were_poolings_means_what_it_meant(tmp_path):
+    bert, inputs, cross = CASES["bert"].make(), CASES["bert"].inputs(3), make_cross(3)
+    model = MoPEFusion(bert, None, 3, MoPEConfig(**SETTINGS)).double().eval()
+    expected = model(inputs, cross).logits
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "mope_fast.json"
+    saved = json.loads(file.read_text())
+    for name in ("pooling", "router_pooling", "complementary_pooling", "head_inputs", "expert_spread"):
+        del saved["config"][name]
+    file.write_text(json.dumps(saved))
+    model.unwrap()
+    again = MoPEFusion.from_pretrained(tmp_path, bert).double()
+    assert torch.equal(again(inputs, cross).logits, expected)
+    again.unwrap()
+    other = MoPEFusion(bert, None, 3, MoPEConfig(**SETTINGS, pooling="mean")).double()
+    with pytest.raises(ValueError, match=r"config.pooling: saved with None, got 'mean'"):
+        other.load_pretrained(tmp_path)
+
+
+def test_prompt_tuning_keeps_its_pooling_too(tmp_path):
+    bert, inputs = CASES["bert"].make(), CASES["bert"].inputs(3)
+    makers = [
+        lambda: PromptTuned(bert, 2, 3, pooling="mean"), lambda: PromptTuned(PromptedEncoder(bert, pooling="mean"), 2, 3)
+    ]  # fmt: skip
+    for make in makers:
+        model = make().double().eval()
+        expected = model(inputs)
+        model.save_pretrained(tmp_path)
+        unwrap_encoder(bert)
+        again = PromptTuned.from_pretrained(tmp_path, bert).double()
+        assert torch.equal(again(inputs).logits, expected.logits)
+        again.unwrap()
+
+
+def test_a_complementary_side_that_pools_otherwise_is_refused():
+    bert, config = CASES["bert"].make(), MoPEConfig(**SETTINGS, complementary_pooling="cls")
+    side = PromptTuned(CASES["bert"].make(), 2, pooling="mean")
+    for complementary in (side, side.fold(), None):
+        with pytest.raises(ValueError, match=r"complementary_pooling='cls' was asked for, but complementary, \w+, has pooling="):
+            MoPEFusion(bert, complementary, 3, replace(config, cross_dim=None if complementary is not None else CROSS))
+    assert MoPEFusion(bert, side, 3, MoPEConfig(**{**SETTINGS, "cross_dim": None})).config.complementary_pooling == "mean"
+
+
 def test_an_encoder_that_came_wrapped_keeps_its_poolings():
     shared = PromptedEncoder(CASES["bert"].make(), pooling="mean")
     config = MoPEConfig(**SETTINGS)
@@ -130,6 +175,8 @@ def test_features_of_another_pooling_are_another_cache(tmp_path):
 
 
 def test_a_head_on_both_reads_the_complementary_feature_too():
+    with pytest.raises(ValueError, match="head_inputs='both' needs a head"):
+        MoPEFusion(CASES["bert"].make(), None, None, MoPEConfig(**SETTINGS, head_inputs="both"))
     bert, inputs, cross = CASES["bert"].make(), CASES["bert"].inputs(3), make_cross(3)
     model = MoPEFusion(bert, None, 5, MoPEConfig(**SETTINGS, head_inputs="both")).double().eval()
     output = model(inputs, cross)

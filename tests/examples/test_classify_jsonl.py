@@ -203,7 +203,9 @@ def test_images_on_another_disk_are_let_in_by_name(folder, tmp_path):
 
 
 @pytest.mark.usefixtures("_tiny_encoders")
-@pytest.mark.parametrize("more", [["--main", "image"], ["--complementary", "frozen"], ["--schedule", "steps", "--head-lr", "1e-2"]])
+@pytest.mark.parametrize(
+    "more", [["--main", "image"], ["--complementary", "frozen", "--head-epochs", "2"], ["--schedule", "steps", "--head-lr", "1e-2"]]
+)
 def test_other_forms(folder, tmp_path, more):
     assert set(run(folder, tmp_path / "out", *more)) == {"samples", "best_epoch", "history", "val", "test"}
 

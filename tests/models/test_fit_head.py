@@ -32,7 +32,7 @@ def test_it_learns_and_nothing_else_changes(settings):
     assert changed == {"head.weight", "head.bias"}
     assert model.training, "modes are as before"
     assert not model.main.encoder.training
-    assert all(parameter.grad is None for name, parameter in model.named_parameters() if not name.startswith("head"))
+    assert all(parameter.grad is None for parameter in model.parameters()), "no gradient is left for the next step"
 
 
 def test_the_head_is_fitted_to_what_it_reads_in_eval_mode():
@@ -98,3 +98,33 @@ def test_what_can_not_be_fitted_is_refused(change, error, message):
 def test_a_model_without_a_head_is_told():
     with pytest.raises(ValueError, match="this MoPEFusion has no head to fit: give it num_classes or head"):
         fit_head(make_fusion(num_classes=None), batches(), progress=False)
+
+
+def test_what_is_no_model_with_a_head_to_train_is_refused():
+    compiled = torch.compile(make_fusion(), backend="eager")
+    frozen = make_fusion()
+    frozen.head.requires_grad_(False)
+    twice = make_fusion(num_classes=None, head=Twice())
+    for model, error, message in (
+        (compiled, TypeError, "neither compiled nor in DDP, got OptimizedModule"),
+        (torch.nn.Linear(2, 2), TypeError, "got Linear"),
+        (frozen, ValueError, "the head, Linear, has no parameters to train"),
+        (twice, ValueError, "read 32 rows for 16 samples"),
+    ):
+        with pytest.raises(error, match=message):
+            fit_head(model, batches((8, 8)), progress=False)
+
+
+class Twice(torch.nn.Linear):
+    def __init__(self):
+        super().__init__(32, CLASSES)
+
+    def __call__(self, x):
+        return super().__call__(super().__call__(x) @ self.weight)
+
+
+def test_without_gradients_around_it_fits_too():
+    model = make_fusion()
+    with torch.no_grad():
+        losses = fit_head(model, batches((8, 8)), epochs=2, progress=False)
+    assert len(losses) == 2

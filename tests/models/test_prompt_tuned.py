@@ -61,7 +61,7 @@ def test_saves_and_loads(tmp_path):
     loaded = PromptTuned.from_pretrained(tmp_path, model.unwrap()).double()
     # saved in float64, made in float32
     close(loaded(images).logits, logits, 1e-6)
-    assert loaded.settings == {"prompt_length": 4, "dropout": 0.2, "prompt_init": 0.3}
+    assert loaded.settings == {"prompt_length": 4, "dropout": 0.2, "prompt_init": 0.3, "pooling": None}
     with pytest.raises(ValueError, match="was saved by PromptTuned, not by MoPEFusion: load it with PromptTuned"):
         MoPEFusion.from_pretrained(tmp_path, make_dinov2())
     with pytest.raises(ValueError, match=r"main: saved with .*dinov2.*, got .*bert"):
