@@ -3,6 +3,8 @@
 import base64
 import io
 import json
+import multiprocessing
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -40,7 +42,7 @@ def text(batch=3, tokens=6):
 
 
 def test_pmf_without_prompts_influence_is_both_encoders_as_they_are():
-    model = PMF(bert(), dinov2(), 5, layers=2, length=1, bottleneck=8).double()
+    model = PMF(bert(), dinov2(), torch.nn.Linear(40, 5), layers=2, length=1, bottleneck=8).double()
     inputs, pictures = text(), torch.randn(3, 3, 8, 8, dtype=torch.float64)
     for encoder in (model.text, model.image):  # attention that gives nothing: prompts can't be seen
         layers = encoder.encoder.layer
@@ -54,7 +56,7 @@ def test_pmf_without_prompts_influence_is_both_encoders_as_they_are():
 
 
 def test_pmf_is_its_two_stages_one_sample_at_a_time():
-    model = PMF(bert(), dinov2(), 5, layers=1, length=2, bottleneck=8).double()
+    model = PMF(bert(), dinov2(), torch.nn.Linear(40, 5), layers=1, length=2, bottleneck=8).double()
     inputs, pictures = text(), torch.randn(3, 3, 8, 8, dtype=torch.float64)
     got = model(inputs, pictures)
     for i, length in enumerate(inputs["attention_mask"].sum(1).tolist()):
@@ -79,7 +81,7 @@ def test_pmf_is_its_two_stages_one_sample_at_a_time():
 
 
 def test_pmf_trains_every_prompt_and_neither_encoder():
-    model = PMF(bert(), dinov2(), 5, layers=2, length=2, bottleneck=8).double().train()
+    model = PMF(bert(), dinov2(), torch.nn.Linear(40, 5), layers=2, length=2, bottleneck=8).double().train()
     model(text(), torch.randn(3, 3, 8, 8, dtype=torch.float64)).sum().backward()
     for name, parameter in model.named_parameters():
         frozen = name.startswith(("text.", "image."))
@@ -88,7 +90,7 @@ def test_pmf_trains_every_prompt_and_neither_encoder():
 
 
 def test_promptfuse_puts_feature_and_prompts_before_the_words():
-    model = PromptFuse(bert(), 5, feature_width=48, length=3).double()
+    model = PromptFuse(bert(), torch.nn.Linear(24, 5), length=3).double()
     inputs, feature = text(), torch.randn(3, 48, dtype=torch.float64)
     got = model(inputs, feature)
     for i, length in enumerate(inputs["attention_mask"].sum(1).tolist()):
@@ -98,8 +100,6 @@ def test_promptfuse_puts_feature_and_prompts_before_the_words():
         torch.testing.assert_close(got[i : i + 1], expected)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert trained == ["prompts", "head.weight", "head.bias"]
-    with pytest.raises(ValueError, match="whole tokens of width 24"):
-        PromptFuse(bert(), 5, feature_width=40)
 
 
 def icon(color):
@@ -135,15 +135,18 @@ def test_items_are_read_and_those_that_belong_together_are_one_family(tmp_path):
     assert items.picture(rows[0]).getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_no_family_is_on_two_sides_of_a_split():
+def test_no_family_is_on_two_sides_and_none_is_tested_twice_or_chosen_by():
     families = [index // 3 for index in range(300)]
     split = data.by_family(families, lambda index: data.Samples(*(torch.tensor(index),) * 3))
-    parts = split(0)
-    sides = [{families[index] for index in part.texts.tolist()} for part in (parts.train, parts.dev, parts.test)]
-    assert sum(map(len, sides)) == len(set().union(*sides)) == 100
-    assert [len(side) for side in sides] == [56, 14, 30]
-    assert split(1).test.texts.tolist() != parts.test.texts.tolist()
-    assert split(0).dev.texts.tolist() == parts.dev.texts.tolist()
+    parts = [split(seed) for seed in range(data.FOLDS)]
+    sides = [[{families[index] for index in side.texts.tolist()} for side in (part.train, part.dev, part.test)] for part in parts]
+    for train, dev, test in sides:
+        assert len(train) + len(dev) + len(test) == len(train | dev | test) == 100
+        assert dev == sides[0][1], "one part for all choices"
+    assert sum(len(test) for _, _, test in sides) == 85
+    assert set().union(*(test for _, _, test in sides)) == set(range(100)) - sides[0][1]
+    assert split(data.FOLDS).test.texts.tolist() != parts[0].test.texts.tolist(), "folds are drawn anew"
+    assert split(data.FOLDS).dev.texts.tolist() == parts[0].dev.texts.tolist()
 
 
 @pytest.fixture
@@ -164,7 +167,7 @@ def tiny(monkeypatch):
     for module in (data, methods):
         monkeypatch.setattr(module, "example", modules.__getitem__)
     monkeypatch.setitem(data.TASKS, "tiny", (lambda name, size: task, 8, "for tests"))
-    monkeypatch.setattr(cells, "SEARCHED", ("tiny", 0))
+    monkeypatch.setattr(cells, "SEARCHED", "tiny")
     return task
 
 
@@ -208,26 +211,73 @@ def test_a_study_goes_on_where_it_was_stopped_and_says_what_was_not_run(tiny, tm
     assert mlp.startswith("MLP on both frozen features")
     assert " 2 " in sequential
     assert mope.split() == ["MoPE,", "K=4", "not", "run"]
-    (file,) = tmp_path.iterdir()
+    (file,) = tmp_path.glob("*.jsonl")
     file.write_text(file.read_text() + "{}\n")
     with pytest.raises(ValueError, match=r"tiny.jsonl, line 7 is no cell of benchmarks.study"):
         study.main([*words, "mlp"])
+
+
+def test_the_epoch_that_dev_chooses_is_what_is_tested(tiny, monkeypatch):
+    """The best of three on dev is the first one, whose weights are tested."""
+    seen, weights = iter([0.9, 0.2, 0.1, 0.5]), []
+
+    def accuracy(model, batches, samples):
+        weights.append(model.head[-1].weight.detach().clone())
+        return next(seen)
+
+    monkeypatch.setattr(training, "accuracy", accuracy)
+    found = training.train(tiny, tiny.split(0), "mlp", "text", replace(RECIPE, epochs=3), 0, test=True)
+    assert (found.dev, found.test, found.epoch) == (0.9, 0.5, 1)
+    assert torch.equal(weights[3], weights[0])
+    assert not torch.equal(weights[3], weights[2])
+
+
+def test_the_head_alone_is_an_epoch_too(tiny):
+    recipe = replace(RECIPE, lr=0.0, head_lr=0.0, head_epochs=20)
+    found = training.train(tiny, tiny.split(0), "sequential-both", "text", recipe, 0, test=True)
+    assert found.epoch == 2, "later ones of equals"
+    assert found.losses[1] < 0.6, "the class is told by the text"
+
+
+def test_another_recipe_is_another_row(tiny):
+    rows = [
+        {"cell": cells.Cell("t", None, "mlp", split, recipe, True).as_dict(), "found": {"test": value}}
+        for split, recipe, value in ((0, RECIPE, 0.1), (1, RECIPE, 0.2), (0, replace(RECIPE, epochs=9), 0.7))
+    ]
+    assert {split: found["test"] for split, found in cells.final_cells(rows, "t", "mlp", "text", RECIPE).items()} == {
+        0: 0.1,
+        1: 0.2,
+    }
+
+
+def _add(path, start):
+    store = cells.Store(path)
+    for split in range(start, start + 20):
+        store.add(cells.Cell("t", None, "mlp", split, RECIPE, True), {"test": 0.5}, {})
+
+
+def test_two_processes_lose_nothing_of_each_other(tmp_path):
+    context = multiprocessing.get_context("fork")
+    both = [context.Process(target=_add, args=(tmp_path / "t.jsonl", start)) for start in (0, 100)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert len(cells.Store(tmp_path / "t.jsonl").rows()) == 40
 
 
 def test_intervals_are_students():
     found = cells.interval([0.01, 0.02, 0.06])
     assert found.mean == pytest.approx(0.03)
     assert found.half == pytest.approx(4.302653 * 0.0264575 / 3**0.5, rel=1e-5)
-    assert cells.interval([0.5]).half != cells.interval([0.5]).half, "one value has none"
+    assert str(cells.interval([0.5])) == "+50.0 (one split)"
+    wider = cells.interval([0.01, 0.02, 0.06], overlap=0.25)
+    assert wider.half == pytest.approx(found.half * (1 / 3 + 1 / 4) ** 0.5 * 3**0.5)
 
 
 def test_differences_are_of_the_same_splits():
-    recipe = RECIPE
-    rows = [
-        {"cell": cells.Cell("t", main, name, split, recipe, True).as_dict(), "found": {"test": value}}
-        for name, main, values in (("mlp", None, [0.5, 0.6, 0.1]), ("mope-16", "text", [0.6, 0.8]))
-        for split, value in enumerate(values)
-    ]
-    found = cells.difference(rows, "t", "mope-16", "mlp", "text")
+    mlp, mope = ({split: {"test": value} for split, value in enumerate(values)} for values in ([0.5, 0.6, 0.1], [0.6, 0.8]))
+    found = cells.difference(mope, mlp, folds=True)
     assert (found.count, found.mean) == (2, pytest.approx(0.15))
-    assert cells.difference(rows, "t", "mope-16", "mlp", "image") is None
+    assert found.half > cells.difference(mope, mlp, folds=False).half
+    assert cells.difference({}, mlp, folds=True) is None

@@ -49,15 +49,13 @@ class PMF(nn.Module):
 
     Args:
         text, image: frozen BERT and DINOv2, of any widths.
-        num_classes: C.
+        head: both class tokens side by side -> logits. The paper's mean of a linear head's logits a side is a linear head on both.
         layers: how many of the last layers fuse.
         length: rows of each kind of prompt.
         bottleneck: of the maps between both.
     """
 
-    def __init__(
-        self, text: nn.Module, image: nn.Module, num_classes: int, layers: int = 2, length: int = 4, bottleneck: int = 384
-    ):
+    def __init__(self, text: nn.Module, image: nn.Module, head: nn.Module, layers: int = 2, length: int = 4, bottleneck: int = 384):
         super().__init__()
         self.text, self.image = (encoder.requires_grad_(False).eval() for encoder in (text, image))
         self.fused = layers
@@ -74,8 +72,7 @@ class PMF(nn.Module):
             )
             for source, target in pairs
         })  # fmt: skip
-        # the mean of a linear head's logits a side is a linear head on both
-        self.head = nn.Linear(sum(widths.values()), num_classes)
+        self.head = head
 
     def train(self, mode: bool = True) -> "PMF":
         super().train(mode)
@@ -116,19 +113,15 @@ class PromptFuse(nn.Module):
 
     Args:
         text: BERT.
-        num_classes: C.
+        head: the class token -> logits.
         length: number of prompts, which with the head are all that is trained.
-        feature_width: of the picture's feature; where it isn't BERT's, as many of its numbers as make whole tokens are taken.
     """
 
-    def __init__(self, text: nn.Module, num_classes: int, feature_width: int, length: int = 20):
+    def __init__(self, text: nn.Module, head: nn.Module, length: int = 20):
         super().__init__()
         self.text = text.requires_grad_(False).eval()
-        width = text.config.hidden_size
-        if feature_width % width:
-            raise ValueError(f"the picture's feature ({feature_width}) must be whole tokens of width {width}")
-        self.prompts = nn.Parameter(torch.randn(length, width) * 0.02)
-        self.head = nn.Linear(width, num_classes)
+        self.prompts = nn.Parameter(torch.randn(length, text.config.hidden_size) * 0.02)
+        self.head = head
 
     def train(self, mode: bool = True) -> "PromptFuse":
         super().train(mode)
@@ -136,7 +129,7 @@ class PromptFuse(nn.Module):
         return self
 
     def forward(self, text: dict[str, Tensor], feature: Tensor) -> Tensor:
-        """Logits (B, C) of texts and pictures' features (B, n * D)."""
+        """Logits (B, C) of texts and pictures' features (B, n * D), which are n tokens."""
         words = self.text.get_input_embeddings()(text["input_ids"])
         seen = feature.unflatten(-1, (-1, words.shape[-1]))
         added = torch.cat([seen, self.prompts.expand(len(words), -1, -1)], dim=1)

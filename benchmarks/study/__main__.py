@@ -5,23 +5,25 @@
     python -m benchmarks.study my_folder                    # train.jsonl, val.jsonl, images: as for examples/classify_jsonl.py
     python -m benchmarks.study items-slot --quick           # does it run at all? a minute
 
-Each method's recipe is the best of as many trials as any other method has, on the development part of one split of one task
-(``benchmarks.study.cells``). With it the method is trained once a split; the epoch is chosen on that split's development part, and
-the test part is opened once. A finished cell is in the results at once. What wasn't run is said.
+Each method's recipe is the best of as many trials as any other method has (``benchmarks.study.cells``). It is chosen, and so is the
+epoch, on one development part that no split tests on. With its recipe a method is trained once a split, and the test part is opened
+once; the splits' test parts are disjoint. A finished cell is in the results at once. What wasn't run is said.
 """
 
 import argparse
 import dataclasses
 import datetime
+import math
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from benchmarks import environment
 from benchmarks.study import data
-from benchmarks.study.cells import QUICK, Cell, Store, chosen, difference, interval, main_of, searched, tested
+from benchmarks.study.cells import QUICK, Cell, Store, chosen, difference, final_cells, main_of, searched
 from benchmarks.study.methods import METHODS, Recipe
 from benchmarks.study.training import train
 
@@ -32,9 +34,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.study", description=__doc__.split("\n")[0])
     parser.add_argument("task", help=f"{', '.join(data.TASKS)}, or a folder of JSON lines")
     parser.add_argument("--main", choices=("text", "image"), default="text", help="the side whose layers take prompts")
-    parser.add_argument(
-        "--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD", help=", ".join(METHODS)
-    )
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=None, metavar="METHOD", help=", ".join(METHODS))
     parser.add_argument("--splits", type=int, default=3, help="how many, from 0")
     parser.add_argument("--hours", type=float, default=float("inf"), help="begin no cell after so many")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of finished cells")
@@ -44,7 +44,12 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"{args.task} is neither a folder nor one of {', '.join(data.TASKS)}")
     if args.splits < 1:
         parser.error(f"--splits must be at least 1, got {args.splits}")
-    args.methods = [method for method in args.methods if args.main in METHODS[method].mains]
+    if args.methods is None:
+        args.methods = [method for method in METHODS if args.main in METHODS[method].mains]
+    if others := [method for method in args.methods if args.main not in METHODS[method].mains]:
+        parser.error(f"{', '.join(others)} can't have the {args.main} as main: leave out, or drop --main {args.main}")
+    if missing := [name for name in ("scipy", "peft") if find_spec(name) is None]:
+        parser.error(f"{' and '.join(missing)} are missing: pip install -e '.[bench,examples]'")
     return args
 
 
@@ -54,14 +59,23 @@ class Study:
     def __init__(self, args: argparse.Namespace):
         self.args, self.started = args, time.monotonic()
         self.tasks: dict[str, data.Task] = {}
+        self.task = args.task
+        if args.task not in data.TASKS:
+            folder = data.load(args.task)
+            self.task, self.tasks[folder.name] = folder.name, folder
+        self.recipes: dict[str, Recipe | None] = {}
         self.facts = {
-            **environment.describe(environment.default_device()), "commit": environment.commit(),
+            **environment.describe(torch.device("cpu")), "commit": environment.commit(),
             "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         }  # fmt: skip
 
     def store(self, task: str) -> Store:
-        name = task if task in data.TASKS else Path(task).resolve().name
-        return Store(self.args.results / f"{name}{'-quick' if self.args.quick else ''}.jsonl")
+        return Store(self.args.results / f"{task}{'-quick' if self.args.quick else ''}.jsonl")
+
+    def loaded(self, task: str) -> data.Task:
+        if task not in self.tasks:
+            self.tasks[task] = data.load(task)
+        return self.tasks[task]
 
     def run(self, cell: Cell) -> bool:
         """Whether it is done: False where the hours are used up."""
@@ -70,12 +84,11 @@ class Study:
             return True
         if time.monotonic() - self.started > 3600 * self.args.hours:
             return False
-        if cell.task not in self.tasks:
-            self.tasks[cell.task] = data.load(cell.task)
-        task = self.tasks[cell.task]
+        task = self.loaded(cell.task)
         split = task.split(cell.split)
         if self.args.quick:
-            split = data.Split(*(part[torch.arange(min(48, len(part)))] for part in (split.train, split.dev, split.test)))
+            some = (torch.linspace(0, len(part) - 1, 48).long() for part in (split.train, split.dev, split.test))
+            split = data.Split(*(part[index] for part, index in zip((split.train, split.dev, split.test), some, strict=True)))
         what = f"{cell.task}, {cell.method}, {cell.main or 'features'}, split {cell.split}{'' if cell.tests else ', a trial'}"
 
         def progress(note: str) -> None:
@@ -90,34 +103,38 @@ class Study:
         """The best trial's; None where the hours don't reach for all of them."""
         if self.args.quick:
             return QUICK[METHODS[method].encodes][0]
-        for cell in searched(method, self.args.main):
-            if not self.run(cell):
-                return None
-        return chosen(method, self.args.main, self.store(searched(method, self.args.main)[0].task))
+        trials = searched(self.task, method, self.args.main)
+        return chosen(trials, self.store(trials[0].task)) if all(self.run(cell) for cell in trials) else None
 
     def run_all(self) -> None:
         """Split after split, so that what is cut short has whole splits."""
-        recipes = {method: self.recipe(method) for method in self.args.methods}
+        self.recipes = {method: self.recipe(method) for method in self.args.methods}
         for split in range(1 if self.args.quick else self.args.splits):
-            for method, recipe in recipes.items():
+            for method, recipe in self.recipes.items():
                 if recipe is not None:
-                    self.run(Cell(self.args.task, main_of(method, self.args.main), method, split, recipe, True))
+                    self.run(Cell(self.task, main_of(method, self.args.main), method, split, recipe, True))
 
     def table(self) -> str:
         """A line a method: accuracy, difference to the MLP, parameters, time of a step; or that it wasn't run."""
-        rows = self.store(self.args.task).rows()
-        lines = [f"{'':<46}{'test':>6}  {'to the MLP, 95 %':<24}{'splits':>6}{'trained':>11}{'ms a step':>11}"]
+        rows = self.store(self.task).rows()
+        folds = self.loaded(self.task).folds if self.task in self.tasks else True
+        times = "splits" if folds else "seeds"
+        lines = [f"{'':<46}{'test':>6}  {'to the MLP, 95 %':<24}{times:>6}{'trained':>11}{'ms a step':>11}"]
+        found = {
+            method: final_cells(rows, self.task, method, self.args.main, recipe)
+            for method, recipe in self.recipes.items()
+            if recipe is not None
+        }
         for method in self.args.methods:
-            found = tested(rows, self.args.task, method, self.args.main)
             title = METHODS[method].title
-            if not found:
+            if not (cells := found.get(method)):
                 lines.append(f"{title:<46}not run")
                 continue
-            paired = difference(rows, self.args.task, method, "mlp", self.args.main) if method != "mlp" else None
-            mean = interval([each["test"] for each in found.values()]).mean
-            last = next(iter(found.values()))
+            paired = difference(cells, found.get("mlp", {}), folds=folds) if method != "mlp" else None
+            mean = math.fsum(each["test"] for each in cells.values()) / len(cells)
+            last = next(iter(cells.values()))
             size, step = f"{last['trained_parameters']:,}", f"{last['step_ms']:.1f}"
-            lines.append(f"{title:<46}{100 * mean:>6.1f}  {paired or ''!s:<24}{len(found):>6}{size:>11}{step:>11}")
+            lines.append(f"{title:<46}{100 * mean:>6.1f}  {paired or ''!s:<24}{len(cells):>6}{size:>11}{step:>11}")
         return "\n".join(lines)
 
 

@@ -8,22 +8,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from filelock import FileLock
+
+from benchmarks.study.data import FOLDS, TASKS
 from benchmarks.study.methods import METHODS, Recipe
 from mope_fast._files import write_atomically
 
-# the same number of trials for each method, all on the development part of SEARCHED
-SEARCHED = ("items-slot", 0)
+SEARCHED = "items-slot"
+"""The task whose development part chooses recipes for all tasks of the study; a folder of one's own is its own."""
 TRIALS = {
     True: [
-        Recipe(epochs, lr, head_lr) for epochs, lr, head_lr in ((4, 5e-4, 1e-3), (4, 1e-3, 3e-3), (6, 3e-4, 1e-3), (6, 5e-4, 3e-3))
+        Recipe(epochs, lr, head_lr, head_epochs=40)
+        for epochs, lr, head_lr in ((3, 5e-4, 3e-4), (3, 2e-3, 3e-4), (3, 5e-4, 1e-3), (3, 2e-4, 3e-4))
     ],
     False: [
         Recipe(epochs, 0.0, 1e-3, dropout, smoothing)
         for epochs, dropout, smoothing in ((20, 0.3, 0.0), (20, 0.5, 0.1), (40, 0.5, 0.1), (40, 0.3, 0.1))
     ],
 }
-"""Recipes by whether a method's steps run an encoder."""
-QUICK = {True: [Recipe(1, 1e-3, 3e-3, batch_size=16)], False: [Recipe(2, 0.0, 1e-3)]}
+"""Recipes by whether a method's steps run an encoder; as many for each method."""
+QUICK = {True: [Recipe(1, 1e-3, 3e-3, batch_size=16, head_epochs=2)], False: [Recipe(2, 0.0, 1e-3)]}
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Cell:
 
 
 class Store:
-    """Finished cells in a file of JSON lines, each written as it ends. Processes may share a file, each with cells of its own."""
+    """Finished cells in a file of JSON lines, each written as it ends. Processes may share a file."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -70,23 +74,24 @@ class Store:
         return next((row["found"] for row in self.rows() if row["cell"] == cell.as_dict()), None)
 
     def add(self, cell: Cell, found: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-        rows = [*self.rows(), {"cell": cell.as_dict(), "found": dict(found), **facts}]
-        write_atomically(self.path, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
+        with FileLock(self.path.with_name(f".{self.path.name}.lock")):
+            rows = [*self.rows(), {"cell": cell.as_dict(), "found": dict(found), **facts}]
+            write_atomically(self.path, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
 
 
 def main_of(method: str, main: str) -> str | None:
     return main if METHODS[method].encodes else None
 
 
-def searched(method: str, main: str) -> list[Cell]:
-    """The trials of a method."""
-    task, split = SEARCHED
-    return [Cell(task, main_of(method, main), method, split, recipe, False) for recipe in TRIALS[METHODS[method].encodes]]
+def searched(task: str, method: str, main: str) -> list[Cell]:
+    """The trials of a method, for a task."""
+    task = SEARCHED if task in TASKS else task
+    return [Cell(task, main_of(method, main), method, 0, recipe, False) for recipe in TRIALS[METHODS[method].encodes]]
 
 
-def chosen(method: str, main: str, store: Store) -> Recipe | None:
+def chosen(trials: Iterable[Cell], store: Store) -> Recipe | None:
     """The recipe of the best trial on dev, the earlier one of equals; None while one is missing."""
-    found = [(store.find(cell), cell) for cell in searched(method, main)]
+    found = [(store.find(cell), cell) for cell in trials]
     if any(result is None for result, _ in found):
         return None
     return max(found, key=lambda pair: pair[0]["dev"])[1].recipe
@@ -108,33 +113,48 @@ class Interval(NamedTuple):
         return self.mean + self.half
 
     def __str__(self) -> str:
+        if math.isnan(self.half):
+            return f"{100 * self.mean:+.1f} (one split)"
         return f"{100 * self.mean:+.1f} ({100 * self.low:+.1f} to {100 * self.high:+.1f})"
 
 
-def interval(values: Sequence[float]) -> Interval:
-    """Of at least two values; with one the interval is not a number."""
+def interval(values: Sequence[float], overlap: float = 0.0) -> Interval:
+    """The 95 % interval of the mean; with one value it is not a number.
+
+    Args:
+        overlap: test samples over training samples, where the values are of splits that share training samples: it widens the
+            interval (Nadeau and Bengio, 2003).
+    """
     from scipy.stats import t
 
     count = len(values)
     mean = math.fsum(values) / count
     if count < 2:
         return Interval(mean, math.nan, count)
-    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
-    return Interval(mean, float(t.ppf(0.975, count - 1)) * deviation / math.sqrt(count), count)
+    variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
+    return Interval(mean, float(t.ppf(0.975, count - 1)) * math.sqrt(variance * (1 / count + overlap)), count)
 
 
-def tested(rows: Iterable[Mapping[str, Any]], task: str, method: str, main: str) -> dict[int, dict[str, Any]]:
-    """Of a method's final cells, by split, what was found; the last one where a recipe was changed."""
+def final_cells(
+    rows: Iterable[Mapping[str, Any]], task: str, method: str, main: str, recipe: Recipe | None = None
+) -> dict[int, dict[str, Any]]:
+    """Of a method's final cells, by split, what was found: with this recipe, or with any, the later one of a split."""
+    key = (task, method, main_of(method, main))
     return {
         row["cell"]["split"]: row["found"]
         for row in rows
-        if row["cell"]["tests"] and (row["cell"]["task"], row["cell"]["method"]) == (task, method)
-        and row["cell"]["main"] == main_of(method, main)
+        if row["cell"]["tests"] and (row["cell"]["task"], row["cell"]["method"], row["cell"]["main"]) == key
+        and (recipe is None or row["cell"]["recipe"] == dataclasses.asdict(recipe))
     }  # fmt: skip
 
 
-def difference(rows: Sequence[Mapping[str, Any]], task: str, method: str, other: str, main: str) -> Interval | None:
-    """How much more of the test samples a method has right than another, on the same splits; None where they share none."""
-    ours, theirs = (tested(rows, task, name, main) for name in (method, other))
+def difference(ours: Mapping[int, Mapping[str, Any]], theirs: Mapping[int, Mapping[str, Any]], *, folds: bool) -> Interval | None:
+    """How much more of the test samples one method has right than another, on the same splits; None where they share none.
+
+    Args:
+        ours, theirs: of :func:`final_cells`.
+        folds: whether splits have other test samples, of a part of FOLDS, and share training samples.
+    """
     shared = sorted(ours.keys() & theirs.keys())
-    return interval([ours[split]["test"] - theirs[split]["test"] for split in shared]) if shared else None
+    values = [ours[split]["test"] - theirs[split]["test"] for split in shared]
+    return interval(values, 1 / (FOLDS - 1) if folds else 0.0) if shared else None

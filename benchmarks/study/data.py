@@ -1,5 +1,6 @@
 """What methods are compared on: texts, pictures, frozen features of both, classes, and splits that keep families together."""
 
+import hashlib
 import importlib
 import itertools
 import random
@@ -20,9 +21,12 @@ from mope_fast import FeatureCache
 from mope_fast.data import read_jsonl_folder
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-DEV_SHARE = 0.2
-"""Of the training families."""
-TEST_SHARE = 0.3
+DEV_SHARE = 0.15
+"""Of the families: one development part for all that is chosen, never tested on."""
+MAX_TOKENS = 64
+"""Longer texts are cut."""
+FOLDS = 5
+"""Of the other families; split k tests on fold k and trains on the rest."""
 
 
 def example(name: str) -> ModuleType:
@@ -69,6 +73,8 @@ class Task:
     picture_features: Tensor  # (I, 768)
     class_names: tuple[str, ...]
     split: Callable[[int], Split]
+    folds: bool = True
+    """Whether splits have other samples; if not, they are seeds of one split."""
 
 
 def divided(families: Sequence[int], share: float, seed: int) -> tuple[list[int], list[int]]:
@@ -81,13 +87,16 @@ def divided(families: Sequence[int], share: float, seed: int) -> tuple[list[int]
 
 
 def by_family(families: Sequence[int], samples: Callable[[list[int]], Samples]) -> Callable[[int], Split]:
-    """Splits of what has these families; ``samples`` makes them of the indices on one side."""
+    """Splits of what has these families; ``samples`` makes them of the indices on one side. From FOLDS on folds are drawn anew."""
+    dev, rest = divided(families, DEV_SHARE, 0)
 
     def split(seed: int) -> Split:
-        train, test = divided(families, 1 - TEST_SHARE, seed)
-        kept, held = divided([families[index] for index in train], 1 - DEV_SHARE, 100 + seed)
-        parts = ([train[index] for index in kept], [train[index] for index in held], test)
-        return Split(*map(samples, parts))
+        names = sorted({families[index] for index in rest})
+        random.Random(1 + seed // FOLDS).shuffle(names)
+        tested = set(names[seed % FOLDS :: FOLDS])
+        sides = ([index for index in rest if (families[index] in tested) is side] for side in (False, True))
+        train, test = sides
+        return Split(*map(samples, (train, dev, test)))
 
     return split
 
@@ -97,10 +106,17 @@ def _resized(images: Sequence[Image.Image], size: int) -> Tensor:
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
 
 
-def _task(name: str, texts: Sequence[str], pictures: Tensor, class_names: Sequence[str], split: Callable[[int], Split]) -> Task:
+def _task(
+    name: str,
+    texts: Sequence[str],
+    pictures: Tensor,
+    class_names: Sequence[str],
+    split: Callable[[int], Split],
+    folds: bool = True,
+) -> Task:
     packages, pretrained, easy_vqa = (example(module) for module in ("packages", "pretrained", "easy_vqa"))
     minilm, tokenizer = pretrained.minilm()
-    encoded = tokenizer(list(texts), padding=True, truncation=True, max_length=64, return_tensors="pt")
+    encoded = tokenizer(list(texts), padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
     text_cache = FeatureCache(packages.CACHE / "study-texts", minilm, pooling="mean")
     picture_cache = FeatureCache(packages.CACHE / "study-pictures", easy_vqa.PictureEncoder())
     tokens = [
@@ -109,7 +125,7 @@ def _task(name: str, texts: Sequence[str], pictures: Tensor, class_names: Sequen
     ]
     return Task(
         name, encoded["input_ids"], encoded["attention_mask"].sum(1), pictures, text_cache.precompute(tokens),
-        picture_cache.precompute(pictures.split(64)), tuple(class_names), split,
+        picture_cache.precompute(pictures.split(64)), tuple(class_names), split, folds,
     )  # fmt: skip
 
 
@@ -143,7 +159,8 @@ def _easy_vqa(name: str, size: int) -> Task:
     """4,000 training questions, of pictures of the official training set alone: its test set stays closed."""
     data = example("easy_vqa_data")
     whole, _, names = data.easy_vqa()
-    drawn = torch.randperm(len(whole.answers), generator=torch.Generator().manual_seed(0))[: round(4000 / (1 - TEST_SHARE))]
+    count = round(4000 / (1 - DEV_SHARE) / (1 - 1 / FOLDS))
+    drawn = torch.randperm(len(whole.answers), generator=torch.Generator().manual_seed(0))[:count]
     texts = sorted({whole.questions[index] for index in drawn.tolist()})
     place = {text: row for row, text in enumerate(texts)}
     rows = torch.tensor([place[whole.questions[index]] for index in drawn.tolist()])
@@ -175,7 +192,7 @@ def _folder(folder: Path, size: int = 112) -> Task:
     """train.jsonl, val.jsonl and a labelled test.jsonl. Without one val is the test split, and dev a part of train, by the seed.
 
     Raises:
-        OSError, ValueError: files are missing or wrong, samples have no picture or no label, or several classes each.
+        OSError, ValueError: files are missing or wrong, samples have no label, or several classes each.
     """
     posts = read_jsonl_folder(folder, missing_images="skip")
     if any(split.multi_label for split in posts.values()):
@@ -183,6 +200,9 @@ def _folder(folder: Path, size: int = 112) -> Task:
     names = [name for name in ("train", "val", "test") if name in posts and posts[name].labelled]
     if names[:2] != ["train", "val"]:
         raise ValueError(f"{folder} has labels in {names}: train and val need them")
+    for name in names:
+        dropped = sum(map(len, posts[name].dropped.values()))
+        print(f"{name}: {len(posts[name]):,} samples" + (f", {dropped:,} without an image left out" if dropped else ""))
     every = [post for name in names for post in posts[name]]
     begins = [0, *itertools.accumulate(len(posts[name]) for name in names)]
     labels = torch.tensor([post.label for post in every])
@@ -195,11 +215,13 @@ def _folder(folder: Path, size: int = 112) -> Task:
         parts = [range(*pair) for pair in itertools.pairwise(begins)]
         if len(parts) == 3:
             return Split(*map(samples, parts))
-        kept, held = divided(parts[0], 1 - DEV_SHARE, seed)
-        return Split(samples(kept), samples(held), samples(parts[1]))
+        dev, train = divided(parts[0], DEV_SHARE, seed)
+        return Split(samples(train), samples(dev), samples(parts[1]))
 
+    content = repr([(post.id, post.text, post.label) for post in every]).encode()
+    name = f"{folder.resolve().name}-{hashlib.sha256(content).hexdigest()[:8]}"
     pictures = _resized([post.open_image() for post in every], size)
-    return _task(folder.name, [post.text for post in every], pictures, posts["train"].class_names, split)
+    return _task(name, [post.text for post in every], pictures, posts["train"].class_names, split, folds=False)
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,9 @@ class Interactive(Model):
 
     def __init__(self, task: Task, main: str, recipe: Recipe):
         super().__init__()
-        self.pmf = PMF(frozen_encoder("text"), frozen_encoder("image"), len(task.class_names))
+        encoders = frozen_encoder("text"), frozen_encoder("image")
+        width = sum(encoder.config.hidden_size for encoder in encoders)
+        self.pmf = PMF(*encoders, classifier(width, len(task.class_names), recipe))
 
     @property
     def head(self) -> nn.Module:
@@ -148,7 +150,8 @@ class InputPrompts(Model):
 
     def __init__(self, task: Task, main: str, recipe: Recipe):
         super().__init__()
-        self.fuse = PromptFuse(frozen_encoder("text"), len(task.class_names), task.picture_features.shape[1])
+        encoder = frozen_encoder("text")
+        self.fuse = PromptFuse(encoder, classifier(encoder.config.hidden_size, len(task.class_names), recipe))
 
     @property
     def head(self) -> nn.Module:

@@ -1,6 +1,7 @@
 """One way of training for every method of the study."""
 
 import copy
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.study.data import Batches, Samples, Split, Task
 from benchmarks.study.methods import METHODS, Majority, Model, Recipe
+from mope_fast.models.fit_head import fit_on_features
 
 TEST_BATCH = 64
 HEAD_LR = 1e-3
@@ -45,7 +47,7 @@ def accuracy(model: Model, batches: Batches, samples: Samples) -> float:
     return (predict(model, batches, samples) == samples.labels).double().mean().item()
 
 
-def train_head(model: Model, batches: Batches, samples: Samples, recipe: Recipe, generator: torch.Generator) -> None:
+def train_head(model: Model, batches: Batches, samples: Samples, recipe: Recipe, seed: int) -> None:
     """The head alone, on what it reads of these samples while the rest is as it is."""
     read: list[Tensor] = []
     hook = model.head.register_forward_pre_hook(lambda head, inputs: read.append(inputs[0]))
@@ -55,18 +57,11 @@ def train_head(model: Model, batches: Batches, samples: Samples, recipe: Recipe,
         hook.remove()
     features = torch.empty(len(samples), read[0].shape[1])
     features[torch.cat(list(batches.in_order(samples, TEST_BATCH)))] = torch.cat(read)
-    optimizer = torch.optim.AdamW(model.head.parameters(), lr=HEAD_LR, weight_decay=recipe.weight_decay)
-    steps = recipe.head_epochs * (len(samples) // recipe.batch_size)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
-    model.head.train()
-    for _ in range(recipe.head_epochs):
-        order = torch.randperm(len(samples), generator=generator)
-        for index in order.split(recipe.batch_size)[: len(samples) // recipe.batch_size]:
-            loss = F.cross_entropy(model.head(features[index]), samples.labels[index], label_smoothing=recipe.label_smoothing)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+    fit_on_features(
+        model.head, features, samples.labels, functools.partial(F.cross_entropy, label_smoothing=recipe.label_smoothing),
+        epochs=recipe.head_epochs, lr=HEAD_LR, weight_decay=recipe.weight_decay, batch_size=recipe.batch_size, seed=seed,
+        progress=False,
+    )  # fmt: skip
 
 
 def train(
@@ -82,13 +77,15 @@ def train(
 ) -> Trained:
     """Train a method and judge it on dev; with ``test`` the state that dev has chosen is judged on the test split too."""
     start = time.perf_counter()
+    if len(split.train) < recipe.batch_size:
+        raise ValueError(f"{task.name} has {len(split.train)} training samples, fewer than a batch of {recipe.batch_size}")
     torch.manual_seed(seed)
     batches = Batches(task, split.train)
     model = METHODS[name].make(task, main, recipe)
     if isinstance(model, Majority):
         model.counts = split.train.labels.bincount(minlength=model.classes).float()
-        dev, found = (accuracy(model, batches, samples) for samples in (split.dev, split.test))
-        return Trained(dev, found if test else None, 1, [], 0, 0.0, time.perf_counter() - start)
+        dev, found = accuracy(model, batches, split.dev), accuracy(model, batches, split.test) if test else None
+        return Trained(dev, found, 1, [], 0, 0.0, time.perf_counter() - start)
     head = list(model.head.parameters())
     own = {id(parameter) for parameter in head}
     others = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in own]
@@ -102,7 +99,7 @@ def train(
     )
     best, kept, epoch_kept, losses, training = -1.0, None, 0, [], 0.0
     if recipe.head_epochs:
-        train_head(model, batches, split.train, recipe, generator)
+        train_head(model, batches, split.train, recipe, seed)
         best, kept = accuracy(model, batches, split.dev), _state(model)
         progress(f"head alone, dev {100 * best:.1f} %")
     for epoch in range(1, recipe.epochs + 1):
