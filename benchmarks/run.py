@@ -30,8 +30,8 @@ class Shard:
     def __init__(self, group: str, results: Path, minutes: float, arguments: Sequence[str]):
         self.group, self.results, self.seconds = group, results, 60 * minutes
         self.command = [
-            sys.executable, "-m", "pytest", str(FOLDER / f"test_{group}.py"), "--benchmark-only", "--full",
-            "--results", str(results), "--budget", str(self.seconds), *arguments,
+            sys.executable, "-m", "pytest", str(FOLDER / f"test_{group}.py"), "--benchmark-only",
+            *([] if "--smoke" in arguments else ["--full"]), "--results", str(results), "--budget", str(self.seconds), *arguments,
         ]  # fmt: skip
         self.log = results / f"{group}.log"
         self.before = set(record.files(results))

@@ -119,7 +119,7 @@ def record(monkeypatch):
     ("case", "capability"),
     slow_but(
         # sm_86 has the least shared memory, and head dim 256 takes the most
-        [(COMMON[0], 80), *((case, 86) for case in (COMMON[0], ENTRIES[4], ENTRIES[7])), *((case, 90) for case in QUICK)],
+        [(COMMON[0], 80), *((case, 86) for case in (COMMON[0], ENTRIES[4])), *((case, 90) for case in QUICK)],
         [(COMMON[0], 80), *((case, 86) for case in ENTRIES), *((case, 90) for case in (*ENTRIES, *COMMON[4:], *OTHERS))],
     ),
     ids=str,

@@ -110,7 +110,7 @@ def test_bfloat16_is_as_good_as_eager(name, autocast):
         assert_as_good_as_eager(key, grad, eager_grads[key], true_grads[key], torch.bfloat16)
 
 
-@pytest.mark.slow  # tests/models/mope_baf/test_baf_steps.py compiles it too
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "modality"), [("base", "joint"), ("base", "text"), ("base_plus", "image")])
 def test_compiles_as_one_graph_for_every_batch_size(name, modality):
     torch._dynamo.reset()

@@ -27,6 +27,7 @@ def step(model, inputs, parameters=None):
     return {"logits": output.logits, "loss": output.loss, **gradients(output.loss, parameters or trained(model), one)}
 
 
+@pytest.mark.slow
 def test_compiled_step_equals_eager_for_every_batch_size_without_recompiling():
     torch._dynamo.reset()
     model = small()
