@@ -347,12 +347,13 @@ def test_a_training_step_never_waits_for_the_host(kind, settings):
     assert len(recorder.names) > 200
 
 
+@pytest.mark.slow  # transformers' families do so quickly
 @pytest.mark.parametrize(
     ("kind", "settings", "mode"),
     [
         ("vit", {"depth": 1}, "fusion"),
-        pytest.param("swin", {"depths": (2,), "num_heads": (2,), "image": (30, 30)}, "fusion", marks=pytest.mark.slow),
-        pytest.param("swin", {"depths": (2,), "num_heads": (2,)}, "prompts only", marks=pytest.mark.slow),
+        ("swin", {"depths": (2,), "num_heads": (2,), "image": (30, 30)}, "fusion"),
+        ("swin", {"depths": (2,), "num_heads": (2,)}, "prompts only"),
     ],
 )
 def test_compiled_step_equals_eager_for_every_batch_size_without_recompiling(kind, settings, mode):

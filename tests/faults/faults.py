@@ -814,7 +814,7 @@ RANKS = (
         "dist.group.WORLD if self.name is None else dist.distributed_c10d._resolve_process_group(self.name)",
         "dist.group.WORLD",
         "use_joint_batch(group) takes the losses of ranks that aren't in the group too.",
-        f"{_JOINT}test_two_processes_train_as_one",
+        f"{_JOINT}test_two_processes_train_as_one[quick]",
     ),
     _fault(
         "left-out-labels-counted",

@@ -587,6 +587,7 @@ def test_three_runs_have_the_same_bits(device):
 
 
 @interpreted
+@pytest.mark.slow
 def test_programs_may_run_in_any_order_and_twice(monkeypatch):
     set_launch(monkeypatch, windows=1)
     inputs = make_inputs(torch.float32, CPU, **EVERYTHING)

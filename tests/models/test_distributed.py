@@ -185,8 +185,12 @@ def check_one_all_reduce_a_step_and_no_wait_for_the_device(rank, folder):
     assert not recorder.waits()
 
 
-def test_two_processes_train_as_one(tmp_path):
-    checks = [check for name, check in globals().items() if name.startswith("check_")]
+QUICK = [check_a_group_outlives_copies_and_pickles, check_one_all_reduce_a_step_and_no_wait_for_the_device]
+OTHERS = [check for name, check in globals().items() if name.startswith("check_") and check not in QUICK]
+
+
+@pytest.mark.parametrize("checks", [QUICK, pytest.param(OTHERS, marks=pytest.mark.slow)], ids=["quick", "others"])
+def test_two_processes_train_as_one(checks, tmp_path):
     run_in_two_processes(checks, tmp_path)
 
 
