@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import measure, plan, run, suite
+from benchmarks import conftest, measure, plan, run, suite
 from benchmarks.cases import CENTRE, FULL
 from benchmarks.report import terminal
 from benchmarks.test_report import FUSED, PAPER, entry, tax_entry
@@ -113,13 +113,13 @@ def printed(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [(["--full", "--smoke"], "take one of them"), (["--benchmark-only", "-n", "2"], "drop -n")]
+    ("options", "message"),
+    [({"full": True, "smoke": True}, "take one of them"), ({"benchmark_only": True, "numprocesses": 2}, "drop -n")],
 )
 def test_options_that_contradict_each_other_are_refused(options, message):
-    command = [sys.executable, "-m", "pytest", "benchmarks/test_record.py", "--collect-only", *options]
-    ran = subprocess.run(command, cwd=run.FOLDER.parent, capture_output=True, text=True, check=False)
-    assert ran.returncode == pytest.ExitCode.USAGE_ERROR
-    assert message in ran.stderr
+    config = SimpleNamespace(getoption=lambda name, default=None: options.get(name, default))
+    with pytest.raises(pytest.UsageError, match=message):
+        conftest.pytest_configure(config)
 
 
 def test_a_measurement_that_left_no_entry_moves_no_line(monkeypatch):
