@@ -1,5 +1,6 @@
 import datetime
 import math
+import os
 import time
 from pathlib import Path
 
@@ -26,6 +27,8 @@ def pytest_configure(config):
         raise pytest.UsageError("--full measures all sizes, --smoke tiny ones: take one of them")
     if config.getoption("benchmark_only") and config.getoption("numprocesses", None):
         raise pytest.UsageError("processes beside each other (-n) would measure each other: drop -n, or drop --benchmark-only")
+    # its workers, which start with the first compiled provider, would take cores from the next ones
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     config.stash[suite.GROUPS] = {}
     config.stash[suite.RECORD] = Record(config.getoption("results"), config.getoption("budget"))
     if config.getoption("cpu_time"):
