@@ -9,23 +9,20 @@ import argparse
 import dataclasses
 import datetime
 import functools
-import importlib
 import json
-import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 
 from benchmarks import environment, measure
 from benchmarks.cases.scaling import LENGTH_EXPERTS, equal_length
+from benchmarks.examples import example
 from mope_fast._files import write_atomically
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 SUBSET_SEED = 0
 """Of the questions that are taken: the same for all runs."""
 
@@ -47,13 +44,6 @@ def planned(experts: Iterable[int], length: int, seeds: Iterable[int]) -> Iterat
             yield Run("experts", count, length, seed)
             if count != LENGTH_EXPERTS:
                 yield Run("length", LENGTH_EXPERTS, equal_length(count, length), seed)
-
-
-def easy_vqa() -> ModuleType:
-    """The example; its folder is of programs, not a package."""
-    if str(EXAMPLES) not in sys.path:
-        sys.path.insert(0, str(EXAMPLES))
-    return importlib.import_module("easy_vqa")
 
 
 def subset(data: Any, count: int | None) -> Any:
@@ -78,16 +68,16 @@ def constant_accuracy(data: Any) -> float:
 
 def train_and_test(run: Run, args: Namespace, train: Any, test: Any, classes: int) -> dict[str, Any]:
     """What one run gives; a step is forward, backward and optimiser."""
-    example = easy_vqa()
+    easy_vqa = example("easy_vqa")
     args = Namespace(**{**vars(args), "experts": run.experts, "prompt_length": run.length, "seed": run.seed})
     torch.manual_seed(run.seed)
-    model = example.build(args, train.image_inputs.shape[1], classes).to(args.device)
+    model = easy_vqa.build(args, train.image_inputs.shape[1], classes).to(args.device)
     start = measure.synchronised_time()
-    example.train(model, train, args)
+    easy_vqa.train(model, train, args)
     seconds = measure.synchronised_time() - start
     steps = args.epochs * -(-len(train) // args.batch_size)
     batches = test.batches(256)
-    logits = torch.cat(example.predict(model, test, batches, args))
+    logits = torch.cat(easy_vqa.predict(model, test, batches, args))
     return {
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "test_accuracy": (logits.argmax(-1) == test.answers.cpu()[torch.cat(batches)]).double().mean().item(),
@@ -179,9 +169,9 @@ def main(words: Sequence[str] | None = None) -> None:
     args = parse_arguments(words)
     if args.cpu_time:
         measure.count_cpu_time()
-    example = easy_vqa()
-    options = example.parse_arguments(["--epochs", str(args.epochs), "--image-size", str(args.image_size), "--balance", "0"])
-    train, test, names = example.load_data(options)
+    easy_vqa = example("easy_vqa")
+    options = easy_vqa.parse_arguments(["--epochs", str(args.epochs), "--image-size", str(args.image_size), "--balance", "0"])
+    train, test, names = easy_vqa.load_data(options)
     train, test = subset(train, args.samples), subset(test, args.test_samples)
     settings = {
         "training_questions": len(train), "test_questions": len(test), "epochs": args.epochs, "batch_size": options.batch_size,

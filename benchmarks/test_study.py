@@ -162,7 +162,10 @@ def tiny(monkeypatch):
     task = data.Task("tiny", ids, torch.full((count,), 6), pictures, *features, ("a", "b"), split)
     modules = {
         "pretrained": SimpleNamespace(minilm=lambda: (bert().float(), None), dinov2_small=lambda: dinov2().float()),
-        "easy_vqa_data": SimpleNamespace(normalised=lambda pictures: pictures / 255),
+        # all its texts have one length
+        "easy_vqa_data": SimpleNamespace(
+            normalised=lambda pictures: pictures / 255, of_like_length=lambda order, lengths, size: list(order.split(size))
+        ),
     }
     for module in (data, methods):
         monkeypatch.setattr(module, "example", modules.__getitem__)

@@ -1,7 +1,7 @@
 """Easy-VQA, a published set of questions about images: its files, and batches of it on a device."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -39,13 +39,20 @@ def easy_vqa() -> tuple[Split, Split, list[str]]:
     return split("train"), split("test"), answers
 
 
+def stacked(images: Iterable[Image.Image], size: int) -> Tensor:
+    """(n, 3, size, size), uint8."""
+    pictures = [np.array(image.resize((size, size), Image.Resampling.BICUBIC)) for image in images]
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+
+
 def load_pictures(paths: list[Path], size: int) -> Tensor:
     """(n, 3, size, size), uint8: decoded and resized once for all epochs."""
-    pictures = torch.empty(len(paths), size, size, 3, dtype=torch.uint8)
-    for picture, path in zip(pictures, paths, strict=True):
-        image = load_image(path).resize((size, size), Image.Resampling.BICUBIC)
-        picture.copy_(torch.from_numpy(np.array(image)))
-    return pictures.permute(0, 3, 1, 2).contiguous()
+    return stacked(map(load_image, paths), size)
+
+
+def of_like_length(order: Tensor, lengths: Tensor, size: int) -> list[Tensor]:
+    """Index batches in this order, but for eight batches at a time, which are sorted by length."""
+    return [batch for group in order.split(8 * size) for batch in group[lengths[group].argsort(stable=True)].split(size)]
 
 
 def normalised(pictures: Tensor) -> Tensor:
@@ -97,8 +104,7 @@ class Questions:
         order = torch.randperm(len(self), generator=generator)
         if balance:
             order = order[torch.rand(len(order), generator=generator) < (balance / self._commonness)[order]]
-        groups = order.split(8 * size)
-        batches = [batch for group in groups for batch in group[self.lengths[group].argsort(stable=True)].split(size)]
+        batches = of_like_length(order, self.lengths, size)
         # batch norm needs two
         return [batches[i] for i in torch.randperm(len(batches), generator=generator) if len(batches[i]) > 1]
 

@@ -176,7 +176,8 @@ class Task:
         """Train the head alone first, if that was asked for; every process does the same."""
         if self.args.head_epochs:
             self.model.to(default_device())
-            batches = [to_device(batch, default_device()) for batch in self.loader("train", range(len(self.splits["train"])))]
+            # one by one: pictures of all batches may not fit into memory
+            batches = (to_device(batch, default_device()) for batch in self.loader("train", range(len(self.splits["train"]))))
             fit_head(self.model, batches, epochs=self.args.head_epochs, batch_size=self.args.batch_size, seed=self.args.seed)
 
     def metrics(self, logits: Tensor, labels: Tensor) -> dict[str, float]:

@@ -5,23 +5,12 @@ On transformers' BERT (text) and DINOv2 (image), called layer by layer.
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 Layer = Callable[[Tensor], Tensor]
 """Tokens (B, S, D) -> (B, S, D); what is appended to a text is never hidden by its mask."""
-
-
-def text_tokens(bert: nn.Module, text: dict[str, Tensor]) -> Tensor:
-    """BERT's embeddings, (B, S, D)."""
-    return bert.embeddings(input_ids=text["input_ids"])
-
-
-def image_tokens(dinov2: nn.Module, pictures: Tensor) -> Tensor:
-    """DINOv2's embeddings, class token first, (B, S, D)."""
-    return dinov2.embeddings(pictures)
 
 
 def text_layers(bert: nn.Module, mask: Tensor) -> list[Layer]:
@@ -32,11 +21,6 @@ def text_layers(bert: nn.Module, mask: Tensor) -> list[Layer]:
         return layer(tokens, attention_mask=torch.cat([mask, appended], dim=1).bool()[:, None, None])
 
     return [functools.partial(run, layer) for layer in bert.encoder.layer]
-
-
-def image_layers(dinov2: nn.Module) -> list[Layer]:
-    """DINOv2's layers."""
-    return list(dinov2.encoder.layer)
 
 
 class PMF(nn.Module):
@@ -82,8 +66,8 @@ class PMF(nn.Module):
 
     def forward(self, text: dict[str, Tensor], pictures: Tensor) -> Tensor:
         """Logits (B, C)."""
-        layers = {"text": text_layers(self.text, text["attention_mask"]), "image": image_layers(self.image)}
-        tokens = {"text": text_tokens(self.text, text), "image": image_tokens(self.image, pictures)}
+        layers = {"text": text_layers(self.text, text["attention_mask"]), "image": list(self.image.encoder.layer)}
+        tokens = {"text": self.text.embeddings(text["input_ids"]), "image": self.image.embeddings(pictures)}
         with torch.no_grad():
             for side in tokens:
                 for layer in layers[side][: -self.fused]:
@@ -134,5 +118,5 @@ class PromptFuse(nn.Module):
         seen = feature.unflatten(-1, (-1, words.shape[-1]))
         added = torch.cat([seen, self.prompts.expand(len(words), -1, -1)], dim=1)
         mask = torch.cat([text["attention_mask"].new_ones(added.shape[:2]), text["attention_mask"]], dim=1)
-        output: Any = self.text(inputs_embeds=torch.cat([added, words], dim=1), attention_mask=mask)
+        output = self.text(inputs_embeds=torch.cat([added, words], dim=1), attention_mask=mask)
         return self.head(output.last_hidden_state[:, added.shape[1]])

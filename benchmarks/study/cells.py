@@ -135,16 +135,14 @@ def interval(values: Sequence[float], overlap: float = 0.0) -> Interval:
     return Interval(mean, float(t.ppf(0.975, count - 1)) * math.sqrt(variance * (1 / count + overlap)), count)
 
 
-def final_cells(
-    rows: Iterable[Mapping[str, Any]], task: str, method: str, main: str, recipe: Recipe | None = None
-) -> dict[int, dict[str, Any]]:
-    """Of a method's final cells, by split, what was found: with this recipe, or with any, the later one of a split."""
+def final_cells(rows: Iterable[Mapping[str, Any]], task: str, method: str, main: str, recipe: Recipe) -> dict[int, dict[str, Any]]:
+    """Of a method's final cells, by split, what was found: with this recipe."""
     key = (task, method, main_of(method, main))
     return {
         row["cell"]["split"]: row["found"]
         for row in rows
         if row["cell"]["tests"] and (row["cell"]["task"], row["cell"]["method"], row["cell"]["main"]) == key
-        and (recipe is None or row["cell"]["recipe"] == dataclasses.asdict(recipe))
+        and row["cell"]["recipe"] == dataclasses.asdict(recipe)
     }  # fmt: skip
 
 

@@ -1,39 +1,27 @@
 """What methods are compared on: texts, pictures, frozen features of both, classes, and splits that keep families together."""
 
 import hashlib
-import importlib
 import itertools
 import random
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from benchmarks.examples import example
 from benchmarks.study import items
 from mope_fast import FeatureCache
 from mope_fast.data import read_jsonl_folder
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 DEV_SHARE = 0.15
 """Of the families: one development part for all that is chosen, never tested on."""
 MAX_TOKENS = 64
 """Longer texts are cut."""
 FOLDS = 5
 """Of the other families; split k tests on fold k and trains on the rest."""
-
-
-def example(name: str) -> ModuleType:
-    """A module of the examples, whose folder is of programs, not a package."""
-    if str(EXAMPLES) not in sys.path:
-        sys.path.insert(0, str(EXAMPLES))
-    return importlib.import_module(name)
 
 
 @dataclass(frozen=True)
@@ -73,8 +61,6 @@ class Task:
     picture_features: Tensor  # (I, 768)
     class_names: tuple[str, ...]
     split: Callable[[int], Split]
-    folds: bool = True
-    """Whether splits have other samples; if not, they are seeds of one split."""
 
 
 def divided(families: Sequence[int], share: float, seed: int) -> tuple[list[int], list[int]]:
@@ -101,18 +87,12 @@ def by_family(families: Sequence[int], samples: Callable[[list[int]], Samples]) 
     return split
 
 
-def _resized(images: Sequence[Image.Image], size: int) -> Tensor:
-    pictures = [np.array(image.resize((size, size), Image.Resampling.BICUBIC)) for image in images]
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
-
-
 def _task(
     name: str,
     texts: Sequence[str],
     pictures: Tensor,
     class_names: Sequence[str],
     split: Callable[[int], Split],
-    folds: bool = True,
 ) -> Task:
     packages, pretrained, easy_vqa = (example(module) for module in ("packages", "pretrained", "easy_vqa"))
     minilm, tokenizer = pretrained.minilm()
@@ -125,7 +105,7 @@ def _task(
     ]
     return Task(
         name, encoded["input_ids"], encoded["attention_mask"].sum(1), pictures, text_cache.precompute(tokens),
-        picture_cache.precompute(pictures.split(64)), tuple(class_names), split, folds,
+        picture_cache.precompute(pictures.split(64)), tuple(class_names), split,
     )  # fmt: skip
 
 
@@ -152,7 +132,9 @@ def _items(name: str, size: int) -> Task:
         return Samples(*torch.tensor(pairs).unbind(1))
 
     split = by_family(families, matched if name == "items-match" else classified)
-    return _task(name, [row.sentence for row in rows], _resized([items.picture(row) for row in rows], size), names, split)
+    return _task(
+        name, [row.sentence for row in rows], example("easy_vqa_data").stacked(map(items.picture, rows), size), names, split
+    )
 
 
 def _easy_vqa(name: str, size: int) -> Task:
@@ -220,8 +202,8 @@ def _folder(folder: Path, size: int = 112) -> Task:
 
     content = repr([(post.id, post.text, post.label) for post in every]).encode()
     name = f"{folder.resolve().name}-{hashlib.sha256(content).hexdigest()[:8]}"
-    pictures = _resized([post.open_image() for post in every], size)
-    return _task(name, [post.text for post in every], pictures, posts["train"].class_names, split, folds=False)
+    pictures = example("easy_vqa_data").stacked((post.open_image() for post in every), size)
+    return _task(name, [post.text for post in every], pictures, posts["train"].class_names, split)
 
 
 @dataclass(frozen=True)
@@ -258,8 +240,8 @@ class Batches:
     def epoch(self, samples: Samples, size: int, generator: torch.Generator) -> list[Tensor]:
         """Indices of an epoch's batches, all of one size: shuffled, and of like lengths within eight batches."""
         lengths = self.task.lengths[samples.texts]
-        groups = torch.randperm(len(samples), generator=generator).split(8 * size)
-        batches = [batch for group in groups for batch in group[lengths[group].argsort(stable=True)].split(size)]
+        order = torch.randperm(len(samples), generator=generator)
+        batches = example("easy_vqa_data").of_like_length(order, lengths, size)
         whole = [batch for batch in batches if len(batch) == size]
         return [whole[index] for index in torch.randperm(len(whole), generator=generator).tolist()]
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.baselines.prompt_fusion import PMF, PromptFuse
-from benchmarks.study.data import Batch, Task, example
+from benchmarks.examples import example
+from benchmarks.study.data import Batch, Task
 from mope_fast import MoPEConfig, MoPEFusion
 
 HIDDEN = 256
@@ -38,9 +39,6 @@ class Model(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor | float]:
         raise NotImplementedError
-
-    def close(self) -> None:
-        """Give back what isn't this model's own."""
 
 
 def classifier(width: int, classes: int, recipe: Recipe, hidden: int | None = HIDDEN) -> nn.Module:
@@ -87,7 +85,6 @@ class Fused(Model):
         width = encoder.config.hidden_size + (other.shape[1] if config.head_inputs == "both" else 0)
         self.main = main
         self.fusion = MoPEFusion(encoder, None, None, config, head=classifier(width, len(task.class_names), recipe))
-        self.fusion.leave_frozen_out_of_state_dict()
 
     @property
     def head(self) -> nn.Module:
@@ -96,9 +93,6 @@ class Fused(Model):
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         output = self.fusion(*sides(batch, self.main))
         return output.logits, self.fusion.config.importance_weight * output.importance_loss
-
-    def close(self) -> None:
-        self.fusion.unwrap()
 
 
 class LoRA(Model):
@@ -128,37 +122,32 @@ class LoRA(Model):
         return self
 
 
-class Interactive(Model):
-    """PMF: both encoders run."""
+class Published(Model):
+    """Another method's network; ``reads`` gives what of a batch it is called with."""
 
-    def __init__(self, task: Task, main: str, recipe: Recipe):
+    def __init__(self, network: nn.Module, reads: Callable[[Batch], tuple[Any, ...]]):
         super().__init__()
-        encoders = frozen_encoder("text"), frozen_encoder("image")
-        width = sum(encoder.config.hidden_size for encoder in encoders)
-        self.pmf = PMF(*encoders, classifier(width, len(task.class_names), recipe))
+        self.network, self.reads = network, reads
 
     @property
     def head(self) -> nn.Module:
-        return self.pmf.head
+        return self.network.head
 
     def forward(self, batch: Batch) -> tuple[Tensor, float]:
-        return self.pmf(batch.text, batch.pictures), 0.0
+        return self.network(*self.reads(batch)), 0.0
 
 
-class InputPrompts(Model):
-    """PromptFuse: text as main."""
+def _pmf(task: Task, main: str, recipe: Recipe) -> Model:
+    encoders = frozen_encoder("text"), frozen_encoder("image")
+    width = sum(encoder.config.hidden_size for encoder in encoders)
+    head = classifier(width, len(task.class_names), recipe)
+    return Published(PMF(*encoders, head), lambda batch: (batch.text, batch.pictures))
 
-    def __init__(self, task: Task, main: str, recipe: Recipe):
-        super().__init__()
-        encoder = frozen_encoder("text")
-        self.fuse = PromptFuse(encoder, classifier(encoder.config.hidden_size, len(task.class_names), recipe))
 
-    @property
-    def head(self) -> nn.Module:
-        return self.fuse.head
-
-    def forward(self, batch: Batch) -> tuple[Tensor, float]:
-        return self.fuse(batch.text, batch.picture_feature), 0.0
+def _promptfuse(task: Task, main: str, recipe: Recipe) -> Model:
+    encoder = frozen_encoder("text")
+    head = classifier(encoder.config.hidden_size, len(task.class_names), recipe)
+    return Published(PromptFuse(encoder, head), lambda batch: (batch.text, batch.picture_feature))
 
 
 class Majority(Model):
@@ -209,8 +198,8 @@ METHODS = {
     ),
     "sequential": _fused("static and mapped prompts", use_dynamic=False),
     "sequential-both": _fused("static and mapped prompts, head on both", use_dynamic=False, head_inputs="both"),
-    "pmf": Method("PMF", Interactive, mains=("text",)),
-    "promptfuse": Method("PromptFuse", InputPrompts, mains=("text",)),
+    "pmf": Method("PMF", _pmf, mains=("text",)),
+    "promptfuse": Method("PromptFuse", _promptfuse, mains=("text",)),
     "lora": Method("LoRA r=8 on the main encoder, head on both", LoRA),
     "mope-1": _fused("MoPE, K=1", num_experts=1),
     "mope-4": _fused("MoPE, K=4", num_experts=4),

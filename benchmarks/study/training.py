@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.study.data import Batches, Samples, Split, Task
 from benchmarks.study.methods import METHODS, Majority, Model, Recipe
-from mope_fast.models.fit_head import fit_on_features
+from mope_fast.models.fit_head import fit_on_features, read_by, warm_up_and_decay
 
 TEST_BATCH = 64
 HEAD_LR = 1e-3
@@ -49,12 +49,8 @@ def accuracy(model: Model, batches: Batches, samples: Samples) -> float:
 
 def train_head(model: Model, batches: Batches, samples: Samples, recipe: Recipe, seed: int) -> None:
     """The head alone, on what it reads of these samples while the rest is as it is."""
-    read: list[Tensor] = []
-    hook = model.head.register_forward_pre_hook(lambda head, inputs: read.append(inputs[0]))
-    try:
+    with read_by(model.head) as read:
         predict(model, batches, samples)
-    finally:
-        hook.remove()
     features = torch.empty(len(samples), read[0].shape[1])
     features[torch.cat(list(batches.in_order(samples, TEST_BATCH)))] = torch.cat(read)
     fit_on_features(
@@ -93,10 +89,7 @@ def train(
     optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
     generator = torch.Generator().manual_seed(seed)
     steps = recipe.epochs * (len(split.train) // recipe.batch_size)
-    warm_up = max(1, steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warm_up, max(0.0, (steps - step) / max(1, steps - warm_up)))
-    )
+    schedule = warm_up_and_decay(optimizer, steps)
     best, kept, epoch_kept, losses, training = -1.0, None, 0, [], 0.0
     if recipe.head_epochs:
         train_head(model, batches, split.train, recipe, seed)
@@ -123,7 +116,6 @@ def train(
             best, epoch_kept, kept = dev, epoch, _state(model)
     _restore(model, kept)
     found = accuracy(model, batches, split.test) if test else None
-    model.close()
     parameters = sum(parameter.numel() for parameter in (*head, *others))
     return Trained(best, found, epoch_kept, losses, parameters, training / steps * 1e3, time.perf_counter() - start)
 

@@ -1,11 +1,13 @@
 """The head alone: trained in seconds on what it reads, before prompts are."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from .._distributed import is_sharded
 from .._modes import evaluating
@@ -83,7 +85,10 @@ def fit_on_features(
     seed: int,
     progress: bool,
 ) -> list[float]:
-    """:func:`fit_head` of any head on features (N, D) at hand; ``loss_of`` is called with logits and labels."""
+    """:func:`fit_head` of any head on features (N, D) at hand, which it leaves in training mode.
+
+    ``loss_of`` is called with logits and labels.
+    """
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
@@ -91,11 +96,8 @@ def fit_on_features(
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
     count = max(1, len(labels) // batch_size)
     steps, generator = epochs * count, torch.Generator().manual_seed(seed)
-    warm_up = max(1, steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
-    )
-    losses, training = [], head.training
+    schedule = warm_up_and_decay(optimizer, steps)
+    losses = []
     head.train()
     try:
         for _ in tracked(range(epochs), "fitting the head", "epoch", shown=progress):
@@ -115,28 +117,39 @@ def fit_on_features(
                 )
     finally:
         optimizer.zero_grad()  # else the next loop's first step would have it
-        head.train(training)
     return losses
+
+
+def warm_up_and_decay(optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
+    """Warm-up over a tenth of the steps, then down to zero in a line; to be stepped after each step."""
+    warm_up = max(1, steps // 10)
+    return LambdaLR(optimizer, lambda step: min((step + 1) / warm_up, max(0.0, (steps - step) / max(1, steps - warm_up))))
+
+
+@contextmanager
+def read_by(head: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect what a head is called with in the block."""
+    read: list[Tensor] = []
+    hook = head.register_forward_pre_hook(lambda head, inputs: read.append(inputs[0].detach().clone()))
+    try:
+        yield read
+    finally:
+        hook.remove()
 
 
 def _read(model: TaskModel, batches: Iterable[Mapping[str, Any]], progress: bool) -> tuple[Tensor, Tensor]:
     """What the head reads of all samples, and their labels."""
-    read: list[Tensor] = []
     labels: list[Tensor] = []
-    hook = model.head.register_forward_pre_hook(lambda head, inputs: read.append(inputs[0].detach().clone()))
-    try:
-        with torch.no_grad(), evaluating(model):
-            for batch in tracked(batches, "features for the head", "batch", shown=progress):
-                if not isinstance(batch, Mapping):
-                    raise TypeError(f"batches must give dicts of the model's keyword arguments, got {type(batch).__name__}")
-                arguments = dict(batch)
-                given = arguments.pop("labels", None)
-                if given is None:
-                    raise ValueError(f"a batch has no labels, only {list(arguments)}: the head is fitted to them")
-                model(**arguments)
-                labels.append(given)
-    finally:
-        hook.remove()
+    with torch.no_grad(), evaluating(model), read_by(model.head) as read:
+        for batch in tracked(batches, "features for the head", "batch", shown=progress):
+            if not isinstance(batch, Mapping):
+                raise TypeError(f"batches must give dicts of the model's keyword arguments, got {type(batch).__name__}")
+            arguments = dict(batch)
+            given = arguments.pop("labels", None)
+            if given is None:
+                raise ValueError(f"a batch has no labels, only {list(arguments)}: the head is fitted to them")
+            model(**arguments)
+            labels.append(given)
     if not labels:
         raise ValueError("batches gave none: it needs at least one (an iterator can be used only once)")
     features, targets = torch.cat(read), torch.cat(labels)

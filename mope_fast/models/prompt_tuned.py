@@ -50,7 +50,7 @@ class PromptTuned(TaskModel):
         super().__init__()
         check_head(num_classes, head, problem_type, label_smoothing)
         # settings are checked before the encoder is touched
-        config = _config(prompt_length, dropout, prompt_init)
+        config = _config(prompt_length, dropout, prompt_init, pooling)
         self.problem_type, self.label_smoothing = problem_type, float(label_smoothing)
         self.main = prompted(encoder, pooling=pooling)
         self.settings = {
@@ -111,16 +111,21 @@ class PromptTuned(TaskModel):
         saved = checkpoint.read_description(path, "PromptTuned", {"prompt_length", "dropout", "prompt_init", "pooling"})
         classes, task = None if head is not None else saved["num_classes"], checkpoint.task_settings(saved)
         with checkpoint.settings_of(path):
-            _config(**{name: value for name, value in saved["config"].items() if name != "pooling"})
+            _config(**saved["config"])
             check_head(classes, head, **task)
         model = cls(encoder, num_classes=classes, head=head, **task, **saved["config"])
         model._load(path, saved, strict)
         return model
 
 
-def _config(prompt_length: int, dropout: float = 0.1, prompt_init: float | None = None) -> MoPEConfig:
+def _config(prompt_length: int, dropout: float, prompt_init: float | None, pooling: str | None) -> MoPEConfig:
     if not isinstance(prompt_length, int) or isinstance(prompt_length, bool) or prompt_length < 0:
         raise ValueError(f"prompt_length must be an integer >= 0, got {prompt_length!r}")
     return MoPEConfig(
-        prompt_length=max(1, prompt_length), dropout=dropout, prompt_init=prompt_init, use_dynamic=False, use_mapped=False
+        prompt_length=max(1, prompt_length),
+        dropout=dropout,
+        prompt_init=prompt_init,
+        pooling=pooling,
+        use_dynamic=False,
+        use_mapped=False,
     )

@@ -1,0 +1,15 @@
+"""Modules of the examples, whose folder is of programs, not a package."""
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+
+FOLDER = Path(__file__).parents[1] / "examples"
+
+
+def example(name: str) -> ModuleType:
+    """One of them, by its file's name."""
+    if str(FOLDER) not in sys.path:
+        sys.path.insert(0, str(FOLDER))
+    return importlib.import_module(name)
