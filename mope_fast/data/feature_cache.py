@@ -42,7 +42,7 @@ class FeatureCache:
             gradient and without autocast, and gets its training flags back afterwards.
         fingerprint: names the encoder; needed for a callable without parameters and buffers. Default: a hash of class, structure,
             config, parameters and buffers. Change it with anything else that features depend on.
-        pooling: of a supported encoder's tokens into its feature: "cls", "mean" or "last"; None for its family's own way.
+        pooling: of a supported encoder's tokens into its feature, as for :class:`PromptedEncoder`; None for its family's own.
         flush_every: rows kept in memory at most before they are written; also written by :meth:`flush`, at the end of a ``with``
             block and of the interpreter.
         padded_inputs: names of inputs (B, S, ...) that hold padding which the encoder doesn't read: what is behind a sample's last
@@ -187,7 +187,7 @@ class FeatureCache:
         if self._store.width is not None:
             return self._store.width
         family = encoders.find_family(self.encoder)
-        return None if family is None else family.feature_width(self.encoder)
+        return None if family is None else family.pooled_width(self.encoder, self.pooling)
 
     def __len__(self) -> int:
         """Distinct samples that this process knows features of."""

@@ -152,18 +152,26 @@ class EncoderFamily:
 
     def check_pooling(self, pooling: str | None, router_pooling: str | None = None) -> None:
         """Raises ValueError for a pooling of the feature, or of what the router sees, that this family doesn't have."""
-        choices = {"pooling": () if self.tokens is None else self.pools, "router_pooling": self.pools}
-        for (name, known), value in zip(choices.items(), (pooling, router_pooling), strict=True):
-            if value is not None and value not in known:
+        of_feature = {} if self.tokens is None else self.pools
+        for name, known, value, parts in (
+            ("pooling", of_feature, pooling, (pooling or "").split("+")),
+            ("router_pooling", self.pools, router_pooling, [router_pooling]),
+        ):
+            if value is not None and not known.keys() >= set(parts):
+                own = "None for its own" + (f", {'+'.join(known)!r} for all" if len(parts) > 1 and len(known) > 1 else "")
                 hint = "; a timm model pools as it was created: global_pool='avg'" if self.name.startswith("timm") else ""
-                raise ValueError(f"{name} of {self.name} must be one of {[None, *known]}, None for its own, got {value!r}{hint}")
+                raise ValueError(f"{name} of {self.name} must be one of {[None, *known]}, {own}, got {value!r}{hint}")
+
+    def pooled_width(self, encoder: nn.Module, pooling: str | None = None) -> int:
+        """Width of what :meth:`encode` gives."""
+        return self.feature_width(encoder) * (1 if pooling is None else len(pooling.split("+")))
 
     def router_pool(self, encoder: nn.Module, inputs: Inputs, pooling: str | None = None) -> Pool:
         """How a layer's input is pooled for the router; ``pooling`` is None for the family's own way, or one of ``pools``."""
         return self.pool(encoder, inputs) if pooling is None else self.pools[pooling](encoder, inputs)
 
     def encode(self, encoder: nn.Module, inputs: Inputs, pooling: str | None = None) -> Tensor:
-        """The encoder's global feature (B, D); ``pooling`` is None for the family's own, or one of ``pools``."""
+        """The encoder's global feature (B, D); ``pooling`` is None for the family's own, or of ``pools``: "cls", or "cls+mean"."""
         output = self.run(encoder, inputs)
         if isinstance(output, tuple):
             raise ValueError(f"{type(encoder).__name__} gave a tuple: leave return_dict at its default")
@@ -172,7 +180,9 @@ class EncoderFamily:
     def _pooled(self, encoder: nn.Module, output: Any, inputs: Inputs, pooling: str | None) -> Tensor:
         if pooling is None:
             return self.feature(encoder, output, inputs)
-        return self.pools[pooling](encoder, inputs)(self.tokens(encoder, output, inputs))
+        tokens = self.tokens(encoder, output, inputs)
+        features = [self.pools[part](encoder, inputs)(tokens) for part in pooling.split("+")]
+        return features[0] if len(features) == 1 else torch.cat(features, dim=-1)
 
     def encode_with_maps(self, encoder: nn.Module, inputs: Inputs, pooling: str | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The global feature (B, D), pooled as by :meth:`encode`, and the maps (B, C, H, W) of the encoder's stages.
@@ -264,7 +274,8 @@ def encode(encoder: nn.Module, inputs: Tensor | Inputs, pooling: str | None = No
 
     Args:
         inputs: the encoder's main input, or a dict of its keyword arguments.
-        pooling: "cls", "mean" or "last", as far as its family has it; None for the family's own (docs/encoders.md).
+        pooling: "cls", "mean" or "last", as far as its family has it, or several side by side, "cls+mean"; None for the family's
+            own (docs/encoders.md).
     """
     family = family_of(encoder)
     family.check_pooling(pooling)

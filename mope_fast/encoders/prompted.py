@@ -20,8 +20,8 @@ class PromptedEncoder(nn.Module):
     Args:
         encoder: see :func:`mope_fast.supported_encoders`.
         pooling: how its tokens become the feature: "cls" (class token), "mean" (over real tokens, of an image over its patches),
-            "last" (real token), or None for its family's own way (docs/encoders.md). Sentence encoders such as MiniLM were trained
-            for the mean.
+            "last" (real token), several side by side as "cls+mean" (DINOv2's own classifiers read these), or None for its family's
+            own way (docs/encoders.md). Sentence encoders such as MiniLM were trained for the mean.
         router_pooling: how a layer's input is pooled for the router; likewise.
 
     Raises:
@@ -38,7 +38,7 @@ class PromptedEncoder(nn.Module):
         self.encoder = encoder
         facts = self._facts = self.family.layers(encoder)
         self.widths = [layer.width for layer in facts]
-        self.feature_width = self.family.feature_width(encoder)
+        self.feature_width = self.family.pooled_width(encoder, self.pooling)
         self.gradient_checkpointing = False
         """Recompute each layer and its prompts in the backward pass instead of keeping their activations."""
 

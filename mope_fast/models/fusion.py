@@ -74,7 +74,7 @@ class MoPEFusion(TaskModel):
             raise ValueError("MoPEConfig.head_inputs='both' needs a head: give num_classes or head, or leave it at 'main'")
         if not isinstance(main, PromptedEncoder):
             family_of(main)
-        cross_dim = _feature_width(complementary)
+        cross_dim = _feature_width(complementary, config.complementary_pooling)
         if cross_dim is not None and config.cross_dim not in (None, cross_dim):
             raise ValueError(
                 f"config.cross_dim is {config.cross_dim}, but {type(complementary).__name__} gives features of width {cross_dim}"
@@ -260,8 +260,8 @@ def _is_encoder(complementary: object) -> bool:
     return isinstance(complementary, PromptedEncoder) or (complementary is not None and find_family(complementary) is not None)
 
 
-def _feature_width(complementary: object) -> int | None:
+def _feature_width(complementary: object, pooling: str | None) -> int | None:
     """Of the features that a supported encoder or a prompted model gives; None if that can't be known."""
     if _is_encoder(complementary) and not isinstance(complementary, PromptedEncoder):
-        return family_of(complementary).feature_width(complementary)
+        return family_of(complementary).pooled_width(complementary, pooling)
     return getattr(complementary, "feature_width", None)

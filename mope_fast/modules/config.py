@@ -74,7 +74,9 @@ class MoPEConfig(Settings):
         "main", "what the head reads: 'main', the fused feature, or 'both', the complementary feature beside it", _PAPER
     )
     pooling: str | None = setting(
-        None, "of the main encoder's tokens into its feature: 'cls', 'mean', 'last', or None for the family's own", _OURS
+        None,
+        "of the main encoder's tokens into its feature: 'cls', 'mean', 'last', 'cls+mean' for both, or None for its family's own",
+        _OURS,
     )
     router_pooling: str | None = setting(None, "of a layer's input, for the router; likewise", _OURS)
     complementary_pooling: str | None = setting(None, "of a supported complementary encoder's tokens into psi_y; likewise", _OURS)

@@ -133,6 +133,8 @@ def test_an_encoder_that_came_wrapped_keeps_its_poolings():
     ("family", "poolings", "message"),
     [
         ("bert", {"pooling": "max"}, r"pooling of bert must be one of \[None, 'cls', 'mean', 'last'\]"),
+        ("bert", {"pooling": "cls+max"}, r"'cls\+mean\+last' for all, got 'cls\+max'"),
+        ("bert", {"router_pooling": "cls+mean"}, r"router_pooling of bert must be one of"),
         ("gpt2", {"router_pooling": "cls"}, r"router_pooling of gpt2 must be one of \[None, 'mean', 'last'\], None for its own"),
         ("wav2vec2", {"pooling": "cls"}, r"pooling of wav2vec2 must be one of \[None\]"),
     ],
@@ -158,6 +160,28 @@ def test_timms_feature_is_pooled_by_the_model_and_the_routers_view_as_asked():
 
     PromptedEncoder(vit, router_pooling="mean")(torch.randn(2, 3, 16, 16), provide)
     assert seen == [True, True]
+
+
+def test_poolings_side_by_side(tmp_path):
+    dinov2, inputs, cross = CASES["dinov2"].make(), CASES["dinov2"].inputs(3), make_cross(3)
+    expected = torch.cat([encode(dinov2, inputs, "cls"), encode(dinov2, inputs, "mean")], dim=1)
+    close(encode(dinov2, inputs, "cls+mean"), expected)
+    cache = FeatureCache(tmp_path / "cache", dinov2, pooling="cls+mean")
+    assert cache.feature_width == expected.shape[1]
+    close(cache(inputs), expected)
+    bert, text = CASES["bert"].make(), CASES["bert"].inputs(3)
+    config = MoPEConfig(**SETTINGS | {"cross_dim": None}, complementary_pooling="cls+mean")
+    model = MoPEFusion(bert, dinov2, 5, config).double().eval()
+    assert model.bank.cross_dim == expected.shape[1]
+    assert model(text, inputs).logits.isfinite().all()
+    unwrap_encoder(dinov2)
+    model = MoPEFusion(dinov2, None, 5, MoPEConfig(**SETTINGS, pooling="cls+mean")).double().eval()
+    assert model.head.in_features == expected.shape[1]
+    model.save_pretrained(tmp_path / "saved")
+    logits = model(inputs, cross).logits
+    close(model.fold()(inputs, cross).logits, logits)
+    model.unwrap()
+    close(MoPEFusion.from_pretrained(tmp_path / "saved", dinov2).double().eval()(inputs, cross).logits, logits)
 
 
 def test_features_of_another_pooling_are_another_cache(tmp_path):
