@@ -24,6 +24,7 @@ from .models import (
     VLMoConfig,
     VLMoProcessor,
     fit_head,
+    start_prompts,
 )
 from .modules import MoPEConfig, MoPELayer, MoPEOutput, PromptAttention, PromptBank, PromptMapper
 from .receptive_field import ReceptiveField
@@ -53,6 +54,7 @@ __all__ = [
     "fit_head",
     "functional",
     "register_encoder",
+    "start_prompts",
     "supported_encoders",
     "unwrap_encoder",
 ]

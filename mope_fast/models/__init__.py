@@ -7,6 +7,7 @@ from .mope_baf import BAFConfig, MoPEBAF
 from .multi_adapter import MultiAdapter
 from .output import FusionOutput
 from .prompt_tuned import PromptTuned
+from .start_prompts import start_prompts
 from .vlmo import VLMo, VLMoConfig, VLMoOutput, VLMoProcessor
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "VLMoOutput",
     "VLMoProcessor",
     "fit_head",
+    "start_prompts",
 ]

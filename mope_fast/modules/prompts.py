@@ -168,6 +168,10 @@ class _Stack(nn.Module):
             )
             self.inter_bias = nn.Parameter(torch.empty(layers, config.inter_routing_dim).uniform_(-(width**-0.5), width**-0.5))
 
+    def prompts(self) -> list[Tensor]:
+        """Static prompts (n, L, D) and experts (n, K, L, D), as far as there are any."""
+        return [rows for rows in (getattr(self, "static_prompt", None), getattr(self, "experts", None)) if rows is not None]
+
 
 def _grams(stack: _Stack) -> list[Callable[[], Tensor]]:
     """For each layer a function that gives its Gram matrices; the first call computes all layers'."""
@@ -219,6 +223,19 @@ class PromptBank(nn.Module):
             self.keys = nn.Parameter(keys) if config.learn_keys else nn.Buffer(keys)
         if config.use_mapped:
             self.mapper = PromptMapper(cross_dim, self.dims, config.mapper_norm)
+
+    @torch.no_grad()
+    def start_at(self, tokens: Sequence[Tensor]) -> None:
+        """Centre each layer's static prompts and experts on a token (D,); the mapped prompt is their mean, for every sample."""
+        for width, stack in self.stacks.items():
+            own = [token for token, dim in zip(tokens, self.dims, strict=True) if dim == int(width)]
+            for rows in stack.prompts():
+                centre = torch.stack(own).to(rows)
+                rows += (centre - rows.flatten(1, -2).mean(1)).view(-1, *[1] * (rows.dim() - 2), int(width))
+            if self.config.use_mapped:
+                up = self.mapper.up[width]
+                nn.init.zeros_(up.weight)
+                up.bias.copy_(torch.stack(own).mean(0))
 
     @property
     def routes(self) -> bool:
