@@ -1,7 +1,7 @@
 """The methods that are compared: what each trains, and what of a sample it reads."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from benchmarks.baselines.prompt_fusion import PMF, PromptFuse
 from benchmarks.examples import example
 from benchmarks.study.data import Batch, Task
-from mope_fast import MoPEConfig, MoPEFusion
+from mope_fast import MoPEConfig, MoPEFusion, start_prompts
 
 HIDDEN = 256
 """Of every method's head."""
@@ -37,6 +37,9 @@ class Model(nn.Module):
 
     head: nn.Module
 
+    def start(self, batches: Iterable[Batch]) -> None:
+        """Whatever of it starts by data, of training samples."""
+
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor | float]:
         raise NotImplementedError
 
@@ -54,13 +57,22 @@ class OnFeatures(Model):
 
     def __init__(self, task: Task, recipe: Recipe, sides: tuple[str, ...], hidden: int | None = HIDDEN):
         super().__init__()
-        widths = {"text": task.text_features.shape[1], "image": task.picture_features.shape[1]}
         self.sides = sides
-        self.head = classifier(sum(widths[side] for side in sides), len(task.class_names), recipe, hidden)
+        self.head = classifier(sum(width(task, side) for side in sides), len(task.class_names), recipe, hidden)
 
     def forward(self, batch: Batch) -> tuple[Tensor, float]:
         features = {"text": batch.text_feature, "image": batch.picture_feature}
         return self.head(torch.cat([features[side] for side in self.sides], dim=-1)), 0.0
+
+
+OTHER = {"text": "image", "image": "text"}
+POOLING = {"text": "mean", "image": "cls+mean"}
+"""Of the main encoder's tokens: what the other methods read of that side, too."""
+
+
+def width(task: Task, side: str) -> int:
+    """Of a side's feature, whichever method pools it."""
+    return (task.text_features if side == "text" else task.picture_features).shape[1]
 
 
 def frozen_encoder(side: str) -> nn.Module:
@@ -78,17 +90,20 @@ class Fused(Model):
 
     def __init__(self, task: Task, main: str, recipe: Recipe, settings: Mapping[str, Any]):
         super().__init__()
-        encoder, other = frozen_encoder(main), task.picture_features if main == "text" else task.text_features
-        config = MoPEConfig(**{"num_experts": EXPERTS, "prompt_length": LENGTH, **settings}, cross_dim=other.shape[1])
-        if main == "text":
-            config = replace(config, pooling="mean")
-        width = encoder.config.hidden_size + (other.shape[1] if config.head_inputs == "both" else 0)
+        other = width(task, OTHER[main])
+        config = MoPEConfig(
+            **{"num_experts": EXPERTS, "prompt_length": LENGTH, **settings}, cross_dim=other, pooling=POOLING[main]
+        )  # fmt: skip
+        read = width(task, main) + (other if config.head_inputs == "both" else 0)
         self.main = main
-        self.fusion = MoPEFusion(encoder, None, None, config, head=classifier(width, len(task.class_names), recipe))
+        self.fusion = MoPEFusion(frozen_encoder(main), None, None, config, head=classifier(read, len(task.class_names), recipe))
 
     @property
     def head(self) -> nn.Module:
         return self.fusion.head
+
+    def start(self, batches: Iterable[Batch]) -> None:
+        start_prompts(self.fusion, ({"main_inputs": sides(batch, self.main)[0]} for batch in batches), progress=False)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         output = self.fusion(*sides(batch, self.main))
@@ -102,18 +117,17 @@ class LoRA(Model):
         super().__init__()
         from peft import LoraConfig, inject_adapter_in_model
 
-        encoder, other = frozen_encoder(main), task.picture_features if main == "text" else task.text_features
+        encoder = frozen_encoder(main).requires_grad_(False)
         targets = ["query", "value"] if main == "text" else ["q_proj", "v_proj", "query", "value"]
-        encoder.requires_grad_(False)
         self.encoder = inject_adapter_in_model(LoraConfig(r=8, lora_alpha=16, target_modules=targets), encoder)
         self.main = main
-        self.head = classifier(encoder.config.hidden_size + other.shape[1], len(task.class_names), recipe)
+        self.head = classifier(width(task, main) + width(task, OTHER[main]), len(task.class_names), recipe)
 
     def forward(self, batch: Batch) -> tuple[Tensor, float]:
         from mope_fast.encoders import encode
 
         inputs, other = sides(batch, self.main)
-        feature = encode(self.encoder, inputs, "mean" if self.main == "text" else None)
+        feature = encode(self.encoder, inputs, POOLING[self.main])
         return self.head(torch.cat([feature, other], dim=-1)), 0.0
 
     def train(self, mode: bool = True) -> "LoRA":

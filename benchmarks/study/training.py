@@ -78,6 +78,8 @@ def train(
     torch.manual_seed(seed)
     batches = Batches(task, split.train)
     model = METHODS[name].make(task, main, recipe)
+    some = batches.in_order(split.train, TEST_BATCH)[::8]
+    model.start(batches.batch(split.train[index]) for index in some)
     if isinstance(model, Majority):
         model.counts = split.train.labels.bincount(minlength=model.classes).float()
         dev, found = accuracy(model, batches, split.dev), accuracy(model, batches, split.test) if test else None

@@ -69,8 +69,11 @@ def check_against_truth(inputs, dtype, **settings):
 
 @pytest.mark.parametrize(
     ("batch", "experts", "rows", "width", "dtype"),
-    [(*sizes, dtype) for sizes in ((40, 16, 6, 48), (33, 7, 2, 34)) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
-    + [(1, 1, 1, 1, torch.float32), (65, 33, 1, 130, torch.float32)],
+    slow_but(
+        [(40, 16, 6, 48, torch.float32), (33, 7, 2, 34, torch.bfloat16), (65, 33, 1, 130, torch.float32)],
+        [(*sizes, dtype) for sizes in ((40, 16, 6, 48), (33, 7, 2, 34)) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+        + [(1, 1, 1, 1, torch.float32), (65, 33, 1, 130, torch.float32)],
+    ),
     ids=str,
 )
 @pytest.mark.parametrize("gram", [False, True])
@@ -258,6 +261,7 @@ def test_three_runs_have_the_same_bits(device):
 
 
 @interpreted
+@pytest.mark.slow
 def test_programs_may_run_in_any_order_and_twice(monkeypatch):
     inputs = make_inputs(20, 6, 2, 50, torch.float32, CPU, gram=True, noise=True)
     upstream = [torch.randn(20, 2, 50), torch.randn(20, 6)]

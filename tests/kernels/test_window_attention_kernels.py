@@ -184,14 +184,17 @@ def test_16_bit_output_and_gradients_are_as_good_as_eager(name, dtype, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("side", "prompts", "tiles"),
-    [
-        (2, 0, [16]),
-        (7, 0, [64]),
-        (7, 13, [64]),
-        (8, 13, [64, 16]),
-        (12, 0, [128, 16]),
-        (12, 13, [128, 32]),
-    ],
+    slow_but(
+        [(7, 13, [64]), (8, 13, [64, 16]), (12, 13, [128, 32])],
+        [
+            (2, 0, [16]),
+            (7, 0, [64]),
+            (7, 13, [64]),
+            (8, 13, [64, 16]),
+            (12, 0, [128, 16]),
+            (12, 13, [128, 32]),
+        ],
+    ),
 )
 def test_the_tables_launches_of_swins_windows_are_as_good_as_eager(side, prompts, tiles, dtype, device, monkeypatch):
     launches = recorded(monkeypatch)
@@ -253,7 +256,7 @@ def test_gradients_of_prefixes_are_added_in_float32(batch, windows, chunks, dtyp
     assert arguments["grads1"].dtype == (dtype if alone else torch.float32)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=str)
 @pytest.mark.parametrize("lengths", [(41, 70), (0, 130), (130, 3)])
 def test_prefixes_longer_than_the_window_are_as_good_as_eager(lengths, dtype, device):
     first, second = lengths
@@ -284,7 +287,7 @@ GEOMETRIES = {
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES)
-@pytest.mark.parametrize("pad", [False, True])
+@pytest.mark.parametrize("pad", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_any_geometry_equals_the_reference(geometry, pad, device):
     image, window, shift = geometry
     inputs = make_inputs(torch.float32, device, image=image, window=window, shift=shift, batch=1, prefixes=[(1, 2)], pad=pad)
@@ -645,7 +648,10 @@ def test_zeros_behind_the_head_dim_change_no_bit(padded, dtype, device):
 
 @pytest.mark.parametrize(
     ("name", "axis"),
-    [("qkv", axis) for axis in range(6)] + [(name, axis) for name in ("prefixes", "upstream") for axis in range(4)],
+    slow_but(
+        [("qkv", 1), ("qkv", 3), ("qkv", 5), ("prefixes", 0), ("prefixes", 2), ("upstream", 1), ("upstream", 2)],
+        [("qkv", axis) for axis in range(6)] + [(name, axis) for name in ("prefixes", "upstream") for axis in range(4)],
+    ),
 )
 def test_addresses_past_2_31_elements(name, axis, device):
     inputs, expected = compact_run(axis == 0, axis == (1 if name == "prefixes" else 4), device)
