@@ -36,6 +36,8 @@ class Model(nn.Module):
     """Gives logits, and what is added to the loss. ``head`` is trained at its own learning rate."""
 
     head: nn.Module
+    routed: MoPEFusion | None = None
+    """What of it routes over several experts."""
 
     def start(self, batches: Iterable[Batch]) -> None:
         """Whatever of it starts by data, of training samples."""
@@ -102,11 +104,15 @@ class Fused(Model):
     def head(self) -> nn.Module:
         return self.fusion.head
 
+    @property
+    def routed(self) -> MoPEFusion | None:
+        return self.fusion if self.fusion.bank.routes and self.fusion.config.num_experts > 1 else None
+
     def start(self, batches: Iterable[Batch]) -> None:
         start_prompts(self.fusion, ({"main_inputs": sides(batch, self.main)[0]} for batch in batches), progress=False)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        output = self.fusion(*sides(batch, self.main))
+        output = self.fusion(*sides(batch, self.main), batch.labels)
         return output.logits, self.fusion.config.importance_weight * output.importance_loss
 
 

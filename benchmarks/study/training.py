@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.study.data import Batches, Samples, Split, Task
 from benchmarks.study.methods import METHODS, Majority, Model, Recipe
+from mope_fast.analysis import record
 from mope_fast.models.fit_head import fit_on_features, read_by, warm_up_and_decay
 
 TEST_BATCH = 64
@@ -31,6 +32,18 @@ class Trained:
     trained_parameters: int
     step_ms: float
     seconds: float
+    routing: "Routing | None" = None  # of the test samples
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What of a sample's experts is its own, as parts of log K (``mope_fast.analysis``)."""
+
+    entropy: list[float]  # of each layer
+    information: list[float]
+    class_information: list[float]
+    layer: int  # the one whose class information is the largest
+    by_class: list[list[float]]  # its mean scores (C, K), zeros of a class without test samples
 
 
 @torch.inference_mode()
@@ -45,6 +58,18 @@ def predict(model: Model, batches: Batches, samples: Samples) -> Tensor:
 
 def accuracy(model: Model, batches: Batches, samples: Samples) -> float:
     return (predict(model, batches, samples) == samples.labels).double().mean().item()
+
+
+def tested(model: Model, batches: Batches, samples: Samples) -> tuple[float, Routing | None]:
+    """Accuracy on the test split, opened here, and how it was routed."""
+    if model.routed is None:
+        return accuracy(model, batches, samples), None
+    with record(model.routed, top=1) as recorder:
+        found = accuracy(model, batches, samples)
+    informed = recorder.class_information
+    layer = int(informed.argmax())
+    lists = (values.tolist() for values in (recorder.entropy, recorder.information, informed))
+    return found, Routing(*lists, layer, recorder.by_class[layer].nan_to_num().double().round(decimals=4).tolist())
 
 
 def train_head(model: Model, batches: Batches, samples: Samples, recipe: Recipe, seed: int) -> None:
@@ -117,9 +142,9 @@ def train(
         if dev >= best:
             best, epoch_kept, kept = dev, epoch, _state(model)
     _restore(model, kept)
-    found = accuracy(model, batches, split.test) if test else None
+    found, routing = tested(model, batches, split.test) if test else (None, None)
     parameters = sum(parameter.numel() for parameter in (*head, *others))
-    return Trained(best, found, epoch_kept, losses, parameters, training / steps * 1e3, time.perf_counter() - start)
+    return Trained(best, found, epoch_kept, losses, parameters, training / steps * 1e3, time.perf_counter() - start, routing)
 
 
 def _own(model: Model) -> dict[str, Tensor]:
