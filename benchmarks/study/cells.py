@@ -18,11 +18,12 @@ SEARCHED = "items-slot"
 """The task whose development part chooses recipes for all tasks of the study; a folder of one's own is its own."""
 TRIALS = {
     True: [
-        Recipe(epochs, lr, head_lr, head_epochs=40) for epochs, lr, head_lr in ((3, 5e-4, 3e-4), (3, 2e-3, 3e-4), (3, 5e-4, 1e-3))
+        Recipe(3, lr, head_lr, head_epochs=head_epochs)
+        for lr, head_lr, head_epochs in ((5e-4, 3e-4, 40), (2e-3, 3e-4, 40), (5e-4, 1e-4, 80))
     ],
     False: [
         Recipe(epochs, 0.0, 1e-3, dropout, smoothing)
-        for epochs, dropout, smoothing in ((20, 0.3, 0.0), (40, 0.3, 0.1), (40, 0.5, 0.1))
+        for epochs, dropout, smoothing in ((40, 0.3, 0.1), (40, 0.5, 0.1), (80, 0.5, 0.1))
     ],
 }
 """Recipes by whether a method's steps run an encoder; as many for each method."""
