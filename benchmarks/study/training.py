@@ -43,6 +43,7 @@ class Routing:
     information: list[float]
     class_information: list[float]
     layer: int  # the one whose class information is the largest
+    class_names: tuple[str, ...]
     by_class: list[list[float]]  # its mean scores (C, K), zeros of a class without test samples
 
 
@@ -60,7 +61,7 @@ def accuracy(model: Model, batches: Batches, samples: Samples) -> float:
     return (predict(model, batches, samples) == samples.labels).double().mean().item()
 
 
-def tested(model: Model, batches: Batches, samples: Samples) -> tuple[float, Routing | None]:
+def tested(model: Model, batches: Batches, samples: Samples, class_names: tuple[str, ...]) -> tuple[float, Routing | None]:
     """Accuracy on the test split, opened here, and how it was routed."""
     if model.routed is None:
         return accuracy(model, batches, samples), None
@@ -69,7 +70,7 @@ def tested(model: Model, batches: Batches, samples: Samples) -> tuple[float, Rou
     informed = recorder.class_information
     layer = int(informed.argmax())
     lists = (values.tolist() for values in (recorder.entropy, recorder.information, informed))
-    return found, Routing(*lists, layer, recorder.by_class[layer].nan_to_num().double().round(decimals=4).tolist())
+    return found, Routing(*lists, layer, class_names, recorder.by_class[layer].nan_to_num().double().round(decimals=4).tolist())
 
 
 def train_head(model: Model, batches: Batches, samples: Samples, recipe: Recipe, seed: int) -> None:
@@ -142,7 +143,7 @@ def train(
         if dev >= best:
             best, epoch_kept, kept = dev, epoch, _state(model)
     _restore(model, kept)
-    found, routing = tested(model, batches, split.test) if test else (None, None)
+    found, routing = tested(model, batches, split.test, task.class_names) if test else (None, None)
     parameters = sum(parameter.numel() for parameter in (*head, *others))
     return Trained(best, found, epoch_kept, losses, parameters, training / steps * 1e3, time.perf_counter() - start, routing)
 
