@@ -63,7 +63,7 @@ def argument_parser(description: str, output: str) -> argparse.ArgumentParser:
     add("--top-k", type=int, default=None, help="keep the k largest routing scores; default: all")
     add("--learn-keys", action="store_true", help="train the routing keys")
     add("--temperature", type=float, default=0.1, help="of the router's softmax")
-    add("--head-inputs", choices=("main", "both"), default="main", help="what the head reads: the fused feature, or the other too")
+    add("--head-inputs", choices=("main", "both"), default="both", help="what the head reads: the fused feature, or the other too")
     poolings, default = ("own", "cls", "mean", "last"), f"default: mean for {PACKAGED_TEXT}, else its own"
     add("--pooling", choices=poolings, default=None, help=f"of the main encoder's tokens; {default}")
     add("--router-pooling", choices=poolings, default="own", help="of a layer's input, for the router")

@@ -61,7 +61,7 @@ def _random_parts(encoder: Encoder, experts: int, length: int) -> Parts:
     torch.manual_seed(0)
     model = encoder.make()
     layers = family_of(model).layers(model)
-    config = MoPEConfig(cross_dim=encoder.cross_dim, num_experts=experts, prompt_length=length)
+    config = MoPEConfig(cross_dim=encoder.cross_dim, num_experts=experts, prompt_length=length, head_inputs="main")
     bank = PromptBank([layer.width for layer in layers], encoder.cross_dim, config)
     return Parts(model, bank, nn.Linear(family_of(model).feature_width(model), CLASSES))
 

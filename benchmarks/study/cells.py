@@ -71,7 +71,7 @@ class Store:
 
     def find(self, cell: Cell) -> dict[str, Any] | None:
         """What was found in it."""
-        return next((row["found"] for row in self.rows() if row["cell"] == cell.as_dict()), None)
+        return _found(self.rows(), cell)
 
     def add(self, cell: Cell, found: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
         with FileLock(self.path.with_name(f".{self.path.name}.lock")):
@@ -89,9 +89,13 @@ def searched(task: str, method: str, main: str) -> list[Cell]:
     return [Cell(task, main_of(method, main), method, 0, recipe, False) for recipe in TRIALS[METHODS[method].encodes]]
 
 
-def chosen(trials: Iterable[Cell], store: Store) -> Recipe | None:
+def _found(rows: Iterable[Mapping[str, Any]], cell: Cell) -> dict[str, Any] | None:
+    return next((row["found"] for row in rows if row["cell"] == cell.as_dict()), None)
+
+
+def chosen(trials: Iterable[Cell], rows: Sequence[Mapping[str, Any]]) -> Recipe | None:
     """The recipe of the best trial on dev, the earlier one of equals; None while one is missing."""
-    found = [(store.find(cell), cell) for cell in trials]
+    found = [(_found(rows, cell), cell) for cell in trials]
     if any(result is None for result, _ in found):
         return None
     return max(found, key=lambda pair: pair[0]["dev"])[1].recipe

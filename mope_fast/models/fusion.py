@@ -36,7 +36,8 @@ class MoPEFusion(TaskModel):
             ``config.complementary_prompt_length`` in its layers), a :class:`PromptTuned` of your own, any callable that gives
             (B, cross_dim) features (a module is held frozen, in eval mode and without gradient, so it may not hold prompts to be
             trained; nor may a function train anything), or None: then the features themselves are passed to ``forward``.
-        num_classes: outputs of the linear head; None for no head (``logits`` is None, use ``features``).
+        num_classes: outputs of a linear head on the fused feature and psi_y; None for no head (``logits`` is None, use
+            ``features``).
         config: see :class:`MoPEConfig`; ``config.cross_dim`` is needed unless ``complementary`` is a supported encoder.
         head: a head of your own, (B, D) -> (B, num_classes), in place of the linear one; D is of the main encoder's feature, with
             psi_y behind it where ``config.head_inputs`` is "both".
@@ -70,6 +71,9 @@ class MoPEFusion(TaskModel):
             name = type(complementary).__name__
             raise TypeError(f"complementary can't be a {name}: pass PromptTuned, a folded model, or a function of its features")
         config = MoPEConfig() if config is None else config
+        if config.head_inputs is None:
+            both = num_classes is not None and config.needs_cross
+            config = dataclasses.replace(config, head_inputs="both" if both else "main")
         if config.head_inputs == "both" and num_classes is None and head is None:
             raise ValueError("MoPEConfig.head_inputs='both' needs a head: give num_classes or head, or leave it at 'main'")
         if not isinstance(main, PromptedEncoder):

@@ -63,7 +63,7 @@ def is_prompted_model(complementary: object) -> bool:
 
 def head_inputs(config: MoPEConfig, features: Tensor, cross: Tensor | None) -> list[Tensor]:
     """What a fusion's head reads, side by side: (B, D), and (B, cross_dim) where ``config.head_inputs`` is "both"."""
-    if config.head_inputs == "main":
+    if config.head_inputs != "both":
         return [features]
     check_input("the complementary feature", cross, config.cross_dim, features.shape[0])
     return [features, cross]

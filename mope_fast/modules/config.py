@@ -70,8 +70,11 @@ class MoPEConfig(Settings):
         0.1, "a layer whose squared coefficient of variation is at most this has no importance loss", _PAPER
     )
     complementary_prompt_length: int = setting(4, "l', rows of vanilla prompts in a supported complementary encoder", _PAPER)
-    head_inputs: str = setting(
-        "main", "what the head reads: 'main', the fused feature, or 'both', the complementary feature beside it", _PAPER
+    head_inputs: str | None = setting(
+        None,
+        "what the head reads: 'main', the fused feature, as in the paper; 'both', the complementary feature beside it; None: "
+        "'both' for the linear head of num_classes, 'main' for one of your own and where no prompt depends on the other side",
+        _OURS,
     )
     pooling: str | None = setting(
         None,
@@ -108,7 +111,8 @@ class MoPEConfig(Settings):
         if not (self.use_static or self.use_dynamic or self.use_mapped):
             raise ValueError("MoPEConfig has no prompt left: set use_static, use_dynamic or use_mapped")
         for name, choices in (
-            ("mapper_norm", ("batch", "layer", "none")), ("mixing", ("auto", "prompt", "kv")), ("head_inputs", ("main", "both")),
+            ("mapper_norm", ("batch", "layer", "none")), ("mixing", ("auto", "prompt", "kv")),
+            ("head_inputs", (None, "main", "both")),
         ):  # fmt: skip
             if getattr(self, name) not in choices:
                 raise ValueError(f"MoPEConfig.{name} must be one of {choices}, got {getattr(self, name)!r}")

@@ -80,7 +80,7 @@ def test_a_save_keeps_its_poolings(tmp_path):
 
 def test_a_save_from_before_there_were_poolings_means_what_it_meant(tmp_path):
     bert, inputs, cross = CASES["bert"].make(), CASES["bert"].inputs(3), make_cross(3)
-    model = MoPEFusion(bert, None, 3, MoPEConfig(**SETTINGS)).double().eval()
+    model = MoPEFusion(bert, None, 3, MoPEConfig(**SETTINGS, head_inputs="main")).double().eval()
     expected = model(inputs, cross).logits
     model.save_pretrained(tmp_path)
     file = tmp_path / "mope_fast.json"
@@ -176,7 +176,7 @@ def test_poolings_side_by_side(tmp_path):
     assert model(text, inputs).logits.isfinite().all()
     unwrap_encoder(dinov2)
     model = MoPEFusion(dinov2, None, 5, MoPEConfig(**SETTINGS, pooling="cls+mean")).double().eval()
-    assert model.head.in_features == expected.shape[1]
+    assert model.head.in_features == expected.shape[1] + CROSS
     model.save_pretrained(tmp_path / "saved")
     logits = model(inputs, cross).logits
     close(model.fold()(inputs, cross).logits, logits)
@@ -198,12 +198,25 @@ def test_features_of_another_pooling_are_another_cache(tmp_path):
         FeatureCache(tmp_path / "other", torch.nn.Linear(2, 3), pooling="mean")
 
 
-def test_a_head_on_both_reads_the_complementary_feature_too():
+def test_the_librarys_head_reads_the_complementary_feature_too_and_ones_own_does_not():
     with pytest.raises(ValueError, match="head_inputs='both' needs a head"):
         MoPEFusion(CASES["bert"].make(), None, None, MoPEConfig(**SETTINGS, head_inputs="both"))
     bert, inputs, cross = CASES["bert"].make(), CASES["bert"].inputs(3), make_cross(3)
-    model = MoPEFusion(bert, None, 5, MoPEConfig(**SETTINGS, head_inputs="both")).double().eval()
+    model = MoPEFusion(bert, None, 5, MoPEConfig(**SETTINGS)).double().eval()
+    assert model.config.head_inputs == "both"
     output = model(inputs, cross)
     close(output.logits, model.head(torch.cat([output.features, cross], dim=1)))
     assert model.head.in_features == 32 + CROSS
     close(model.fold()(inputs, cross).logits, output.logits)
+    model.unwrap()
+    for head, more in (
+        (torch.nn.Linear(32, 5), {}),
+        (None, {"use_dynamic": False, "use_mapped": False}),
+        (None, {"head_inputs": "main"}),
+    ):
+        classes = 5 if head is None else None
+        model = MoPEFusion(bert, None, classes, MoPEConfig(**SETTINGS | more), head=head).double()
+        assert model.config.head_inputs == "main"
+        assert model.head.in_features == 32
+        assert model(inputs, cross).logits.shape == (3, 5)
+        model.unwrap()

@@ -169,7 +169,7 @@ def test_every_difference_is_listed_at_once(saved):
         (lambda d: d["config"].update(num_experts=7), r"bank.keys: saved \(2, 4, 5\), expected \(2, 7, 5\)"),
         (lambda d: d["config"].update(temperature=-1.0), "temperature must be > 0, got -1.0"),
         (lambda d: d["config"].update(future_setting=1), "future_setting"),
-        (lambda d: d.update(num_classes=9), r"head.weight: saved \(5, 32\), expected \(9, 32\)"),
+        (lambda d: d.update(num_classes=9), r"head.weight: saved \(5, 80\), expected \(9, 80\)"),
         (lambda d: d.update(format=3), "has format 3, expected 2"),
         (lambda d: d.pop("format"), "has format None, expected 2"),
         (lambda d: d.pop("config"), "config"),
@@ -316,7 +316,7 @@ def test_a_save_is_read_into_a_model_that_is_there(saved):
         ({"temperature": 0.2}, r"config\.temperature: saved with 0\.1, got 0\.2"),
         ({"top_k": 2}, r"config\.top_k: saved with None, got 2"),
         ({"num_experts": 7}, r"config\.num_experts: saved with 4, got 7.*bank\.keys: saved \(2, 4, 5\), expected \(2, 7, 5\)"),
-        ({"num_classes": 3}, r"head\.weight: saved \(5, 32\), expected \(3, 32\)"),
+        ({"num_classes": 3}, r"head\.weight: saved \(5, 80\), expected \(3, 80\)"),
         ({"head": make_head()}, r"head: saved with Linear, got Sequential"),
     ],
 )

@@ -1,0 +1,282 @@
+"""Write what was measured into docs/when_to_use.md, and its pictures: ``python -m benchmarks.study.page``.
+
+The page's words are its own; what stands between ``<!-- NAME -->`` and ``<!-- end -->`` is made from the kept cells.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import math
+import re
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.study.cells import Interval, Store, chosen, difference, final_cells, searched
+from benchmarks.study.data import TASKS
+from benchmarks.study.methods import METHODS
+from mope_fast._files import write_atomically
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "study"
+PAGE = ROOT / "docs" / "when_to_use.md"
+SIDES = ("text", "image")
+OURS = "mope-16-both"
+PAIRS = [
+    (OURS, "mlp"), ("sequential-both", "mlp"), ("lora", "mlp"), (OURS, "sequential-both"), ("mope-16", "sequential"),
+    ("mope-16", "mope-1"), ("mope-16", "longer"), (OURS, "mope-16"),
+]  # fmt: skip
+"""Whose difference is told."""
+KINDS = {"features": ("#666666", "s"), "fused": ("#0072b2", "o"), "others": ("#d55e00", "^")}
+"""Colours of Okabe and Ito, and a marker for who sees none."""
+
+Found = dict[int, dict[str, Any]]
+"""A method's final cells, by split."""
+
+
+class Measured:
+    """All cells of a folder of results."""
+
+    def __init__(self, folder: Path):
+        self.rows = {task: Store(folder / f"{task}.jsonl").rows() for task in TASKS}
+
+    @property
+    def digest(self) -> str:
+        """Of all cells; pictures carry it."""
+        return hashlib.sha256(json.dumps(self.rows).encode()).hexdigest()
+
+    def found(self, task: str, main: str, method: str) -> Found:
+        """Empty for what wasn't run."""
+        trials = searched(task, method, main)
+        recipe = chosen(trials, self.rows[trials[0].task])
+        return {} if recipe is None else final_cells(self.rows[task], task, method, main, recipe)
+
+    def headings(self) -> list[tuple[str, str]]:
+        """Task and main side of those that something was fused on."""
+        return [
+            (task, main)
+            for task in TASKS
+            for main in SIDES
+            if any(row["cell"]["tests"] and row["cell"]["main"] == main for row in self.rows[task])
+        ]
+
+    def difference(self, task: str, main: str, ours: str, theirs: str) -> Interval | None:
+        return difference(self.found(task, main, ours), self.found(task, main, theirs), folds=True)
+
+
+def mean(found: Found, name: str) -> float:
+    return math.fsum(each[name] for each in found.values()) / len(found)
+
+
+def median(found: Found, name: str) -> float:
+    return statistics.median(each[name] for each in found.values())
+
+
+def named(task: str, main: str) -> str:
+    return f"{task}, {main} as main"
+
+
+def table(measured: Measured, task: str, main: str) -> str:
+    """Every method of one task, the best first."""
+    lines = [
+        "| | test accuracy | to the MLP, 95 % | splits | trained | ms a step |",
+        "|---|---|---|---|---|---|",
+    ]
+    found = {method: measured.found(task, main, method) for method in METHODS if main in METHODS[method].mains}
+    for method in sorted(found, key=lambda method: -mean(found[method], "test") if found[method] else 1):
+        cells, title = found[method], METHODS[method].title
+        if not cells:
+            lines.append(f"| {title} | not run | | | | |")
+            continue
+        to_mlp = None if method == "mlp" else measured.difference(task, main, method, "mlp")
+        size, step = f"{next(iter(cells.values()))['trained_parameters']:,}", f"{median(cells, 'step_ms'):.1f}"
+        lines.append(f"| {title} | {100 * mean(cells, 'test'):.1f} | {to_mlp or ''!s} | {len(cells)} | {size} | {step} |")
+    return "\n".join(lines)
+
+
+def differences(measured: Measured) -> str:
+    """Each pair on each task."""
+    headings = measured.headings()
+    lines = [
+        "| | " + " | ".join(named(*heading) for heading in headings) + " |",
+        "|---" * (1 + len(headings)) + "|",
+    ]
+    for ours, theirs in PAIRS:
+        values = (measured.difference(*heading, ours, theirs) for heading in headings)
+        row = " | ".join("not run" if value is None else str(value) for value in values)
+        lines.append(f"| {METHODS[ours].title} - {METHODS[theirs].title} | {row} |")
+    return "\n".join(lines)
+
+
+def judged(measured: Measured, ours: str, theirs: str) -> str:
+    """One sentence: where one method is ahead of another with its interval, where level, where behind."""
+    where: dict[str, list[str]] = {"ahead": [], "level": [], "behind": [], "not compared": []}
+    for task, main in measured.headings():
+        value = measured.difference(task, main, ours, theirs)
+        if value is None or math.isnan(value.half):
+            where["not compared"].append(named(task, main))
+        else:
+            kind = "ahead" if value.low > 0 else "behind" if value.high < 0 else "level"
+            where[kind].append(f"{named(task, main)} ({100 * value.mean:+.1f})")
+    parts = [f"{kind} on {'; '.join(places)}" for kind, places in where.items() if places]
+    return f"{METHODS[ours].title}, against {METHODS[theirs].title}: {', '.join(parts)}."
+
+
+def verdict(measured: Measured) -> str:
+    return "\n".join(f"- {judged(measured, ours, theirs)}" for ours, theirs in PAIRS)
+
+
+def facts(measured: Measured) -> str:
+    """Where, with what, how long and how many."""
+    rows = [row for rows in measured.rows.values() for row in rows]
+    values = {name: sorted({str(row[name]) for row in rows}) for name in ("device", "torch", "date", "commit")}
+    hours = math.fsum(row["found"]["seconds"] for row in rows) / 3600
+    told = "; ".join(f"{name} {', '.join(each)}" for name, each in values.items())
+    final = sum(row["cell"]["tests"] for row in rows)
+    return f"{len(rows)} cells, {final} of them final, {hours:.1f} core-hours; {told}. Several cells ran side by side, a core each."
+
+
+def kind(method: str) -> str:
+    if not METHODS[method].encodes:
+        return "features"
+    return "others" if method in ("pmf", "promptfuse", "lora") else "fused"
+
+
+def _save(figure: Any, path: Path, digest: str) -> None:
+    """The same cells give the same bytes, with the same matplotlib."""
+    import matplotlib
+    from matplotlib import pyplot
+
+    data = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "mope_fast"}):
+        figure.savefig(data, format="svg", metadata={"Date": None, "Description": f"cells {digest}"})
+    pyplot.close(figure)
+    write_atomically(path, data.getvalue())
+
+
+def _subplots(*shape: int, size: tuple[float, float]) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(*shape, figsize=size, layout="constrained", squeeze=False)
+
+
+def _numbered(axes: Any, places: Sequence[tuple[float, float, float, int, str]]) -> None:
+    """Points (x, y, half of the interval, number, kind); a method's number stands beside it."""
+    for x, y, half, number, of in places:
+        colour, marker = KINDS[of]
+        axes.errorbar(x, y, yerr=None if math.isnan(half) else half, color=colour, marker=marker, markersize=5, elinewidth=0.8)
+        axes.annotate(str(number), (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7, color=colour)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(linewidth=0.5, color="#dddddd")
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=8)
+
+
+def draw_costs(measured: Measured, path: Path) -> None:
+    """Test accuracy over trained parameters and over the time of a training step."""
+    headings, numbers = measured.headings(), {method: number for number, method in enumerate(METHODS, start=1)}
+    figure, grid = _subplots(len(headings), 2, size=(9, 1.2 + 2.9 * len(headings)))
+    shown = set()
+    for line, (task, main) in zip(grid, headings, strict=True):
+        found = {method: cells for method in METHODS if (cells := measured.found(task, main, method)) and method != "majority"}
+        shown |= found.keys()
+        for axes, name, title in zip(
+            line, ("trained_parameters", "step_ms"), ("trained parameters", "ms a training step"), strict=True
+        ):
+            spread = {method: spread_of(cells) for method, cells in found.items()}
+            _numbered(
+                axes,
+                [
+                    (median(cells, name), 100 * mean(cells, "test"), 100 * spread[method], numbers[method], kind(method))
+                    for method, cells in found.items()
+                ],
+            )
+            axes.set_xscale("log")
+            axes.set_xlabel(title, fontsize=8)
+            axes.set_ylabel("test accuracy, %", fontsize=8)
+            axes.set_title(named(task, main), fontsize=9)
+    names = [f"{number} {METHODS[method].title}" for method, number in numbers.items() if method in shown]
+    half = -(-len(names) // 2)
+    legend = "\n".join(f"{left:<52}{right}" for left, right in zip(names[:half], [*names[half:], ""], strict=False))
+    figure.supxlabel(legend, fontsize=7, family="monospace", x=0.02, ha="left")
+    _save(figure, path, measured.digest)
+
+
+def spread_of(found: Found) -> float:
+    """The standard deviation over splits; not a number with one."""
+    values = [each["test"] for each in found.values()]
+    return statistics.stdev(values) if len(values) > 1 else math.nan
+
+
+def draw_routing(measured: Measured, path: Path) -> None:
+    """Entropy and class information of each layer, and the experts that classes of items take in the most telling layer."""
+    import torch
+
+    figure, ((left, middle, right),) = _subplots(1, 3, size=(12, 3.6))
+    for task, main in measured.headings():
+        routed = [each["routing"] for each in measured.found(task, main, OURS).values()]
+        if routed:
+            for axes, name in ((left, "entropy"), (middle, "class_information")):
+                values = torch.tensor([each[name] for each in routed]).mean(0)
+                axes.plot(range(1, len(values) + 1), values, marker="o", markersize=3, label=named(task, main))
+    for axes, title in ((left, "entropy of a sample's scores / log K"), (middle, "information on the class / log K")):
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("layer", fontsize=8)
+        axes.set_ylim(0, 1)
+        axes.tick_params(labelsize=8)
+        axes.grid(linewidth=0.5, color="#dddddd")
+        axes.spines[["top", "right"]].set_visible(False)
+    left.legend(fontsize=7, frameon=False)
+    if (cells := measured.found("items-slot", "text", OURS)) and (routing := cells[min(cells)]["routing"]):
+        shown = right.imshow(routing["by_class"], aspect="auto", cmap="viridis", vmin=0, vmax=1)
+        right.set_yticks(range(len(routing["class_names"])), labels=routing["class_names"], fontsize=7)
+        right.set_xticks(range(len(routing["by_class"][0])), labels=range(1, len(routing["by_class"][0]) + 1), fontsize=7)
+        right.set_xlabel("expert", fontsize=8)
+        right.set_title(f"items-slot: mean scores by class, layer {routing['layer'] + 1}", fontsize=9)
+        figure.colorbar(shown, ax=right, shrink=0.8)
+    _save(figure, path, measured.digest)
+
+
+PICTURES: Mapping[str, Callable[[Measured, Path], None]] = {
+    "when_to_use_costs.svg": draw_costs, "when_to_use_routing.svg": draw_routing
+}  # fmt: skip
+
+
+def filled(text: str, measured: Measured) -> str:
+    """The page with what stands between its marks made anew.
+
+    Raises:
+        ValueError: a mark is unknown, or a table of the cells has no place.
+    """
+    blocks = {"verdict": verdict(measured), "differences": differences(measured), "facts": facts(measured)}
+    blocks |= {f"table {task} {main}": table(measured, task, main) for task, main in measured.headings()}
+    marks = re.findall(r"<!-- (?!end)(.+?) -->", text)
+    if set(marks) != set(blocks):
+        raise ValueError(f"{PAGE.name} has places for {sorted(marks)}, there is {sorted(blocks)}")
+
+    def block(match: re.Match[str]) -> str:
+        return f"<!-- {match[1]} -->\n{blocks[match[1]]}\n<!-- end -->"
+
+    return re.sub(r"<!-- (?!end)(.+?) -->\n.*?<!-- end -->", block, text, flags=re.DOTALL)
+
+
+def main(words: Iterable[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="benchmarks.study.page", description=__doc__.split("\n")[0])
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of finished cells")
+    parser.add_argument("--page", type=Path, default=PAGE, help="the page; pictures go beside it")
+    args = parser.parse_args(words)
+    measured = Measured(args.results)
+    write_atomically(args.page, filled(args.page.read_text(), measured).encode())
+    for name, draw in PICTURES.items():
+        draw(measured, args.page.parent / name)
+        print(args.page.parent / name)
+    print(args.page)
+
+
+if __name__ == "__main__":
+    main()
