@@ -237,7 +237,7 @@ def test_the_epoch_that_dev_chooses_is_what_is_tested(tiny, monkeypatch):
 
 def test_the_head_alone_is_an_epoch_too(tiny):
     recipe = replace(RECIPE, lr=0.0, head_lr=0.0, head_epochs=20)
-    found = training.train(tiny, tiny.split(0), "sequential-both", "text", recipe, 0, test=True)
+    found = training.train(tiny, tiny.split(0), "sequential", "text", recipe, 0, test=True)
     assert found.epoch == 2, "later ones of equals"
     assert found.losses[1] < 0.6, "the class is told by the text"
 

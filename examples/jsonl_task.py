@@ -1,10 +1,11 @@
 """What the programs on JSONL folders share: arguments, encoders by name, batches, optimiser, metrics."""
 
 import argparse
+import itertools
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,12 +20,14 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import functional as vision
 from transformers import get_linear_schedule_with_warmup
 
-from mope_fast import FeatureCache, FusionCollator, MoPEConfig, MoPEFusion, fit_head
+from mope_fast import FeatureCache, FusionCollator, MoPEConfig, MoPEFusion, fit_head, start_prompts
 from mope_fast.data import Posts, StackEach, classification_metrics, multi_label_metrics, read_jsonl_folder
 
 PACKAGED_TEXT, PACKAGED_IMAGE = "minilm", "dinov2-small"
 PACKAGED_RECIPE = {"lr": 1e-3, "head_lr": 5e-3, "dropout": 0.0, "prompt_init": 0.06}
 """Small encoders want this on Easy-VQA: defaults where the main side is one of the packaged ones."""
+START_SAMPLES = 256
+"""Of whose tokens prompts start at the mean."""
 Encoder = tuple[nn.Module, Callable[..., Any]]
 """A frozen encoder, and what makes its inputs of a list of texts or images."""
 
@@ -173,12 +176,20 @@ class Task:
         return optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, 0.4)
 
     def fit_head(self) -> None:
-        """Train the head alone first, if that was asked for; every process does the same."""
+        """Start prompts where tokens are and train the head alone first, if that was asked for; every process does the same."""
         if self.args.head_epochs:
             self.model.to(default_device())
-            # one by one: pictures of all batches may not fit into memory
-            batches = (to_device(batch, default_device()) for batch in self.loader("train", range(len(self.splits["train"]))))
-            fit_head(self.model, batches, epochs=self.args.head_epochs, batch_size=self.args.batch_size, seed=self.args.seed)
+            some = itertools.islice(self._batches(), -(-START_SAMPLES // self.args.batch_size))
+            start_prompts(self.model, some)
+            fit_head(
+                self.model, self._batches(), epochs=self.args.head_epochs, batch_size=self.args.batch_size, seed=self.args.seed
+            )  # fmt: skip
+
+    def _batches(self) -> Iterator[Any]:
+        """Of all training samples in the seed's order, one by one: pictures of all of them may not fit into memory."""
+        order = torch.randperm(len(self.splits["train"]), generator=torch.Generator().manual_seed(self.args.seed))
+        for batch in self.loader("train", order.tolist()):
+            yield to_device(batch, default_device())
 
     def metrics(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
         """Accuracy, macro and micro F1."""

@@ -88,13 +88,16 @@ def sides(batch: Batch, main: str) -> tuple[dict[str, Any] | Tensor, Tensor]:
 
 
 class Fused(Model):
-    """MoPE and what its settings leave of it: prompts in the main encoder, made of the other side's frozen feature."""
+    """MoPE and what its settings leave of it: prompts in the main encoder, made of the other side's frozen feature.
+
+    The head reads both features, as the library's own does and as heads of the other methods do.
+    """
 
     def __init__(self, task: Task, main: str, recipe: Recipe, settings: Mapping[str, Any]):
         super().__init__()
         other = width(task, OTHER[main])
         config = MoPEConfig(
-            **{"num_experts": EXPERTS, "prompt_length": LENGTH, **settings}, cross_dim=other, pooling=POOLING[main]
+            **{"num_experts": EXPERTS, "prompt_length": LENGTH, "head_inputs": "both", **settings}, cross_dim=other, pooling=POOLING[main]
         )  # fmt: skip
         read = width(task, main) + (other if config.head_inputs == "both" else 0)
         self.main = main
@@ -213,14 +216,11 @@ METHODS = {
     "image": _on_features("image: MLP on its frozen feature", "image"),
     "mlp": _on_features("MLP on both frozen features", "text", "image"),
     "late-concat-frozen": _on_features("linear head on both frozen features", "text", "image", hidden=None),
-    "late-concat-prompted": _fused(
-        "static prompts, head on both", use_dynamic=False, use_mapped=False, head_inputs="both"
-    ),
+    "late-concat-prompted": _fused("static prompts", use_dynamic=False, use_mapped=False),
     "sequential": _fused("static and mapped prompts", use_dynamic=False),
-    "sequential-both": _fused("static and mapped prompts, head on both", use_dynamic=False, head_inputs="both"),
     "pmf": Method("PMF", _pmf, mains=("text",)),
     "promptfuse": Method("PromptFuse", _promptfuse, mains=("text",)),
-    "lora": Method("LoRA r=8 on the main encoder, head on both", LoRA),
+    "lora": Method("LoRA r=8 on the main encoder", LoRA),
     "mope-1": _fused("MoPE, K=1", num_experts=1),
     "mope-4": _fused("MoPE, K=4", num_experts=4),
     "mope-16": _fused("MoPE, K=16"),
@@ -229,5 +229,5 @@ METHODS = {
     "no-importance": _fused("MoPE without importance loss", importance_weight=0.0),
     "learned-keys": _fused("MoPE, keys learned", learn_keys=True),
     "top-1": _fused("MoPE, one expert a sample", top_k=1),
-    "mope-16-both": _fused("MoPE, K=16, head on both", head_inputs="both"),
+    "mope-16-main": _fused("MoPE, K=16, head on the fused feature alone", head_inputs="main"),
 }  # fmt: skip

@@ -23,10 +23,10 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "study"
 PAGE = ROOT / "docs" / "when_to_use.md"
 SIDES = ("text", "image")
-OURS = "mope-16-both"
+OURS = "mope-16"
 PAIRS = [
-    (OURS, "mlp"), ("sequential-both", "mlp"), ("lora", "mlp"), (OURS, "sequential-both"), ("mope-16", "sequential"),
-    ("mope-16", "mope-1"), ("mope-16", "longer"), (OURS, "mope-16"),
+    (OURS, "mlp"), ("sequential", "mlp"), ("lora", "mlp"), (OURS, "sequential"), (OURS, "mope-1"), (OURS, "longer"),
+    (OURS, "mope-16-main"),
 ]  # fmt: skip
 """Whose difference is told."""
 KINDS = {"features": ("#666666", "s"), "fused": ("#0072b2", "o"), "others": ("#d55e00", "^")}
