@@ -16,7 +16,7 @@ from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model
 
 from benchmarks.baselines.prompt_fusion import PMF, PromptFuse
 from benchmarks.study import __main__ as study
-from benchmarks.study import cells, data, items, methods, training
+from benchmarks.study import cells, data, items, methods, page, training
 
 
 def bert(width=24):
@@ -161,7 +161,7 @@ def tiny(monkeypatch):
     features = torch.randn(count, 24), torch.randn(count, 48)
     task = data.Task("tiny", ids, torch.full((count,), 6), pictures, *features, ("a", "b"), split)
     modules = {
-        "pretrained": SimpleNamespace(minilm=lambda: (bert().float(), None), dinov2_small=lambda: dinov2().float()),
+        "pretrained": SimpleNamespace(minilm=lambda: (bert().float(), None), dinov2_small=lambda: dinov2(24).float()),
         # all its texts have one length
         "easy_vqa_data": SimpleNamespace(
             normalised=lambda pictures: pictures / 255, of_like_length=lambda order, lengths, size: list(order.split(size))
@@ -177,19 +177,33 @@ def tiny(monkeypatch):
 RECIPE = methods.Recipe(2, 1e-3, 1e-2, dropout=0.0, batch_size=16)
 
 
-@pytest.mark.parametrize("name", methods.METHODS)
-def test_every_method_trains_and_a_seed_gives_the_same_again(name, tiny):
+QUICK = {
+    ("majority", "text"), ("mlp", "text"), ("sequential", "text"), ("pmf", "text"), ("promptfuse", "text"), ("lora", "image"),
+    ("mope-4", "image"), ("longer", "text"),
+}  # fmt: skip
+"""Others differ from these in a setting."""
+
+
+@pytest.mark.parametrize(
+    ("name", "main"),
+    [
+        pytest.param(name, main, marks=() if (name, main) in QUICK else pytest.mark.slow)
+        for name, method in methods.METHODS.items()
+        for main in (method.mains if method.encodes else ["text"])
+    ],
+)
+def test_every_method_trains_and_a_seed_gives_the_same_again(name, main, tiny):
     if name == "lora":
         pytest.importorskip("peft")
     split = tiny.split(0)
-    found = training.train(tiny, split, name, "text", RECIPE, 0, test=True)
+    found = training.train(tiny, split, name, main, RECIPE, 0, test=True)
     assert 0 <= found.test <= 1
     assert len(found.losses) == (0 if name == "majority" else 2)
     if name in ("majority", "mlp", "mope-4"):
-        again = training.train(tiny, split, name, "text", RECIPE, 0, test=False)
+        again = training.train(tiny, split, name, main, RECIPE, 0, test=False)
         assert (again.test, again.dev, again.losses, again.epoch) == (None, found.dev, found.losses, found.epoch)
     if name == "longer":
-        sixteen = training.train(tiny, split, "mope-16", "text", RECIPE, 0, test=False)
+        sixteen = training.train(tiny, split, "mope-16", main, RECIPE, 0, test=False)
         # a router over one expert has fewer keys' dimensions to learn, and nothing else differs
         assert abs(found.trained_parameters - sixteen.trained_parameters) < 0.01 * sixteen.trained_parameters
 
@@ -284,3 +298,51 @@ def test_differences_are_of_the_same_splits():
     assert (found.count, found.mean) == (2, pytest.approx(0.15))
     assert found.half > cells.difference(mope, mlp, folds=False).half
     assert cells.difference({}, mlp, folds=True) is None
+
+
+def test_the_page_and_its_pictures_are_of_the_kept_cells():
+    measured = page.Measured(page.RESULTS)
+    text = page.PAGE.read_text()
+    assert page.filled(text, measured) == text, "python -m benchmarks.study.page writes it anew"
+    for name in page.PICTURES:
+        assert measured.digest in (page.PAGE.parent / name).read_text(), name
+
+
+def row(method, split, test, tests=True, dev=0.5):
+    main = cells.main_of(method, "text")
+    recipe = cells.TRIALS[methods.METHODS[method].encodes][1]
+    routing = {
+        "entropy": [0.5, 0.4], "information": [0.3, 0.2], "class_information": [0.1, 0.2], "layer": 1, "class_names": ["a", "b"],
+        "by_class": [[0.9, 0.1], [0.2, 0.8]],
+    }  # fmt: skip
+    found = {"dev": dev, "test": test, "trained_parameters": 1000, "step_ms": 10.0 + split, "seconds": 36.0, "routing": routing}
+    facts = {"device": "CPU 1", "torch": "2", "date": "2026-01-01", "commit": "abc"}
+    return {"cell": cells.Cell("items-slot", main, method, split, recipe, tests).as_dict(), "found": found, **facts}
+
+
+def test_a_page_of_made_up_cells_says_who_is_ahead(tmp_path, capsys):
+    rows = [row("mlp", split, 0.80 + 0.01 * split) for split in range(3)]
+    rows += [row("mope-16", split, 0.85 + 0.01 * split) for split in range(3)]
+    rows += [row("sequential", split, value) for split, value in enumerate((0.85, 0.80, 0.90))]
+    for method in ("mlp", "mope-16", "sequential"):
+        trials = cells.searched("items-slot", method, "text")
+        rows += [
+            {**row(method, 0, None, dev=0.9 if index == 1 else 0.1), "cell": trial.as_dict()} for index, trial in enumerate(trials)
+        ]
+    (tmp_path / "items-slot.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in rows))
+    file = tmp_path / "page.md"
+    marks = ("verdict", "differences", "facts", "table items-slot text")
+    file.write_text("# Mine\n\n" + "\n".join(f"<!-- {mark} -->\nold\n<!-- end -->\n" for mark in marks))
+    page.main(["--results", str(tmp_path), "--page", str(file)])
+    text = file.read_text()
+    assert "old" not in text
+    assert "- MoPE, K=16, against MLP on both frozen features: ahead on items-slot, text as main (+5.0)." in text
+    assert "- MoPE, K=16, against static and mapped prompts: level on items-slot, text as main (+1.0)." in text
+    assert "- LoRA r=8 on the main encoder, against MLP on both frozen features: not compared on items-slot, text as main." in text
+    assert "| MoPE, K=16 | 86.0 | +5.0 (+5.0 to +5.0) | 3 | 1,000 | 11.0 |" in text
+    assert "| MoPE, K=1 | not run | | | | |" in text
+    assert "18 cells, 9 of them final, 0.2 core-hours; device CPU 1; torch 2; date 2026-01-01; commit abc" in text
+    assert all((tmp_path / name).stat().st_size > 5000 for name in page.PICTURES)
+    file.write_text("# Mine\n")
+    with pytest.raises(ValueError, match="the page has places for"):
+        page.main(["--results", str(tmp_path), "--page", str(file)])

@@ -96,9 +96,8 @@ class Fused(Model):
     def __init__(self, task: Task, main: str, recipe: Recipe, settings: Mapping[str, Any]):
         super().__init__()
         other = width(task, OTHER[main])
-        config = MoPEConfig(
-            **{"num_experts": EXPERTS, "prompt_length": LENGTH, "head_inputs": "both", **settings}, cross_dim=other, pooling=POOLING[main]
-        )  # fmt: skip
+        defaults = {"num_experts": EXPERTS, "prompt_length": LENGTH, "head_inputs": "both"}
+        config = MoPEConfig(**defaults | settings, cross_dim=other, pooling=POOLING[main])
         read = width(task, main) + (other if config.head_inputs == "both" else 0)
         self.main = main
         self.fusion = MoPEFusion(frozen_encoder(main), None, None, config, head=classifier(read, len(task.class_names), recipe))

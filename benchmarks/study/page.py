@@ -257,7 +257,7 @@ def filled(text: str, measured: Measured) -> str:
     blocks |= {f"table {task} {main}": table(measured, task, main) for task, main in measured.headings()}
     marks = re.findall(r"<!-- (?!end)(.+?) -->", text)
     if set(marks) != set(blocks):
-        raise ValueError(f"{PAGE.name} has places for {sorted(marks)}, there is {sorted(blocks)}")
+        raise ValueError(f"the page has places for {sorted(marks)}, there is {sorted(blocks)}")
 
     def block(match: re.Match[str]) -> str:
         return f"<!-- {match[1]} -->\n{blocks[match[1]]}\n<!-- end -->"
