@@ -14,17 +14,17 @@ from benchmarks.study.data import FOLDS, TASKS
 from benchmarks.study.methods import METHODS, Recipe
 from mope_fast._files import write_atomically
 
+VERSION = 1
+"""To be raised when a task, a method or the training changes: cells of another version are not taken."""
 SEARCHED = "items-slot"
 """The task whose development part chooses recipes for all tasks of the study; a folder of one's own is its own."""
+HEADS = ((40, 0.3), (40, 0.5), (80, 0.5))
+"""Epochs and dropout of every method's head."""
 TRIALS = {
     True: [
-        Recipe(3, lr, head_lr, head_epochs=head_epochs)
-        for lr, head_lr, head_epochs in ((5e-4, 3e-4, 40), (2e-3, 3e-4, 40), (5e-4, 1e-4, 80))
+        Recipe(2, lr, 3e-4, dropout, head_epochs=epochs) for (epochs, dropout), lr in zip(HEADS, (5e-4, 2e-3, 5e-4), strict=True)
     ],
-    False: [
-        Recipe(epochs, 0.0, 1e-3, dropout, smoothing)
-        for epochs, dropout, smoothing in ((40, 0.3, 0.1), (40, 0.5, 0.1), (80, 0.5, 0.1))
-    ],
+    False: [Recipe(epochs, 0.0, 1e-3, dropout) for epochs, dropout in HEADS],
 }
 """Recipes by whether a method's steps run an encoder; as many for each method."""
 QUICK = {True: [Recipe(1, 1e-3, 3e-3, batch_size=16, head_epochs=2)], False: [Recipe(2, 0.0, 1e-3)]}
@@ -41,6 +41,7 @@ class Cell:
     recipe: Recipe
     tests: bool
     """A final cell: it opens its test split, once."""
+    version: int = VERSION
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -146,7 +147,7 @@ def final_cells(rows: Iterable[Mapping[str, Any]], task: str, method: str, main:
         row["cell"]["split"]: row["found"]
         for row in rows
         if row["cell"]["tests"] and (row["cell"]["task"], row["cell"]["method"], row["cell"]["main"]) == key
-        and row["cell"]["recipe"] == dataclasses.asdict(recipe)
+        and row["cell"]["recipe"] == dataclasses.asdict(recipe) and row["cell"]["version"] == VERSION
     }  # fmt: skip
 
 

@@ -206,15 +206,42 @@ def _folder(folder: Path, size: int = 112) -> Task:
     return _task(name, [post.text for post in every], pictures, posts["train"].class_names, split)
 
 
-@dataclass(frozen=True)
 class Batch:
-    """What any method may read of some samples."""
+    """What any method may read of some samples; made where it is read, so that nobody pays for what another reads."""
 
-    text: dict[str, Any]  # input_ids and attention_mask, cut to the longest
-    text_feature: Tensor  # (B, 384), standardised
-    pictures: Tensor  # (B, 3, H, W), as the ViT was trained
-    picture_feature: Tensor  # (B, 768), standardised
-    labels: Tensor  # (B,)
+    def __init__(self, task: Task, samples: Samples, text_features: Tensor, picture_features: Tensor):
+        self._task, self._samples = task, samples
+        self._text_features, self._picture_features = text_features, picture_features
+
+    @property
+    def text(self) -> dict[str, Any]:
+        """input_ids and attention_mask, cut to the longest."""
+        lengths = self._task.lengths[self._samples.texts]
+        longest = int(lengths.max())
+        return {
+            "input_ids": self._task.input_ids[self._samples.texts, :longest],
+            "attention_mask": torch.arange(longest) < lengths[:, None],
+        }
+
+    @property
+    def text_feature(self) -> Tensor:
+        """(B, 384), standardised."""
+        return self._text_features[self._samples.texts]
+
+    @property
+    def pictures(self) -> Tensor:
+        """(B, 3, H, W), as the ViT was trained."""
+        return example("easy_vqa_data").normalised(self._task.pictures[self._samples.pictures])
+
+    @property
+    def picture_feature(self) -> Tensor:
+        """(B, 768), standardised."""
+        return self._picture_features[self._samples.pictures]
+
+    @property
+    def labels(self) -> Tensor:
+        """(B,)"""
+        return self._samples.labels
 
 
 class Batches:
@@ -228,14 +255,7 @@ class Batches:
         )
 
     def batch(self, samples: Samples) -> Batch:
-        lengths = self.task.lengths[samples.texts]
-        longest = int(lengths.max())
-        text = {
-            "input_ids": self.task.input_ids[samples.texts, :longest],
-            "attention_mask": torch.arange(longest) < lengths[:, None],
-        }
-        pictures = example("easy_vqa_data").normalised(self.task.pictures[samples.pictures])
-        return Batch(text, self._text[samples.texts], pictures, self._picture[samples.pictures], samples.labels)
+        return Batch(self.task, samples, self._text, self._picture)
 
     def epoch(self, samples: Samples, size: int, generator: torch.Generator) -> list[Tensor]:
         """Indices of an epoch's batches, all of one size: shuffled, and of like lengths within eight batches."""

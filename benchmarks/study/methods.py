@@ -118,6 +118,16 @@ class Fused(Model):
         return output.logits, self.fusion.config.importance_weight * output.importance_loss
 
 
+class Default(Fused):
+    """``MoPEFusion`` as it comes: its linear head, and all other settings."""
+
+    def __init__(self, task: Task, main: str, recipe: Recipe):
+        Model.__init__(self)
+        self.main = main
+        config = MoPEConfig(cross_dim=width(task, OTHER[main]), pooling=POOLING[main])
+        self.fusion = MoPEFusion(frozen_encoder(main), None, len(task.class_names), config)
+
+
 class LoRA(Model):
     """LoRA of rank 8 on the main encoder's queries and values; the head reads its feature beside the other side's frozen one."""
 
@@ -228,5 +238,6 @@ METHODS = {
     "no-importance": _fused("MoPE without importance loss", importance_weight=0.0),
     "learned-keys": _fused("MoPE, keys learned", learn_keys=True),
     "top-1": _fused("MoPE, one expert a sample", top_k=1),
+    "default": Method("MoPE, K=16, linear head", Default),
     "mope-16-main": _fused("MoPE, K=16, head on the fused feature alone", head_inputs="main"),
 }  # fmt: skip

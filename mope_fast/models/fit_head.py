@@ -84,10 +84,11 @@ def fit_on_features(
     batch_size: int,
     seed: int,
     progress: bool,
+    each_epoch: Callable[[], None] = lambda: None,
 ) -> list[float]:
     """:func:`fit_head` of any head on features (N, D) at hand, which it leaves in training mode.
 
-    ``loss_of`` is called with logits and labels.
+    ``loss_of`` is called with logits and labels, ``each_epoch`` behind each epoch.
     """
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -98,9 +99,9 @@ def fit_on_features(
     steps, generator = epochs * count, torch.Generator().manual_seed(seed)
     schedule = warm_up_and_decay(optimizer, steps)
     losses = []
-    head.train()
     try:
         for _ in tracked(range(epochs), "fitting the head", "epoch", shown=progress):
+            head.train()
             total = torch.zeros((), device=labels.device)
             for index in torch.randperm(len(labels), generator=generator).split(batch_size)[:count]:
                 index = index.to(labels.device)
@@ -115,7 +116,9 @@ def fit_on_features(
                 raise FloatingPointError(
                     f"the head's loss became {losses[-1]}: look for inputs that aren't finite, or take a lower lr"
                 )
+            each_epoch()
     finally:
+        head.train()
         optimizer.zero_grad()  # else the next loop's first step would have it
     return losses
 

@@ -93,6 +93,7 @@ class MoPEFusion(TaskModel):
         self._black_box: Hold | None = None
         try:
             self.complementary = self._make_side(complementary, config)
+            self.made_its_side = isinstance(self.complementary, PromptTuned) and self.complementary is not complementary
             # what came wrapped has poolings of its own
             own = side.main.pooling if is_prompted_model(side := self.complementary) else None
             if config.complementary_pooling not in (None, own):

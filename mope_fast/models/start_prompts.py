@@ -1,4 +1,4 @@
-"""Where prompts start, by data: at the mean token of their layer."""
+"""Where prompts start, by data: among the tokens of their layer."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -13,20 +13,24 @@ from .fusion import MoPEFusion
 from .prompt_tuned import PromptTuned
 from .prompting import Inputs
 
+SPREAD = 0.3
+"""Of rows around the mean token, over the tokens' standard deviation: tried, not tuned."""
+
 
 def start_prompts(model: MoPEFusion | PromptTuned, batches: Iterable[Mapping[str, Any]], *, progress: bool = True) -> None:
     """Put a model's prompts where the tokens of their layers are, before it is trained.
 
     A pre-norm encoder norms prompts as it norms tokens: however small they are drawn, untrained ones weigh as much as tokens and
-    move its feature, the more the fewer tokens there are. A prompt at the mean token hardly does. Static prompts and experts keep
-    what they were drawn as, around that mean; the mapped prompt starts there for every sample. After SPT (arXiv 2402.02382), whose
-    prompts start as prototypes of tokens. Layers whose norm is behind them (BERT's) are left as they are: there small prompts are
-    small.
+    move its feature, the more the fewer tokens there are. Prompts near the mean token do less. Static prompts and experts are drawn
+    anew around it, at 0.3 of the tokens' standard deviation; the mapped prompt starts at it for every sample. After SPT (arXiv
+    2402.02382), whose prompts start as prototypes of tokens. Encoders whose layers have their norm behind them (BERT) are left as
+    they are: there small prompts are small. So is a ``PromptTuned`` that was passed in: start it by a call of its own.
 
-    Encoders see each batch once, without prompts, in eval mode and without gradient; some hundred samples tell the mean.
+    Encoders see each batch once, without prompts, in eval mode and without gradient; some hundred samples are enough.
 
     Args:
-        model: a new one, neither compiled nor in DDP or FSDP; with several processes every one calls this with the same batches.
+        model: a new one, neither compiled nor in DDP or FSDP; with several processes every one calls this with the same batches and
+            the same state of torch's generator.
         batches: keyword arguments of the model; ``labels`` may be among them.
         progress: show a bar.
 
@@ -44,7 +48,9 @@ def start_prompts(model: MoPEFusion | PromptTuned, batches: Iterable[Mapping[str
         raise TypeError(f"start_prompts takes a MoPEFusion or PromptTuned, neither compiled nor in DDP, got {type(model).__name__}")
     if any(is_sharded(parameter) for parameter in model.parameters()):
         raise ValueError("weights are sharded: call start_prompts before fully_shard, with the same batches on every rank")
-    sides = [_Side(name, part) for name, part in _prompted_parts(model) if part.bank is not None]
+    sides = [_Side(name, part) for name, part in _prompted_parts(model).items() if part.main.layers[0].norm is not None]
+    if not sides:
+        return
     count = 0
     with torch.no_grad():
         for batch in tracked(batches, "mean tokens for the prompts", "batch", shown=progress):
@@ -57,24 +63,26 @@ def start_prompts(model: MoPEFusion | PromptTuned, batches: Iterable[Mapping[str
             count += 1
     if not count:
         raise ValueError("batches gave none: it needs at least one (an iterator can be used only once)")
-    for side in sides:
-        side.start()
+    found = [side.mean_and_std() for side in sides]  # all of them, before any is changed
+    for side, (means, stds) in zip(sides, found, strict=True):
+        side.bank.start_at(means, [SPREAD * std for std in stds])
 
 
-def _prompted_parts(model: MoPEFusion | PromptTuned) -> list[tuple[str, MoPEFusion | PromptTuned]]:
-    """What holds prompts, by the name of its inputs."""
+def _prompted_parts(model: MoPEFusion | PromptTuned) -> dict[str, MoPEFusion | PromptTuned]:
+    """What holds prompts of this model's own, by the name of its inputs."""
     if isinstance(model, PromptTuned):
-        return [("inputs", model)]
-    side = model.complementary
-    return [("main_inputs", model), *([("complementary_inputs", side)] if isinstance(side, PromptTuned) else [])]
+        parts = {"inputs": model}
+    else:
+        parts = {"main_inputs": model} | ({"complementary_inputs": model.complementary} if model.made_its_side else {})
+    return {name: part for name, part in parts.items() if part.bank is not None}
 
 
 class _Side:
-    """One prompted encoder, and the sums over samples of its layers' mean tokens."""
+    """One prompted encoder, and sums over samples of its layers' mean tokens and of their squares'."""
 
     def __init__(self, name: str, part: MoPEFusion | PromptTuned):
         self.name, self.encoder, self.bank = name, part.main, part.bank
-        self.sums: list[Tensor] = [torch.zeros(width, dtype=torch.float64) for width in self.encoder.widths]
+        self.sums = [torch.zeros(2, width, dtype=torch.float64) for width in self.encoder.widths]
         self.samples = 0
 
     def see(self, inputs: Inputs) -> None:
@@ -84,16 +92,17 @@ class _Side:
         mean = family.router_pool(self.encoder.encoder, arguments, "mean" if "mean" in family.pools else None)
 
         def record(index: int, hidden_states: Tensor, pool: Pool) -> tuple[tuple[()], None]:
-            means = mean(hidden_states)
-            self.sums[index] += means.sum(0, dtype=torch.float64).cpu()
-            self.samples += len(means) if index == 0 else 0
+            states = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+            moments = torch.stack([mean(states), mean(states.square())])
+            self.sums[index] += moments.sum(1, dtype=torch.float64).cpu()
+            self.samples += moments.shape[1] if index == 0 else 0
             return (), None
 
         self.encoder(arguments, record)
 
-    def start(self) -> None:
-        means = [total / self.samples for total in self.sums]
-        if not all(mean.isfinite().all() for mean in means):
-            raise FloatingPointError("the mean token of a layer isn't finite: look for inputs that aren't")
-        if self.encoder.layers[0].norm is not None:
-            self.bank.start_at(means)
+    def mean_and_std(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Of the tokens, (D,) of each layer."""
+        means, squares = zip(*(total / self.samples for total in self.sums), strict=True)
+        if not all(square.isfinite().all() for square in squares):
+            raise FloatingPointError(f"the mean token of a layer isn't finite: look for {self.name} that aren't")
+        return means, [(square - mean.square()).clamp(min=0).sqrt() for mean, square in zip(means, squares, strict=True)]

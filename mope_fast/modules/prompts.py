@@ -168,9 +168,15 @@ class _Stack(nn.Module):
             )
             self.inter_bias = nn.Parameter(torch.empty(layers, config.inter_routing_dim).uniform_(-(width**-0.5), width**-0.5))
 
-    def prompts(self) -> list[Tensor]:
-        """Static prompts (n, L, D) and experts (n, K, L, D), as far as there are any."""
-        return [rows for rows in (getattr(self, "static_prompt", None), getattr(self, "experts", None)) if rows is not None]
+    def draw(self, centre: Tensor, spread: Tensor, config: MoPEConfig) -> None:
+        """Prompts anew, around rows (n, D)."""
+        unit = 3**0.5 / config.init_bound(centre.shape[-1])  # to a standard deviation of 1
+        if config.use_static:
+            drawn = torch.empty(self.static_prompt.shape).uniform_(-(3**0.5), 3**0.5)
+            self.static_prompt.copy_(centre[:, None] + spread[:, None] * drawn)
+        if config.use_dynamic:
+            drawn = unit * config.draw_experts(*self.experts.shape)
+            self.experts.copy_(centre[:, None, None] + spread[:, None, None] * drawn)
 
 
 def _grams(stack: _Stack) -> list[Callable[[], Tensor]]:
@@ -225,17 +231,19 @@ class PromptBank(nn.Module):
             self.mapper = PromptMapper(cross_dim, self.dims, config.mapper_norm)
 
     @torch.no_grad()
-    def start_at(self, tokens: Sequence[Tensor]) -> None:
-        """Centre each layer's static prompts and experts on a token (D,); the mapped prompt is their mean, for every sample."""
+    def start_at(self, centres: Sequence[Tensor], spreads: Sequence[Tensor]) -> None:
+        """Draw each layer's static prompts and experts around a row (D,) with standard deviations (D,).
+
+        The mapped prompt becomes the mean of its layers' centres, for every sample.
+        """
         for width, stack in self.stacks.items():
-            own = [token for token, dim in zip(tokens, self.dims, strict=True) if dim == int(width)]
-            for rows in stack.prompts():
-                centre = torch.stack(own).to(rows)
-                rows += (centre - rows.flatten(1, -2).mean(1)).view(-1, *[1] * (rows.dim() - 2), int(width))
+            members = [index for index, dim in enumerate(self.dims) if dim == int(width)]
+            centre, spread = (torch.stack([rows[index] for index in members]) for rows in (centres, spreads))
+            stack.draw(centre, spread, self.config)
             if self.config.use_mapped:
                 up = self.mapper.up[width]
                 nn.init.zeros_(up.weight)
-                up.bias.copy_(torch.stack(own).mean(0))
+                up.bias.copy_(centre.mean(0))
 
     @property
     def routes(self) -> bool:
