@@ -182,6 +182,7 @@ QUICK = {
     ("mope-4", "image"), ("longer", "text"),
 }  # fmt: skip
 """Others differ from these in a setting."""
+ROUTED = {"dynamic-only", "no-importance", "learned-keys", "top-1"}
 
 
 @pytest.mark.parametrize(
@@ -199,6 +200,9 @@ def test_every_method_trains_and_a_seed_gives_the_same_again(name, main, tiny):
     found = training.train(tiny, split, name, main, RECIPE, 0, test=True)
     assert 0 <= found.test <= 1
     assert len(found.losses) == (0 if name == "majority" else 2)
+    assert (found.routing is not None) == (name.startswith(("mope-4", "mope-16", "default")) or name in ROUTED)
+    if found.routing:
+        assert [sum(row) for row in found.routing.by_class] == pytest.approx([1, 1], abs=1e-3)
     if name in ("majority", "mlp", "mope-4"):
         again = training.train(tiny, split, name, main, RECIPE, 0, test=False)
         assert (again.test, again.dev, again.losses, again.epoch) == (None, found.dev, found.losses, found.epoch)
@@ -331,16 +335,18 @@ def test_a_page_of_made_up_cells_says_who_is_ahead(tmp_path, capsys):
         ]
     (tmp_path / "items-slot.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in rows))
     file = tmp_path / "page.md"
-    marks = ("verdict", "differences", "facts", "table items-slot text")
-    file.write_text("# Mine\n\n" + "\n".join(f"<!-- {mark} -->\nold\n<!-- end -->\n" for mark in marks))
+    marks = ("verdict", "differences", "routing", "experts", "facts", "table items-slot text")
+    file.write_text("# Mine\n\n" + "\n".join(f"<!-- {mark} -->\nstale\n<!-- end -->\n" for mark in marks))
     page.main(["--results", str(tmp_path), "--page", str(file)])
     text = file.read_text()
-    assert "old" not in text
+    assert "stale" not in text
     assert "- MoPE, K=16, against MLP on both frozen features: ahead on items-slot, text as main (+5.0)." in text
-    assert "- MoPE, K=16, against static and mapped prompts: level on items-slot, text as main (+1.0)." in text
+    assert "- MoPE, K=16, against static and mapped prompts: not told apart on items-slot, text as main (+1.0)." in text
     assert "- LoRA r=8 on the main encoder, against MLP on both frozen features: not compared on items-slot, text as main." in text
     assert "| MoPE, K=16 | 86.0 | +5.0 (+5.0 to +5.0) | 3 | 1,000 | 11.0 |" in text
     assert "| MoPE, K=1 | not run | | | | |" in text
+    assert "| items-slot, text as main | 0.40 - 0.50 | 0.20 - 0.30 | 0.10 - 0.20 |" in text
+    assert "| b | 2: 0.80, 1: 0.20 |" in text
     assert "18 cells, 9 of them final, 0.2 core-hours; device CPU 1; torch 2; date 2026-01-01; commit abc" in text
     assert all((tmp_path / name).stat().st_size > 5000 for name in page.PICTURES)
     file.write_text("# Mine\n")

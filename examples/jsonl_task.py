@@ -67,15 +67,19 @@ def argument_parser(description: str, output: str) -> argparse.ArgumentParser:
     add("--learn-keys", action="store_true", help="train the routing keys")
     add("--temperature", type=float, default=0.1, help="of the router's softmax")
     add("--head-inputs", choices=("main", "both"), default="both", help="what the head reads: the fused feature, or the other too")
-    poolings, default = ("own", "cls", "mean", "last"), f"default: mean for {PACKAGED_TEXT}, else its own"
+    poolings, default = ("own", "cls", "mean", "last", "cls+mean"), f"default: mean for {PACKAGED_TEXT}, else its own"
     add("--pooling", choices=poolings, default=None, help=f"of the main encoder's tokens; {default}")
-    add("--router-pooling", choices=poolings, default="own", help="of a layer's input, for the router")
+    add("--router-pooling", choices=poolings[:-1], default="own", help="of a layer's input, for the router")
     add("--complementary-pooling", choices=poolings, default=None, help=f"of the other encoder's tokens; {default}")
     add("--lr", type=float, default=None, help="of prompts, router and mapper; default: the paper's 5e-4 for text, 4e-4 for images")
     add("--complementary-lr", type=float, default=None, help="of the other side's prompts; default: the paper's of that side")
     add("--head-lr", type=float, default=None, help="default: as --lr")
     add(
-        "--head-epochs", type=int, default=0, help="of the head alone, before anything else: seconds, as encoders run once a sample"
+        "--head-epochs",
+        type=int,
+        default=0,
+        help="of the head alone, before anything else, with prompts put where an image encoder's tokens are: each sample runs "
+        "through the encoders once",
     )
     add("--check-images", action="store_true", help="read every image before anything else")
     add("--debug", action="store_true", help="show where an error comes from")
@@ -186,7 +190,7 @@ class Task:
             )  # fmt: skip
 
     def _batches(self) -> Iterator[Any]:
-        """Of all training samples in the seed's order, one by one: pictures of all of them may not fit into memory."""
+        """Of training samples in the seed's order, one by one: pictures of all of them may not fit into memory."""
         order = torch.randperm(len(self.splits["train"]), generator=torch.Generator().manual_seed(self.args.seed))
         for batch in self.loader("train", order.tolist()):
             yield to_device(batch, default_device())

@@ -25,7 +25,7 @@ PAGE = ROOT / "docs" / "when_to_use.md"
 SIDES = ("text", "image")
 OURS = "mope-16"
 PAIRS = [
-    (OURS, "mlp"), ("sequential", "mlp"), ("lora", "mlp"), (OURS, "sequential"), (OURS, "mope-1"), (OURS, "longer"),
+    (OURS, "mlp"), ("default", "late-concat-frozen"), ("sequential", "mlp"), ("lora", "mlp"), (OURS, "sequential"), (OURS, "mope-1"), (OURS, "longer"),
     (OURS, "mope-16-main"),
 ]  # fmt: skip
 """Whose difference is told."""
@@ -111,17 +111,18 @@ def differences(measured: Measured) -> str:
 
 
 def judged(measured: Measured, ours: str, theirs: str) -> str:
-    """One sentence: where one method is ahead of another with its interval, where level, where behind."""
-    where: dict[str, list[str]] = {"ahead": [], "level": [], "behind": [], "not compared": []}
+    """One sentence: where one method is ahead of another with its whole interval, where behind, where neither."""
+    where: dict[str, list[str]] = {"ahead": [], "not told apart": [], "behind": [], "not compared": []}
     for task, main in measured.headings():
         value = measured.difference(task, main, ours, theirs)
         if value is None or math.isnan(value.half):
             where["not compared"].append(named(task, main))
         else:
-            kind = "ahead" if value.low > 0 else "behind" if value.high < 0 else "level"
+            kind = "ahead" if value.low > 0 else "behind" if value.high < 0 else "not told apart"
             where[kind].append(f"{named(task, main)} ({100 * value.mean:+.1f})")
     parts = [f"{kind} on {'; '.join(places)}" for kind, places in where.items() if places]
-    return f"{METHODS[ours].title}, against {METHODS[theirs].title}: {', '.join(parts)}."
+    title = METHODS[ours].title
+    return f"{title[0].upper()}{title[1:]}, against {METHODS[theirs].title}: {', '.join(parts)}."
 
 
 def verdict(measured: Measured) -> str:
@@ -135,7 +136,7 @@ def facts(measured: Measured) -> str:
     hours = math.fsum(row["found"]["seconds"] for row in rows) / 3600
     told = "; ".join(f"{name} {', '.join(each)}" for name, each in values.items())
     final = sum(row["cell"]["tests"] for row in rows)
-    return f"{len(rows)} cells, {final} of them final, {hours:.1f} core-hours; {told}. Several cells ran side by side, a core each."
+    return f"{len(rows)} cells, {final} of them final, {hours:.1f} core-hours; {told}."
 
 
 def kind(method: str) -> str:
@@ -166,10 +167,10 @@ def _subplots(*shape: int, size: tuple[float, float]) -> tuple[Any, Any]:
 
 
 def _numbered(axes: Any, places: Sequence[tuple[float, float, float, int, str]]) -> None:
-    """Points (x, y, half of the interval, number, kind); a method's number stands beside it."""
-    for x, y, half, number, of in places:
+    """Points (x, y, standard deviation over splits, number, kind); a method's number stands beside it."""
+    for x, y, spread, number, of in places:
         colour, marker = KINDS[of]
-        axes.errorbar(x, y, yerr=None if math.isnan(half) else half, color=colour, marker=marker, markersize=5, elinewidth=0.8)
+        axes.errorbar(x, y, yerr=None if math.isnan(spread) else spread, color=colour, marker=marker, markersize=5, elinewidth=0.8)
         axes.annotate(str(number), (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7, color=colour)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(linewidth=0.5, color="#dddddd")
@@ -188,11 +189,10 @@ def draw_costs(measured: Measured, path: Path) -> None:
         for axes, name, title in zip(
             line, ("trained_parameters", "step_ms"), ("trained parameters", "ms a training step"), strict=True
         ):
-            spread = {method: spread_of(cells) for method, cells in found.items()}
             _numbered(
                 axes,
                 [
-                    (median(cells, name), 100 * mean(cells, "test"), 100 * spread[method], numbers[method], kind(method))
+                    (median(cells, name), 100 * mean(cells, "test"), 100 * spread_of(cells), numbers[method], kind(method))
                     for method, cells in found.items()
                 ],
             )
@@ -213,17 +213,48 @@ def spread_of(found: Found) -> float:
     return statistics.stdev(values) if len(values) > 1 else math.nan
 
 
+def routings(measured: Measured, task: str, main: str) -> list[dict[str, Any]]:
+    """How OURS routed the test samples of each split."""
+    return [each["routing"] for each in measured.found(task, main, OURS).values()]
+
+
+def over_splits(routed: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+    """A mean for each layer."""
+    return [statistics.fmean(layer) for layer in zip(*(each[name] for each in routed), strict=True)]
+
+
+def routing(measured: Measured) -> str:
+    """What :func:`draw_routing` draws, as numbers: of each task, over layers and splits."""
+    lines = ["| | entropy | information | on the class |", "|---|---|---|---|"]
+    for task, main in measured.headings():
+        if routed := routings(measured, task, main):
+            layers = (over_splits(routed, name) for name in ("entropy", "information", "class_information"))
+            row = " | ".join(f"{min(each):.2f} - {max(each):.2f}" for each in layers)
+            lines.append(f"| {named(task, main)} | {row} |")
+    return "\n".join(lines)
+
+
+def experts(measured: Measured) -> str:
+    """For each class of items the experts that take most of it, in the layer that tells most of the class."""
+    if not (routed := routings(measured, "items-slot", "text")):
+        return "not run"
+    first = routed[0]
+    lines = [f"Layer {first['layer'] + 1}, split 0:", "", "| class | its experts, mean scores |", "|---|---|"]
+    for name, scores in zip(first["class_names"], first["by_class"], strict=True):
+        best = sorted(enumerate(scores, start=1), key=lambda pair: -pair[1])[:3]
+        lines.append(f"| {name} | " + ", ".join(f"{expert}: {score:.2f}" for expert, score in best) + " |")
+    return "\n".join(lines)
+
+
 def draw_routing(measured: Measured, path: Path) -> None:
     """Entropy and class information of each layer, and the experts that classes of items take in the most telling layer."""
-    import torch
-
     figure, ((left, middle, right),) = _subplots(1, 3, size=(12, 3.6))
     for task, main in measured.headings():
-        routed = [each["routing"] for each in measured.found(task, main, OURS).values()]
-        if routed:
+        if routed := routings(measured, task, main):
             for axes, name in ((left, "entropy"), (middle, "class_information")):
-                values = torch.tensor([each[name] for each in routed]).mean(0)
+                values = over_splits(routed, name)
                 axes.plot(range(1, len(values) + 1), values, marker="o", markersize=3, label=named(task, main))
+                axes.set_xticks(range(1, len(values) + 1))
     for axes, title in ((left, "entropy of a sample's scores / log K"), (middle, "information on the class / log K")):
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("layer", fontsize=8)
@@ -232,12 +263,12 @@ def draw_routing(measured: Measured, path: Path) -> None:
         axes.grid(linewidth=0.5, color="#dddddd")
         axes.spines[["top", "right"]].set_visible(False)
     left.legend(fontsize=7, frameon=False)
-    if (cells := measured.found("items-slot", "text", OURS)) and (routing := cells[min(cells)]["routing"]):
-        shown = right.imshow(routing["by_class"], aspect="auto", cmap="viridis", vmin=0, vmax=1)
-        right.set_yticks(range(len(routing["class_names"])), labels=routing["class_names"], fontsize=7)
-        right.set_xticks(range(len(routing["by_class"][0])), labels=range(1, len(routing["by_class"][0]) + 1), fontsize=7)
+    for first in routings(measured, "items-slot", "text")[:1]:
+        shown = right.imshow(first["by_class"], aspect="auto", cmap="viridis", vmin=0, vmax=1)
+        right.set_yticks(range(len(first["class_names"])), labels=first["class_names"], fontsize=7)
+        right.set_xticks(range(len(first["by_class"][0])), labels=range(1, len(first["by_class"][0]) + 1), fontsize=7)
         right.set_xlabel("expert", fontsize=8)
-        right.set_title(f"items-slot: mean scores by class, layer {routing['layer'] + 1}", fontsize=9)
+        right.set_title(f"items-slot, split 0: mean scores by class, layer {first['layer'] + 1}", fontsize=9)
         figure.colorbar(shown, ax=right, shrink=0.8)
     _save(figure, path, measured.digest)
 
@@ -253,7 +284,8 @@ def filled(text: str, measured: Measured) -> str:
     Raises:
         ValueError: a mark is unknown, or a table of the cells has no place.
     """
-    blocks = {"verdict": verdict(measured), "differences": differences(measured), "facts": facts(measured)}
+    made = (verdict, differences, routing, experts, facts)
+    blocks = {each.__name__: each(measured) for each in made}
     blocks |= {f"table {task} {main}": table(measured, task, main) for task, main in measured.headings()}
     marks = re.findall(r"<!-- (?!end)(.+?) -->", text)
     if set(marks) != set(blocks):

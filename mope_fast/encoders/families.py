@@ -152,15 +152,16 @@ class EncoderFamily:
 
     def check_pooling(self, pooling: str | None, router_pooling: str | None = None) -> None:
         """Raises ValueError for a pooling of the feature, or of what the router sees, that this family doesn't have."""
-        of_feature = {} if self.tokens is None else self.pools
-        for name, known, value, parts in (
-            ("pooling", of_feature, pooling, (pooling or "").split("+")),
-            ("router_pooling", self.pools, router_pooling, [router_pooling]),
-        ):
-            if value is not None and not known.keys() >= set(parts):
-                own = "None for its own" + (f", {'+'.join(known)!r} for all" if len(parts) > 1 and len(known) > 1 else "")
-                hint = "; a timm model pools as it was created: global_pool='avg'" if self.name.startswith("timm") else ""
-                raise ValueError(f"{name} of {self.name} must be one of {[None, *known]}, {own}, got {value!r}{hint}")
+        of_feature = [] if self.tokens is None else list(self.pools)
+        side_by_side = f", or several, {'+'.join(of_feature[:2])!r}" if len(of_feature) > 1 else ""
+        hint = "; a timm model pools as it was created: global_pool='avg'" if self.name.startswith("timm") else ""
+        for name, known, value, several in (
+            ("pooling", of_feature, pooling, side_by_side), ("router_pooling", list(self.pools), router_pooling, "")
+        ):  # fmt: skip
+            parts = [] if value is None else value.split("+") if several else [value]
+            if len(set(parts)) < len(parts) or not set(parts) <= set(known):
+                choices = f"one of {[None, *known]}, None for its own{several}"
+                raise ValueError(f"{name} of {self.name} must be {choices}, got {value!r}{hint}")
 
     def pooled_width(self, encoder: nn.Module, pooling: str | None = None) -> int:
         """Width of what :meth:`encode` gives."""

@@ -36,8 +36,8 @@ class MoPEFusion(TaskModel):
             ``config.complementary_prompt_length`` in its layers), a :class:`PromptTuned` of your own, any callable that gives
             (B, cross_dim) features (a module is held frozen, in eval mode and without gradient, so it may not hold prompts to be
             trained; nor may a function train anything), or None: then the features themselves are passed to ``forward``.
-        num_classes: outputs of a linear head on the fused feature and psi_y; None for no head (``logits`` is None, use
-            ``features``).
+        num_classes: outputs of a linear head on the fused feature, and on psi_y unless ``config.head_inputs`` says otherwise; None
+            for no head (``logits`` is None, use ``features``).
         config: see :class:`MoPEConfig`; ``config.cross_dim`` is needed unless ``complementary`` is a supported encoder.
         head: a head of your own, (B, D) -> (B, num_classes), in place of the linear one; D is of the main encoder's feature, with
             psi_y behind it where ``config.head_inputs`` is "both".

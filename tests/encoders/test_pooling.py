@@ -133,7 +133,8 @@ def test_an_encoder_that_came_wrapped_keeps_its_poolings():
     ("family", "poolings", "message"),
     [
         ("bert", {"pooling": "max"}, r"pooling of bert must be one of \[None, 'cls', 'mean', 'last'\]"),
-        ("bert", {"pooling": "cls+max"}, r"'cls\+mean\+last' for all, got 'cls\+max'"),
+        ("bert", {"pooling": "cls+max"}, r"None for its own, or several, 'cls\+mean', got 'cls\+max'"),
+        ("bert", {"pooling": "cls+cls"}, r"got 'cls\+cls'"),
         ("bert", {"router_pooling": "cls+mean"}, r"router_pooling of bert must be one of"),
         ("gpt2", {"router_pooling": "cls"}, r"router_pooling of gpt2 must be one of \[None, 'mean', 'last'\], None for its own"),
         ("wav2vec2", {"pooling": "cls"}, r"pooling of wav2vec2 must be one of \[None\]"),

@@ -114,10 +114,10 @@ def test_settings_reach_the_model(task):
 
 
 def test_what_the_paper_leaves_out_can_be_left_out(task):
-    off = task("--no-static", "--no-mapped", "--top-k", "2", "--learn-keys", "--temperature", "0.5", "--head-inputs", "both")
+    off = task("--no-static", "--no-mapped", "--top-k", "2", "--learn-keys", "--temperature", "0.5", "--head-inputs", "main")
     config = off.model.config
     assert (config.use_static, config.use_dynamic, config.use_mapped) == (False, True, False)
-    assert (config.top_k, config.learn_keys, config.temperature, config.head_inputs) == (2, True, 0.5, "both")
+    assert (config.top_k, config.learn_keys, config.temperature, config.head_inputs) == (2, True, 0.5, "main")
     assert not hasattr(task("--no-dynamic").model.bank, "keys")
     poolings = task("--main", "image", "--pooling", "mean", "--router-pooling", "mean").model.config
     assert (poolings.pooling, poolings.router_pooling, poolings.complementary_pooling) == ("mean", "mean", "mean")
@@ -125,13 +125,16 @@ def test_what_the_paper_leaves_out_can_be_left_out(task):
     assert (frozen.config.pooling, frozen.complementary.pooling) == ("mean", None)
 
 
-def test_the_head_is_fitted_first(task):
-    plain, fitted = (task(*words) for words in ((), ("--head-epochs", "3", "--batch-size", "8")))
+@pytest.mark.parametrize(
+    ("words", "started"), [((), {"complementary.bank.stacks.48.static_prompt"}), (("--complementary", "frozen"), set())]
+)
+def test_image_prompts_start_at_tokens_and_the_head_is_fitted_first(task, words, started):
+    plain, fitted = task(*words), task(*words, "--head-epochs", "3", "--batch-size", "8")
     for made in (plain, fitted):
         made.fit_head()
     before = plain.model.state_dict()
-    changed = [name for name, value in fitted.model.state_dict().items() if not torch.equal(value, before[name])]
-    assert changed == ["head.weight", "head.bias"]
+    changed = {name for name, value in fitted.model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"head.weight", "head.bias"} | started
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ MIXES = {
     "alike": [fusion(), fusion(), fusion()],
     "experts and temperatures differ": [fusion(), fusion(2, num_experts=7, temperature=0.3), fusion(num_experts=1)],
     "lengths differ": [fusion(), fusion(4, prompt_length=5), tuned(4), tuned(0, 2)],
-    "heads read different parts": [fusion(head_inputs="both"), fusion(), fusion(4, head_inputs="both", use_dynamic=False)],
+    "heads read different parts": [fusion(), fusion(head_inputs="main"), fusion(4, use_dynamic=False)],
     "parts differ": [fusion(use_dynamic=False), fusion(use_mapped=False), fusion(use_static=False)],
     "gated": [fusion(top_k=2, renormalize=True), fusion(top_k=2, renormalize=True, num_experts=2), tuned(3)],
     "prompts of one length": [tuned(3), tuned(3, 5)],
