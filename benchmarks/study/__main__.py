@@ -7,7 +7,7 @@
 
 Each method's recipe is the best of as many trials as any other method has (``benchmarks.study.cells``). It is chosen, and so is the
 epoch, on one development part that no split tests on. With its recipe a method is trained once a split, and the test part is opened
-once; the splits' test parts are disjoint. A finished cell is in the results at once. What wasn't run is said.
+once; the test parts of five splits are disjoint. A finished cell is in the results at once. What wasn't run is said.
 """
 
 import argparse
@@ -118,8 +118,8 @@ class Study:
         """A line a method: accuracy, difference to the MLP, parameters, time of a step; or that it wasn't run."""
         rows = self.store(self.task).rows()
         folds = self.task in data.TASKS  # of a folder all splits are one, with other seeds
-        times = "splits" if folds else "seeds"
-        lines = [f"{'':<46}{'test':>6}  {'to the MLP, 95 %':<24}{times:>6}{'trained':>11}{'ms a step':>11}"]
+        times, of = ("splits", "") if folds else ("seeds", " of seeds")
+        lines = [f"{'':<46}{'test':>6}  {f'to the MLP, 95 %{of}':<25}{times:>6}{'trained':>11}{'ms a step':>11}"]
         found = {
             method: final_cells(rows, self.task, method, self.args.main, recipe)
             for method, recipe in self.recipes.items()
@@ -134,7 +134,7 @@ class Study:
             mean = math.fsum(each["test"] for each in cells.values()) / len(cells)
             last = next(iter(cells.values()))
             size, step = f"{last['trained_parameters']:,}", f"{last['step_ms']:.1f}"
-            lines.append(f"{title:<46}{100 * mean:>6.1f}  {paired or ''!s:<24}{len(cells):>6}{size:>11}{step:>11}")
+            lines.append(f"{title:<46}{100 * mean:>6.1f}  {paired or ''!s:<25}{len(cells):>6}{size:>11}{step:>11}")
         return "\n".join(lines)
 
 

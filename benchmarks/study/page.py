@@ -25,8 +25,8 @@ PAGE = ROOT / "docs" / "when_to_use.md"
 SIDES = ("text", "image")
 OURS = "mope-16"
 PAIRS = [
-    (OURS, "mlp"), ("default", "late-concat-frozen"), ("sequential", "mlp"), ("lora", "mlp"), (OURS, "sequential"), (OURS, "mope-1"), (OURS, "longer"),
-    (OURS, "mope-16-main"),
+    (OURS, "mlp"), ("default", "late-concat-frozen"), ("sequential", "mlp"), ("lora", "mlp"), (OURS, "sequential"),
+    (OURS, "mope-1"), (OURS, "longer"), (OURS, "mope-16-main"),
 ]  # fmt: skip
 """Whose difference is told."""
 KINDS = {"features": ("#666666", "s"), "fused": ("#0072b2", "o"), "others": ("#d55e00", "^")}
