@@ -18,13 +18,13 @@ VERSION = 1
 """To be raised when a task, a method or the training changes: cells of another version are not taken."""
 SEARCHED = "items-slot"
 """The task whose development part chooses recipes for all tasks of the study; a folder of one's own is its own."""
-HEADS = ((40, 0.3), (40, 0.5), (80, 0.5))
-"""Epochs and dropout of every method's head."""
 TRIALS = {
     True: [
-        Recipe(2, lr, 3e-4, dropout, head_epochs=epochs) for (epochs, dropout), lr in zip(HEADS, (5e-4, 2e-3, 5e-4), strict=True)
+        Recipe(2, 5e-4, 3e-4, dropout=0.3, head_epochs=40),
+        Recipe(2, 2e-3, 3e-4, dropout=0.5, head_epochs=40),
+        Recipe(6, 5e-4, 1e-3, dropout=0.5),  # all of it from the start
     ],
-    False: [Recipe(epochs, 0.0, 1e-3, dropout) for epochs, dropout in HEADS],
+    False: [Recipe(epochs, 0.0, 1e-3, dropout) for epochs, dropout in ((40, 0.3), (40, 0.5), (80, 0.5))],
 }
 """Recipes by whether a method's steps run an encoder; as many for each method."""
 QUICK = {True: [Recipe(1, 1e-3, 3e-3, batch_size=16, head_epochs=2)], False: [Recipe(2, 0.0, 1e-3)]}
