@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from literal_baf import CASES, NAMES, forward, words
+from tiers import slow_but
 from tiny_baf import SMALL, all_close, gradients, make_baf, make_inputs, make_vlmo, trained
 
 from mope_fast.ops.prompt_attention import INTERPRETED
@@ -61,7 +62,7 @@ def test_any_table_equals_its_explicit_mask(expert, fusion, lengths, masked, rel
 
 
 @implementations
-@pytest.mark.parametrize("case", ["default", "V1 to V5", "V4, not seen"])
+@pytest.mark.parametrize("case", slow_but([("default",)], [("default",), ("V1 to V5",), ("V4, not seen",)]))
 def test_the_usual_tables_on_every_implementation(case, impl):
     chosen, of_layers = CASES[case]
     vlmo = make_vlmo(impl=impl, **SMALL)
