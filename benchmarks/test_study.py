@@ -319,7 +319,15 @@ def row(method, split, test, tests=True, dev=0.5):
         "entropy": [0.5, 0.4], "information": [0.3, 0.2], "class_information": [0.1, 0.2], "layer": 1, "class_names": ["a", "b"],
         "by_class": [[0.9, 0.1], [0.2, 0.8]],
     }  # fmt: skip
-    found = {"dev": dev, "test": test, "trained_parameters": 1000, "step_ms": 10.0 + split, "seconds": 36.0, "routing": routing}
+    found = {
+        "dev": dev,
+        "test": test,
+        "epoch": 1,
+        "trained_parameters": 1000,
+        "step_ms": 10.0 + split,
+        "seconds": 36.0,
+        "routing": routing,
+    }
     facts = {"device": "CPU 1", "torch": "2", "date": "2026-01-01", "commit": "abc"}
     return {"cell": cells.Cell("items-slot", main, method, split, recipe, tests).as_dict(), "found": found, **facts}
 
@@ -343,8 +351,8 @@ def test_a_page_of_made_up_cells_says_who_is_ahead(tmp_path, capsys):
     assert "- MoPE, K=16, against MLP on both frozen features: ahead on items-slot, text as main (+5.0)." in text
     assert "- MoPE, K=16, against static and mapped prompts: not told apart on items-slot, text as main (+1.0)." in text
     assert "- LoRA r=8 on the main encoder, against MLP on both frozen features: not compared on items-slot, text as main." in text
-    assert "| MoPE, K=16 | 86.0 | +5.0 (+5.0 to +5.0) | 3 | 1,000 | 11.0 |" in text
-    assert "| MoPE, K=1 | not run | | | | |" in text
+    assert "| MoPE, K=16 | 86.0 | +5.0 (+5.0 to +5.0) | 3 | 1, 1, 1 | 1,000 | 11.0 |" in text
+    assert "| MoPE, K=1 | not run | | | | | |" in text
     assert "| items-slot, text as main | 0.40 - 0.50 | 0.20 - 0.30 | 0.10 - 0.20 |" in text
     assert "| b | 2: 0.80, 1: 0.20 |" in text
     assert "18 cells, 9 of them final, 0.2 core-hours; device CPU 1; torch 2; date 2026-01-01; commit abc" in text

@@ -81,18 +81,20 @@ def named(task: str, main: str) -> str:
 def table(measured: Measured, task: str, main: str) -> str:
     """Every method of one task, the best first."""
     lines = [
-        "| | test accuracy | to the MLP, 95 % | splits | trained | ms a step |",
-        "|---|---|---|---|---|---|",
+        "| | test accuracy | to the MLP, 95 % | splits | kept epochs | trained | ms a step |",
+        "|---|---|---|---|---|---|---|",
     ]
     found = {method: measured.found(task, main, method) for method in METHODS if main in METHODS[method].mains}
     for method in sorted(found, key=lambda method: -mean(found[method], "test") if found[method] else 1):
         cells, title = found[method], METHODS[method].title
         if not cells:
-            lines.append(f"| {title} | not run | | | | |")
+            lines.append(f"| {title} | not run | | | | | |")
             continue
         to_mlp = None if method == "mlp" else measured.difference(task, main, method, "mlp")
         size, step = f"{next(iter(cells.values()))['trained_parameters']:,}", f"{median(cells, 'step_ms'):.1f}"
-        lines.append(f"| {title} | {100 * mean(cells, 'test'):.1f} | {to_mlp or ''!s} | {len(cells)} | {size} | {step} |")
+        epochs = ", ".join(str(cells[split]["epoch"]) for split in sorted(cells))
+        row = (title, f"{100 * mean(cells, 'test'):.1f}", to_mlp or "", len(cells), epochs, size, step)
+        lines.append("| " + " | ".join(map(str, row)) + " |")
     return "\n".join(lines)
 
 
@@ -167,10 +169,10 @@ def _subplots(*shape: int, size: tuple[float, float]) -> tuple[Any, Any]:
 
 
 def _numbered(axes: Any, places: Sequence[tuple[float, float, float, int, str]]) -> None:
-    """Points (x, y, standard deviation over splits, number, kind); a method's number stands beside it."""
-    for x, y, spread, number, of in places:
+    """Points (x, y, half of the interval, number, kind); a method's number stands beside it."""
+    for x, y, half, number, of in places:
         colour, marker = KINDS[of]
-        axes.errorbar(x, y, yerr=None if math.isnan(spread) else spread, color=colour, marker=marker, markersize=5, elinewidth=0.8)
+        axes.errorbar(x, y, yerr=None if math.isnan(half) else half, color=colour, marker=marker, markersize=5, elinewidth=0.8)
         axes.annotate(str(number), (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7, color=colour)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(linewidth=0.5, color="#dddddd")
@@ -179,7 +181,7 @@ def _numbered(axes: Any, places: Sequence[tuple[float, float, float, int, str]])
 
 
 def draw_costs(measured: Measured, path: Path) -> None:
-    """Test accuracy over trained parameters and over the time of a training step."""
+    """Test accuracy over that of the MLP on the same splits, against trained parameters and the time of a training step."""
     headings, numbers = measured.headings(), {method: number for number, method in enumerate(METHODS, start=1)}
     figure, grid = _subplots(len(headings), 2, size=(9, 1.2 + 2.9 * len(headings)))
     shown = set()
@@ -189,28 +191,21 @@ def draw_costs(measured: Measured, path: Path) -> None:
         for axes, name, title in zip(
             line, ("trained_parameters", "step_ms"), ("trained parameters", "ms a training step"), strict=True
         ):
-            _numbered(
-                axes,
-                [
-                    (median(cells, name), 100 * mean(cells, "test"), 100 * spread_of(cells), numbers[method], kind(method))
-                    for method, cells in found.items()
-                ],
-            )
+            places = []
+            for method, cells in found.items():
+                over = measured.difference(task, main, method, "mlp")
+                places.append((median(cells, name), 100 * over.mean, 100 * over.half, numbers[method], kind(method)))
+            _numbered(axes, places)
+            axes.axhline(0, color="#333333", linewidth=0.8)
             axes.set_xscale("log")
             axes.set_xlabel(title, fontsize=8)
-            axes.set_ylabel("test accuracy, %", fontsize=8)
+            axes.set_ylabel("test accuracy over the MLP's, points", fontsize=8)
             axes.set_title(named(task, main), fontsize=9)
     names = [f"{number} {METHODS[method].title}" for method, number in numbers.items() if method in shown]
     half = -(-len(names) // 2)
     legend = "\n".join(f"{left:<52}{right}" for left, right in zip(names[:half], [*names[half:], ""], strict=False))
     figure.supxlabel(legend, fontsize=7, family="monospace", x=0.02, ha="left")
     _save(figure, path, measured.digest)
-
-
-def spread_of(found: Found) -> float:
-    """The standard deviation over splits; not a number with one."""
-    values = [each["test"] for each in found.values()]
-    return statistics.stdev(values) if len(values) > 1 else math.nan
 
 
 def routings(measured: Measured, task: str, main: str) -> list[dict[str, Any]]:
