@@ -193,8 +193,8 @@ def draw_costs(measured: Measured, path: Path) -> None:
         ):
             places = []
             for method, cells in found.items():
-                over = measured.difference(task, main, method, "mlp")
-                places.append((median(cells, name), 100 * over.mean, 100 * over.half, numbers[method], kind(method)))
+                if (over := measured.difference(task, main, method, "mlp")) is not None:
+                    places.append((median(cells, name), 100 * over.mean, 100 * over.half, numbers[method], kind(method)))
             _numbered(axes, places)
             axes.axhline(0, color="#333333", linewidth=0.8)
             axes.set_xscale("log")
