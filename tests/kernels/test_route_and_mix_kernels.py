@@ -70,7 +70,12 @@ def check_against_truth(inputs, dtype, **settings):
 @pytest.mark.parametrize(
     ("batch", "experts", "rows", "width", "dtype"),
     slow_but(
-        [(40, 16, 6, 48, torch.float32), (33, 7, 2, 34, torch.bfloat16), (65, 33, 1, 130, torch.float32)],
+        [
+            (40, 16, 6, 48, torch.bfloat16),
+            (33, 7, 2, 34, torch.float32),
+            (33, 7, 2, 34, torch.float16),
+            (65, 33, 1, 130, torch.float32),
+        ],
         [(*sizes, dtype) for sizes in ((40, 16, 6, 48), (33, 7, 2, 34)) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
         + [(1, 1, 1, 1, torch.float32), (65, 33, 1, 130, torch.float32)],
     ),
