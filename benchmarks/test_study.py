@@ -170,7 +170,6 @@ def tiny(monkeypatch):
     for module in (data, methods):
         monkeypatch.setattr(module, "example", modules.__getitem__)
     monkeypatch.setitem(data.TASKS, "tiny", (lambda name, size: task, 8, "for tests"))
-    monkeypatch.setattr(cells, "SEARCHED", "tiny")
     return task
 
 
