@@ -104,7 +104,7 @@ class Study:
         if self.args.quick:
             return QUICK[METHODS[method].encodes][0]
         trials = searched(self.task, method, self.args.main)
-        return chosen(trials, self.store(trials[0].task).rows()) if all(self.run(cell) for cell in trials) else None
+        return chosen(trials, self.store(self.task).rows()) if all(self.run(cell) for cell in trials) else None
 
     def run_all(self) -> None:
         """Split after split, so that what is cut short has whole splits."""

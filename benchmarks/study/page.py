@@ -50,7 +50,7 @@ class Measured:
     def found(self, task: str, main: str, method: str) -> Found:
         """Empty for what wasn't run."""
         trials = searched(task, method, main)
-        recipe = chosen(trials, self.rows[trials[0].task])
+        recipe = chosen(trials, self.rows[task])
         return {} if recipe is None else final_cells(self.rows[task], task, method, main, recipe)
 
     def headings(self) -> list[tuple[str, str]]:
