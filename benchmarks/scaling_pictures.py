@@ -137,19 +137,23 @@ def _over_the_frozen(axes) -> None:
         axes.yaxis.set_major_locator(MaxNLocator(6))
 
 
-def _save(figure, axes: Iterable[Any], path: Path) -> Path:
-    """The same picture gives the same bytes."""
+def write_svg(figure, path: Path, **metadata: str) -> Path:
+    """The same picture gives the same bytes, with the same matplotlib."""
     import matplotlib
     from matplotlib import pyplot
 
-    handles = {label: handle for each in axes for handle, label in zip(*each.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(3, len(handles)), fontsize=8, frameon=False)
     data = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "mope_fast"}):
-        figure.savefig(data, format="svg", metadata={"Date": None})
+        figure.savefig(data, format="svg", metadata={"Date": None, **metadata})
     pyplot.close(figure)
     write_atomically(path, data.getvalue())
     return path
+
+
+def _save(figure, axes: Iterable[Any], path: Path) -> Path:
+    handles = {label: handle for each in axes for handle, label in zip(*each.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(3, len(handles)), fontsize=8, frameon=False)
+    return write_svg(figure, path)
 
 
 def _timings_and_modes(rows: Iterable[Row]) -> tuple[list[str], list[str]]:

@@ -5,7 +5,6 @@ The page's words are its own; what stands between ``<!-- NAME -->`` and ``<!-- e
 
 import argparse
 import hashlib
-import io
 import json
 import math
 import re
@@ -14,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.scaling_pictures import write_svg
 from benchmarks.study.cells import Interval, Store, chosen, difference, final_cells, searched
 from benchmarks.study.data import TASKS
 from benchmarks.study.methods import METHODS
@@ -148,18 +148,6 @@ def kind(method: str) -> str:
     return "others" if method in ("pmf", "promptfuse", "lora") else "fused"
 
 
-def _save(figure: Any, path: Path, digest: str) -> None:
-    """The same cells give the same bytes, with the same matplotlib."""
-    import matplotlib
-    from matplotlib import pyplot
-
-    data = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "mope_fast"}):
-        figure.savefig(data, format="svg", metadata={"Date": None, "Description": f"cells {digest}"})
-    pyplot.close(figure)
-    write_atomically(path, data.getvalue())
-
-
 def _subplots(*shape: int, size: tuple[float, float]) -> tuple[Any, Any]:
     import matplotlib
 
@@ -208,7 +196,7 @@ def draw_costs(measured: Measured, path: Path) -> None:
     half = -(-len(names) // 2)
     legend = "\n".join(f"{left:<52}{right}" for left, right in zip(names[:half], [*names[half:], ""], strict=False))
     figure.supxlabel(legend, fontsize=7, family="monospace", x=0.02, ha="left")
-    _save(figure, path, measured.digest)
+    write_svg(figure, path, Description=f"cells {measured.digest}")
 
 
 def routings(measured: Measured, task: str, main: str) -> list[dict[str, Any]]:
@@ -268,7 +256,7 @@ def draw_routing(measured: Measured, path: Path) -> None:
         right.set_xlabel("expert", fontsize=8)
         right.set_title(f"items-slot, split 0: mean scores by class, layer {first['layer'] + 1}", fontsize=9)
         figure.colorbar(shown, ax=right, shrink=0.8)
-    _save(figure, path, measured.digest)
+    write_svg(figure, path, Description=f"cells {measured.digest}")
 
 
 PICTURES: Mapping[str, Callable[[Measured, Path], None]] = {

@@ -51,7 +51,6 @@ def start_prompts(model: MoPEFusion | PromptTuned, batches: Iterable[Mapping[str
     sides = [_Side(name, part) for name, part in _prompted_parts(model).items() if part.main.layers[0].norm is not None]
     if not sides:
         return
-    count = 0
     with torch.no_grad():
         for batch in tracked(batches, "mean tokens for the prompts", "batch", shown=progress):
             if not isinstance(batch, Mapping):
@@ -60,8 +59,7 @@ def start_prompts(model: MoPEFusion | PromptTuned, batches: Iterable[Mapping[str
                 if batch.get(side.name) is None:
                     raise ValueError(f"a batch has no {side.name}, only {list(batch)}: prompts start at the mean token of these")
                 side.see(batch[side.name])
-            count += 1
-    if not count:
+    if not sides[0].samples:
         raise ValueError("batches gave none: it needs at least one (an iterator can be used only once)")
     found = [side.mean_and_std() for side in sides]  # all of them, before any is changed
     for side, (means, stds) in zip(sides, found, strict=True):
