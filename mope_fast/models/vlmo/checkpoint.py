@@ -78,7 +78,8 @@ def _check_sums(path: Path) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    """Without the colours that torch puts into its messages."""
+    return next(iter(re.sub(r"\x1b\[[\d;]*m", "", str(error)).splitlines()), type(error).__name__)
 
 
 def _unwrapped(content: Any, path: Path) -> State:
