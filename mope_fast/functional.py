@@ -1,4 +1,4 @@
-"""Public functions: check the arguments, choose an implementation, call it.
+"""Public functions: what they mean, and the check of their arguments; ``_dispatch`` does the rest.
 
 Letters in shapes: B batch, S tokens, H heads, Dh head dim, D model dim, K experts, L prompt length, M table width, N layers,
 P prefix length, Hi and Wi height and width of an image in tokens, W tokens of a window.
@@ -9,11 +9,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
-from ._autocast import autocast_dtype, cast, without_autocast
+from . import _dispatch, reference
 from ._checks import (
     check_importance_loss,
     check_prompt_attention,
@@ -22,11 +20,6 @@ from ._checks import (
     check_window_prompt_attention,
 )
 from ._distributed import sum_over_ranks
-from ._implementations import Problem, choose
-from .ops import sdpa_attention, sdpa_window_attention, xformers_attention
-from .ops.prompt_attention import prompt_attention as _prompt_attention_op
-from .ops.route_and_mix import route_and_mix as _route_and_mix_op
-from .ops.window_attention import window_prompt_attention as _window_prompt_attention_op
 from .receptive_field import ReceptiveField
 from .reference.importance import importance_loss_of_sums
 
@@ -79,22 +72,9 @@ def route_and_mix(
         RuntimeError: ``impl`` can't run here.
     """
     check_route_and_mix(logits, experts, temperature, noise, top_k, renormalize, gram, eps)
-    dtype = autocast_dtype(experts)
-    problem = Problem(logits.device, torch.promote_types(logits.dtype, experts.dtype))
-    if choose("route_and_mix", impl, problem) == "triton":
-        return _route_and_mix_op(logits, experts, noise, gram, temperature, top_k, renormalize, eps, dtype)
-    with without_autocast(logits.device.type):
-        return reference.route_and_mix(
-            logits,
-            experts,
-            temperature=temperature,
-            noise=noise,
-            top_k=top_k,
-            renormalize=renormalize,
-            gram=gram,
-            eps=eps,
-            dtype=dtype,
-        )
+    return _dispatch.route_and_mix(
+        logits, experts, temperature=temperature, noise=noise, top_k=top_k, renormalize=renormalize, gram=gram, eps=eps, impl=impl
+    )
 
 
 def importance_loss(
@@ -161,23 +141,8 @@ def prompt_attention(
         RuntimeError: ``impl`` can't run here.
     """
     check_prompt_attention(q, k, v, prefixes, key_padding_mask, bias, scale, is_causal)
-    if any(len(prefix) == 3 for prefix in prefixes):
-        k, v, key_padding_mask, bias = _ragged_prefixes_as_tokens(k, v, prefixes, key_padding_mask, bias)
-        prefixes = ()
     masking = {"key_padding_mask": key_padding_mask, "bias": bias, "scale": scale}
-    keys = k.shape[2] + sum(pk.shape[2] for pk, _ in prefixes)
-    masked = key_padding_mask is not None or bias is not None or (is_causal and q.shape[2] != keys)
-    dtype = autocast_dtype(q)
-    impl = choose("prompt_attention", impl, Problem(q.device, dtype, keys, masked))
-    if impl == "reference":
-        with without_autocast(q.device.type):
-            out = reference.prompt_attention(q, k, v, prefixes, is_causal=is_causal, **masking)
-        return out.to(dtype)
-    q, k, v = cast(q, dtype), cast(k, dtype), cast(v, dtype)
-    if impl == "triton":
-        return _prompt_attention_op(q, k, v, prefixes, field=None, is_causal=is_causal, **masking)
-    backend = sdpa_attention if impl == "sdpa" else xformers_attention
-    return backend.prompt_attention(q, k, v, prefixes, is_causal=is_causal, **masking)
+    return _dispatch.prompt_attention(q, k, v, prefixes, is_causal=is_causal, impl=impl, **masking)
 
 
 def receptive_field_attention(
@@ -212,17 +177,7 @@ def receptive_field_attention(
     """
     check_receptive_field_attention(q, k, v, field, key_padding_mask, bias, scale)
     masking = {"key_padding_mask": key_padding_mask, "bias": bias, "scale": scale}
-    dtype = autocast_dtype(q)
-    impl = choose("receptive_field_attention", impl, Problem(q.device, dtype, k.shape[2], masked=True))
-    if impl == "reference":
-        with without_autocast(q.device.type):
-            out = reference.receptive_field_attention(q, k, v, field, **masking)
-        return out.to(dtype)
-    q, k, v = cast(q, dtype), cast(k, dtype), cast(v, dtype)
-    if impl == "triton":
-        return _prompt_attention_op(q, k, v, (), field=field.lowered(q.device), is_causal=False, **masking)
-    backend = sdpa_attention if impl == "sdpa" else xformers_attention
-    return backend.receptive_field_attention(q, k, v, field, **masking)
+    return _dispatch.receptive_field_attention(q, k, v, field, impl=impl, **masking)
 
 
 def window_prompt_attention(
@@ -263,27 +218,5 @@ def window_prompt_attention(
         RuntimeError: ``impl`` can't run here.
     """
     window, shift = check_window_prompt_attention(qkv, prefixes, relative_position_bias, window_size, shift_size, pad_qkv, scale)
-    if relative_position_bias.dtype == torch.float64 != qkv.dtype:
-        relative_position_bias = sdpa_attention.in_range(relative_position_bias, torch.float32)
     settings = {"window_size": window, "shift_size": shift, "pad_qkv": pad_qkv, "scale": scale}
-    keys = window[0] * window[1] + sum(prefix[0].shape[2] for prefix in prefixes)
-    dtype = autocast_dtype(qkv)
-    impl = choose("window_prompt_attention", impl, Problem(qkv.device, dtype, keys, head_dim=qkv.shape[-1]))
-    if impl == "reference":
-        with without_autocast(qkv.device.type):
-            out = reference.window_prompt_attention(qkv, prefixes, relative_position_bias, **settings)
-        return out.to(dtype)
-    qkv = cast(qkv, dtype)
-    if impl in ("triton", "cpu"):
-        return _window_prompt_attention_op(qkv, prefixes, relative_position_bias, **settings)
-    return sdpa_window_attention.window_prompt_attention(qkv, prefixes, relative_position_bias, **settings)
-
-
-def _ragged_prefixes_as_tokens(
-    k: Tensor, v: Tensor, prefixes: Sequence, key_padding_mask: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Prefixes before the tokens' keys, what is not there as padding; causality, aligned to the last key, stays as it was."""
-    tokens = (k, v) if key_padding_mask is None else (k, v, key_padding_mask)
-    there = sdpa_attention.there_of([*prefixes, tokens], k)
-    bias = None if bias is None else F.pad(bias, (sum(prefix[0].shape[2] for prefix in prefixes), 0))
-    return *sdpa_attention.concatenated(k, v, [prefix[:2] for prefix in prefixes]), there, bias
+    return _dispatch.window_prompt_attention(qkv, prefixes, relative_position_bias, impl=impl, **settings)

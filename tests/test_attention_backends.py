@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from numerics import assert_as_good_as_eager
 from torch import Tensor
 
-from mope_fast import ReceptiveField, _implementations, functional
+from mope_fast import ReceptiveField, _dispatch, _implementations, functional
 from mope_fast._implementations import Problem, choose
 from mope_fast.ops import xformers_attention
 
@@ -605,7 +605,7 @@ def chosen(monkeypatch) -> list[str]:
         return names[-1]
 
     monkeypatch.setattr(_implementations, "DEFAULT_IMPL", "auto")
-    monkeypatch.setattr(functional, "choose", spy)
+    monkeypatch.setattr(_dispatch, "choose", spy)
     return names
 
 
@@ -638,7 +638,7 @@ def test_auto_takes_the_best_implementation_that_can_run(function, monkeypatch):
 @pytest.mark.parametrize("prefix_lengths", [(), (100,), (56, 57)], ids=str)
 def test_auto_is_told_the_number_of_all_keys_and_not_the_batch(prefix_lengths, monkeypatch):
     problems = []
-    monkeypatch.setattr(functional, "choose", lambda function, impl, problem: problems.append(problem) or "reference")
+    monkeypatch.setattr(_dispatch, "choose", lambda function, impl, problem: problems.append(problem) or "reference")
     for batch in (1, 3):
         q, k = torch.randn(batch, 1, 2, 8), torch.randn(batch, 1, 400, 8)
         functional.prompt_attention(q, k, k, [(k[:1, :, :length],) * 2 for length in prefix_lengths])
@@ -749,3 +749,25 @@ def test_wrong_prefixes_are_named(prefixes, error, message):
 def test_wrong_fields_are_named(changes, error, message):
     with pytest.raises(error, match=message):
         call("receptive_field_attention", **changes)
+
+
+def test_what_a_mask_becomes_is_kept_for_the_same_question_only():
+    q, k, v = (torch.randn(BATCH, HEADS, TOKENS, HEAD_DIM) for _ in range(3))
+    mask = torch.rand(BATCH, TOKENS) < 0.7
+    mask[:, 0] = True
+
+    def attend(length):
+        prefix = [(k[:, :, :length], v[:, :, :length])]
+        got = functional.prompt_attention(q, k, v, prefix, key_padding_mask=mask, impl="sdpa")
+        expected = functional.prompt_attention(q, k, v, prefix, key_padding_mask=mask.clone(), impl="reference")
+        torch.testing.assert_close(got, expected)
+
+    for length in (3, 3, 5, 3):
+        attend(length)
+    mask[:, 1:4] ^= True  # in place
+    attend(3)
+    with torch.inference_mode():  # where tensors don't count their changes
+        inner = mask.clone()
+        before = functional.prompt_attention(q, k, v, [(k, v)], key_padding_mask=inner, impl="sdpa")
+        after = functional.prompt_attention(q, k, v, [(k, v)], key_padding_mask=inner.logical_not_(), impl="sdpa")
+    assert not torch.equal(before, after)

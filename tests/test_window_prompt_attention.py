@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm_windows import shifted_windows, swin_transformer
 from torch import Tensor, nn
 
-from mope_fast import _implementations, functional
+from mope_fast import _dispatch, _implementations
 from mope_fast.functional import window_prompt_attention
 from mope_fast.reference import window_attention
 
@@ -678,9 +678,9 @@ def test_prompts_count_as_keys_that_the_kernels_must_hold(on_an_able_gpu):
 
 def test_auto_on_a_cpu_is_its_own_form_or_what_the_environment_names(monkeypatch):
     ran = []
-    for name, module in (("sdpa", functional.sdpa_window_attention), ("reference", functional.reference)):
+    for name, module in (("sdpa", _dispatch.sdpa_window_attention), ("reference", _dispatch.reference)):
         monkeypatch.setattr(module, "window_prompt_attention", recording(module.window_prompt_attention, name, ran))
-    monkeypatch.setattr(functional, "_window_prompt_attention_op", recording(functional._window_prompt_attention_op, "cpu", ran))
+    monkeypatch.setattr(_dispatch, "_window_prompt_attention_op", recording(_dispatch._window_prompt_attention_op, "cpu", ran))
     # one that only other functions have stands for no other here
     for chosen, expected in (("auto", "cpu"), ("reference", "reference"), ("sdpa", "sdpa"), ("xformers", "cpu")):
         monkeypatch.setattr(_implementations, "DEFAULT_IMPL", chosen)

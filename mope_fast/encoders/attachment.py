@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .._locks import Guarded
-from ..modules.rows import Prefix
+from ..modules.tables import Prefix
 from .families import EncoderFamily, Inputs
 from .frozen import freeze, thaw_held
 from .pooling import Pool
@@ -57,34 +57,22 @@ class _State:
 
 
 class _Call:
-    """One call of one layer."""
+    """One call of one layer, whose attention shall see prefixes."""
 
-    def __init__(self, prefixes: Sequence[Prefix]):
-        self.prefixes = prefixes
+    def __init__(self, attention: nn.Module, prefixes: Sequence[Prefix]):
+        self.attention, self.prefixes = attention, prefixes
         self.read = False
-
-
-class _Slot:
-    """Carries prefixes from a layer to its attention; a thread that computes a layer again has its own."""
-
-    def __init__(self, attachment: "Attachment"):
-        self.attachment = attachment
-        self.calls: dict[int, _Call] = {}
-        self.traced: _Call | None = None  # while it compiles: a graph has no thread
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"attachment": self.attachment, "calls": {}, "traced": None}
 
 
 def prefixes_of(attention: nn.Module) -> Sequence[Prefix]:
     """The prefixes this attention shall see in the running forward; none outside of one."""
-    slot = getattr(attention, _SLOT, None)
-    if slot is None:
+    attachment: Attachment | None = getattr(attention, _SLOT, None)
+    if attachment is None:
         return ()
-    call = slot.traced
+    call = attachment.traced
     if call is None and not torch.compiler.is_dynamo_compiling():
-        call = slot.calls.get(threading.get_ident())
-    if call is None:
+        call = attachment.calls.get(threading.get_ident())
+    if call is None or call.attention is not attention:
         return ()
     call.read = True
     return call.prefixes
@@ -126,7 +114,7 @@ class Attachment(Guarded):
             # usually None: a library may have put a forward of its own on the object, in place of its class's
             self._previous = [vars(module).get("forward") for module, _ in self.layers]
             for (module, attention), forward in zip(self.layers, self._forwards, strict=True):
-                setattr(attention, _SLOT, _Slot(self))
+                setattr(attention, _SLOT, self)
                 module.forward = forward
         except BaseException:  # a Ctrl-C too
             self.detach()
@@ -136,9 +124,11 @@ class Attachment(Guarded):
         """Start with no forward on its way."""
         super().renew()
         self._eager, self._traced = _State(), _State()
+        self.calls: dict[int, _Call] = {}  # by thread: one that computes a layer again has its own
+        self.traced: _Call | None = None  # while it compiles: a graph has no thread
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("owners", "lock", "_eager", "_traced")
+        own = ("owners", "lock", "_eager", "_traced", "calls", "traced")
         return {name: value for name, value in vars(self).items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -225,22 +215,21 @@ class Attachment(Guarded):
         """The layer's output and its scores; all it needs are arguments, because checkpointing calls it again after forward."""
         if not self.active:
             raise RuntimeError("the model was unwrapped before the backward pass of its last step: call backward() first")
-        slot: _Slot = getattr(self.layers[index][1], _SLOT)
         prefixes, scores = prompts(index, args[0] if args else kwargs["hidden_states"], pool)
-        call = _Call(prefixes)
+        call = _Call(self.layers[index][1], prefixes)
         if torch.compiler.is_dynamo_compiling():
-            slot.traced = call
+            self.traced = call
             try:
                 output = self._plain_layer(index, *args, **kwargs)
             finally:
-                slot.traced = None
+                self.traced = None
         else:
             thread = threading.get_ident()
-            slot.calls[thread] = call
+            self.calls[thread] = call
             try:
                 output = self._plain_layer(index, *args, **kwargs)
             finally:
-                del slot.calls[thread]
+                del self.calls[thread]
         if not call.read:
             raise RuntimeError(
                 f"prompts did not reach layer {index} of {type(self.encoder).__name__}: its attention was changed after wrapping "
@@ -283,8 +272,8 @@ wrapping = Guarded()
 
 
 def _attachments(module: nn.Module) -> list[Attachment]:
-    slots = [vars(part)[_SLOT] for part in module.modules() if _SLOT in vars(part)]
-    return list({id(slot.attachment): slot.attachment for slot in slots}.values())
+    found = [vars(part)[_SLOT] for part in module.modules() if _SLOT in vars(part)]
+    return list({id(attachment): attachment for attachment in found}.values())
 
 
 def _take_over(encoder: nn.Module) -> None:

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..modules.rows import is_plain
+from .._values import can_be_looked_at
+from ..modules.norms import is_plain
 from .pooling import Pool
 
 Inputs = dict[str, Any]
@@ -59,12 +60,6 @@ def _no_problem(encoder: nn.Module) -> None:
 
 def _nothing() -> None:
     return None
-
-
-def can_be_looked_at(tensor: Tensor) -> bool:
-    """Whether its numbers are at hand without a wait: in the host's memory, outside of a compiler and of functorch's transforms."""
-    plain = type(tensor) is Tensor and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-    return plain and torch._C._functorch.peek_interpreter_stack() is None
 
 
 def check_text(inputs: Mapping[str, Any]) -> None:

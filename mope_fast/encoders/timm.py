@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..functional import window_prompt_attention
+from .._dispatch import prompt_attention, window_prompt_attention
 from ..modules import PromptAttention
-from ..modules.rows import is_plain
+from ..modules.norms import is_plain
 from .attachment import prefixes_of
 from .families import EncoderFamily, Inputs, PromptedLayer, keys_and_values, refuse_encoder, register_encoder
 from .front import Front
@@ -82,6 +82,11 @@ def _problem(encoder: nn.Module, pooling: str) -> str | None:
 
 def _attention(attention: PromptAttention, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
     """timm's ``Attention.forward``; mask and causality are about tokens, everyone sees the prompts."""
+    if attn_mask is None and type(attention).forward is PromptAttention.forward:
+        # the library's own values need no check
+        q, k, v = attention.queries_keys_values(x)
+        out = prompt_attention(q, k, v, prefixes_of(attention), is_causal=is_causal, impl=attention.impl)
+        return attention.output(out, x)
     return type(attention).forward(attention, x, prefixes_of(attention), attn_mask=attn_mask, is_causal=is_causal)
 
 

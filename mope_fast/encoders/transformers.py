@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import prompt_attention
+from .. import functional
+from .._dispatch import prompt_attention
 from .attachment import prefixes_of
 from .families import EncoderFamily, Inputs, PromptedLayer, keys_and_values, register_encoder
 from .pooling import Pool, first_token, last_real_token, masked_mean, patch_mean, token_at, token_mean
@@ -50,9 +51,12 @@ def _attention(
         raise ValueError(f"attention_mask must be (B, S), True = real; got {tuple(attention_mask.shape)}")
     is_causal = kwargs.get("is_causal")
     is_causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
-    out = prompt_attention(
-        query, key, value, prefixes_of(module), is_causal=is_causal, key_padding_mask=attention_mask, scale=scaling
+    # what fits needs no check; the public function says what doesn't
+    fits = query.shape[1] == key.shape[1] and (
+        attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape == (key.shape[0], key.shape[2]))
     )
+    attend = prompt_attention if fits else functional.prompt_attention
+    out = attend(query, key, value, prefixes_of(module), is_causal=is_causal, key_padding_mask=attention_mask, scale=scaling)
     return out.transpose(1, 2), None
 
 

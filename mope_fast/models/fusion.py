@@ -136,7 +136,7 @@ class MoPEFusion(TaskModel):
             if self.training:
                 check_trains_nothing(self.complementary, complementary_inputs, cross)
             check_same_batch(self.main, main_inputs, cross)
-        features, scores, maps = run_prompted(self.main, self.bank, main_inputs, cross, feature_maps=feature_maps)
+        features, scores, maps = run_prompted(self.main, self._bank(), main_inputs, cross, feature_maps=feature_maps)
         logits = apply_head(self.head, *head_inputs(config, features, cross))
         task_loss, summed = self._losses(logits, labels, scores)
         importance = features.new_zeros(())

@@ -1,24 +1,25 @@
 """Many trained models on one frozen encoder, in one pass."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..encoders import PromptedLayer
-from ..modules import FoldedBank
-from ..modules.folded import mix_tables
-from ..modules.output import split_heads
-from ..modules.rows import Prefix
+from ..modules import FoldedBank, PromptContext
+from ..modules.folded import KeptTables
+from ..modules.prompts import check_input
+from ..modules.router import Router
+from ..modules.tables import Tables
 from . import checkpoint
 from .folded import FoldedModel
 from .fusion import MoPEFusion
 from .image_config import ImageConfig
 from .output import FusionOutput
 from .prompt_tuned import PromptTuned
-from .prompting import BankPrompts, Inputs
+from .prompting import Inputs, stacked_scores
 from .sides import check_same_batch, complementary_feature
 from .task import apply_head
 
@@ -96,13 +97,13 @@ class MultiAdapter(ImageConfig, nn.Module):
         """
         ids, used = self._ids(main_inputs, adapters)
         crosses = self._crosses(main_inputs, used, complementary_inputs or {})
-        prompts = None
-        if self.stack is not None:
-            prompts = BankPrompts(self.stack, self.stack.prepare(ids, crosses), self.main.layers)
-        features, scores, _ = self.main(main_inputs, prompts)
-        routed = self.stack is not None and self.stack.routes
+        prompts = None if self.stack is None else self.stack.prepare(ids, crosses, self.main.layers)
+        encoded = self.main(main_inputs, prompts)
+        scores = stacked_scores(encoded)
         return FusionOutput(
-            logits=self._logits(features, ids, crosses), scores=torch.stack(scores)[..., :-1] if routed else None, features=features
+            logits=self._logits(encoded.feature, ids, crosses),
+            scores=None if scores is None else scores[..., :-1],
+            features=encoded.feature,
         )
 
     def _ids(self, main_inputs: Inputs, adapters: Sequence[str] | Tensor) -> tuple[Tensor, set[str]]:
@@ -137,6 +138,7 @@ class MultiAdapter(ImageConfig, nn.Module):
             cross = complementary_feature(model.complementary, given[name]) if needed else None
             if needed:
                 check_same_batch(self.main, main_inputs, cross)
+                check_input("cross", cross, model.bank.cross_dim)
             crosses.append(cross)
         return crosses
 
@@ -166,23 +168,13 @@ def _select(candidates: Sequence[Tensor], ids: Tensor) -> Tensor:
     return torch.stack(list(candidates))[ids, torch.arange(len(ids), device=ids.device)]
 
 
-@dataclass
-class _Context:
-    """One forward's share of the prompts; a tuple's entries are layers."""
-
-    ids: Tensor  # (B,)
-    logits: tuple[Tensor, ...]  # (B, all experts + 1), -inf at what isn't the sample's own; empty if nobody routes
-    mapped: Sequence[Tensor]  # (B, 2 * H * Dh); empty if nobody maps
-    there: Tensor | None  # (B, P): which rows of [static | dynamic | mapped] a sample has; None if all have all
-
-
 class _StackedBanks(nn.Module):
     """All adapters' tables side by side. The last expert is nobody's: samples whose adapter doesn't route get it."""
 
     def __init__(self, banks: Sequence[FoldedBank | None]):
         super().__init__()
         self.banks = list(banks)
-        routing = [bank for bank in banks if bank is not None and bank.config.use_dynamic]
+        routing = [bank for bank in banks if _experts(bank)]
         gates = {(bank.config.top_k, bank.config.renormalize) for bank in routing}
         if len(gates) > 1:
             raise ValueError(f"adapters gate their scores differently, (top_k, renormalize): {sorted(gates, key=str)}")
@@ -191,39 +183,29 @@ class _StackedBanks(nn.Module):
         lengths = torch.tensor([_lengths(bank) for bank in banks])  # (A, 3)
         longest = lengths.amax(0).tolist()
         self.dims = next(bank.dims for bank in banks if bank is not None)
-        self.layers = nn.ModuleList(_SharedTables(index, banks, *longest[:2]) for index in range(len(self.dims)))
-        there = torch.cat([torch.arange(most) < own[:, None] for most, own in zip(longest, lengths.T, strict=True)], dim=1)
+        self.tables = nn.ModuleList(KeptTables(_shared_tables(index, banks, *longest[:2])) for index in range(len(self.dims)))
+        has = torch.cat([torch.arange(most) < own[:, None] for most, own in zip(longest, lengths.T, strict=True)], dim=1)
         owners = [i for i, bank in enumerate(banks) for _ in range(_experts(bank))]
-        device = next(self.layers[0].buffers()).device
-        self.register_buffer("there", None if there.all() else there.to(device))  # (A, P)
+        device = next(self.tables[0].buffers()).device
+        self.register_buffer("has", None if has.all() else has.to(device))  # (A, P): which rows of [static | dynamic | mapped]
         self.owner = nn.Buffer(torch.tensor(owners, dtype=torch.long, device=device))  # (all experts,)
         self.lone = nn.Buffer(torch.tensor([_experts(bank) == 0 for bank in banks], device=device))  # (A,)
 
-    def prepare(self, ids: Tensor, crosses: Sequence[Tensor | None]) -> _Context:
+    def prepare(self, ids: Tensor, crosses: Sequence[Tensor | None], layers: Sequence[PromptedLayer]) -> PromptContext:
         """crosses: each adapter's complementary feature, None where it isn't in use or needs none."""
-        there = None if self.there is None else self.there[ids]
-        return _Context(ids, self._logits(ids, crosses), self._mapped(ids, crosses), there)
+        routers: Sequence[Router | None] = [None] * len(self.dims)
+        if self.routes:
+            each = zip(self._logits(ids, crosses), self.tables, strict=True)
+            routers = [Router(logits, kept.router_weight, kept.router_keys, self.top_k, self.renormalize) for logits, kept in each]
+        parts = zip(self.tables, routers, self._mapped(ids, crosses), strict=True)
+        stages = [
+            dataclasses.replace(kept.tables(router, None, mapped), before=None if kept.before is None else kept.before[ids])
+            for kept, router, mapped in parts
+        ]
+        return PromptContext(ids.shape[0], stages, self.routes, layers, mask=None if self.has is None else self.has[ids])
 
-    def prefixes(self, index: int, layer: PromptedLayer, feature: Tensor, context: _Context) -> tuple[list[Prefix], Tensor | None]:
-        """As :meth:`FoldedBank.prefixes`."""
-        tables: _SharedTables = self.layers[index]
-        parts, scores = [], None
-        if tables.static is not None:
-            # its keys are normed already
-            parts.append(split_heads(tables.static[context.ids], layer.num_heads))
-        if tables.experts is not None:
-            gate = {"temperature": 1.0, "top_k": self.top_k, "renormalize": self.renormalize}
-            mixed, scores = mix_tables(tables, context.logits[index], feature, **gate)
-            parts.append(split_heads(mixed, layer.num_heads))
-        if context.mapped:
-            parts.append(split_heads(context.mapped[index][:, None], layer.num_heads, layer.key_norm))
-        dtype = parts[-1][0].dtype
-        prefix = tuple(torch.cat([part.to(dtype) for part in side], dim=2) for side in zip(*parts, strict=True))
-        return [prefix if context.there is None else (*prefix, context.there)], scores
-
-    def _logits(self, ids: Tensor, crosses: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-        if not self.routes:
-            return ()
+    def _logits(self, ids: Tensor, crosses: Sequence[Tensor | None]) -> Sequence[Tensor]:
+        """For each layer (B, all experts + 1), -inf at what isn't the sample's own."""
         columns = []
         for bank, cross in zip(self.banks, crosses, strict=True):
             if not _experts(bank):
@@ -231,66 +213,51 @@ class _StackedBanks(nn.Module):
             if cross is None:
                 columns.append(torch.zeros(len(self.dims), len(ids), _experts(bank), device=ids.device))
             else:
-                columns.append(bank.cross_logits(cross) / bank.config.temperature)
+                columns.append(bank.cross_logits(cross))
         logits = torch.cat([*columns, torch.zeros_like(columns[0][..., :1])], dim=-1)
         own = torch.cat([self.owner == ids[:, None], self.lone[ids][:, None]], dim=1)
         return torch.where(own, logits, float("-inf")).unbind()
 
-    def _mapped(self, ids: Tensor, crosses: Sequence[Tensor | None]) -> Sequence[Tensor]:
+    def _mapped(self, ids: Tensor, crosses: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """For each layer (B, 1, 2 * H * Dh); None if nobody maps."""
         maps = [bank is not None and bank.config.use_mapped for bank in self.banks]
         if not any(maps):
-            return ()
+            return [None] * len(self.dims)
         pairs = zip(self.banks, crosses, maps, strict=True)
-        rows = [bank.mapped_rows(cross) if used and cross is not None else None for bank, cross, used in pairs]
-        known = next((row for row in rows if row is not None), None)
+        rows = [bank.mapper(cross) if used and cross is not None else None for bank, cross, used in pairs]
         # the directions depend on the frozen layers only: any adapter's will do
         bank = self.banks[maps.index(True)]
-        if known is None:
-            weights = {int(width): directions.weight for width, directions in bank.directions.items()}
-            return bank.project_mapped({width: weight.new_zeros(len(ids), width) for width, weight in weights.items()})
-        return bank.project_mapped(
-            {width: _select([none if row is None else row[width] for row in rows], ids)
-             for width, none in ((width, torch.zeros_like(row)) for width, row in known.items())}
-        )  # fmt: skip
+        some = next((row for row in rows if row is not None), None)
+        if some is None:
+            some = {width: torch.zeros(len(ids), width, device=ids.device) for width in set(self.dims)}
+        own = {
+            str(width): _select([torch.zeros_like(none) if row is None else row[width] for row in rows], ids)[None, :, None]
+            for width, none in some.items()
+        }
+        return [projected["after"] for projected in bank.project({"mapped": own})]
 
 
-class _SharedTables(nn.Module):
-    """One layer's tables of all adapters, padded to the longest prompt with zeros."""
-
-    static: Tensor | None  # (A, P, 2 * H * Dh)
-    logit_map: Tensor | None  # (D, all experts + 1), divided by the temperatures
-    experts: Tensor | None  # (all experts + 1, P, 2 * H * Dh)
-    shift: Tensor | None  # (1, 2 * H * Dh)
-    gram: Tensor | None  # (P, all experts + 1, all experts + 1)
-
-    def __init__(self, index: int, banks: Sequence[FoldedBank | None], static_length: int, dynamic_length: int):
-        super().__init__()
-        tables = [None if bank is None else bank.tables[index] for bank in banks]
-        known = next(table for table in tables if table is not None)
-        self.eps = known.eps
-        static = None
-        if static_length:
-            some = next(table.static for table in tables if table is not None and table.static is not None)
-            none = some.new_zeros(1, static_length, some.shape[-1])
-            static = torch.cat([
-                none if table is None or table.static is None else _padded_rows(table.static, static_length) for table in tables
-            ])  # fmt: skip
-        self.register_buffer("static", static)
-        pairs = zip(tables, banks, strict=True)
-        routing = [(table, bank.config.temperature) for table, bank in pairs if _experts(bank)]
-        logit_map = experts = shift = gram = None
-        if routing:
-            experts = torch.cat([_padded_rows(table.experts, dynamic_length) for table, _ in routing])
-            experts = torch.cat([experts, torch.zeros_like(experts[:1])])
-            maps = [table.logit_map / temperature for table, temperature in routing]
-            logit_map = torch.cat([*maps, torch.zeros_like(maps[0][:, :1])], dim=1)
-            shift = routing[0][0].shift
-            if routing[0][0].gram is not None:
-                grams = [F.pad(table.gram, (0, 0, 0, 0, 0, dynamic_length - len(table.gram))) for table, _ in routing]
-                nobody = grams[0].new_zeros(dynamic_length, 1, 1)
-                gram = torch.stack([torch.block_diag(*rows) for rows in zip(*grams, nobody, strict=True)])
-        for name, table in {"logit_map": logit_map, "experts": experts, "shift": shift, "gram": gram}.items():
-            self.register_buffer(name, table)
+def _shared_tables(index: int, banks: Sequence[FoldedBank | None], static_length: int, dynamic_length: int) -> Tables:
+    """One layer's tables of all adapters, padded to the longest prompt with zeros; those of static prompts are by adapter."""
+    tables = [None if bank is None else bank.tables[index] for bank in banks]
+    shared = Tables()
+    if static_length:
+        some = next(table.before for table in tables if table is not None and table.before is not None)
+        none = some.new_zeros(1, static_length, some.shape[-1])
+        shared.before = torch.cat([
+            none if table is None or table.before is None else _padded_rows(table.before, static_length) for table in tables
+        ])  # fmt: skip
+    if routing := [table for table, bank in zip(tables, banks, strict=True) if _experts(bank)]:
+        experts = torch.cat([_padded_rows(table.experts, dynamic_length) for table in routing])
+        shared.experts = torch.cat([experts, torch.zeros_like(experts[:1])])
+        keys = torch.block_diag(*(table.router_keys for table in routing))
+        shared.router = Router(None, torch.cat([table.router_weight for table in routing]), F.pad(keys, (0, 1)))
+        shared.shift, shared.eps = routing[0].shift, routing[0].eps
+        if routing[0].gram is not None:
+            grams = [_padded_rows(table.gram, dynamic_length).unbind(1) for table in routing]
+            nobody = [grams[0][0].new_zeros(1, 1)] * dynamic_length
+            shared.gram = torch.stack([torch.block_diag(*rows) for rows in zip(*grams, nobody, strict=True)], dim=1)
+    return shared
 
 
 def _padded_rows(table: Tensor, length: int) -> Tensor:

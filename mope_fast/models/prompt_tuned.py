@@ -73,7 +73,7 @@ class PromptTuned(TaskModel):
             labels: see ``problem_type``; gives ``loss``.
             feature_maps: give those of the encoder's stages too (Swin).
         """
-        features, _, maps = run_prompted(self.main, self.bank, inputs, feature_maps=feature_maps)
+        features, _, maps = run_prompted(self.main, self._bank(), inputs, feature_maps=feature_maps)
         logits = apply_head(self.head, features)
         loss = self.task_loss(logits, labels)
         return self._output_type(logits, labels)(loss, logits, loss, None, None, features, maps)

@@ -1,55 +1,14 @@
-"""A bank as the source of an encoder's prompts."""
+"""A frozen encoder's forward with the prompts of a bank."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..encoders import Pool, PromptedEncoder, PromptedLayer
+from ..encoders import Encoded, PromptedEncoder
 from ..modules import FoldedBank, PromptBank
-from ..modules.rows import Prefix
 
 Inputs = Tensor | dict[str, Any]
-
-
-class Bank(Protocol):
-    """:class:`PromptBank`, :class:`FoldedBank`, or another source of prefixes."""
-
-    routes: bool
-
-    def prefixes(self, index: int, layer: PromptedLayer, feature: Tensor, context: Any) -> tuple[Sequence[Prefix], Tensor | None]:
-        """See :meth:`PromptBank.prefixes`."""
-
-
-@dataclass  # not frozen: torch 2.11 can't compile a call of a frozen one
-class BankPrompts:
-    """One forward's prompts out of a bank, for :class:`PromptedEncoder`."""
-
-    bank: Bank
-    context: Any
-    layers: Sequence[PromptedLayer]
-
-    @property
-    def draws_random_numbers(self) -> bool:
-        """Whether a layer's prompts are random beyond what is in the context."""
-        return getattr(self.bank, "draws_random_numbers", False)
-
-    def __call__(self, index: int, hidden_states: Tensor, pool: Pool) -> tuple[Sequence[Prefix], Tensor | None]:
-        # who doesn't route doesn't look: any token tells batch and dtype
-        feature = pool(hidden_states) if self.bank.routes else hidden_states.flatten(1, -2)[:, 0]
-        return self.bank.prefixes(index, self.layers[index], feature, self.context)
-
-
-class Run(NamedTuple):
-    """One forward of a prompted encoder."""
-
-    features: Tensor
-    """(B, D)"""
-    scores: Tensor | None
-    """(N, B, K)"""
-    feature_maps: tuple[Tensor, ...] | None
 
 
 def run_prompted(
@@ -59,18 +18,18 @@ def run_prompted(
     cross: Tensor | None = None,
     *,
     feature_maps: bool = False,
-) -> Run:
-    """An encoder's forward with a bank's prompts; without gradient if there is none."""
+) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...] | None]:
+    """The feature (B, D), routing scores (N, B, K) or None, and feature maps; without gradient if there is no bank."""
     if bank is None:
         with torch.no_grad():
             encoded = encoder(inputs, feature_maps=feature_maps)
-        return Run(encoded.feature, None, encoded.feature_maps)
-    layers = encoder.layers
-    if isinstance(bank, PromptBank):
-        context = bank.prepare(cross, layers, encoder.dtype)
-        if encoder.gradient_checkpointing:
-            context.compute_shared()
-    else:
-        context = bank.prepare(cross)
-    encoded = encoder(inputs, BankPrompts(bank, context, layers), feature_maps=feature_maps)
-    return Run(encoded.feature, torch.stack(encoded.scores) if bank.routes else None, encoded.feature_maps)
+        return encoded.feature, None, encoded.feature_maps
+    # a layer that is computed again projects its prompts again, in place of keeping them
+    prompts = bank.prepare(cross, encoder.layers, encoder.dtype, ahead=not encoder.gradient_checkpointing)
+    encoded = encoder(inputs, prompts, feature_maps=feature_maps)
+    return encoded.feature, stacked_scores(encoded), encoded.feature_maps
+
+
+def stacked_scores(encoded: Encoded) -> Tensor | None:
+    """(N, B, K); None where no layer routes."""
+    return torch.stack(encoded.scores) if encoded.scores and encoded.scores[0] is not None else None

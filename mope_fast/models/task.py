@@ -2,7 +2,8 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from .._distributed import JointBatch, gather, is_first, is_sharded, mesh_of, wait_for_all
+from .._values import can_be_looked_at
 from ..encoders import PromptedEncoder
-from ..encoders.families import can_be_looked_at
 from ..encoders.weights import Samples, plain_name, sample_weights
+from ..modules import FoldedBank, PromptBank
 from . import checkpoint
 from .image_config import ImageConfig
 from .output import FusionOutput, UnlabelledOutput
@@ -189,6 +191,8 @@ class TaskModel(ImageConfig, nn.Module, ABC):
     """For transformers' Trainer: ``loss`` is a batch's own, to be divided by the number of accumulated batches."""
     _joint_batch: JointBatch | None = None
     _leaves_frozen_out = False
+    _kept: FoldedBank | None = None
+    """Tables of ``bank`` while :meth:`frozen` lasts."""
 
     def use_joint_batch(self, process_group: ProcessGroup | None = None) -> None:
         """Take the losses of the batches of all ranks together, in training mode.
@@ -278,11 +282,11 @@ class TaskModel(ImageConfig, nn.Module, ABC):
             self.register_state_dict_post_hook(_leave_frozen_out)
             self.register_load_state_dict_pre_hook(_put_frozen_in)
 
-    def _check_whole(self) -> None:
+    def _check_whole(self, what: str = "fold()") -> None:
         """Raises RuntimeError if weights are sharded."""
         if any(is_sharded(parameter) for parameter in self.parameters()):
             raise RuntimeError(
-                f"fold() needs whole weights, and this {_class_name(self)} is sharded: save_pretrained() it, and fold what "
+                f"{what} needs whole weights, and this {_class_name(self)} is sharded: save_pretrained() it, and take what "
                 "from_pretrained() makes of that"
             )
 
@@ -294,6 +298,61 @@ class TaskModel(ImageConfig, nn.Module, ABC):
         """Names of the modules that are held and not trained."""
         modules = self.named_modules(remove_duplicate=False)
         return [name for name, module in modules if isinstance(module, PromptedEncoder)]
+
+    @contextmanager
+    def frozen(self) -> Iterator["TaskModel"]:
+        """Project prompts and experts once for all forwards of the block, which takes no gradient.
+
+        For evaluation and inference without a second model: forwards do what those of :meth:`fold` do. ``train``, a change of
+        dtype or device and ``load_state_dict`` end it early; what else changes the trained parts within the block isn't noticed.
+
+        Raises:
+            RuntimeError: the model is in training mode, or its weights are sharded.
+            ValueError: folding is not exact for this encoder, see :meth:`fold`.
+
+        Example:
+            >>> with model.eval().frozen():
+            ...     for batch in loader: ...
+        """
+        if self.training:
+            raise RuntimeError(f"frozen() is for inference, and this {_class_name(self)} is in training mode: call eval() first")
+        self._check_whole("frozen()")
+        parts = [part for part in self.modules() if isinstance(part, TaskModel) and getattr(part, "bank", None) is not None]
+        own = {part: FoldedBank(part.bank, part.main.layers, part.main.dtype) for part in parts if part._kept is None}
+        try:
+            for part, tables in own.items():
+                vars(part)["_kept"] = tables  # not as a part of the model: it is saved nowhere
+            with torch.no_grad():
+                yield self
+        finally:
+            for part, tables in own.items():
+                if part._kept is tables:
+                    part._drop_tables()
+
+    def _drop_tables(self) -> None:
+        vars(self)["_kept"] = None
+
+    def _bank(self) -> PromptBank | FoldedBank | None:
+        """Where the prompts of a forward come from: kept tables only for those that asked for them."""
+        return self.bank if self._kept is None or torch.is_grad_enabled() else self._kept
+
+    def train(self, mode: bool = True) -> "TaskModel":
+        """Train or evaluate what is trained; encoders stay in eval mode."""
+        if mode:
+            self._drop_tables()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "TaskModel":
+        self._drop_tables()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._drop_tables()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy keeps no tables: nobody would drop them."""
+        return {**vars(self), "_kept": None}
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, every_n_layers: int = 1, offload: bool = False

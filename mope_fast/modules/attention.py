@@ -12,7 +12,7 @@ from .._autocast import cast
 from .._checks import MAX_HEAD_DIM
 from .._settings import checked
 from ..receptive_field import ReceptiveField
-from .rows import Prefix
+from .tables import Prefix
 
 _CHILDREN = ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop")
 """Of timm's Attention; ``norm`` and ``gate`` are younger than the others."""
@@ -194,9 +194,7 @@ class PromptAttention(nn.Module):
         """
         if field is not None and (is_causal or len(prefixes)):
             raise ValueError("field takes neither prefixes nor is_causal: put the prompts into the sequence as groups of the field")
-        q, k, v = self._heads("x", x)
-        # under autocast a norm may answer in float32
-        q, k = cast(self.q_norm(q), v.dtype), cast(self.k_norm(k), v.dtype)
+        q, k, v = self.queries_keys_values(x)
         if attn_mask is not None:
             if key_padding_mask is not None or bias is not None:
                 raise ValueError("attn_mask stands for key_padding_mask or bias: pass them, or attn_mask alone")
@@ -206,16 +204,25 @@ class PromptAttention(nn.Module):
             out = functional.prompt_attention(q, k, v, prefixes, is_causal=is_causal, **masking)
         else:
             out = functional.receptive_field_attention(q, k, v, field, **masking)
+        return self.output(out, x)
+
+    def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, S, D) -> what attention takes, (B, H, S, Dh) each, normed."""
+        q, k, v = self._heads("x", x)
+        # under autocast a norm may answer in float32
+        return cast(self.q_norm(q), v.dtype), cast(self.k_norm(k), v.dtype), v
+
+    def output(self, out: Tensor, x: Tensor) -> Tensor:
+        """What attention gave (B, H, S, Dh) for x (B, S, D) -> (B, S, dim_out)."""
         out = self.norm(out.transpose(1, 2).flatten(2))
-        if self.gate is not None:
-            out = out * self.gate(x).sigmoid()
-        return self.proj(out)
+        return self.proj(out if self.gate is None else out * self.gate(x).sigmoid())
 
     def _heads(self, name: str, rows: Tensor) -> tuple[Tensor, ...]:
         """(B, S, D) -> query, key, value (B, H, S, Dh), before their norms."""
         if rows.dim() != 3:
             raise ValueError(f"{name} must be (B, {'P' if name == 'prompts' else 'S'}, D), got {tuple(rows.shape)}")
-        return self.qkv(rows).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind()
+        batch, length, _ = rows.shape
+        return self.qkv(rows).reshape(batch, length, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind()
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, head_dim={self.head_dim}, impl={self.impl!r}"

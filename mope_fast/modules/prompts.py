@@ -1,21 +1,21 @@
 """Routed prompts: one layer's (``MoPELayer``), or all layers' with stacked parameters (``PromptBank``)."""
 
-from collections.abc import Callable, Iterable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._autocast import without_autocast
 from .._settings import checked
 from .config import MoPEConfig
-from .mapper import PromptMapper
-from .output import MoPEOutput, Routing, expert_gram
-from .router import global_feature, linear_fp32, orthogonal_keys, routing_noise
-from .rows import FrozenLayer, Prefix, Rows, can_be_stacked, mixes_in_kv_space, stacked_rows
+from .kinds import KINDS, PromptKind, in_place
+from .norms import can_be_stacked
+from .output import MoPEOutput
+from .router import Keys, Router, make_routers, orthogonal_keys
+from .tables import FrozenLayer, Prefix, Rows, Tables, can_be_projected_ahead, make_rows, mixes_in_kv_space
 
 
 def check_input(name: str, x: Tensor, width: int, batch: int | None = None, ranks: tuple[int, ...] = (2,)) -> None:
@@ -32,15 +32,18 @@ def check_input(name: str, x: Tensor, width: int, batch: int | None = None, rank
         raise ValueError(f"{name} has batch {x.shape[0]}, expected {batch}: tokens and complementary features of the same samples")
 
 
+def global_feature(x: Tensor) -> Tensor:
+    """The router's view of a layer's input: the class token of (B, S, D), or (B, D) as it is."""
+    return x[:, 0] if x.dim() == 3 else x
+
+
 class MoPELayer(nn.Module):
     """Prompts of one frozen transformer layer, to be put before its tokens (MoPE, arXiv 2403.10568, equations 2 to 4).
 
     Args:
         dim: D, the layer's width.
         cross_dim: width of the complementary feature psi_y.
-        num_experts, prompt_length, cross_routing_dim, inter_routing_dim, temperature, noise_std, top_k, learn_keys, dropout,
-            dynamic_dropout, use_static, use_dynamic: see :class:`MoPEConfig`.
-        **settings: any other setting of :class:`MoPEConfig`.
+        num_experts, prompt_length, **settings: of :class:`MoPEConfig`.
 
     State: ``static_prompt`` (L, D), ``experts`` (K, L, D), ``keys`` (K, d_i + d_c), ``inter_proj``, ``cross_proj``.
 
@@ -55,39 +58,24 @@ class MoPELayer(nn.Module):
         self,
         dim: int,
         cross_dim: int | None,
-        num_experts: int = 16,
-        prompt_length: int = 6,
-        *,
-        cross_routing_dim: int = 8,
-        inter_routing_dim: int = 2,
-        temperature: float = 0.1,
-        noise_std: float = 1 / 256,
-        top_k: int | None = None,
-        learn_keys: bool = False,
-        dropout: float = 0.1,
-        dynamic_dropout: float = 0.0,
-        use_static: bool = True,
-        use_dynamic: bool = True,
-        **settings,
+        num_experts: int = MoPEConfig.num_experts,
+        prompt_length: int = MoPEConfig.prompt_length,
+        **settings: Any,
     ):
         super().__init__()
-        config = self.config = MoPEConfig(
-            num_experts=num_experts, prompt_length=prompt_length, cross_routing_dim=cross_routing_dim,
-            inter_routing_dim=inter_routing_dim, temperature=temperature, noise_std=noise_std, top_k=top_k, learn_keys=learn_keys,
-            dropout=dropout, dynamic_dropout=dynamic_dropout, use_static=use_static, use_dynamic=use_dynamic, **settings,
-        )  # fmt: skip
-        if dim < 1 or (use_dynamic and (cross_dim is None or cross_dim < 1)):
+        config = self.config = MoPEConfig(num_experts=num_experts, prompt_length=prompt_length, **settings)
+        if dim < 1 or (config.use_dynamic and (cross_dim is None or cross_dim < 1)):
             raise ValueError(f"dim and cross_dim must be integers >= 1, got dim={dim!r} and cross_dim={cross_dim!r}")
         self.dim, self.cross_dim = dim, cross_dim
         bound = config.init_bound(dim)
-        if use_static:
+        if config.use_static:
             self.static_prompt = nn.Parameter(torch.empty(prompt_length, dim).uniform_(-bound, bound))
-        if use_dynamic:
+        if config.use_dynamic:
             self.experts = nn.Parameter(config.draw_experts(num_experts, prompt_length, dim))
-            self.inter_proj = nn.Linear(dim, inter_routing_dim)
-            self.cross_proj = nn.Linear(cross_dim, cross_routing_dim)
-            keys = orthogonal_keys(num_experts, inter_routing_dim + cross_routing_dim)
-            self.keys = nn.Parameter(keys) if learn_keys else nn.Buffer(keys)
+            self.inter_proj = nn.Linear(dim, config.inter_routing_dim)
+            self.cross_proj = nn.Linear(cross_dim, config.cross_routing_dim)
+            keys = orthogonal_keys(num_experts, config.inter_routing_dim + config.cross_routing_dim)
+            self.keys = nn.Parameter(keys) if config.learn_keys else nn.Buffer(keys)
 
     def forward(self, x: Tensor, cross: Tensor | None = None, mapped: Tensor | None = None) -> MoPEOutput:
         """Route and give the prompts.
@@ -98,75 +86,73 @@ class MoPELayer(nn.Module):
             mapped: (B, D), the mapped prompt, or None for none.
         """
         check_input("x", x, self.dim, ranks=(2, 3))
-        config, batch = self.config, x.shape[0]
+        config, batch, kinds, router = self.config, x.shape[0], {}, None
+        if config.use_static:
+            kinds["static"] = F.dropout(self.static_prompt, config.dropout, self.training)[None]
         if mapped is not None:
             check_input("mapped", mapped, self.dim, batch)
-            mapped = F.dropout(mapped, config.dropout, self.training)
-        routing = None
+            kinds["mapped"] = F.dropout(mapped, config.dropout, self.training)[:, None]
         if config.use_dynamic:
             check_input("cross", cross, self.cross_dim, batch)
-            inter = linear_fp32(global_feature(x), self.inter_proj.weight, self.inter_proj.bias)
-            query = torch.cat([inter, linear_fp32(cross, self.cross_proj.weight, self.cross_proj.bias)], dim=-1)
-            logits = linear_fp32(query, self.keys)
-            noise = routing_noise(logits, config.noise_std) if self.training else None
-            routing = Routing(logits, noise, self.experts, lambda: expert_gram(self.experts), self.training)
-        elif not config.use_static and mapped is None:
+            keys = Keys.of(self.keys[None], self.inter_proj.bias[None], config.temperature)
+            (router,) = make_routers(config, keys, [self.inter_proj.weight], cross, self.cross_proj, noisy=self.training)
+        elif not kinds:
             raise ValueError("this MoPELayer has neither static nor dynamic prompts and got mapped=None: no prompt is left")
-        static = F.dropout(self.static_prompt, config.dropout, self.training) if config.use_static else None
-        return MoPEOutput(batch, x.dtype, config, static, mapped, routing)
+        experts = self.experts if config.use_dynamic else None
+        return MoPEOutput(batch, x.dtype, config, kinds, router, experts, self.training, global_feature(x))
 
     def extra_repr(self) -> str:
         c = self.config
         return f"dim={self.dim}, cross_dim={self.cross_dim}, num_experts={c.num_experts}, prompt_length={c.prompt_length}"
 
 
-class LayerRouter(NamedTuple):
-    """One layer's share of the stacked router, its complementary half computed."""
-
-    cross_logits: Tensor  # (B, K)
-    noise: Tensor | None  # (B, K)
-    inter_weight: Tensor  # (d_i, D)
-    inter_bias: Tensor  # (d_i,)
-    inter_keys: Tensor  # (d_i, K)
-    experts: Tensor  # (K, L, D)
-    gram: Callable[[], Tensor]  # () -> (L, K, K)
-
-
-@dataclass
+@dataclass  # not frozen: torch 2.11 can't compile a call of a frozen one
 class PromptContext:
-    """What :meth:`PromptBank.prepare` computes once per forward.
-
-    One entry for each layer: stacked parameters are taken apart once, so that their gradients are put together once.
-    """
+    """One forward's prompts of all layers, as far as they don't depend on a layer's input; for :class:`PromptedEncoder`."""
 
     batch: int | None
-    static: list[Tensor | None]  # (L, D), after dropout
-    mapped: list[Tensor | None]  # (B, D), after dropout
-    routers: list[LayerRouter | None]
-    rows: list[Rows | None]  # for key_value, where the frozen layers were given
+    """Of the complementary features; None where no prompt depends on them."""
+    stages: Sequence[MoPEOutput | Rows | Tables]
+    """Of each layer what is computed already; its ``prefixes`` does the rest."""
+    routes: bool
+    """Whether prompts depend on the layers' inputs."""
+    layers: Sequence[FrozenLayer] | None = None
+    draws_random_numbers: bool = False
+    """Whether a layer's prompts are random beyond what was drawn already."""
+    mask: Tensor | None = None
+    """(B, P), which prompts a sample has; None if all have all."""
 
-    def compute_shared(self) -> None:
-        """Do now what the first layer that needs it would do for all: a layer that is run again must find the same."""
-        for router in self.routers:
-            if router is not None:
-                router.gram()
+    def __call__(
+        self, index: int, hidden_states: Tensor, pool: Callable[[Tensor], Tensor]
+    ) -> tuple[Sequence[Prefix], Tensor | None]:
+        """For layer ``index`` with this input, up to two prefixes of its attention, and scores (B, K) or None."""
+        # who doesn't route doesn't look
+        return self.prefixes(index, pool(hidden_states) if self.routes else hidden_states)
+
+    def prefixes(self, index: int, feature: Tensor) -> tuple[Sequence[Prefix], Tensor | None]:
+        """Likewise for its pooled input (B, D)."""
+        if self.batch is not None and feature.shape[0] != self.batch:
+            raise ValueError(f"layer {index} has batch {feature.shape[0]}, complementary features have {self.batch}")
+        prefixes, scores = self.stages[index].prefixes(self.layers[index], feature)
+        if self.mask is not None:
+            prefixes = [(*prefix, self.mask) for prefix in prefixes]
+        return prefixes, scores
 
 
 class _Stack(nn.Module):
     """Parameters of all n layers of one width."""
 
-    def __init__(self, layers: int, width: int, config: MoPEConfig):
+    def __init__(self, layers: int):
         super().__init__()
-        bound = config.init_bound(width)
-        if config.use_static:
-            self.static_prompt = nn.Parameter(torch.empty(layers, config.prompt_length, width).uniform_(-bound, bound))
-        if config.use_dynamic:
-            self.experts = nn.Parameter(config.draw_experts(layers, config.num_experts, config.prompt_length, width))
-            # the start of nn.Linear: uniform in +-1 / sqrt(inputs)
-            self.inter_weight = nn.Parameter(
-                torch.empty(layers, config.inter_routing_dim, width).uniform_(-(width**-0.5), width**-0.5)
-            )
-            self.inter_bias = nn.Parameter(torch.empty(layers, config.inter_routing_dim).uniform_(-(width**-0.5), width**-0.5))
+        self.layers = layers
+
+    def add_experts(self, width: int, config: MoPEConfig) -> None:
+        """Experts and the router's projection of the layers' own feature."""
+        self.experts = nn.Parameter(config.draw_experts(self.layers, config.num_experts, config.prompt_length, width))
+        # the start of nn.Linear: uniform in +-1 / sqrt(inputs)
+        bound, d_i = width**-0.5, config.inter_routing_dim
+        self.inter_weight = nn.Parameter(torch.empty(self.layers, d_i, width).uniform_(-bound, bound))
+        self.inter_bias = nn.Parameter(torch.empty(self.layers, d_i).uniform_(-bound, bound))
 
     def draw(self, centre: Tensor, spread: Tensor, config: MoPEConfig) -> None:
         """Prompts anew, around rows (n, D)."""
@@ -177,18 +163,6 @@ class _Stack(nn.Module):
         if config.use_dynamic:
             drawn = unit * config.draw_experts(*self.experts.shape)
             self.experts.copy_(centre[:, None, None] + spread[:, None, None] * drawn)
-
-
-def _grams(stack: _Stack) -> list[Callable[[], Tensor]]:
-    """For each layer a function that gives its Gram matrices; the first call computes all layers'."""
-    computed: list[Tensor] = []
-
-    def gram(position: int) -> Tensor:
-        if not computed:
-            computed.extend(expert_gram(stack.experts).unbind())
-        return computed[position]
-
-    return [partial(gram, position) for position in range(len(stack.experts))]
 
 
 class PromptBank(nn.Module):
@@ -221,14 +195,24 @@ class PromptBank(nn.Module):
             raise ValueError(
                 f"cross_dim is {cross_dim!r}, but dynamic and mapped prompts need the width of the complementary feature"
             )
-        self.stacks = nn.ModuleDict({str(width): _Stack(self.dims.count(width), width, config) for width in sorted(set(self.dims))})
+        widths = sorted(set(self.dims))
+        self.stacks = nn.ModuleDict({str(width): _Stack(self.dims.count(width)) for width in widths})
+        self.kinds: list[PromptKind] = [kind for kind in KINDS if kind.wanted(config)]
+        # in the order of prompts, in which optimisers have saved what they know of each
+        self._add_parameters(before=True)
         if config.use_dynamic:
+            for width in widths:
+                self.stacks[str(width)].add_experts(width, config)
             layers, routing_dim = len(self.dims), config.inter_routing_dim + config.cross_routing_dim
             self.cross_proj = nn.Linear(cross_dim, layers * config.cross_routing_dim)
             keys = torch.stack([orthogonal_keys(config.num_experts, routing_dim) for _ in self.dims])
             self.keys = nn.Parameter(keys) if config.learn_keys else nn.Buffer(keys)
-        if config.use_mapped:
-            self.mapper = PromptMapper(cross_dim, self.dims, config.mapper_norm)
+        self._add_parameters(before=False)
+
+    def _add_parameters(self, *, before: bool) -> None:
+        for kind in self.kinds:
+            if kind.before is before:
+                kind.add_parameters(self)
 
     @torch.no_grad()
     def start_at(self, centres: Sequence[Tensor], spreads: Sequence[Tensor]) -> None:
@@ -250,117 +234,116 @@ class PromptBank(nn.Module):
         """Whether prompts depend on the layers' inputs."""
         return self.config.use_dynamic
 
-    @property
-    def draws_random_numbers(self) -> bool:
-        """Whether a layer's prompts are random beyond what :meth:`prepare` has drawn."""
-        return self.training and self.config.dynamic_dropout > 0
-
     def prepare(
-        self, cross: Tensor | None = None, layers: Sequence[FrozenLayer] | None = None, dtype: torch.dtype = torch.float32
+        self,
+        cross: Tensor | None = None,
+        layers: Sequence[FrozenLayer] | None = None,
+        dtype: torch.dtype = torch.float32,
+        *,
+        ahead: bool = True,
     ) -> PromptContext:
         """Everything that doesn't depend on a layer's input, once per forward.
 
         Args:
             cross: (B, cross_dim).
-            layers: the frozen layers whose projections ``key_value`` will be called with: their norms are then applied to
-                the prompts of all layers together.
+            layers: the frozen layers that prompts are for: norms, statistics and, where it is allowed, projections are then applied
+                to all layers' prompts ahead, and the context gives prefixes.
             dtype: of these layers' input.
+            ahead: project ahead where it is allowed (see :func:`can_be_projected_ahead`).
         """
         config = self.config
-        static = mapped = routers = rows = [None] * len(self.dims)
-        stacked = {}
-        if config.use_static:
-            for width, stack in self.stacks.items():
-                stacked[width] = F.dropout(stack.static_prompt, config.dropout, self.training)
-            static = self._in_order({width: prompts.unbind() for width, prompts in stacked.items()})
         if config.needs_cross:
             check_input("cross", cross, self.cross_dim)
-        if config.use_dynamic:
-            routers = self._routers(cross)
-        if config.use_mapped:
-            each = {width: F.dropout(row, config.dropout, self.training) for width, row in self.mapper(cross).items()}
-            mapped = [each[width] for width in self.dims]
         batch = cross.shape[0] if config.needs_cross else None
-        if layers is not None:
-            rows = self._rows(batch, stacked, mapped, layers, dtype)
-        return PromptContext(batch, static, mapped, routers, rows)
+        kinds = {kind.name: kind.rows(self, cross) for kind in self.kinds}
+        routers = self._routers(cross) if config.use_dynamic else [None] * len(self.dims)
+        random = self.training and config.dynamic_dropout > 0
+        members = {width: [index for index, dim in enumerate(self.dims) if dim == int(width)] for width in self.stacks}
+        stacked = [width for width, own in members.items() if layers and can_be_stacked([layers[index].norm for index in own])]
+        stages: list[Any] = [None] * len(self.dims)
+        if len(stacked) < len(self.stacks):
+            stages = self._outputs(batch, kinds, routers, dtype)
+        for width in stacked:
+            own = members[width]
+            of_width = {name: rows[width] for name, rows in kinds.items()}
+            ready = self._ahead(width, batch, of_width, [routers[i] for i in own], [layers[i] for i in own], dtype, project=ahead)
+            for index, stage in zip(own, ready, strict=True):
+                stages[index] = stage
+        return PromptContext(batch, stages, self.routes, layers, random)
 
     def layer(self, index: int, x: Tensor, context: PromptContext) -> MoPEOutput:
-        """Layer ``index``'s prompts for its input x: (B, S, D) with the class token first, or a global feature (B, D)."""
+        """Layer ``index``'s prompts for its input x: (B, S, D) with the class token first, or a global feature (B, D).
+
+        The context is of ``prepare`` without layers.
+        """
         check_input("x", x, self.dims[index], context.batch, ranks=(2, 3))
-        routing, router = None, context.routers[index]
-        if router is not None:
-            inter = linear_fp32(global_feature(x), router.inter_weight, router.inter_bias)
-            with without_autocast(x.device.type):
-                logits = torch.addmm(router.cross_logits, inter, router.inter_keys)
-            routing = Routing(logits, router.noise, router.experts, router.gram, self.training)
-        return MoPEOutput(
-            x.shape[0], x.dtype, self.config, context.static[index], context.mapped[index], routing, context.rows[index]
-        )
+        if context.layers is not None:
+            raise ValueError("this context was made for frozen layers: take its prefixes(index, x), or call prepare(cross) without")
+        return dataclasses.replace(context.stages[index], batch=x.shape[0], dtype=x.dtype, feature=global_feature(x))
 
-    def prefixes(
-        self, index: int, layer: FrozenLayer, feature: Tensor, context: PromptContext
-    ) -> tuple[list[Prefix], Tensor | None]:
-        """Layer ``index``'s prompts as prefixes of its attention, and its routing scores; feature is its pooled input (B, D)."""
-        out = self.layer(index, feature, context)
-        prefixes = out.key_value(layer.norm, layer.k_proj, layer.v_proj, layer.num_heads, key_norm=layer.key_norm)
-        return prefixes, out.scores
+    def _outputs(
+        self, batch: int | None, kinds: Mapping[str, Mapping[str, Tensor]], routers: Sequence[Router | None], dtype: torch.dtype
+    ) -> list[MoPEOutput]:
+        """Each layer's prompts. Stacks are taken apart once, so that their gradients are put together once."""
+        each_kind = {
+            name: self._in_order(
+                {
+                    width: rows.unbind() if len(rows) > 1 else [rows[0]] * self.stacks[width].layers
+                    for width, rows in by_width.items()
+                }
+            )
+            for name, by_width in kinds.items()
+        }
+        experts = [None] * len(self.dims)
+        if self.config.use_dynamic:
+            experts = self._in_order({width: stack.experts for width, stack in self.stacks.items()})
+        return [
+            MoPEOutput(
+                batch, dtype, self.config, {name: rows[index] for name, rows in each_kind.items()},
+                routers[index], experts[index], self.training,
+            )
+            for index in range(len(self.dims))
+        ]  # fmt: skip
 
-    def _rows(
+    def _ahead(
         self,
+        width: str,
         batch: int | None,
-        static: dict[str, Tensor],
-        mapped: list[Tensor | None],
+        kinds: Mapping[str, Tensor],
+        routers: Sequence[Router | None],
         layers: Sequence[FrozenLayer],
         dtype: torch.dtype,
-    ) -> list[Rows | None]:
-        """For each layer the input-free part of its ``key_value``; None where it can't be computed with the others'."""
-        rows: list[Rows | None] = [None] * len(self.dims)
-        for width, stack in self.stacks.items():
-            members = [index for index, dim in enumerate(self.dims) if dim == int(width)]
-            own = [layers[index] for index in members]
-            if not can_be_stacked(own):
-                continue
-            in_kv_space = self.config.use_dynamic and all(
-                mixes_in_kv_space(self.config, batch, self.training, layer.norm, layer.key_norm) for layer in own
-            )
-            experts, norms = stack.experts if in_kv_space else None, [layer.norm for layer in own]
-            stacked = stacked_rows(static.get(width), mapped[members[0]], experts, norms, self.config, dtype)
-            for index, one in zip(members, stacked, strict=True):
-                rows[index] = one
-        return rows
+        *,
+        project: bool,
+    ) -> Sequence[Rows | Tables]:
+        """For all layers of one width what can be done before they run."""
+        config, routes = self.config, self.config.use_dynamic
+        in_kv_space = routes and all(mixes_in_kv_space(config, batch, self.training, layer) for layer in layers)
+        rows = make_rows(
+            in_place(kinds), self.stacks[width].experts if routes else None, routers if routes else [],
+            [layer.norm for layer in layers], config, dtype, in_kv_space=in_kv_space,
+            dropout=config.dynamic_dropout if self.training else 0.0,
+        )  # fmt: skip
+        if project and rows.experts is None and all(can_be_projected_ahead(layer, rows.values.device) for layer in layers):
+            return rows.tables(layers)
+        return rows.each()
 
-    def split_keys(self) -> tuple[Tensor, Tensor]:
-        """The routing keys' parts for the layer's own and for the complementary feature: (N, K, d_i) and (N, K, d_c)."""
-        config, dtype = self.config, torch.promote_types(self.cross_proj.weight.dtype, torch.float32)
-        return self.keys.to(dtype).split([config.inter_routing_dim, config.cross_routing_dim], dim=-1)
-
-    def _in_order(self, by_width: dict[str, Sequence]) -> list:
+    def _in_order(self, by_width: Mapping[str, Sequence]) -> list:
         """What is given for the layers of each width, in the order of layers."""
+        # iterating over a tensor takes it apart once
         parts = {width: iter(sequence) for width, sequence in by_width.items()}
         return [next(parts[str(width)]) for width in self.dims]
 
-    def _per_layer(self, take: Callable[[_Stack], Sequence]) -> list:
-        return self._in_order({width: take(stack) for width, stack in self.stacks.items()})
+    def router_keys(self) -> Keys:
+        """Routing embeddings of all layers, and the bias of the projections of their own features."""
+        biases = [stack.inter_bias for stack in self.stacks.values()]
+        if len(biases) > 1:
+            biases = [torch.stack(self._in_order({width: stack.inter_bias for width, stack in self.stacks.items()}))]
+        return Keys.of(self.keys, biases[0], self.config.temperature)
 
-    def _routers(self, cross: Tensor) -> list[LayerRouter]:
-        config, layers = self.config, len(self.dims)
-        query = linear_fp32(cross, self.cross_proj.weight, self.cross_proj.bias)
-        query = query.unflatten(-1, (layers, config.cross_routing_dim)).transpose(0, 1)
-        inter_keys, cross_keys = self.split_keys()
-        with without_autocast(cross.device.type):
-            cross_logits = query @ cross_keys.mT
-        noise = routing_noise(cross_logits, config.noise_std) if self.training else None
-        columns = (
-            cross_logits.unbind(),
-            [None] * layers if noise is None else noise.unbind(),
-            self._per_layer(lambda stack: stack.inter_weight.unbind()),
-            self._per_layer(lambda stack: stack.inter_bias.unbind()),
-            inter_keys.mT.unbind(),
-            self._per_layer(lambda stack: stack.experts.unbind()),
-            self._per_layer(_grams),
-        )
-        return [LayerRouter(*parts) for parts in zip(*columns, strict=True)]
+    def _routers(self, cross: Tensor) -> list[Router]:
+        weights = self._in_order({width: stack.inter_weight for width, stack in self.stacks.items()})
+        return make_routers(self.config, self.router_keys(), weights, cross, self.cross_proj, noisy=self.training)
 
     def extra_repr(self) -> str:
         c = self.config

@@ -83,3 +83,24 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
         return _OnceOnly.apply(len(results), *results, *grads, *ctx.saved_tensors)
 
     return call
+
+
+@functools.cache
+def _context_form(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = function.forward(*args)
+        function.setup_context(ctx, args, output)
+        return output
+
+    own = {"forward": staticmethod(forward), "backward": staticmethod(function.backward), "__module__": function.__module__}
+    return type(function.__name__, (torch.autograd.Function,), own)
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """Call an autograd function that has ``setup_context``; where no transform needs that, by its cheaper form without.
+
+    With it torch binds the arguments to forward's signature at every call, ten times the cost of the call.
+    """
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return function.apply(*args)
+    return _context_form(function).apply(*args)

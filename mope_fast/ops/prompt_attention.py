@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._autocast import without_autocast
 from ..reference.attention import all_values, causal_mask, masked_weights, softmax_or_zero
-from ._registration import define, once_differentiable
+from ._registration import apply, define, once_differentiable
 from ._triton import INTERPRETED, castable, prefix_targets, product_dtypes, strides, sum_parts
 
 if TYPE_CHECKING:
@@ -329,4 +329,4 @@ def prompt_attention(
     if INTERPRETED:
         *flat, bias = castable(q.dtype, *flat, bias)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _PromptAttention.apply(q, k, v, *flat, field, key_padding_mask, bias, scale, is_causal)[0]
+    return apply(_PromptAttention, q, k, v, *flat, field, key_padding_mask, bias, scale, is_causal)[0]

@@ -6,7 +6,7 @@ from torch import Tensor
 from .._autocast import cast, without_autocast
 from ..reference.route_and_mix import accumulator_dtype, gated_softmax, routing_logits, squared_norm
 from ..reference.route_and_mix import route_and_mix as reference_route_and_mix
-from ._registration import define, once_differentiable
+from ._registration import apply, define, once_differentiable
 from ._triton import INTERPRETED, castable, product_dtypes, strides, triton_dtype
 
 
@@ -241,5 +241,5 @@ def route_and_mix(
     if INTERPRETED and accumulator_dtype(logits, experts) == torch.float64:
         out_dtype = torch.float64
         logits, experts, noise, gram = castable(torch.float64, logits, experts, noise, gram)
-    mixed, scores, _ = _RouteAndMix.apply(logits, experts, noise, gram, temperature, top_k, renormalize, eps, out_dtype)
+    mixed, scores, _ = apply(_RouteAndMix, logits, experts, noise, gram, temperature, top_k, renormalize, eps, out_dtype)
     return cast(mixed, dtype), scores

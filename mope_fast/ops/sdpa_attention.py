@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._autocast import cast
+from .._values import can_be_looked_at
 from ..receptive_field import ReceptiveField
 from ..reference.attention import causal_mask
 
@@ -23,21 +24,44 @@ def prompt_attention(
     scale: float | None,
 ) -> Tensor:
     """scaled_dot_product_attention on concatenated keys; a mask tensor only where one is needed."""
+    if not is_causal and key_padding_mask is None and bias is None:
+        return _plain_attention(q, *concatenated(k, v, prefixes), scale)
     queries, tokens = q.shape[2], k.shape[2]
     prefix_length = sum(pk.shape[2] for pk, _ in prefixes)
     # torch's own triangle gives NaN for scales that are not positive
     plain = key_padding_mask is None and bias is None and (scale is None or scale > 0)
     if is_causal and queries == tokens and not prefix_length and plain:
         return F.scaled_dot_product_attention(*readable(q, k, v), is_causal=True, scale=scale)
-    # a triangle aligned to the last key would do for prefixes too, but torch's object for it (CausalBias) doesn't compile in 2.15
-    visible = causal_mask(queries, tokens, q.device) if is_causal else None
-    masked = visible is not None or key_padding_mask is not None or bias is not None
-    hidden = _hidden_keys(k, prefix_length + tokens) if masked and prefix_length else 0
+    hidden = _hidden_keys(k, prefix_length + tokens) if prefix_length else 0
     if hidden:
         rows = k.new_zeros(1, k.shape[1], hidden, k.shape[3])
         prefixes = [(rows, rows), *prefixes]
     k, v = concatenated(k, v, prefixes)
+    if not is_causal and bias is None and prefix_length:
+        mask = _padding_behind(key_padding_mask, prefix_length, hidden)
+        return _plain_attention(q, k, v, scale, mask)
+    # a triangle aligned to the last key would do for prefixes too, but torch's object for it (CausalBias) doesn't compile in 2.15
+    visible = causal_mask(queries, tokens, q.device) if is_causal else None
     return _attention(q, k, v, visible, key_padding_mask, bias, prefix_length, scale, hidden)
+
+
+def _plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None = None) -> Tensor:
+    return F.scaled_dot_product_attention(*readable(q, k, v), attn_mask=mask, scale=scale)
+
+
+_MEMO = "_mope_fast_behind"
+
+
+def _padding_behind(mask: Tensor, prefix_length: int, hidden: int) -> Tensor:
+    """The padding mask (B, Sk) as (B, 1, 1, hidden + P + Sk), True = visible; made once for layers that are given one tensor."""
+    remembers = mask.device.type == "cpu" and can_be_looked_at(mask) and not mask.is_inference()
+    key = (prefix_length, hidden, mask._version) if remembers else None
+    if remembers and (memo := vars(mask).get(_MEMO)) is not None and memo[0] == key:
+        return memo[1]
+    behind = _behind(mask[:, None, None, :], prefix_length, hidden, seen=True, unseen=False)
+    if remembers:
+        setattr(mask, _MEMO, (key, behind))
+    return behind
 
 
 def receptive_field_attention(
@@ -125,9 +149,7 @@ def visible_and_blind(
         seen = seen & (bias != float("-inf"))
     blind = ~seen.any(-1, keepdim=True)
     # where looking costs no wait for a device, it saves a pass over the output
-    can_look = blind.device.type == "cpu" and type(blind) is Tensor and not torch.compiler.is_compiling()
-    can_look = can_look and torch._C._functorch.peek_interpreter_stack() is None
-    return visible, None if can_look and not blind.any() else blind
+    return visible, None if can_be_looked_at(blind) and not blind.any() else blind
 
 
 def _behind(mask: Tensor, prefix_length: int, hidden: int, *, seen: float, unseen: float) -> Tensor:

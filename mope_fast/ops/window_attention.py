@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._autocast import without_autocast
 from . import cpu_window_attention
-from ._registration import define, once_differentiable
+from ._registration import apply, define, once_differentiable
 from ._triton import INTERPRETED, castable, prefix_targets, product_dtypes, strides, sum_parts
 from .sdpa_attention import there_of
 
@@ -242,4 +242,4 @@ def window_prompt_attention(
     bias = relative_position_bias
     if INTERPRETED:
         *pairs, bias, pad_qkv = castable(qkv.dtype, *pairs, bias, pad_qkv)
-    return _WindowAttention.apply(qkv, *pairs, there_of(prefixes, qkv), bias, pad_qkv, list(window_size), list(shift_size), scale)
+    return apply(_WindowAttention, qkv, *pairs, there_of(prefixes, qkv), bias, pad_qkv, list(window_size), list(shift_size), scale)

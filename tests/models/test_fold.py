@@ -116,15 +116,34 @@ def test_a_folded_model_saves_and_loads_its_state():
     assert torch.equal(target(text, features).logits, folded(text, features).logits)
 
 
+class OtherNorm(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x).tanh()
+
+
 def test_a_norm_that_does_not_fold_is_refused():
     encoder = make_dinov2()
-    encoder.encoder.layer[1].norm1 = nn.RMSNorm(48).double()
+    encoder.encoder.layer[1].norm1 = OtherNorm(48).double()
     model = MoPEFusion(encoder, None, 2, MoPEConfig(cross_dim=8)).double().eval()
-    with pytest.raises(ValueError, match=r"layer 1 can.t be folded: its norm is RMSNorm"):
+    with pytest.raises(ValueError, match=r"layer 1 can.t be folded: its norm is OtherNorm"):
         model.fold()
     prompted = PromptTuned(make_dinov2(), 3).double().eval()
-    prompted.main.layers[1].module.norm1 = nn.RMSNorm(48).double()
+    prompted.main.layers[1].module.norm1 = OtherNorm(48).double()
     assert prompted.fold()(make_images(2)).features.shape == (2, 48)
+
+
+def test_rms_norms_fold():
+    encoder = make_dinov2()
+    for layer in encoder.encoder.layer:
+        layer.norm1 = nn.RMSNorm(48, eps=1e-3).double()
+        nn.init.normal_(layer.norm1.weight)
+    model = trained(make_fusion(encoder, None, cross_dim=20))
+    images, features = make_images(9), torch.randn(9, 20, dtype=torch.float64)
+    expected = model(images, features)
+    close(model.fold()(images, features).features, expected.features)
+    twin = make_fusion(model.unwrap()[0], None, cross_dim=20, mixing="prompt")
+    twin.load_state_dict(model.trained_state_dict(), strict=False)
+    close(twin(images, features).features, expected.features)
 
 
 def test_folded_compiles_and_needs_no_recompile_for_another_batch():
@@ -148,6 +167,79 @@ def test_folded_under_autocast(main, dtype):
     with torch.autocast("cpu", dtype):
         errors = [(run(inputs, features).features.float() - exact).square().mean().sqrt() for run in (model, folded)]
     assert errors[1] <= 2 * errors[0] + 1e-3
+
+
+def test_frozen_keeps_the_tables_for_the_block_alone():
+    model = trained(make_fusion())
+    inputs = make_text(6), make_images(6)
+    expected, calls = model(*inputs).logits, []
+    projections = [model.main.layers[0].k_proj, model.complementary.main.layers[0].k_proj]
+    for projection in projections:
+        projection.register_forward_hook(lambda module, args, output: calls.append(module))
+    keys = list(model.state_dict())
+    with model.frozen() as same, model.frozen():
+        assert same is model
+        calls.clear()
+        for _ in range(2):
+            close(model(*inputs).logits, expected)
+        assert calls == projections[::-1] * 2, "once a forward, for the tokens"
+        assert not model(*inputs).logits.requires_grad
+        assert list(model.state_dict()) == keys
+        with torch.enable_grad():
+            assert model(*inputs).features.requires_grad, "who asks for a gradient gets it"
+        assert copy.deepcopy(model)._kept is None
+    with torch.no_grad():
+        for parameter in model.bank.parameters():
+            parameter.add_(0.1)
+        assert not torch.allclose(model(*inputs).logits, expected)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.train().eval(),
+        lambda model: model.load_state_dict(model.state_dict()),
+        lambda model: nn.ModuleList([model]).load_state_dict(nn.ModuleList([model]).state_dict()),
+        lambda model: model.float().double(),
+    ],
+    ids=["train", "load", "load what holds it", "to another dtype"],
+)
+def test_frozen_ends_where_weights_may_change(change):
+    model = trained(make_fusion())
+    inputs = make_text(6), make_images(6)
+    with model.frozen():
+        for parameter in model.bank.parameters():
+            parameter.add_(0.1)
+        change(model)
+        got = model(*inputs).logits
+    with torch.no_grad():
+        assert torch.equal(got, model(*inputs).logits)
+
+
+def test_frozen_is_for_inference():
+    message = r"frozen\(\) is for inference, and this MoPEFusion is in training mode: call eval\(\) first"
+    with pytest.raises(RuntimeError, match=message), make_fusion().train().frozen():
+        pass
+
+
+def test_a_folded_state_of_an_earlier_version_loads():
+    """As it was kept then: products of the router's factors, over no temperature."""
+    torch.manual_seed(2)
+    model, other = trained(make_fusion("dinov2", None, cross_dim=20)), make_fusion("dinov2", None, cross_dim=20)
+    other.main.encoder.load_state_dict(model.main.encoder.state_dict())
+    images, features = make_images(6), torch.randn(6, 20, dtype=torch.float64)
+    folded, target = model.fold(), other.fold()
+    state, temperature = dict(folded.state_dict()), model.config.temperature
+    for index in range(len(folded.bank.tables)):
+        own = f"bank.tables.{index}."
+        state[f"{own}logit_map"] = state.pop(f"{own}router_weight").T @ state.pop(f"{own}router_keys") * temperature
+        state[f"{own}static"], state[f"{own}shift"] = state.pop(f"{own}before"), state[f"{own}shift"][None]
+        state[f"{own}gram"] = state[f"{own}gram"].transpose(0, 1)
+    state["bank.cross_keys"] = state.pop("bank.router_cross") * temperature
+    state["bank.logit_shift"] = state.pop("bank.router_shift") * temperature
+    target.load_state_dict(state)
+    close(target(images, features).logits, folded(images, features).logits)
+    close(target(images, features).scores, folded(images, features).scores)
 
 
 def test_bad_complementary_inputs_are_named():

@@ -49,8 +49,23 @@ def test_a_norm_with_hooks_is_called_for_prompts_too():
     prompt_space = make_fusion(encoder, None, cross_dim=20, mixing="prompt")
     prompt_space.load_state_dict(state, strict=False)
     close(hooked, prompt_space(images, cross).features)
-    with pytest.raises(ValueError, match=r"not nn\.LayerNorm, or it has hooks"):
+    with pytest.raises(ValueError, match="which is no layer norm or RMS norm of a known class, or has hooks"):
         prompt_space.fold()
+
+
+def test_a_projection_with_hooks_is_called_within_its_layer():
+    encoder, text, cross = make_bert(), make_text(6), torch.randn(6, 20, dtype=torch.float64)
+    model = make_fusion(encoder, None, cross_dim=20)
+    order = []
+    for index, layer in enumerate(encoder.encoder.layer):
+        layer.attention.register_forward_pre_hook(lambda module, args, index=index: order.append(f"layer {index}"))
+        layer.attention.self.key.register_forward_hook(lambda module, args, output, index=index: order.append(f"key {index}"))
+    plain = model(text, cross).features
+    # prompts, then the layer with its tokens; as what gathers or moves weights expects it
+    assert order == [f"{what} {index}" for index in range(2) for what in ("key", "layer", "key")]
+    for layer in encoder.encoder.layer:
+        layer.attention.self.key._forward_hooks.clear()
+    close(model(text, cross).features, plain)
 
 
 def test_one_module_as_several_layers_is_refused_before_it_is_touched():

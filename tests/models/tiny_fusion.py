@@ -72,3 +72,24 @@ def trained(module: nn.Module) -> dict[str, nn.Parameter]:
 def close(got, expected, tolerance=1e-10):
     """float64 on both sides: only the order of sums differs."""
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
+def extended_mask(mask, prompts):
+    """Additive (B, 1, 1, P + S): prompts are visible to everyone."""
+    visible = torch.cat([mask.new_ones(len(mask), prompts), mask], dim=1).bool()
+    return torch.zeros(visible.shape, dtype=torch.float64).masked_fill(~visible, float("-inf"))[:, None, None, :]
+
+
+def concatenated_feature(encoder, inputs, prompts_of_layer):
+    """The library's own layers, one by one, on [prompts | tokens]; prompts' outputs are cut."""
+    if isinstance(inputs, dict):
+        x, mask = encoder.embeddings(inputs["input_ids"]), inputs["attention_mask"]
+    else:
+        x, mask = encoder.embeddings(inputs), None
+    for i, layer in enumerate(encoder.encoder.layer):
+        prompts = prompts_of_layer(i, x)
+        length = prompts.shape[1]
+        masks = () if mask is None else (extended_mask(mask, length),)
+        sequence = layer(torch.cat([prompts, x], dim=1), *masks)
+        x = sequence[:, length:]
+    return (x if mask is not None else encoder.layernorm(x))[:, 0]

@@ -1,10 +1,16 @@
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
-from prompt_setups import DIM, EXPERTS, HEADS, LENGTH, close, make_inputs, make_layer, make_norm
+from prompt_setups import CROSS, DIM, EXPERTS, HEADS, LENGTH, SETTINGS, close, make_inputs, make_layer, make_norm
+from timm.layers import RmsNorm
 from torch import nn
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from mope_fast import functional
+from mope_fast import MoPELayer, functional
 
 
 def frozen_layer(norm_first, *, affine=True, bias=True):
@@ -120,11 +126,35 @@ def test_auto_is_right_where_kv_space_would_not_be_exact(norm, key_norm):
         close(torch.cat([prefix[index].expand(9, -1, -1, -1) for prefix in prefixes], dim=2), expected)
 
 
+class OtherNorm(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x).tanh()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [nn.RMSNorm, functools.partial(nn.RMSNorm, elementwise_affine=False), RmsNorm, T5LayerNorm, Qwen3RMSNorm, GemmaRMSNorm],
+    ids=["torch", "torch, no weight", "timm", "T5", "Qwen 3", "Gemma"],
+)
+def test_rms_norms_are_mixed_behind(make):
+    torch.manual_seed(7)
+    norm, linear, inputs = make(DIM, eps=1e-3), nn.Linear(DIM, DIM), [t.float() for t in make_inputs(9)]
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    layer = MoPELayer(DIM, CROSS, **SETTINGS, mixing="kv").eval()
+    with torch.no_grad():
+        layer.experts.mul_(0.1)  # eps counts
+    got = layer(*inputs).key_value(norm, linear, linear, HEADS)
+    expected = linear(norm(layer(*inputs).prompts)).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+    # float32: transformers' norms take their statistics in it
+    torch.testing.assert_close(torch.cat([keys.expand(9, -1, -1, -1) for keys, _ in got], dim=2), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("norm", "key_norm", "message"),
     [
         (None, nn.RMSNorm(8), "norms its keys behind the projection"),
-        (nn.RMSNorm(DIM), None, "norm is RMSNorm, not nn.LayerNorm"),
+        (OtherNorm(DIM), None, "norm is OtherNorm, which is no layer norm or RMS norm of a known class, or has hooks"),
     ],
 )
 def test_forced_kv_space_says_why_it_is_not_exact(norm, key_norm, message):

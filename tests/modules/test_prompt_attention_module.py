@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from prompt_setups import DIM, HEADS, close, make_inputs, make_layer, make_norm
 from torch import nn
 
-from mope_fast import PromptAttention, ReceptiveField, functional, reference
+from mope_fast import PromptAttention, ReceptiveField, _dispatch, functional, reference
 
 BATCH, TOKENS = 4, 7
 FIELD = ReceptiveField({"a": 2, "b": 4, "c": 1}, {"a": ["a", "c"], "b": ["a", "b"], "c": ["c"]})
@@ -289,8 +289,8 @@ def test_a_field_and_an_attn_mask_both_hide_keys():
 
 def test_implementation_is_passed_on(monkeypatch):
     asked = []
-    choose = functional.choose
-    monkeypatch.setattr(functional, "choose", lambda function, impl, problem: asked.append(impl) or choose(function, impl, problem))
+    choose = _dispatch.choose
+    monkeypatch.setattr(_dispatch, "choose", lambda function, impl, problem: asked.append(impl) or choose(function, impl, problem))
     x = randn(BATCH, TOKENS, DIM)
     for module in (
         prompt_attention(),

@@ -7,6 +7,7 @@ from prompt_setups import CROSS, DIM, HEADS, LENGTH, SETTINGS, close, make_bank,
 from torch import nn
 
 from mope_fast import MoPEConfig, MoPELayer, PromptBank
+from mope_fast.encoders import PromptedLayer
 
 
 def layers_of(bank):
@@ -96,7 +97,7 @@ def test_complementary_half_is_computed_once_for_all_layers():
     for i in range(3):
         _ = bank.layer(i, x, context).prompts
     assert calls == ["mapper"]
-    assert [router.cross_logits.shape for router in context.routers] == [(3, SETTINGS["num_experts"])] * 3
+    assert [prompts.router.cross.shape for prompts in context.stages] == [(3, SETTINGS["num_experts"])] * 3
 
 
 @pytest.mark.parametrize(
@@ -160,10 +161,12 @@ def test_bank_starts_like_separate_layers():
 
 
 def test_each_layer_has_keys_and_noise_of_its_own():
-    bank = make_bank((DIM, DIM, DIM), noise_std=0.5).train()
-    routers = bank.prepare(make_inputs(5)[1]).routers
-    for values in (bank.keys, [router.noise for router in routers]):
-        assert not any(torch.equal(one, other) for one, other in itertools.combinations(values, 2))
+    bank, cross = make_bank((DIM, DIM, DIM), noise_std=0.5), make_inputs(5)[1]
+    logits, noisy = (
+        torch.stack([prompts.router.cross for prompts in each.prepare(cross).stages]) for each in (bank.eval(), bank.train())
+    )
+    for values in (bank.keys, noisy - logits):
+        assert not any(torch.allclose(one, other) for one, other in itertools.combinations(values, 2))
 
 
 def test_layer_refuses_another_batch_than_the_contexts():
@@ -171,6 +174,22 @@ def test_layer_refuses_another_batch_than_the_contexts():
     context = bank.prepare(make_inputs(3)[1])
     with pytest.raises(ValueError, match="x has batch 2, expected 3"):
         bank.layer(0, make_inputs(2)[0], context)
+
+
+def test_a_context_for_frozen_layers_gives_prefixes_only():
+    bank, (x, cross, _) = make_bank(), make_inputs(3)
+    layer = PromptedLayer(None, None, DIM, None, nn.Linear(DIM, DIM).double(), nn.Linear(DIM, DIM).double(), HEADS)
+    context = bank.prepare(cross, [layer] * 2, x.dtype)
+    with pytest.raises(
+        ValueError, match=r"made for frozen layers: take its prefixes\(index, x\), or call prepare\(cross\) without"
+    ):
+        bank.layer(0, x, context)
+    expected = bank.layer(0, x, bank.prepare(cross)).key_value(None, layer.k_proj, layer.v_proj, HEADS)
+    prefixes, _ = context.prefixes(0, x[:, 0])
+    for index in range(2):
+        close(*(torch.cat([each[index].expand(3, -1, -1, -1) for each in pairs], dim=2) for pairs in (prefixes, expected)))
+    with pytest.raises(ValueError, match="layer 1 has batch 2, complementary features have 3"):
+        context.prefixes(1, x[:2, 0])
 
 
 def test_prepare_names_a_wrong_complementary_feature():

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import functional
-from ...modules.rows import is_plain
+from ...modules.norms import is_plain
 from ...receptive_field import ReceptiveField
 from .config import VLMoConfig
 

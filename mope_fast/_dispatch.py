@@ -1,0 +1,166 @@
+"""Unchecked entries behind :mod:`mope_fast.functional`: choose an implementation and call it.
+
+What the library's own modules give them is right by construction; the public functions check first.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import reference
+from ._autocast import autocast_dtype, cast, without_autocast
+from ._implementations import Problem, choose
+from .ops import sdpa_attention, sdpa_window_attention, xformers_attention
+from .ops.layer_prompts import layer_prompts as _layer_prompts_op
+from .ops.prompt_attention import prompt_attention as _prompt_attention_op
+from .ops.route_and_mix import route_and_mix as _route_and_mix_op
+from .ops.window_attention import window_prompt_attention as _window_prompt_attention_op
+from .receptive_field import ReceptiveField
+
+Prefixes = Sequence[tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]]
+
+
+def route_and_mix(
+    logits: Tensor,
+    experts: Tensor,
+    *,
+    temperature: float,
+    noise: Tensor | None,
+    top_k: int | None,
+    renormalize: bool,
+    gram: Tensor | None,
+    eps: float,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`mope_fast.functional.route_and_mix`."""
+    dtype = autocast_dtype(experts)
+    problem = Problem(logits.device, torch.promote_types(logits.dtype, experts.dtype))
+    if choose("route_and_mix", impl, problem) == "triton":
+        return _route_and_mix_op(logits, experts, noise, gram, temperature, top_k, renormalize, eps, dtype)
+    gate = {"top_k": top_k, "renormalize": renormalize}
+    with without_autocast(logits.device.type):
+        return reference.route_and_mix(
+            logits, experts, temperature=temperature, noise=noise, gram=gram, eps=eps, dtype=dtype, **gate
+        )  # fmt: skip
+
+
+def layer_prompts(
+    feature: Tensor,
+    cross: Tensor,
+    weight: Tensor,
+    keys: Tensor,
+    experts: Tensor,
+    before: Tensor | None = None,
+    after: Tensor | None = None,
+    gram: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    top_k: int | None,
+    renormalize: bool,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`mope_fast.reference.layer_prompts`; rows come in the autocast dtype if autocast is on, else in the experts'."""
+    settings = {"top_k": top_k, "renormalize": renormalize, "eps": eps, "dtype": autocast_dtype(experts)}
+    tensors = (feature, cross, weight, keys, experts, before, after, gram, shift)
+    problem = Problem(experts.device, torch.promote_types(cross.dtype, experts.dtype))
+    mix = _layer_prompts_op if choose("route_and_mix", "auto", problem) == "triton" else reference.layer_prompts
+    with without_autocast(experts.device.type):
+        return mix(*tensors, **settings)
+
+
+def prompt_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefixes: Prefixes = (),
+    *,
+    is_causal: bool = False,
+    key_padding_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """See :func:`mope_fast.functional.prompt_attention`."""
+    if any(len(prefix) == 3 for prefix in prefixes):
+        k, v, key_padding_mask, bias = _masked_prefixes_as_tokens(k, v, prefixes, key_padding_mask, bias)
+        prefixes = ()
+    masking = {"key_padding_mask": key_padding_mask, "bias": bias, "scale": scale}
+    keys = k.shape[2] + sum(prefix[0].shape[2] for prefix in prefixes)
+    masked = key_padding_mask is not None or bias is not None or (is_causal and q.shape[2] != keys)
+    dtype = autocast_dtype(q)
+    impl = choose("prompt_attention", impl, Problem(q.device, dtype, keys, masked))
+    if impl == "reference":
+        with without_autocast(q.device.type):
+            out = reference.prompt_attention(q, k, v, prefixes, is_causal=is_causal, **masking)
+        return out.to(dtype)
+    q, k, v = cast(q, dtype), cast(k, dtype), cast(v, dtype)
+    if impl == "triton":
+        return _prompt_attention_op(q, k, v, prefixes, field=None, is_causal=is_causal, **masking)
+    backend = sdpa_attention if impl == "sdpa" else xformers_attention
+    return backend.prompt_attention(q, k, v, prefixes, is_causal=is_causal, **masking)
+
+
+def receptive_field_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    field: ReceptiveField,
+    *,
+    key_padding_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """See :func:`mope_fast.functional.receptive_field_attention`."""
+    masking = {"key_padding_mask": key_padding_mask, "bias": bias, "scale": scale}
+    dtype = autocast_dtype(q)
+    impl = choose("receptive_field_attention", impl, Problem(q.device, dtype, k.shape[2], masked=True))
+    if impl == "reference":
+        with without_autocast(q.device.type):
+            out = reference.receptive_field_attention(q, k, v, field, **masking)
+        return out.to(dtype)
+    q, k, v = cast(q, dtype), cast(k, dtype), cast(v, dtype)
+    if impl == "triton":
+        return _prompt_attention_op(q, k, v, (), field=field.lowered(q.device), is_causal=False, **masking)
+    backend = sdpa_attention if impl == "sdpa" else xformers_attention
+    return backend.receptive_field_attention(q, k, v, field, **masking)
+
+
+def window_prompt_attention(
+    qkv: Tensor,
+    prefixes: Prefixes,
+    relative_position_bias: Tensor,
+    *,
+    window_size: tuple[int, int],
+    shift_size: tuple[int, int],
+    pad_qkv: Tensor | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """See :func:`mope_fast.functional.window_prompt_attention`."""
+    if relative_position_bias.dtype == torch.float64 != qkv.dtype:
+        relative_position_bias = sdpa_attention.in_range(relative_position_bias, torch.float32)
+    settings = {"window_size": window_size, "shift_size": shift_size, "pad_qkv": pad_qkv, "scale": scale}
+    keys = window_size[0] * window_size[1] + sum(prefix[0].shape[2] for prefix in prefixes)
+    dtype = autocast_dtype(qkv)
+    impl = choose("window_prompt_attention", impl, Problem(qkv.device, dtype, keys, head_dim=qkv.shape[-1]))
+    if impl == "reference":
+        with without_autocast(qkv.device.type):
+            out = reference.window_prompt_attention(qkv, prefixes, relative_position_bias, **settings)
+        return out.to(dtype)
+    qkv = cast(qkv, dtype)
+    if impl in ("triton", "cpu"):
+        return _window_prompt_attention_op(qkv, prefixes, relative_position_bias, **settings)
+    return sdpa_window_attention.window_prompt_attention(qkv, prefixes, relative_position_bias, **settings)
+
+
+def _masked_prefixes_as_tokens(
+    k: Tensor, v: Tensor, prefixes: Prefixes, key_padding_mask: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Prefixes before the tokens' keys, what is not there as padding; causality, aligned to the last key, stays as it was."""
+    tokens = (k, v) if key_padding_mask is None else (k, v, key_padding_mask)
+    mask = sdpa_attention.there_of([*prefixes, tokens], k)
+    bias = None if bias is None else F.pad(bias, (sum(prefix[0].shape[2] for prefix in prefixes), 0))
+    return *sdpa_attention.concatenated(k, v, [prefix[:2] for prefix in prefixes]), mask, bias

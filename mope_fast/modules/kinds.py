@@ -1,0 +1,90 @@
+"""The kinds of prompts that aren't routed: their rows depend on no layer's input. A new kind is a class here, in ``KINDS``."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import MoPEConfig
+from .mapper import PromptMapper
+
+if TYPE_CHECKING:
+    from .prompts import PromptBank
+
+
+class PromptKind(ABC):
+    """Rows of a layer's prompt, the same for all samples or one set a sample; parameters are the bank's."""
+
+    name: ClassVar[str]
+    before: ClassVar[bool]
+    """In front of the routed prompts, or behind them."""
+
+    @abstractmethod
+    def wanted(self, config: MoPEConfig) -> bool: ...
+
+    @abstractmethod
+    def add_parameters(self, bank: "PromptBank") -> None:
+        """To the bank, or to the stacks of its widths."""
+
+    @abstractmethod
+    def rows(self, bank: "PromptBank", cross: Tensor | None) -> dict[str, Tensor]:
+        """By width W, after dropout: (n, 1, P, W), each layer's for all samples; or (1, B, P, W), each sample's for all layers.
+
+        Args:
+            cross: the complementary feature (B, cross_dim); None where no prompt depends on it.
+        """
+
+
+class StaticPrompt(PromptKind):
+    """P_s: L trained rows of each layer."""
+
+    name, before = "static", True
+
+    def wanted(self, config: MoPEConfig) -> bool:
+        return config.use_static
+
+    def add_parameters(self, bank: "PromptBank") -> None:
+        for width, stack in bank.stacks.items():
+            bound = bank.config.init_bound(int(width))
+            shape = (stack.layers, bank.config.prompt_length, int(width))
+            stack.static_prompt = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+
+    def rows(self, bank: "PromptBank", cross: Tensor | None) -> dict[str, Tensor]:
+        dropout, training = bank.config.dropout, bank.training
+        return {width: F.dropout(stack.static_prompt, dropout, training)[:, None] for width, stack in bank.stacks.items()}
+
+
+class MappedPrompt(PromptKind):
+    """P_m: the complementary feature as one row."""
+
+    name, before = "mapped", False
+
+    def wanted(self, config: MoPEConfig) -> bool:
+        return config.use_mapped
+
+    def add_parameters(self, bank: "PromptBank") -> None:
+        bank.mapper = PromptMapper(bank.cross_dim, bank.dims, bank.config.mapper_norm)
+
+    def rows(self, bank: "PromptBank", cross: Tensor | None) -> dict[str, Tensor]:
+        dropout, training = bank.config.dropout, bank.training
+        return {str(width): F.dropout(row, dropout, training)[None, :, None] for width, row in bank.mapper(cross).items()}
+
+
+KINDS: list[PromptKind] = [StaticPrompt(), MappedPrompt()]
+
+
+def in_place(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rows (n, B, P, W) of each kind -> those "before" and "after" the routed prompts."""
+    places: dict[str, list[Tensor]] = {}
+    for kind in KINDS:
+        if kind.name in rows:
+            places.setdefault("before" if kind.before else "after", []).append(rows[kind.name])
+    return {place: parts[0] if len(parts) == 1 else _joined(parts) for place, parts in places.items()}
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    layers, batch = (max(part.shape[dim] for part in parts) for dim in (0, 1))
+    return torch.cat([part.expand(layers, batch, -1, -1) for part in parts], dim=2)
