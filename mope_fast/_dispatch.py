@@ -3,7 +3,9 @@
 What the library's own modules give them is right by construction; the public functions check first.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +13,10 @@ from torch import Tensor
 
 from . import reference
 from ._autocast import autocast_dtype, cast, without_autocast
+from ._autocast import is_on as autocast_is_on
 from ._implementations import Problem, choose
 from .ops import sdpa_attention, sdpa_window_attention, xformers_attention
-from .ops.layer_prompts import layer_prompts as _layer_prompts_op
+from .ops.layer_prompts import layer_prompts as layer_prompts_op
 from .ops.prompt_attention import prompt_attention as _prompt_attention_op
 from .ops.route_and_mix import route_and_mix as _route_and_mix_op
 from .ops.window_attention import window_prompt_attention as _window_prompt_attention_op
@@ -46,28 +49,22 @@ def route_and_mix(
         )  # fmt: skip
 
 
-def layer_prompts(
-    feature: Tensor,
-    cross: Tensor,
-    weight: Tensor,
-    keys: Tensor,
-    experts: Tensor,
-    before: Tensor | None = None,
-    after: Tensor | None = None,
-    gram: Tensor | None = None,
-    shift: Tensor | None = None,
-    *,
-    top_k: int | None,
-    renormalize: bool,
-    eps: float = 1e-5,
-) -> tuple[Tensor, Tensor]:
-    """See :func:`mope_fast.reference.layer_prompts`; rows come in the autocast dtype if autocast is on, else in the experts'."""
-    settings = {"top_k": top_k, "renormalize": renormalize, "eps": eps, "dtype": autocast_dtype(experts)}
-    tensors = (feature, cross, weight, keys, experts, before, after, gram, shift)
+def layer_prompts(experts: Tensor, cross: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The implementation of :func:`mope_fast.reference.layer_prompts` for such tensors, chosen once for many layers.
+
+    Its rows come in the autocast dtype if autocast is on now, else in the experts'.
+    """
     problem = Problem(experts.device, torch.promote_types(cross.dtype, experts.dtype))
-    mix = _layer_prompts_op if choose("route_and_mix", "auto", problem) == "triton" else reference.layer_prompts
-    with without_autocast(experts.device.type):
-        return mix(*tensors, **settings)
+    mix = layer_prompts_op if choose("route_and_mix", "auto", problem) == "triton" else reference.layer_prompts
+    dtype = autocast_dtype(experts)
+    if autocast_is_on(experts.device.type):
+        return functools.partial(_without_autocast, mix, dtype)
+    return functools.partial(mix, dtype=dtype)
+
+
+def _without_autocast(mix: Callable[..., tuple[Tensor, Tensor]], dtype: torch.dtype, *args: Any, **settings: Any) -> Any:
+    with without_autocast(args[0].device.type):
+        return mix(*args, dtype=dtype, **settings)
 
 
 def prompt_attention(
@@ -86,16 +83,17 @@ def prompt_attention(
     if any(len(prefix) == 3 for prefix in prefixes):
         k, v, key_padding_mask, bias = _masked_prefixes_as_tokens(k, v, prefixes, key_padding_mask, bias)
         prefixes = ()
-    masking = {"key_padding_mask": key_padding_mask, "bias": bias, "scale": scale}
-    keys = k.shape[2] + sum(prefix[0].shape[2] for prefix in prefixes)
+    keys = k.shape[2] + sum([prefix[0].shape[2] for prefix in prefixes])
     masked = key_padding_mask is not None or bias is not None or (is_causal and q.shape[2] != keys)
     dtype = autocast_dtype(q)
     impl = choose("prompt_attention", impl, Problem(q.device, dtype, keys, masked))
+    masking = {"key_padding_mask": key_padding_mask, "bias": bias, "scale": scale}
     if impl == "reference":
         with without_autocast(q.device.type):
             out = reference.prompt_attention(q, k, v, prefixes, is_causal=is_causal, **masking)
         return out.to(dtype)
-    q, k, v = cast(q, dtype), cast(k, dtype), cast(v, dtype)
+    if q.dtype != dtype:
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if impl == "triton":
         return _prompt_attention_op(q, k, v, prefixes, field=None, is_causal=is_causal, **masking)
     backend = sdpa_attention if impl == "sdpa" else xformers_attention

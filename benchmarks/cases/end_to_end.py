@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cases import CENTRE, SMOKE
+from benchmarks.cases import CENTRE, FULL, SMOKE
 from benchmarks.cases.models import DTYPE_NAMES, INFERENCE, MODES, TRAINING, count_flops, padded_text
 
 CLASSES = 101
@@ -113,6 +113,23 @@ def _tiny_vit() -> nn.Module:
     return VisionTransformer(img_size=12, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=0)
 
 
+def _narrow_vit(layers: int) -> nn.Module:
+    from timm.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer(img_size=12, patch_size=4, embed_dim=32, depth=layers, num_heads=2, num_classes=0)
+
+
+def _narrow_bert(layers: int) -> nn.Module:
+    return _bert(**{**TINY_TEXT, "num_hidden_layers": layers})
+
+
+def _narrow_dinov2(layers: int) -> nn.Module:
+    from transformers import Dinov2Config, Dinov2Model
+
+    size = {"hidden_size": 32, "num_attention_heads": 2, "image_size": 12, "patch_size": 4, "mlp_ratio": 1}
+    return Dinov2Model(Dinov2Config(num_hidden_layers=layers, attn_implementation="sdpa", **size))
+
+
 def _bert(**settings: Any) -> nn.Module:
     from transformers import BertConfig, BertModel
 
@@ -131,6 +148,12 @@ def _images(size: int) -> Callable[[int, int, torch.device, torch.dtype], dict[s
         return {"x": torch.randn(batch, 3, size, size, device=device).to(dtype)}
 
     return inputs
+
+
+def _pixels(size: int) -> Callable[[int, int, torch.device, torch.dtype], dict[str, Tensor]]:
+    """As transformers names them."""
+    images = _images(size)
+    return lambda *args: {"pixel_values": images(*args)["x"]}
 
 
 def _text(batch: int, tokens: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -191,6 +214,26 @@ SIDES = {
     "tiny image": TINY[0],
 }
 """Complementary encoders of a usual size."""
+
+
+NARROW = ("ViT", "BERT", "DINOv2")
+
+
+def narrow(name: str, layers: int = 12) -> Encoder:
+    """An encoder of NARROW whose layers are so small that what is measured is the host's time."""
+    make, library, tokens, inputs, lora, side = {
+        "ViT": (_narrow_vit, "timm", 10, _images(12), ("qkv",), "tiny text"),
+        "BERT": (_narrow_bert, "transformers", 9, _text, ("query", "value"), "tiny image"),
+        "DINOv2": (_narrow_dinov2, "transformers", 10, _pixels(12), ("q_proj", "v_proj"), "tiny text"),
+    }[name]
+    return Encoder(f"{name}, {layers} x 32", library, functools.partial(make, layers), tokens, inputs, 24, lora, side)
+
+
+def host_cases(device: torch.device, extent: str) -> list[FusedCase]:
+    """Samples enough to be mixed in K/V space."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    names = {SMOKE: NARROW[:1], CENTRE: NARROW[:2], FULL: NARROW}[extent]
+    return [FusedCase(narrow(name, 2 if extent == SMOKE else 12), 24, dtype) for name in names]
 
 
 def cases(device: torch.device, extent: str) -> list[FusedCase]:

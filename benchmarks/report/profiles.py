@@ -416,6 +416,24 @@ and softmax. It has a switch for SDPA, which is on in a row of its own.** The pa
 )  # fmt: skip
 
 
+def _launches(row: Row) -> str:
+    return str(row.info["launches_a_layer"])
+
+
+HOST = dataclasses.replace(
+    END_TO_END,
+    op="host",
+    columns={"launches a layer": _launches},
+    goals=[],
+    notes="""\
+Twelve layers of width 32: what is measured is the time of calling them. Over that of the frozen encoder, timed in turns; the median
+over rounds and, in brackets, the 20th and 80th percentile. Launches are operations of a forward that do work, of one layer with all
+that the row adds to it, as this device runs them: on a CPU the op of a layer's prompts is torch's own operations.""",
+    ratios=[],
+    title="What prompts cost the host",
+)  # fmt: skip
+
+
 def _excess(group: Group) -> float | None:
     return None if group.ours is None else group.ours.info["excess"]
 
@@ -493,6 +511,6 @@ embedding and to no weight. Logits, loss and every gradient were checked before.
 PROFILES = {
     profile.op: profile
     for profile in (
-        ROUTE_AND_MIX, PROMPT_ATTENTION, RECEPTIVE_FIELD_ATTENTION, WINDOW_PROMPT_ATTENTION, END_TO_END, MOPE_BAF,
+        ROUTE_AND_MIX, PROMPT_ATTENTION, RECEPTIVE_FIELD_ATTENTION, WINDOW_PROMPT_ATTENTION, END_TO_END, HOST, MOPE_BAF,
     )
 }  # fmt: skip

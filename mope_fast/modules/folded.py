@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._autocast import cast, without_autocast
+from .._dispatch import layer_prompts
 from .kinds import in_place
 from .norms import Norms, can_be_stacked, norm_problem
 from .prompts import PromptBank, PromptContext, check_input
@@ -39,10 +40,16 @@ class KeptTables(nn.Module):
             # torch.export writes whole storages
             self.register_buffer(name, None if table is None else table.clone(memory_format=torch.contiguous_format))
 
-    def tables(self, router: Router | None, before: Tensor | None, after: Tensor | None) -> Tables:
-        """With each sample's router and the prompts (B, P, W) that are its own."""
+    def tables(
+        self,
+        router: Router | None,
+        before: Tensor | None,
+        after: Tensor | None,
+        mix: Callable[..., tuple[Tensor, Tensor]] | None = None,
+    ) -> Tables:
+        """With each sample's router, the prompts (B, P, W) that are its own, and the implementation that mixes."""
         before, after = _beside(self.before, before), _beside(self.after, after)
-        return Tables(before, after, router, self.experts, self.gram, self.shift, self.eps)
+        return Tables(before, after, router, self.experts, self.gram, self.shift, self.eps, mix)
 
 
 def _beside(kept: Tensor | None, own: Tensor | None) -> Tensor | None:
@@ -126,7 +133,8 @@ class FoldedBank(nn.Module):
             routers = make_routers(config, self._keys(), [table.router_weight for table in self.tables], cross, self.cross_proj)
         own = self.project({kind.name: kind.rows(self, cross) for kind in self.kinds})
         parts = zip(self.tables, routers, own, strict=True)
-        stages = [kept.tables(router, rows.get("before"), rows.get("after")) for kept, router, rows in parts]
+        mix = layer_prompts(self.tables[0].experts, routers[0].cross) if config.use_dynamic else None
+        stages = [kept.tables(router, rows.get("before"), rows.get("after"), mix) for kept, router, rows in parts]
         return PromptContext(cross.shape[0] if config.needs_cross else None, stages, self.routes, layers)
 
     def _keys(self) -> Keys:

@@ -50,6 +50,8 @@ class Tables:
     shift: Tensor | None = None
     """(W,), added to what is mixed."""
     eps: float = 1e-5
+    mix: Callable[..., tuple[Tensor, Tensor]] | None = None
+    """The implementation, where it was chosen for all layers; see :func:`mope_fast._dispatch.layer_prompts`."""
 
     def mixed(self, feature: Tensor) -> tuple[Tensor, Tensor | None]:
         """All prompts (B or 1, P, W) in their order, and scores (B, K), for the layer's feature (B, D)."""
@@ -60,7 +62,8 @@ class Tables:
             batch = max(part.shape[0] for part in parts)
             return torch.cat([cast(part, parts[0].dtype).expand(batch, -1, -1) for part in parts], dim=1), None
         cross, weight, keys, top_k, renormalize = self.router
-        return layer_prompts(
+        mix = layer_prompts(self.experts, cross) if self.mix is None else self.mix
+        return mix(
             feature, cross, weight, keys, self.experts, self.before, self.after, self.gram, self.shift,
             top_k=top_k, renormalize=renormalize, eps=self.eps,
         )  # fmt: skip
@@ -121,7 +124,8 @@ class Rows:
             shift = None if shift is None else shift[:, 0]
         columns = (parts.get("before"), parts.get("after"), self.routers or None, experts, self.gram, shift)
         each = ([None] * len(both) if column is None else list(column) for column in columns)
-        return [Tables(*values, self.eps) for values in zip(*each, strict=True)]
+        mix = None if experts is None else layer_prompts(experts, self.routers[0].cross)
+        return [Tables(*values, self.eps, mix) for values in zip(*each, strict=True)]
 
     def prefixes(self, layer: FrozenLayer, feature: Tensor) -> tuple[list[Prefix], Tensor | None]:
         """Up to two prefixes of the layer's attention, and the scores."""

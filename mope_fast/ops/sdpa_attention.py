@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._autocast import cast
 from .._values import can_be_looked_at
 from ..receptive_field import ReceptiveField
 from ..reference.attention import causal_mask
@@ -25,7 +24,7 @@ def prompt_attention(
 ) -> Tensor:
     """scaled_dot_product_attention on concatenated keys; a mask tensor only where one is needed."""
     if not is_causal and key_padding_mask is None and bias is None:
-        return _plain_attention(q, *concatenated(k, v, prefixes), scale)
+        return _attended(q, *concatenated(k, v, prefixes), scale, fresh=bool(prefixes))
     queries, tokens = q.shape[2], k.shape[2]
     prefix_length = sum(pk.shape[2] for pk, _ in prefixes)
     # torch's own triangle gives NaN for scales that are not positive
@@ -38,15 +37,16 @@ def prompt_attention(
         prefixes = [(rows, rows), *prefixes]
     k, v = concatenated(k, v, prefixes)
     if not is_causal and bias is None and prefix_length:
-        mask = _padding_behind(key_padding_mask, prefix_length, hidden)
-        return _plain_attention(q, k, v, scale, mask)
+        return _attended(q, k, v, scale, _padding_behind(key_padding_mask, prefix_length, hidden), fresh=True)
     # a triangle aligned to the last key would do for prefixes too, but torch's object for it (CausalBias) doesn't compile in 2.15
     visible = causal_mask(queries, tokens, q.device) if is_causal else None
     return _attention(q, k, v, visible, key_padding_mask, bias, prefix_length, scale, hidden)
 
 
-def _plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None = None) -> Tensor:
-    return F.scaled_dot_product_attention(*readable(q, k, v), attn_mask=mask, scale=scale)
+def _attended(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None = None, *, fresh: bool) -> Tensor:
+    """``fresh``: keys and values are concatenations, whose rows don't overlap."""
+    q, k, v = (*readable(q), k, v) if fresh else readable(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
 _MEMO = "_mope_fast_behind"
@@ -100,8 +100,8 @@ def concatenated(k: Tensor, v: Tensor, prefixes: Sequence[tuple[Tensor, Tensor]]
 
 
 def _joined(prefixes: Sequence[Tensor], tokens: Tensor) -> Tensor:
-    batch = tokens.shape[0]
-    parts = [cast(rows, tokens.dtype) for rows in prefixes]
+    batch, dtype = tokens.shape[0], tokens.dtype
+    parts = [rows if rows.dtype == dtype else rows.to(dtype) for rows in prefixes]
     parts = [rows if rows.shape[0] == batch else rows.expand(batch, -1, -1, -1) for rows in parts]
     return torch.cat([*parts, tokens], dim=2)
 

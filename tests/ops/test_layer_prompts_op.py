@@ -113,10 +113,10 @@ def test_compiles_in_one_graph_without_recompiling_for_a_new_batch():
 @pytest.mark.parametrize("impl", ["triton", "reference"])
 def test_autocast_mixes_in_its_dtype_and_routes_in_float32(impl, monkeypatch):
     monkeypatch.setattr(_dispatch, "choose", lambda function, asked, problem: impl)
-    inputs = make_inputs(torch.float32)
-    plain_rows, plain_scores = _dispatch.layer_prompts(*inputs.values(), top_k=None, renormalize=False)
+    inputs, gate = make_inputs(torch.float32), {"top_k": None, "renormalize": False, "eps": 1e-5}
+    plain_rows, plain_scores = _dispatch.layer_prompts(inputs["experts"], inputs["cross"])(*inputs.values(), **gate)
     with torch.autocast("cpu", torch.bfloat16):
-        rows, scores = _dispatch.layer_prompts(*inputs.values(), top_k=None, renormalize=False)
+        rows, scores = _dispatch.layer_prompts(inputs["experts"], inputs["cross"])(*inputs.values(), **gate)
     assert rows.dtype == torch.bfloat16
     assert torch.equal(scores, plain_scores)
     torch.testing.assert_close(rows.float(), plain_rows, rtol=0.05, atol=0.05)
