@@ -1,4 +1,4 @@
-"""What prompts cost the host: layers of hardly any width, where a step takes as long as calling it does. Checked as ``end_to_end``."""
+"""What prompts cost the host: layers of hardly any width, where a step takes as long as calling it does. As ``end_to_end``."""
 
 import dataclasses
 import functools
