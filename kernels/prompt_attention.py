@@ -201,12 +201,12 @@ def attention_kernel(
         )  # fmt: skip
         acc, row_max, row_sum = _accumulate(acc, row_max, row_sum, s, v_tile, COMPUTE, DOT, ACC)
 
-    blind = row_sum == 0.0
-    row_sum = tl.where(blind, 1.0, row_sum)
+    fully_masked = row_sum == 0.0
+    row_sum = tl.where(fully_masked, 1.0, row_sum)
     _store_rows(_head(out, out_strides, batch, head), rows, inside, out_strides, acc / row_sum[:, None], HEAD_DIM, BLOCK_D)
     at = statistics + ((pid // tiles).to(tl.int64) * Sq + rows) * 2
-    tl.store(at, tl.where(blind, 0.0, row_max), mask=inside)
-    tl.store(at + 1, tl.where(blind, float("inf"), tl.log2(row_sum)), mask=inside)
+    tl.store(at, tl.where(fully_masked, 0.0, row_max), mask=inside)
+    tl.store(at + 1, tl.where(fully_masked, float("inf"), tl.log2(row_sum)), mask=inside)
 
 
 @triton.jit

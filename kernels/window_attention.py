@@ -16,10 +16,10 @@ kept for the backward pass, and there one pass over a window gives all its gradi
 its gradient is written once. Prompts are in all of them: their gradients are summed over the windows of a program and written
 apart, to be added later. No kernel uses atomics.
 
-``bias`` (H, ROWS, sum(TILES)) has zeros around (H, AREA, AREA), so that it is read without a mask. ``there`` (B, P0 + P1) says
-which prompts are there, ``pad_qkv`` (3, H, Dh) what padding holds; either may be None, and so may a prefix. Exponents are in
-base 2. Pairs are (vertical, horizontal) or of the two prefixes; ``qkv_strides`` and its like are tuples; qkv and its gradient
-are (B, Hi, Wi, 3, H, Dh). ``COMPUTE``, ``DOT``, ``ACC``: see ``products.py``.
+``bias`` (H, ROWS, sum(TILES)) has zeros around (H, AREA, AREA), so that it is read without a mask. ``prefix_mask`` (B, P0 + P1) is
+True for the prompts that an image has, ``pad_qkv`` (3, H, Dh) is what padding holds; either may be None, and so may a prefix.
+Exponents are in base 2. Pairs are (vertical, horizontal) or of the two prefixes; ``qkv_strides`` and its like are tuples; qkv and
+its gradient are (B, Hi, Wi, 3, H, Dh). ``COMPUTE``, ``DOT``, ``ACC``: see ``products.py``.
 """
 
 import triton
@@ -121,7 +121,7 @@ def _prefix_rows(
 
 @triton.jit
 def _prompt_tile(
-    prompts0, prompts1, there, image, head, strides0, strides1, there_strides, lengths,
+    prompts0, prompts1, prefix_mask, image, head, strides0, strides1, mask_strides, lengths,
     START: tl.constexpr, SIZE: tl.constexpr, AREA: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):  # fmt: skip
@@ -131,8 +131,8 @@ def _prompt_tile(
     else:
         rows = START - AREA + tl.arange(0, SIZE)
         present = rows >= 0
-        if there is not None:
-            at = there + image.to(tl.int64) * there_strides[0] + rows.to(tl.int64) * there_strides[1]
+        if prefix_mask is not None:
+            at = prefix_mask + image.to(tl.int64) * mask_strides[0] + rows.to(tl.int64) * mask_strides[1]
             present = tl.load(at, mask=present & (rows < lengths[0] + lengths[1]), other=0).to(tl.int1)
         tile = tl.zeros([SIZE, BLOCK_D], COMPUTE)
         if prompts0 is not None:
@@ -146,18 +146,18 @@ def _prompt_tile(
 
 @triton.jit
 def _prompt_tiles(
-    pk0, pv0, pk1, pv1, there, image, head, pk0_strides, pv0_strides, pk1_strides, pv1_strides, there_strides, lengths,
+    pk0, pv0, pk1, pv1, prefix_mask, image, head, pk0_strides, pv0_strides, pk1_strides, pv1_strides, mask_strides, lengths,
     AREA: tl.constexpr, TILES: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """Keys and values of each tile."""
     keys, values = (), ()
     for i in tl.static_range(len(TILES)):
         k = _prompt_tile(
-            pk0, pk1, there, image, head, pk0_strides, pk1_strides, there_strides, lengths,
+            pk0, pk1, prefix_mask, image, head, pk0_strides, pk1_strides, mask_strides, lengths,
             TILES[i][0], TILES[i][1], AREA, HEAD_DIM, BLOCK_D, COMPUTE,
         )  # fmt: skip
         v = _prompt_tile(
-            pv0, pv1, there, image, head, pv0_strides, pv1_strides, there_strides, lengths,
+            pv0, pv1, prefix_mask, image, head, pv0_strides, pv1_strides, mask_strides, lengths,
             TILES[i][0], TILES[i][1], AREA, HEAD_DIM, BLOCK_D, COMPUTE,
         )  # fmt: skip
         keys, values = keys + (k,), values + (v,)
@@ -185,7 +185,7 @@ def _positions(START: tl.constexpr, SIZE: tl.constexpr):
 
 @triton.jit
 def _bias_tiles(
-    bias, there, image, head, rows, there_strides, lengths,
+    bias, prefix_mask, image, head, rows, mask_strides, lengths,
     AREA: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, TILES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """[rows, keys] in base 2: the bias for tokens, 0 for prompts, -inf for what is neither, or not there."""
@@ -197,8 +197,8 @@ def _bias_tiles(
         b = tl.where((b < -2e38) & (b > float("-inf")), -2e38, b)
         b = tl.where((b > 2e38) & (b < float("inf")), 2e38, b) * LOG2_E
         present = positions < AREA + lengths[0] + lengths[1]
-        if there is not None:
-            at = there + image.to(tl.int64) * there_strides[0] + (positions - AREA).to(tl.int64) * there_strides[1]
+        if prefix_mask is not None:
+            at = prefix_mask + image.to(tl.int64) * mask_strides[0] + (positions - AREA).to(tl.int64) * mask_strides[1]
             present = present & tl.load(at, mask=present & (positions >= AREA), other=1).to(tl.int1)
         tiles = tiles + (tl.where(present[None, :], b, float("-inf")),)
     return tiles
@@ -291,9 +291,9 @@ def _logit_gradients(
 
 @triton.jit(do_not_specialize=_SIZES)
 def window_attention_kernel(
-    qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, out,
+    qkv, pk0, pv0, pk1, pv1, prefix_mask, bias, pad_qkv, out,
     H, chunks, per_chunk, windows, image_size, shift, roll, lengths, scale_log2,
-    qkv_strides, pk0_strides, pv0_strides, pk1_strides, pv1_strides, there_strides, pad_strides, out_strides,
+    qkv_strides, pk0_strides, pv0_strides, pk1_strides, pv1_strides, mask_strides, pad_strides, out_strides,
     WINDOW: tl.constexpr, AREA: tl.constexpr, SHIFTED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, TILES: tl.constexpr,
     COMPUTE: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
@@ -302,11 +302,11 @@ def window_attention_kernel(
     pid = tl.program_id(0)
     chunk, head, image = pid % chunks, pid // chunks % H, pid // chunks // H
     prompt_keys, prompt_values = _prompt_tiles(
-        pk0, pv0, pk1, pv1, there, image, head, pk0_strides, pv0_strides, pk1_strides, pv1_strides, there_strides, lengths,
+        pk0, pv0, pk1, pv1, prefix_mask, image, head, pk0_strides, pv0_strides, pk1_strides, pv1_strides, mask_strides, lengths,
         AREA, TILES, HEAD_DIM, BLOCK_D, COMPUTE,
     )  # fmt: skip
     # where all queries are one block, its bias stays in registers
-    biases = _bias_tiles(bias, there, image, head, tl.arange(0, BLOCK_Q), there_strides, lengths, AREA, ROWS, KEYS, TILES, ACC)
+    biases = _bias_tiles(bias, prefix_mask, image, head, tl.arange(0, BLOCK_Q), mask_strides, lengths, AREA, ROWS, KEYS, TILES, ACC)
     for window in range(chunk * per_chunk, tl.minimum(windows, (chunk + 1) * per_chunk)):
         keys, values, key_sides = _window_keys(
             qkv, pad_qkv, prompt_keys, prompt_values, image, head, window, image_size, shift, roll, qkv_strides, pad_strides,
@@ -315,7 +315,7 @@ def window_attention_kernel(
         for start in range(0, ROWS, BLOCK_Q):
             rows = start + tl.arange(0, BLOCK_Q)
             if BLOCK_Q < ROWS:
-                biases = _bias_tiles(bias, there, image, head, rows, there_strides, lengths, AREA, ROWS, KEYS, TILES, ACC)
+                biases = _bias_tiles(bias, prefix_mask, image, head, rows, mask_strides, lengths, AREA, ROWS, KEYS, TILES, ACC)
             y, x, inside, side = _locate(rows, window, image_size, shift, roll, WINDOW)
             q = _load_tokens(qkv, image, 0, head, y, x, inside, qkv_strides, HEAD_DIM, BLOCK_D, COMPUTE)
             weights, row_sum = _weights(q, keys, biases, side, key_sides, scale_log2, TILES, SHIFTED, COMPUTE, DOT, ACC)
@@ -351,9 +351,9 @@ def _store_prefix_gradients(
 
 @triton.jit(do_not_specialize=_SIZES)
 def window_grads_kernel(
-    grad_out, qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, grad_qkv, grads0, grads1, grad_pad,
+    grad_out, qkv, pk0, pv0, pk1, pv1, prefix_mask, bias, pad_qkv, grad_qkv, grads0, grads1, grad_pad,
     H, chunks, per_chunk, windows, image_size, shift, roll, lengths, scale, scale_log2,
-    grad_out_strides, qkv_strides, pk0_strides, pv0_strides, pk1_strides, pv1_strides, there_strides, pad_strides,
+    grad_out_strides, qkv_strides, pk0_strides, pv0_strides, pk1_strides, pv1_strides, mask_strides, pad_strides,
     grad_qkv_strides, grads0_strides, grads1_strides,
     WINDOW: tl.constexpr, AREA: tl.constexpr, SHIFTED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, TILES: tl.constexpr,
@@ -367,7 +367,7 @@ def window_grads_kernel(
     pid = tl.program_id(0)
     chunk, head, image = pid % chunks, pid // chunks % H, pid // chunks // H
     prompt_keys, prompt_values = _prompt_tiles(
-        pk0, pv0, pk1, pv1, there, image, head, pk0_strides, pv0_strides, pk1_strides, pv1_strides, there_strides, lengths,
+        pk0, pv0, pk1, pv1, prefix_mask, image, head, pk0_strides, pv0_strides, pk1_strides, pv1_strides, mask_strides, lengths,
         AREA, TILES, HEAD_DIM, BLOCK_D, COMPUTE,
     )  # fmt: skip
     grads_k, grads_v = _key_zeros(TILES, BLOCK_D, ACC), _key_zeros(TILES, BLOCK_D, ACC)
@@ -383,7 +383,7 @@ def window_grads_kernel(
             y, x, inside, side = _locate(rows, window, image_size, shift, roll, WINDOW)
             q = _load_tokens(qkv, image, 0, head, y, x, inside, qkv_strides, HEAD_DIM, BLOCK_D, COMPUTE)
             g = _load_upstream(grad_out, image, head, y, x, inside, grad_out_strides, HEAD_DIM, BLOCK_D, COMPUTE)
-            biases = _bias_tiles(bias, there, image, head, rows, there_strides, lengths, AREA, ROWS, KEYS, TILES, ACC)
+            biases = _bias_tiles(bias, prefix_mask, image, head, rows, mask_strides, lengths, AREA, ROWS, KEYS, TILES, ACC)
             weights, row_sum = _weights(q, keys, biases, side, key_sides, scale_log2, TILES, SHIFTED, COMPUTE, DOT, ACC)
             p, ds = _logit_gradients(weights, row_sum, g, values, TILES, COMPUTE, DOT, ACC)
             to_k, to_v = (), ()
@@ -433,9 +433,9 @@ def window_grads_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def window_bias_grads_kernel(
-    grad_out, qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, grad_bias,
+    grad_out, qkv, pk0, pv0, pk1, pv1, prefix_mask, bias, pad_qkv, grad_bias,
     H, units, per_split, windows, image_size, shift, roll, lengths, scale_log2,
-    grad_out_strides, qkv_strides, pk0_strides, pv0_strides, pk1_strides, pv1_strides, there_strides, pad_strides,
+    grad_out_strides, qkv_strides, pk0_strides, pv0_strides, pk1_strides, pv1_strides, mask_strides, pad_strides,
     WINDOW: tl.constexpr, AREA: tl.constexpr, SHIFTED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, TILES: tl.constexpr,
     COMPUTE: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
@@ -454,7 +454,7 @@ def window_bias_grads_kernel(
     for unit in range(split * per_split, tl.minimum(units, (split + 1) * per_split)):
         image, window = unit // windows, unit % windows
         prompt_keys, prompt_values = _prompt_tiles(
-            pk0, pv0, pk1, pv1, there, image, head, pk0_strides, pv0_strides, pk1_strides, pv1_strides, there_strides, lengths,
+            pk0, pv0, pk1, pv1, prefix_mask, image, head, pk0_strides, pv0_strides, pk1_strides, pv1_strides, mask_strides, lengths,
             AREA, TILES, HEAD_DIM, BLOCK_D, COMPUTE,
         )  # fmt: skip
         keys, values, key_sides = _window_keys(
@@ -464,7 +464,7 @@ def window_bias_grads_kernel(
         y, x, inside, side = _locate(rows, window, image_size, shift, roll, WINDOW)
         q = _load_tokens(qkv, image, 0, head, y, x, inside, qkv_strides, HEAD_DIM, BLOCK_D, COMPUTE)
         g = _load_upstream(grad_out, image, head, y, x, inside, grad_out_strides, HEAD_DIM, BLOCK_D, COMPUTE)
-        biases = _bias_tiles(bias, there, image, head, rows, there_strides, lengths, AREA, ROWS, KEYS, TILES, ACC)
+        biases = _bias_tiles(bias, prefix_mask, image, head, rows, mask_strides, lengths, AREA, ROWS, KEYS, TILES, ACC)
         weights, row_sum = _weights(q, keys, biases, side, key_sides, scale_log2, TILES, SHIFTED, COMPUTE, DOT, ACC)
         _, ds = _logit_gradients(weights, row_sum, g, values, TILES, COMPUTE, DOT, ACC)
         added = ()

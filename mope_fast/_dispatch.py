@@ -159,6 +159,6 @@ def _masked_prefixes_as_tokens(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Prefixes before the tokens' keys, what is not there as padding; causality, aligned to the last key, stays as it was."""
     tokens = (k, v) if key_padding_mask is None else (k, v, key_padding_mask)
-    mask = sdpa_attention.there_of([*prefixes, tokens], k)
+    mask = sdpa_attention.prefix_mask_of([*prefixes, tokens], k)
     bias = None if bias is None else F.pad(bias, (sum(prefix[0].shape[2] for prefix in prefixes), 0))
     return *sdpa_attention.concatenated(k, v, [prefix[:2] for prefix in prefixes]), mask, bias

@@ -97,10 +97,10 @@ def _images_at_once(batch: int, logits: int) -> int:
 class _Call:
     """What one forward or backward needs for all images."""
 
-    def __init__(self, qkv, prefixes: Sequence[tuple[Tensor, Tensor]], there, bias, pad_qkv, window_size, shift_size, scale):
+    def __init__(self, qkv, prefixes: Sequence[tuple[Tensor, Tensor]], prefix_mask, bias, pad_qkv, window_size, shift_size, scale):
         batch, height, width, _, heads, head_dim = self.shape = qkv.shape
         dtype = torch.promote_types(qkv.dtype, torch.float32)
-        self.window, self.shift, self.scale, self.there = tuple(window_size), tuple(shift_size), scale, there
+        self.window, self.shift, self.scale, self.prefix_mask = tuple(window_size), tuple(shift_size), scale, prefix_mask
         self.windows = -(-height // self.window[0]) * -(-width // self.window[1])
         self.area = self.window[0] * self.window[1]
         self.lengths = [pk.shape[2] for pk, _ in prefixes]
@@ -112,8 +112,8 @@ class _Call:
             parts = self.prompts[side, :, :, : sum(self.lengths)].split(self.lengths, dim=2) if prefixes else ()
             for part, prefix in zip(parts, prefixes, strict=True):
                 part.copy_(prefix[side])
-        if there is not None:
-            self.prompts[:, :, :, : sum(self.lengths)].masked_fill_(~there[:, None, :, None], 0.0)
+        if prefix_mask is not None:
+            self.prompts[:, :, :, : sum(self.lengths)].masked_fill_(~prefix_mask[:, None, :, None], 0.0)
         mask = bias.to(dtype)[None]
         if any(self.shift):
             _, regions = windows_of(height, width, self.window, self.shift, CPU)
@@ -121,7 +121,7 @@ class _Call:
         mask = F.pad(mask, (0, sum(self.lengths)))
         self.mask = F.pad(mask, (0, self.keys - mask.shape[-1]), value=-math.inf)  # (1 or windows, H, W, keys)
         # only a bias can hide all keys there are
-        self.may_be_blind = not sum(self.lengths) or there is not None
+        self.may_be_fully_masked = not sum(self.lengths) or prefix_mask is not None
 
     def chunks(self) -> Iterator[tuple[slice, _Scratch, Tensor]]:
         """Images, their rows in scratch memory, and memory for their logits (images * windows * H, W, keys)."""
@@ -151,13 +151,13 @@ class _Call:
         images = own.stop - own.start
         masked = logits.view(images, self.windows, -1, self.area, self.keys)
         masked.copy_(self.mask)
-        if self.there is not None:
+        if self.prefix_mask is not None:
             to_prompts = masked[..., self.area : self.area + sum(self.lengths)]
-            to_prompts.masked_fill_(~self.there[own][:, None, None, None], -math.inf)
-        blind = (logits == -math.inf).all(-1, keepdim=True) if self.may_be_blind else None
+            to_prompts.masked_fill_(~self.prefix_mask[own][:, None, None, None], -math.inf)
+        fully_masked = (logits == -math.inf).all(-1, keepdim=True) if self.may_be_fully_masked else None
         logits.baddbmm_(scratch.q, scratch.k.mT, alpha=self.scale)
         torch.softmax(logits, -1, out=logits)
-        return logits if blind is None else logits.masked_fill_(blind, 0.0)
+        return logits if fully_masked is None else logits.masked_fill_(fully_masked, 0.0)
 
 
 def forward(*arguments) -> Tensor:

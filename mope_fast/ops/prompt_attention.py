@@ -99,12 +99,12 @@ def _reference_forward(q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, scale,
         q, k, [pk for pk in (pk0, pk1) if pk is not None], _Masking(field, padding, bias, is_causal), scale
     )
     out.copy_(softmax_or_zero(weights) @ all_values(v, [pv for pv in (pv0, pv1) if pv is not None], weights.dtype))
-    blind = (weights == float("-inf")).all(-1)
+    fully_masked = (weights == float("-inf")).all(-1)
     largest = weights.amax(-1) if weights.shape[-1] else weights.new_zeros(q.shape[:3])
-    largest = largest.masked_fill(blind, 0.0)
+    largest = largest.masked_fill(fully_masked, 0.0)
     statistics[..., 0] = largest * LOG2_E
     sums = (weights - largest[..., None]).exp().sum(-1)
-    statistics[..., 1] = sums.log2().masked_fill(blind, float("inf"))
+    statistics[..., 1] = sums.log2().masked_fill(fully_masked, float("inf"))
     return out, statistics
 
 

@@ -119,7 +119,7 @@ def _hidden_keys(k: Tensor, keys: int) -> int:
     return _VECTOR - rest if rest >= _VECTOR // 2 else 0
 
 
-def there_of(prefixes: Sequence, like: Tensor) -> Tensor | None:
+def prefix_mask_of(prefixes: Sequence, like: Tensor) -> Tensor | None:
     """Which keys of all prefixes are there, bool (B, P) with the batch of ``like``; None if no prefix has a mask."""
     if all(len(prefix) == 2 for prefix in prefixes):
         return None
@@ -135,7 +135,7 @@ def in_range(bias: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(bias.isinf(), bias, bias.clamp(limits.min, limits.max)).to(dtype)
 
 
-def visible_and_blind(
+def visible_and_fully_masked(
     visible: Tensor | None, key_padding_mask: Tensor | None, bias: Tensor | None, prefix_length: int
 ) -> tuple[Tensor | None, Tensor | None]:
     """Which token keys a query sees (None: all), and which queries see nothing at all (None: there is none)."""
@@ -147,9 +147,9 @@ def visible_and_blind(
     seen = True if visible is None else visible
     if bias is not None:
         seen = seen & (bias != float("-inf"))
-    blind = ~seen.any(-1, keepdim=True)
+    fully_masked = ~seen.any(-1, keepdim=True)
     # where looking costs no wait for a device, it saves a pass over the output
-    return visible, None if can_be_looked_at(blind) and not blind.any() else blind
+    return visible, None if can_be_looked_at(fully_masked) and not fully_masked.any() else fully_masked
 
 
 def _behind(mask: Tensor, prefix_length: int, hidden: int, *, seen: float, unseen: float) -> Tensor:
@@ -171,14 +171,14 @@ def _attention(
 ) -> Tensor:
     """Masks are about token keys, the last of k and v; before them is the prefix, and before that are hidden keys."""
     bias = None if bias is None else in_range(bias, q.dtype)
-    visible, blind = visible_and_blind(visible, key_padding_mask, bias, prefix_length)
+    visible, fully_masked = visible_and_fully_masked(visible, key_padding_mask, bias, prefix_length)
     if bias is not None:
         mask = bias if visible is None else bias.masked_fill(~visible, float("-inf"))
         mask = _behind(mask, prefix_length, hidden, seen=0.0, unseen=float("-inf"))
-        # a softmax over nothing is undefined: let a blind query see everything, then take its output away
-        mask = mask if blind is None else mask.masked_fill(blind, 0.0)
+        # a softmax over nothing is undefined: let such a query see everything, then take its output away
+        mask = mask if fully_masked is None else mask.masked_fill(fully_masked, 0.0)
     else:
         mask = None if visible is None else _behind(visible, prefix_length, hidden, seen=True, unseen=False)
-        mask = mask if blind is None else mask | blind
+        mask = mask if fully_masked is None else mask | fully_masked
     out = F.scaled_dot_product_attention(*readable(q, k, v), attn_mask=mask, scale=scale)
-    return out if blind is None else out.masked_fill(blind, 0.0)
+    return out if fully_masked is None else out.masked_fill(fully_masked, 0.0)

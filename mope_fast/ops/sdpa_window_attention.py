@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..reference.window_attention import present, window_bias, windows_of, with_prompts
 from .cpu_window_attention import KEY_MULTIPLE, seam_of
-from .sdpa_attention import in_range, readable, there_of
+from .sdpa_attention import in_range, prefix_mask_of, readable
 
 
 def window_prompt_attention(
@@ -36,10 +36,10 @@ def window_prompt_attention(
         nothing = qkv.new_zeros(1, heads, spare, head_dim)
         k = with_prompts(k, [*(present(prefix, 0) for prefix in prefixes), nothing])
         v = with_prompts(v, [*(present(prefix, 1) for prefix in prefixes), nothing])
-    blind = None
+    fully_masked = None
     if not any(len(prefix) == 2 and prefix[0].shape[2] for prefix in prefixes):  # then a bias can hide all keys there are
-        blind = (mask == -math.inf).all(-1, keepdim=True)
-        mask = mask.masked_fill(blind, 0.0)
+        fully_masked = (mask == -math.inf).all(-1, keepdim=True)
+        mask = mask.masked_fill(fully_masked, 0.0)
     first = 0
     if len(mask) > 1 or mask.shape[1] > 1:
         first, mask = 1, mask.expand(-1, windows, -1, -1, -1)
@@ -47,8 +47,8 @@ def window_prompt_attention(
         *readable(*(part.flatten(first, first + 1) for part in (q, k, v))), attn_mask=mask.flatten(first, first + 1), scale=scale
     )
     out = out.view(batch, windows, heads, area, head_dim)
-    if blind is not None:
-        out = out.masked_fill(blind, 0.0)
+    if fully_masked is not None:
+        out = out.masked_fill(fully_masked, 0.0)
     return _in_image(out, (height, width), window_size, shift_size)
 
 
@@ -90,11 +90,11 @@ def _mask(
         bias = window_bias(relative_position_bias, regions, seam_of(qkv))
     bias = in_range(bias, qkv.dtype)[None]
     prompts = sum(prefix[0].shape[2] for prefix in prefixes)
-    there = there_of(prefixes, qkv)
-    if there is None:
+    prefix_mask = prefix_mask_of(prefixes, qkv)
+    if prefix_mask is None:
         bias = F.pad(bias, (0, prompts)) if prompts else bias
     else:
-        to_prompts = torch.where(there[:, None, None, None], 0.0, -math.inf).to(qkv.dtype)
+        to_prompts = torch.where(prefix_mask[:, None, None, None], 0.0, -math.inf).to(qkv.dtype)
         sizes = (qkv.shape[0], *bias.shape[1:4], -1)
         bias = torch.cat([bias.expand(sizes), to_prompts.expand(sizes)], dim=-1)
     return F.pad(bias, (0, spare), value=-math.inf) if spare else bias

@@ -11,12 +11,12 @@ from .._autocast import without_autocast
 from . import cpu_window_attention
 from ._registration import apply, define, once_differentiable
 from ._triton import INTERPRETED, castable, prefix_targets, product_dtypes, strides, sum_parts
-from .sdpa_attention import there_of
+from .sdpa_attention import prefix_mask_of
 
 LOG2_E = math.log2(math.e)
 
 
-def _fake_forward(qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, window_size, shift_size, scale):
+def _fake_forward(qkv, pk0, pv0, pk1, pv1, prefix_mask, bias, pad_qkv, window_size, shift_size, scale):
     batch, height, width, _, heads, head_dim = qkv.shape
     return qkv.new_empty((batch, height, width, heads * head_dim))
 
@@ -31,13 +31,13 @@ def _empty_grads(qkv, pk0, pk1, bias, pad_qkv, needs: Sequence[bool]) -> tuple[T
     )
 
 
-def _fake_backward(grad_out, qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, window_size, shift_size, scale, needs):
+def _fake_backward(grad_out, qkv, pk0, pv0, pk1, pv1, prefix_mask, bias, pad_qkv, window_size, shift_size, scale, needs):
     return _empty_grads(qkv, pk0, pk1, bias, pad_qkv, needs)
 
 
-def _cpu_arguments(qkv, pk0, pv0, pk1, pv1, there, *rest) -> tuple:
+def _cpu_arguments(qkv, pk0, pv0, pk1, pv1, prefix_mask, *rest) -> tuple:
     pairs = [(pk, pv) for pk, pv in ((pk0, pv0), (pk1, pv1)) if pk is not None]
-    return qkv, pairs, there, *rest
+    return qkv, pairs, prefix_mask, *rest
 
 
 def _cpu_forward(*arguments):
@@ -80,7 +80,9 @@ def _in_tiles(bias: Tensor, rows: int, keys: int) -> Tensor:
     return tiles
 
 
-def _common_arguments(qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, window_size, shift_size, scale) -> tuple[dict[str, Any], int]:
+def _common_arguments(
+    qkv, pk0, pv0, pk1, pv1, prefix_mask, bias, pad_qkv, window_size, shift_size, scale
+) -> tuple[dict[str, Any], int]:
     """What the kernels share, by the names of their parameters, and how many windows a program takes."""
     from ..kernels.launch import padded_head_dim, window_launch
 
@@ -89,17 +91,17 @@ def _common_arguments(qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, window_size
     lengths = tuple(0 if pk is None else pk.shape[2] for pk in (pk0, pk1))
     launch = window_launch(area, area + sum(lengths), windows, head_dim, qkv.element_size())
     rows, keys = -(-area // launch.block_q) * launch.block_q, sum(launch.tiles[-1])
-    pk0, pv0, pk1, pv1, there = (_not_empty(_for_each_image(t, batch)) for t in (pk0, pv0, pk1, pv1, there))
+    pk0, pv0, pk1, pv1, prefix_mask = (_not_empty(_for_each_image(t, batch)) for t in (pk0, pv0, pk1, pv1, prefix_mask))
     padded = height % window_size[0] or width % window_size[1]
     pad_qkv = pad_qkv if padded else None
     arguments = {
-        "qkv": qkv, "pk0": pk0, "pv0": pv0, "pk1": pk1, "pv1": pv1, "there": there, "pad_qkv": pad_qkv,
+        "qkv": qkv, "pk0": pk0, "pv0": pv0, "pk1": pk1, "pv1": pv1, "prefix_mask": prefix_mask, "pad_qkv": pad_qkv,
         "bias": _in_tiles(bias, rows, keys),
         "H": heads, "windows": windows,
         "image_size": (height, width), "shift": tuple(shift_size), "lengths": lengths,
         "roll": (shift_size[0] % height, shift_size[1] % width), "scale_log2": scale * LOG2_E,
         "qkv_strides": qkv.stride(), "pk0_strides": strides(pk0, 4), "pv0_strides": strides(pv0, 4),
-        "pk1_strides": strides(pk1, 4), "pv1_strides": strides(pv1, 4), "there_strides": strides(there, 2),
+        "pk1_strides": strides(pk1, 4), "pv1_strides": strides(pv1, 4), "mask_strides": strides(prefix_mask, 2),
         "pad_strides": strides(pad_qkv, 3),
         "WINDOW": tuple(window_size), "AREA": area, "SHIFTED": any(shift_size),
         "HEAD_DIM": head_dim, "BLOCK_D": padded_head_dim(head_dim),
@@ -110,14 +112,14 @@ def _common_arguments(qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, window_size
     return arguments, launch.windows
 
 
-def _triton_forward(qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, window_size, shift_size, scale):
+def _triton_forward(qkv, pk0, pv0, pk1, pv1, prefix_mask, bias, pad_qkv, window_size, shift_size, scale):
     from ..kernels import window_attention as kernels
     from ..kernels.launch import forward_windows
 
-    out = _fake_forward(qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, window_size, shift_size, scale)
+    out = _fake_forward(qkv, pk0, pv0, pk1, pv1, prefix_mask, bias, pad_qkv, window_size, shift_size, scale)
     if out.numel() == 0:
         return out
-    arguments, per_chunk = _common_arguments(qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, window_size, shift_size, scale)
+    arguments, per_chunk = _common_arguments(qkv, pk0, pv0, pk1, pv1, prefix_mask, bias, pad_qkv, window_size, shift_size, scale)
     windows, images_and_heads = arguments["windows"], qkv.shape[0] * arguments["H"]
     per_chunk = forward_windows(per_chunk, images_and_heads * windows)
     chunks = -(-windows // per_chunk)
@@ -127,14 +129,14 @@ def _triton_forward(qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, window_size, 
     return out
 
 
-def _triton_backward(grad_out, qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, window_size, shift_size, scale, needs):
+def _triton_backward(grad_out, qkv, pk0, pv0, pk1, pv1, prefix_mask, bias, pad_qkv, window_size, shift_size, scale, needs):
     from ..kernels import window_attention as kernels
 
     grad_qkv, grads0, grads1, grad_bias, grad_pad = grads = _empty_grads(qkv, pk0, pk1, bias, pad_qkv, needs)
     batch = qkv.shape[0]
     if qkv.numel() == 0:
         return tuple(grad.zero_() for grad in grads)
-    arguments, per_chunk = _common_arguments(qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, window_size, shift_size, scale)
+    arguments, per_chunk = _common_arguments(qkv, pk0, pv0, pk1, pv1, prefix_mask, bias, pad_qkv, window_size, shift_size, scale)
     arguments |= {"grad_out": grad_out, "grad_out_strides": grad_out.stride()}
     heads, block_d, windows = arguments["H"], arguments["BLOCK_D"], arguments["windows"]
     chunks = -(-windows // per_chunk)
@@ -177,7 +179,7 @@ def _bias_gradient(arguments: dict[str, Any], units: int, grad_bias: Tensor) -> 
 
 
 _TENSORS = (
-    "Tensor qkv, Tensor? prefix_k0, Tensor? prefix_v0, Tensor? prefix_k1, Tensor? prefix_v1, Tensor? there, "
+    "Tensor qkv, Tensor? prefix_k0, Tensor? prefix_v0, Tensor? prefix_k1, Tensor? prefix_v1, Tensor? prefix_mask, "
     "Tensor relative_position_bias, Tensor? pad_qkv, int[] window_size, int[] shift_size, float scale"
 )
 window_attention_forward = define(
@@ -201,8 +203,8 @@ class _WindowAttention(torch.autograd.Function):
     """Gradients for qkv, prefixes, bias and padding, each only if asked for. The arguments are all that is kept."""
 
     @staticmethod
-    def forward(qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, window_size, shift_size, scale):
-        return window_attention_forward(qkv, pk0, pv0, pk1, pv1, there, bias, pad_qkv, window_size, shift_size, scale)
+    def forward(qkv, pk0, pv0, pk1, pv1, prefix_mask, bias, pad_qkv, window_size, shift_size, scale):
+        return window_attention_forward(qkv, pk0, pv0, pk1, pv1, prefix_mask, bias, pad_qkv, window_size, shift_size, scale)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -242,4 +244,6 @@ def window_prompt_attention(
     bias = relative_position_bias
     if INTERPRETED:
         *pairs, bias, pad_qkv = castable(qkv.dtype, *pairs, bias, pad_qkv)
-    return apply(_WindowAttention, qkv, *pairs, there_of(prefixes, qkv), bias, pad_qkv, list(window_size), list(shift_size), scale)
+    return apply(
+        _WindowAttention, qkv, *pairs, prefix_mask_of(prefixes, qkv), bias, pad_qkv, list(window_size), list(shift_size), scale
+    )

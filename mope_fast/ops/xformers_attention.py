@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..receptive_field import ReceptiveField
 from ..reference.attention import causal_mask
-from .sdpa_attention import concatenated, in_range, visible_and_blind
+from .sdpa_attention import concatenated, in_range, visible_and_fully_masked
 
 ALIGNMENT = 8
 _RUNTIME = "libcudart.so.12"
@@ -104,19 +104,19 @@ def _with_tensor_bias(
     scale: float | None,
 ) -> Tensor:
     bias = None if bias is None else in_range(bias, q.dtype)
-    visible, blind = visible_and_blind(visible, key_padding_mask, bias, prefix_length)
+    visible, fully_masked = visible_and_fully_masked(visible, key_padding_mask, bias, prefix_length)
     if visible is None and bias is None:
         return _attention(q, k, v, None, scale)
     (batch, heads, queries, _), keys = q.shape, k.shape[2]
     tensor = q.new_zeros(1, 1, queries, keys - prefix_length) if bias is None else bias
     tensor = tensor if visible is None else tensor.masked_fill(~visible, float("-inf"))
-    tensor = tensor if blind is None else tensor.masked_fill(blind, 0.0)
+    tensor = tensor if fully_masked is None else tensor.masked_fill(fully_masked, 0.0)
     # rows of the storage are a multiple of the alignment, the tensor is a view of their beginning
     tensor = F.pad(tensor, (prefix_length, -keys % ALIGNMENT)).contiguous()[..., :keys].expand(batch, heads, -1, -1)
     if torch.is_grad_enabled() and tensor.requires_grad and not any(t.requires_grad for t in (q, k, v)):
         q = q.detach().requires_grad_()  # xformers asks only q, k and v whether there will be a backward
     out = _attention(q, k, v, tensor, scale)
-    return out if blind is None else out.masked_fill(blind, 0.0)
+    return out if fully_masked is None else out.masked_fill(fully_masked, 0.0)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Any, scale: float | None) -> Tensor:

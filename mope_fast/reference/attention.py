@@ -33,8 +33,8 @@ def masked_weights(
 
 def softmax_or_zero(weights: Tensor) -> Tensor:
     """Softmax over the last dimension; a query that sees no key has only -inf: it takes 0 everywhere, and so do its gradients."""
-    blind = (weights == float("-inf")).all(-1, keepdim=True)
-    return torch.softmax(weights.masked_fill(blind, 0.0), dim=-1).masked_fill(blind, 0.0)
+    fully_masked = (weights == float("-inf")).all(-1, keepdim=True)
+    return torch.softmax(weights.masked_fill(fully_masked, 0.0), dim=-1).masked_fill(fully_masked, 0.0)
 
 
 def causal_mask(queries: int, tokens: int, device: torch.device) -> Tensor:

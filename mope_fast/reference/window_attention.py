@@ -64,9 +64,9 @@ def window_weights(
 ) -> Tensor:
     """Products before the softmax with [tokens | prompts], (B, windows, H, W, W + P); q and k (B, windows, H, W, Dh)."""
     weights = [scale * q @ k.mT + window_bias(relative_position_bias, regions)]
-    for pk, _, *there in prefixes:
+    for pk, _, *prefix_mask in prefixes:
         to_prompts = scale * q @ pk.to(q.dtype)[:, None].mT
-        weights.append(to_prompts.masked_fill(~there[0][:, None, None, None], -math.inf) if there else to_prompts)
+        weights.append(to_prompts.masked_fill(~prefix_mask[0][:, None, None, None], -math.inf) if prefix_mask else to_prompts)
     return torch.cat(weights, dim=-1)
 
 
