@@ -184,7 +184,7 @@ class MoPEFusion(TaskModel):
         Equal to this one in eval mode, to rounding. It has copies of what is trained and shares the frozen encoders.
 
         Raises:
-            ValueError: folding is not exact for this encoder (a norm of keys, or a norm that is no layer norm or RMS norm of a known class).
+            ValueError: folding is not exact for this encoder (a norm of keys, or one of an unknown class).
             RuntimeError: weights are sharded.
         """
         self._check_whole()

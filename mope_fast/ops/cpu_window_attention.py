@@ -76,7 +76,7 @@ def _rows(
 class _Scratch:
     """For some images: rows, and views of them as queries, keys and values (images * windows * H, W or keys, Dh)."""
 
-    def __init__(self, call: "_Call", images: int):
+    def __init__(self, call: "Call", images: int):
         _, height, width, _, heads, head_dim = call.shape
         each = (images, call.windows, heads)
         self.at = _rows((height, width), call.window, call.shift, heads, call.keys, images)
@@ -94,7 +94,7 @@ def _images_at_once(batch: int, logits: int) -> int:
     return max(1, min(batch, round(LOGITS_AT_ONCE * torch.get_num_threads() / logits)))
 
 
-class _Call:
+class Call:
     """What one forward or backward needs for all images."""
 
     def __init__(self, qkv, prefixes: Sequence[tuple[Tensor, Tensor]], prefix_mask, bias, pad_qkv, window_size, shift_size, scale):
@@ -160,9 +160,8 @@ class _Call:
         return logits if fully_masked is None else logits.masked_fill_(fully_masked, 0.0)
 
 
-def forward(*arguments) -> Tensor:
-    """(B, Hi, Wi, H * Dh) in float32 (float64 for float64); the arguments are those of :class:`_Call`."""
-    call = _Call(*arguments)
+def forward(call: Call) -> Tensor:
+    """(B, Hi, Wi, H * Dh) in float32 (float64 for float64)."""
     batch, height, width, _, heads, head_dim = call.shape
     out = call.qkv.new_empty(batch, height, width, heads * head_dim)
     windows = None
@@ -184,8 +183,7 @@ class Gradients(NamedTuple):
     padding: Tensor | None
 
 
-def backward(grad_out: Tensor, arguments: tuple, *, of_tokens: bool, of_bias: bool, of_padding: bool) -> Gradients:
-    call = _Call(*arguments)
+def backward(grad_out: Tensor, call: Call, *, of_tokens: bool, of_bias: bool, of_padding: bool) -> Gradients:
     heads, head_dim = call.shape[-2:]
     upstream = grad_out.to(call.qkv.dtype).reshape(call.shape[0], call.shape[1] * call.shape[2] * heads, head_dim)
     to_qkv = call.qkv.new_empty(call.shape) if of_tokens else None

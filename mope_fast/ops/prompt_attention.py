@@ -5,7 +5,7 @@ One op for prefixes, causality, padding, bias and receptive fields. ``field`` is
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -25,13 +25,39 @@ _PREFIX_ARGUMENTS = {
 }  # fmt: skip
 
 
-class _Masking(NamedTuple):
-    """What decides which keys a query sees, and how much."""
+class _Tensors(NamedTuple):
+    """What both ops are given, in the order of their schemas."""
 
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    pk0: Tensor | None
+    pv0: Tensor | None
+    pk1: Tensor | None
+    pv1: Tensor | None
     field: Tensor | None
     padding: Tensor | None
     bias: Tensor | None
-    is_causal: bool
+
+    @property
+    def prefix_keys(self) -> list[Tensor]:
+        return [keys for keys in (self.pk0, self.pk1) if keys is not None]
+
+    @property
+    def prefix_values(self) -> list[Tensor]:
+        return [values for values in (self.pv0, self.pv1) if values is not None]
+
+
+def _of_forward(function: Callable[..., Any]) -> Callable[..., Any]:
+    """As the schema of the forward op calls it."""
+    count = len(_Tensors._fields)
+    return lambda *args: function(_Tensors(*args[:count]), *args[count:])
+
+
+def _of_backward(function: Callable[..., Any]) -> Callable[..., Any]:
+    """As that of the backward op does, whose first argument is the output's gradient."""
+    count = 1 + len(_Tensors._fields)
+    return lambda *args: function(args[0], _Tensors(*args[1:count]), *args[count:])
 
 
 def _empty_tokens(like: Tensor) -> Tensor:
@@ -45,14 +71,14 @@ def _statistics_dtype(q: Tensor) -> torch.dtype:
     return torch.promote_types(q.dtype, torch.float32)
 
 
-def _fake_forward(q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, scale, is_causal):
+def _fake_forward(given: _Tensors, scale: float, is_causal: bool) -> tuple[Tensor, Tensor]:
+    q = given.q
     return _empty_tokens(q), q.new_empty((*q.shape[:3], 2), dtype=_statistics_dtype(q))
 
 
-def _empty_grads(
-    q: Tensor, k: Tensor, prefix_keys: Sequence[Tensor | None], bias: Tensor | None, needs: list[bool]
-) -> list[Tensor]:
+def _empty_grads(given: _Tensors, needs: list[bool]) -> list[Tensor]:
     """Of q, k, v, both prefixes (2, B or 1, H, P, Dh) with keys before values, and bias; without elements if not asked for."""
+    q, k, bias = given.q, given.k, given.bias
 
     def empty(tensor: Tensor | None, needed: bool) -> Tensor:
         return q.new_empty((0,)) if tensor is None or not needed else _empty_tokens(tensor)
@@ -64,41 +90,40 @@ def _empty_grads(
         empty(k, tokens),
         *(
             q.new_empty((0,)) if pk is None or not need else pk.new_empty((2, *pk.shape))
-            for pk, need in zip(prefix_keys, needs[3:5], strict=True)
+            for pk, need in zip((given.pk0, given.pk1), needs[3:5], strict=True)
         ),
         q.new_empty((0,)) if bias is None or not needs[5] else bias.new_empty(bias.shape),
     ]
 
 
-def _fake_backward(grad_out, q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, out, statistics, scale, is_causal, needs):
-    return tuple(_empty_grads(q, k, (pk0, pk1), bias, needs))
+def _fake_backward(grad_out, given: _Tensors, out, statistics, scale, is_causal, needs):
+    return tuple(_empty_grads(given, needs))
 
 
-def _visible(q: Tensor, k: Tensor, masking: _Masking) -> Tensor | None:
+def _visible(given: _Tensors, is_causal: bool) -> Tensor | None:
     """bool (Sq, Sk) or None for all."""
-    if masking.is_causal:
+    q, k, field = given.q, given.k, given.field
+    if is_causal:
         return causal_mask(q.shape[2], k.shape[2], q.device)
-    if masking.field is None:
+    if field is None:
         return None
     index = torch.arange(k.shape[2], device=q.device)
-    visible = (index >= masking.field[0][:, None]) & (index < masking.field[1][:, None])
-    if masking.field.shape[0] == 6:
-        visible &= (masking.field[5][:, None] >> masking.field[4]) & 1 != 0
+    visible = (index >= field[0][:, None]) & (index < field[1][:, None])
+    if field.shape[0] == 6:
+        visible &= (field[5][:, None] >> field[4]) & 1 != 0
     return visible
 
 
-def _reference_weights(q: Tensor, k: Tensor, prefix_keys: Sequence[Tensor], masking: _Masking, scale: float) -> Tensor:
-    return masked_weights(
-        q, k, prefix_keys, scale=scale, visible=_visible(q, k, masking), key_padding_mask=masking.padding, bias=masking.bias
-    )
+def _reference_weights(given: _Tensors, scale: float, is_causal: bool) -> Tensor:
+    masking = {"visible": _visible(given, is_causal), "key_padding_mask": given.padding, "bias": given.bias}
+    return masked_weights(given.q, given.k, given.prefix_keys, scale=scale, **masking)
 
 
-def _reference_forward(q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, scale, is_causal):
-    out, statistics = _fake_forward(q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, scale, is_causal)
-    weights = _reference_weights(
-        q, k, [pk for pk in (pk0, pk1) if pk is not None], _Masking(field, padding, bias, is_causal), scale
-    )
-    out.copy_(softmax_or_zero(weights) @ all_values(v, [pv for pv in (pv0, pv1) if pv is not None], weights.dtype))
+def _reference_forward(given: _Tensors, scale: float, is_causal: bool) -> tuple[Tensor, Tensor]:
+    q = given.q
+    out, statistics = _fake_forward(given, scale, is_causal)
+    weights = _reference_weights(given, scale, is_causal)
+    out.copy_(softmax_or_zero(weights) @ all_values(given.v, given.prefix_values, weights.dtype))
     fully_masked = (weights == float("-inf")).all(-1)
     largest = weights.amax(-1) if weights.shape[-1] else weights.new_zeros(q.shape[:3])
     largest = largest.masked_fill(fully_masked, 0.0)
@@ -108,21 +133,21 @@ def _reference_forward(q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, scale,
     return out, statistics
 
 
-def _reference_backward(grad_out, q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, out, statistics, scale, is_causal, needs):
+def _reference_backward(grad_out, given: _Tensors, out, statistics, scale, is_causal, needs):
     """The formulas in the docstring of ``kernels/prompt_attention.py``, line by line."""
-    grad_q, grad_k, grad_v, grads0, grads1, grad_bias = grads = _empty_grads(q, k, (pk0, pk1), bias, needs)
-    prefix_keys, prefix_values = ([t for t in pair if t is not None] for pair in ((pk0, pk1), (pv0, pv1)))
-    weights = _reference_weights(q, k, prefix_keys, _Masking(field, padding, bias, is_causal), scale)
+    q, bias = given.q, given.bias
+    grad_q, grad_k, grad_v, grads0, grads1, grad_bias = grads = _empty_grads(given, needs)
+    weights = _reference_weights(given, scale, is_causal)
     dtype = weights.dtype
     p = softmax_or_zero(weights)
-    keys, values = all_values(k, prefix_keys, dtype), all_values(v, prefix_values, dtype)
+    keys, values = all_values(given.k, given.prefix_keys, dtype), all_values(given.v, given.prefix_values, dtype)
     g = grad_out.to(dtype)
     ds = p * (g @ values.mT - (g * out).sum(-1, keepdim=True))
     if needs[0]:
         grad_q.copy_(scale * ds @ keys)
     to_keys, to_values = scale * ds.mT @ q.to(dtype), p.mT @ g
     start = 0
-    for pk, grad, need in ((pk0, grads0, needs[3]), (pk1, grads1, needs[4])):
+    for pk, grad, need in ((given.pk0, grads0, needs[3]), (given.pk1, grads1, needs[4])):
         if pk is not None:
             end = start + pk.shape[2]
             if need:
@@ -158,10 +183,11 @@ def _constants(
     }  # fmt: skip
 
 
-def _common_arguments(q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, is_causal) -> dict[str, Any]:
+def _common_arguments(given: _Tensors, is_causal: bool) -> dict[str, Any]:
     """What the kernels share, by the names of their parameters."""
     from ..kernels.launch import prefix_block
 
+    q, k, v, pk0, pv0, pk1, pv1, field, padding, bias = given
     batch, heads, queries, head_dim = q.shape
     lengths = tuple(0 if pk is None else pk.shape[2] for pk in (pk0, pk1))
     pk0, pv0, pk1, pv1, bias = (_for_each_sample(t, batch, heads) for t in (pk0, pv0, pk1, pv1, bias))
@@ -184,32 +210,34 @@ def _tiles(launch: "AttentionLaunch") -> dict[str, int]:
     return {"BLOCK_Q": block_q, "BLOCK_K": block_k, "num_warps": num_warps, "num_stages": num_stages}
 
 
-def _triton_forward(q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, scale, is_causal):
+def _triton_forward(given: _Tensors, scale: float, is_causal: bool) -> tuple[Tensor, Tensor]:
     from ..kernels import launch
     from ..kernels import prompt_attention as kernels
 
-    out, statistics = _fake_forward(q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, scale, is_causal)
+    q = given.q
+    out, statistics = _fake_forward(given, scale, is_causal)
     if out.numel() == 0:
         return out, statistics
-    tiles = launch.attention_launch(q.shape[2], k.shape[2], q.shape[3], q.element_size())
+    tiles = launch.attention_launch(q.shape[2], given.k.shape[2], q.shape[3], q.element_size())
     kernels.attention_kernel[(-(-q.shape[2] // tiles.block_q) * q.shape[0] * q.shape[1],)](
-        **_common_arguments(q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, is_causal),
+        **_common_arguments(given, is_causal),
         out=out, statistics=statistics, scale_log2=scale * LOG2_E, out_strides=out.stride(), **_tiles(tiles),
     )  # fmt: skip
     return out, statistics
 
 
-def _triton_backward(grad_out, q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, out, statistics, scale, is_causal, needs):
+def _triton_backward(grad_out, given: _Tensors, out, statistics, scale, is_causal, needs):
     from ..kernels import launch
     from ..kernels import prompt_attention as kernels
 
-    grad_q, grad_k, grad_v, grads0, grads1, grad_bias = grads = _empty_grads(q, k, (pk0, pk1), bias, needs)
-    (batch, heads, queries, head_dim), keys = q.shape, k.shape[2]
+    q, bias = given.q, given.bias
+    grad_q, grad_k, grad_v, grads0, grads1, grad_bias = grads = _empty_grads(given, needs)
+    (batch, heads, queries, head_dim), keys = q.shape, given.k.shape[2]
     if out.numel() == 0:
         return tuple(grad.zero_() for grad in grads)
     delta = statistics.new_empty(statistics.shape[:3])
     arguments = {
-        **_common_arguments(q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, is_causal),
+        **_common_arguments(given, is_causal),
         "grad_out": grad_out, "grad_out_strides": grad_out.stride(),
         "statistics": statistics, "delta": delta, "scale_log2": scale * LOG2_E,
     }  # fmt: skip
@@ -265,18 +293,18 @@ _PREFIXES = "Tensor? prefix_k0, Tensor? prefix_v0, Tensor? prefix_k1, Tensor? pr
 prompt_attention_forward = define(
     f"prompt_attention(Tensor q, Tensor k, Tensor v, {_PREFIXES}, Tensor? field, Tensor? key_padding_mask, Tensor? bias, "
     "float scale, bool is_causal) -> (Tensor out, Tensor statistics)",
-    cpu=_triton_forward if INTERPRETED else _reference_forward,
-    cuda=_triton_forward,
-    fake=_fake_forward,
+    cpu=_of_forward(_triton_forward if INTERPRETED else _reference_forward),
+    cuda=_of_forward(_triton_forward),
+    fake=_of_forward(_fake_forward),
     use="mope_fast.functional.prompt_attention",
 )
 prompt_attention_backward = define(
     f"prompt_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, {_PREFIXES}, Tensor? field, "
     "Tensor? key_padding_mask, Tensor? bias, Tensor out, Tensor statistics, float scale, bool is_causal, bool[] needs) "
     "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_prefix0, Tensor grad_prefix1, Tensor grad_bias)",
-    cpu=_triton_backward if INTERPRETED else _reference_backward,
-    cuda=_triton_backward,
-    fake=_fake_backward,
+    cpu=_of_backward(_triton_backward if INTERPRETED else _reference_backward),
+    cuda=_of_backward(_triton_backward),
+    fake=_of_backward(_fake_backward),
     use="mope_fast.functional.prompt_attention",
 )
 
@@ -285,8 +313,8 @@ class _PromptAttention(torch.autograd.Function):
     """Gradients for q, k, v, prefixes and bias, each only if asked for."""
 
     @staticmethod
-    def forward(q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, scale, is_causal):
-        return prompt_attention_forward(q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, scale, is_causal)
+    def forward(*inputs):
+        return prompt_attention_forward(*inputs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -300,12 +328,11 @@ class _PromptAttention(torch.autograd.Function):
     def backward(ctx, grad_out, _):
         if grad_out is None:
             return (None,) * 12
-        q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, out, statistics = ctx.saved_tensors
         asked = ctx.needs_input_grad
         needs = [*asked[:3], asked[3] or asked[4], asked[5] or asked[6], asked[9]]
-        with without_autocast(q.device.type):
+        with without_autocast(grad_out.device.type):
             grad_q, grad_k, grad_v, grads0, grads1, grad_bias = prompt_attention_backward(
-                grad_out, q, k, v, pk0, pv0, pk1, pv1, field, padding, bias, out, statistics, ctx.scale, ctx.is_causal, needs
+                grad_out, *ctx.saved_tensors, ctx.scale, ctx.is_causal, needs
             )
         both = [grads.unbind(0) if need else (None, None) for grads, need in ((grads0, needs[3]), (grads1, needs[4]))]
         grads = (grad_q, grad_k, grad_v, *both[0], *both[1], None, None, grad_bias, None, None)

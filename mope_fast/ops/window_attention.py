@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,13 +16,31 @@ from .sdpa_attention import prefix_mask_of
 LOG2_E = math.log2(math.e)
 
 
-def _fake_forward(qkv, pk0, pv0, pk1, pv1, prefix_mask, bias, pad_qkv, window_size, shift_size, scale):
+class _Arguments(NamedTuple):
+    """What both ops are given, in the order of their schemas."""
+
+    qkv: Tensor
+    pk0: Tensor | None
+    pv0: Tensor | None
+    pk1: Tensor | None
+    pv1: Tensor | None
+    prefix_mask: Tensor | None
+    bias: Tensor
+    pad_qkv: Tensor | None
+    window_size: Sequence[int]
+    shift_size: Sequence[int]
+    scale: float
+
+
+def _fake_forward(*arguments: Any) -> Tensor:
+    qkv = _Arguments(*arguments).qkv
     batch, height, width, _, heads, head_dim = qkv.shape
     return qkv.new_empty((batch, height, width, heads * head_dim))
 
 
-def _empty_grads(qkv, pk0, pk1, bias, pad_qkv, needs: Sequence[bool]) -> tuple[Tensor, ...]:
+def _empty_grads(given: _Arguments, needs: Sequence[bool]) -> tuple[Tensor, ...]:
     """Of qkv, both prefixes (2, B or 1, H, P, Dh) with keys before values, bias, padding; without elements if not asked for."""
+    qkv, pk0, _, pk1, _, _, bias, pad_qkv, *_ = given
     prefixes = [None if pk is None else (2, *pk.shape) for pk in (pk0, pk1)]
     shapes = (qkv.shape, *prefixes, bias.shape, None if pad_qkv is None else pad_qkv.shape)
     return tuple(
@@ -31,25 +49,28 @@ def _empty_grads(qkv, pk0, pk1, bias, pad_qkv, needs: Sequence[bool]) -> tuple[T
     )
 
 
-def _fake_backward(grad_out, qkv, pk0, pv0, pk1, pv1, prefix_mask, bias, pad_qkv, window_size, shift_size, scale, needs):
-    return _empty_grads(qkv, pk0, pk1, bias, pad_qkv, needs)
+def _fake_backward(grad_out: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *given, needs = arguments
+    return _empty_grads(_Arguments(*given), needs)
 
 
-def _cpu_arguments(qkv, pk0, pv0, pk1, pv1, prefix_mask, *rest) -> tuple:
-    pairs = [(pk, pv) for pk, pv in ((pk0, pv0), (pk1, pv1)) if pk is not None]
-    return qkv, pairs, prefix_mask, *rest
+def _on_cpu(given: _Arguments) -> cpu_window_attention.Call:
+    pairs = [(pk, pv) for pk, pv in ((given.pk0, given.pv0), (given.pk1, given.pv1)) if pk is not None]
+    return cpu_window_attention.Call(given.qkv, pairs, *given[5:])
 
 
-def _cpu_forward(*arguments):
+def _cpu_forward(*arguments: Any) -> Tensor:
+    given = _Arguments(*arguments)
     with without_autocast("cpu"):
-        return cpu_window_attention.forward(*_cpu_arguments(*arguments)).to(arguments[0].dtype)
+        return cpu_window_attention.forward(_on_cpu(given)).to(given.qkv.dtype)
 
 
-def _cpu_backward(grad_out, *arguments):
-    *arguments, needs = arguments
-    qkv, pk0, _, pk1, _, _, bias, pad_qkv = arguments[:8]
+def _cpu_backward(grad_out: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *given, needs = arguments
+    given = _Arguments(*given)
+    qkv, pk0, _, pk1, _, _, bias, pad_qkv, *_ = given
     asked = {"of_tokens": needs[0], "of_bias": needs[3], "of_padding": pad_qkv is not None and needs[4]}
-    got = cpu_window_attention.backward(grad_out, _cpu_arguments(*arguments), **asked)
+    got = cpu_window_attention.backward(grad_out, _on_cpu(given), **asked)
     prefixes = iter(got.prefixes)
     prefixes = [None if pk is None else _summed(next(prefixes), pk) for pk in (pk0, pk1)]
     grads = (got.qkv, *prefixes, got.bias, got.padding)
@@ -80,12 +101,11 @@ def _in_tiles(bias: Tensor, rows: int, keys: int) -> Tensor:
     return tiles
 
 
-def _common_arguments(
-    qkv, pk0, pv0, pk1, pv1, prefix_mask, bias, pad_qkv, window_size, shift_size, scale
-) -> tuple[dict[str, Any], int]:
+def _common_arguments(given: _Arguments) -> tuple[dict[str, Any], int]:
     """What the kernels share, by the names of their parameters, and how many windows a program takes."""
     from ..kernels.launch import padded_head_dim, window_launch
 
+    qkv, pk0, pv0, pk1, pv1, prefix_mask, bias, pad_qkv, window_size, shift_size, scale = given
     batch, height, width, _, heads, head_dim = qkv.shape
     area, windows = window_size[0] * window_size[1], -(-height // window_size[0]) * -(-width // window_size[1])
     lengths = tuple(0 if pk is None else pk.shape[2] for pk in (pk0, pk1))
@@ -112,15 +132,15 @@ def _common_arguments(
     return arguments, launch.windows
 
 
-def _triton_forward(qkv, pk0, pv0, pk1, pv1, prefix_mask, bias, pad_qkv, window_size, shift_size, scale):
+def _triton_forward(*arguments: Any) -> Tensor:
     from ..kernels import window_attention as kernels
     from ..kernels.launch import forward_windows
 
-    out = _fake_forward(qkv, pk0, pv0, pk1, pv1, prefix_mask, bias, pad_qkv, window_size, shift_size, scale)
+    given, out = _Arguments(*arguments), _fake_forward(*arguments)
     if out.numel() == 0:
         return out
-    arguments, per_chunk = _common_arguments(qkv, pk0, pv0, pk1, pv1, prefix_mask, bias, pad_qkv, window_size, shift_size, scale)
-    windows, images_and_heads = arguments["windows"], qkv.shape[0] * arguments["H"]
+    arguments, per_chunk = _common_arguments(given)
+    windows, images_and_heads = arguments["windows"], given.qkv.shape[0] * arguments["H"]
     per_chunk = forward_windows(per_chunk, images_and_heads * windows)
     chunks = -(-windows // per_chunk)
     kernels.window_attention_kernel[(chunks * images_and_heads,)](
@@ -129,14 +149,16 @@ def _triton_forward(qkv, pk0, pv0, pk1, pv1, prefix_mask, bias, pad_qkv, window_
     return out
 
 
-def _triton_backward(grad_out, qkv, pk0, pv0, pk1, pv1, prefix_mask, bias, pad_qkv, window_size, shift_size, scale, needs):
+def _triton_backward(grad_out: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     from ..kernels import window_attention as kernels
 
-    grad_qkv, grads0, grads1, grad_bias, grad_pad = grads = _empty_grads(qkv, pk0, pk1, bias, pad_qkv, needs)
-    batch = qkv.shape[0]
+    *given, needs = arguments
+    given = _Arguments(*given)
+    grad_qkv, grads0, grads1, grad_bias, grad_pad = grads = _empty_grads(given, needs)
+    qkv, batch, scale = given.qkv, given.qkv.shape[0], given.scale
     if qkv.numel() == 0:
         return tuple(grad.zero_() for grad in grads)
-    arguments, per_chunk = _common_arguments(qkv, pk0, pv0, pk1, pv1, prefix_mask, bias, pad_qkv, window_size, shift_size, scale)
+    arguments, per_chunk = _common_arguments(given)
     arguments |= {"grad_out": grad_out, "grad_out_strides": grad_out.stride()}
     heads, block_d, windows = arguments["H"], arguments["BLOCK_D"], arguments["windows"]
     chunks = -(-windows // per_chunk)
@@ -203,8 +225,8 @@ class _WindowAttention(torch.autograd.Function):
     """Gradients for qkv, prefixes, bias and padding, each only if asked for. The arguments are all that is kept."""
 
     @staticmethod
-    def forward(qkv, pk0, pv0, pk1, pv1, prefix_mask, bias, pad_qkv, window_size, shift_size, scale):
-        return window_attention_forward(qkv, pk0, pv0, pk1, pv1, prefix_mask, bias, pad_qkv, window_size, shift_size, scale)
+    def forward(*inputs):
+        return window_attention_forward(*inputs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

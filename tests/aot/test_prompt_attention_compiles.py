@@ -106,9 +106,9 @@ def record(monkeypatch):
         padding = torch.empty(batch, tokens, dtype=torch.bool) if case.padding else None
         bias = empty(1, heads, tokens, tokens) if case.bias else None
         inputs = (q, k, v, *prefixes, field, padding, bias)
-        out, lse = ops._triton_forward(*inputs, 0.125, case.is_causal)
+        out, lse = ops._triton_forward(ops._Tensors(*inputs), 0.125, case.is_causal)
         needs = [True] * 5 + [case.bias]
-        ops._triton_backward(view(torch.empty_like(out)), *inputs, out, lse, 0.125, case.is_causal, needs)
+        ops._triton_backward(view(torch.empty_like(out)), ops._Tensors(*inputs), out, lse, 0.125, case.is_causal, needs)
         assert [launch.kernel.fn.__name__ for launch in launches] == list(KERNELS[: 3 + case.bias])
         return list(launches)
 
