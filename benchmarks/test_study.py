@@ -335,6 +335,8 @@ def test_a_page_of_made_up_cells_says_who_is_ahead(tmp_path, capsys):
     rows = [row("mlp", split, 0.80 + 0.01 * split) for split in range(3)]
     rows += [row("mope-16", split, 0.85 + 0.01 * split) for split in range(3)]
     rows += [row("sequential", split, value) for split, value in enumerate((0.85, 0.80, 0.90))]
+    for each in rows[-3:]:
+        each["found"]["step_ms"] = None
     for method in ("mlp", "mope-16", "sequential"):
         trials = cells.searched("items-slot", method, "text")
         rows += [
@@ -347,6 +349,8 @@ def test_a_page_of_made_up_cells_says_who_is_ahead(tmp_path, capsys):
     page.main(["--results", str(tmp_path), "--page", str(file)])
     text = file.read_text()
     assert "stale" not in text
+    assert text.count("| 1,000 | 11.0 |") == 2
+    assert text.count("| 1,000 | not timed |") == 1, "of steps beside other programs"
     assert "- MoPE, K=16, against MLP on both frozen features: ahead on items-slot, text as main (+5.0)." in text
     assert "- MoPE, K=16, against static and mapped prompts: not told apart on items-slot, text as main (+1.0)." in text
     assert "- LoRA r=8 on the main encoder, against MLP on both frozen features: not compared on items-slot, text as main." in text

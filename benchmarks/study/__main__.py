@@ -38,6 +38,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--splits", type=int, default=3, help="how many, from 0")
     parser.add_argument("--hours", type=float, default=float("inf"), help="begin no cell after so many")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of finished cells")
+    parser.add_argument("--untimed", action="store_true", help="other programs run beside: keep no step times")
     parser.add_argument("--quick", action="store_true", help="few samples, one trial, one split, one epoch: does it run at all?")
     args = parser.parse_args(words)
     if args.task not in data.TASKS and not Path(args.task).is_dir():
@@ -96,7 +97,8 @@ class Study:
 
         found = train(task, split, cell.method, cell.main or "text", cell.recipe, cell.split, test=cell.tests, progress=progress)
         progress(f"dev {100 * found.dev:.1f} %" + ("" if found.test is None else f", test {100 * found.test:.1f} %"))
-        store.add(cell, dataclasses.asdict(found), self.facts)
+        kept = dataclasses.asdict(found) | ({"step_ms": None} if self.args.untimed else {})
+        store.add(cell, kept, self.facts)
         return True
 
     def recipe(self, method: str) -> Recipe | None:
@@ -133,7 +135,7 @@ class Study:
             paired = difference(cells, found.get("mlp", {}), folds=folds) if method != "mlp" else None
             mean = math.fsum(each["test"] for each in cells.values()) / len(cells)
             last = next(iter(cells.values()))
-            size, step = f"{last['trained_parameters']:,}", f"{last['step_ms']:.1f}"
+            size, step = f"{last['trained_parameters']:,}", "not timed" if last["step_ms"] is None else f"{last['step_ms']:.1f}"
             lines.append(f"{title:<46}{100 * mean:>6.1f}  {paired or ''!s:<25}{len(cells):>6}{size:>11}{step:>11}")
         return "\n".join(lines)
 

@@ -72,7 +72,15 @@ def mean(found: Found, name: str) -> float:
 
 
 def median(found: Found, name: str) -> float:
-    return statistics.median(each[name] for each in found.values())
+    """Not a number where nothing was measured."""
+    values = [each[name] for each in found.values() if each[name] is not None]
+    return statistics.median(values) if values else math.nan
+
+
+def step_time(found: Found) -> str:
+    """Milliseconds of a step."""
+    time = median(found, "step_ms")
+    return "not timed" if math.isnan(time) else f"{time:.1f}"
 
 
 def named(task: str, main: str) -> str:
@@ -92,7 +100,7 @@ def table(measured: Measured, task: str, main: str) -> str:
             lines.append(f"| {title} | not run | | | | | |")
             continue
         to_mlp = None if method == "mlp" else measured.difference(task, main, method, "mlp")
-        size, step = f"{next(iter(cells.values()))['trained_parameters']:,}", f"{median(cells, 'step_ms'):.1f}"
+        size, step = f"{next(iter(cells.values()))['trained_parameters']:,}", step_time(cells)
         epochs = ", ".join(str(cells[split]["epoch"]) for split in sorted(cells))
         row = (title, f"{100 * mean(cells, 'test'):.1f}", to_mlp or "", len(cells), epochs, size, step)
         lines.append("| " + " | ".join(map(str, row)) + " |")
@@ -183,8 +191,9 @@ def draw_costs(measured: Measured, path: Path) -> None:
         ):
             places = []
             for method, cells in found.items():
-                if (over := measured.difference(task, main, method, "mlp")) is not None:
-                    places.append((median(cells, name), 100 * over.mean, 100 * over.half, numbers[method], kind(method)))
+                over, x = measured.difference(task, main, method, "mlp"), median(cells, name)
+                if over is not None and not math.isnan(x):
+                    places.append((x, 100 * over.mean, 100 * over.half, numbers[method], kind(method)))
             _numbered(axes, places)
             axes.axhline(0, color="#333333", linewidth=0.8)
             axes.set_xscale("log")
