@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 
-def is_on(device_type: str) -> bool:
+def _is_on(device_type: str) -> bool:
     # asking for a device without autocast raises; torch 2.11 can't compile the question whether it has one
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager:
     """Autocast off; costs nothing where it already is."""
-    return torch.autocast(device_type, enabled=False) if is_on(device_type) else nullcontext()
+    return torch.autocast(device_type, enabled=False) if _is_on(device_type) else nullcontext()
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -24,6 +24,6 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
     """The autocast dtype where autocast is on and the tensor isn't float64, else the tensor's own."""
     device_type = tensor.device.type
-    if tensor.dtype != torch.float64 and is_on(device_type):
+    if tensor.dtype != torch.float64 and _is_on(device_type):
         return torch.get_autocast_dtype(device_type)
     return tensor.dtype

@@ -122,7 +122,7 @@ def check_prompt_attention(
 ) -> None:
     """See :func:`mope_fast.functional.prompt_attention`."""
     _check_attention(q, k, v, key_padding_mask, bias, scale, is_causal)
-    _check_prefixes(prefixes, q, "q", q.shape[0], q.shape[1], q.shape[3])
+    check_prefixes(prefixes, q, "q", q.shape[0], q.shape[1], q.shape[3])
     if is_causal and q.shape[2] > k.shape[2] and any(len(prefix) == 3 for prefix in prefixes):
         raise ValueError(
             f"is_causal with a masked prefix needs at least as many keys as queries, got {k.shape[2]} and {q.shape[2]}"
@@ -151,7 +151,7 @@ def check_window_prompt_attention(
         raise ValueError(f"window_size must be >= 1, got {window_size}")
     if any(not 0 <= s < w for s, w in zip(shift, window, strict=True)):
         raise ValueError(f"shift_size must be >= 0 and less than window_size {window}, got {shift_size}")
-    _check_prefixes(prefixes, qkv, "qkv", batch, heads, head_dim)
+    check_prefixes(prefixes, qkv, "qkv", batch, heads, head_dim)
     _check_float("relative_position_bias", relative_position_bias)
     area = window[0] * window[1]
     if relative_position_bias.shape != (heads, area, area):
@@ -177,13 +177,18 @@ def _pair(name: str, value: object) -> tuple[int, int]:
     return pair
 
 
-def _check_prefixes(prefixes: object, tokens: Tensor, name: str, batch: int, heads: int, head_dim: int) -> None:
-    """``name`` is that of ``tokens``, whose device they must be on."""
+def check_number_of_prefixes(prefixes: object) -> None:
+    """Raises TypeError or ValueError where they are no one or two pairs or triples."""
     members = (2, 3)
     if not isinstance(prefixes, (list, tuple)) or not all(isinstance(p, (list, tuple)) and len(p) in members for p in prefixes):
         raise TypeError("prefixes must be a sequence of (key, value) pairs or (key, value, mask), () for none")
     if len(prefixes) > 2:
         raise ValueError(f"prefixes must hold at most two (key, value) pairs, got {len(prefixes)}: concatenate some of them")
+
+
+def check_prefixes(prefixes: object, tokens: Tensor, name: str, batch: int, heads: int, head_dim: int) -> None:
+    """``name`` is that of ``tokens``, whose device they must be on."""
+    check_number_of_prefixes(prefixes)
     for i, (pk, pv, *masks) in enumerate(prefixes):
         for tensor in (pk, pv):
             _check_float(f"prefix {i}", tensor)

@@ -5,7 +5,6 @@ What the library's own modules give them is right by construction; the public fu
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from . import reference
 from ._autocast import autocast_dtype, cast, without_autocast
-from ._autocast import is_on as autocast_is_on
 from ._implementations import Problem, choose
 from .ops import sdpa_attention, sdpa_window_attention, xformers_attention
 from .ops.layer_prompts import layer_prompts as layer_prompts_op
@@ -52,19 +50,11 @@ def route_and_mix(
 def layer_prompts(experts: Tensor, cross: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
     """The implementation of :func:`mope_fast.reference.layer_prompts` for such tensors, chosen once for many layers.
 
-    Its rows come in the autocast dtype if autocast is on now, else in the experts'.
+    Its rows come in the autocast dtype if autocast is on now, else in the experts'; it is to be called with autocast off.
     """
     problem = Problem(experts.device, torch.promote_types(cross.dtype, experts.dtype))
     mix = layer_prompts_op if choose("route_and_mix", "auto", problem) == "triton" else reference.layer_prompts
-    dtype = autocast_dtype(experts)
-    if autocast_is_on(experts.device.type):
-        return functools.partial(_without_autocast, mix, dtype)
-    return functools.partial(mix, dtype=dtype)
-
-
-def _without_autocast(mix: Callable[..., tuple[Tensor, Tensor]], dtype: torch.dtype, *args: Any, **settings: Any) -> Any:
-    with without_autocast(args[0].device.type):
-        return mix(*args, dtype=dtype, **settings)
+    return functools.partial(mix, dtype=autocast_dtype(experts))
 
 
 def prompt_attention(

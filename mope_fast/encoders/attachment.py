@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .._checks import check_number_of_prefixes, check_prefixes
 from .._locks import Guarded
+from ..modules.prompts import PromptContext
 from ..modules.tables import Prefix
 from .families import EncoderFamily, Inputs
 from .frozen import freeze, thaw_held
@@ -76,6 +78,14 @@ def prefixes_of(attention: nn.Module) -> Sequence[Prefix]:
         return ()
     call.read = True
     return call.prefixes
+
+
+def _check_given(prefixes: Sequence[Prefix], hidden_states: Tensor, heads: int) -> None:
+    """What comes from elsewhere; the library's own isn't checked in every layer."""
+    check_number_of_prefixes(prefixes)
+    for prefix in prefixes:
+        head_dim = prefix[0].shape[-1] if isinstance(prefix[0], Tensor) else 0
+        check_prefixes([prefix], hidden_states, "hidden_states", hidden_states.shape[0], heads, head_dim)
 
 
 class Attachment(Guarded):
@@ -215,7 +225,10 @@ class Attachment(Guarded):
         """The layer's output and its scores; all it needs are arguments, because checkpointing calls it again after forward."""
         if not self.active:
             raise RuntimeError("the model was unwrapped before the backward pass of its last step: call backward() first")
-        prefixes, scores = prompts(index, args[0] if args else kwargs["hidden_states"], pool)
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        prefixes, scores = prompts(index, hidden_states, pool)
+        if not isinstance(prompts, PromptContext) and not torch.compiler.is_dynamo_compiling():
+            _check_given(prefixes, hidden_states, self.family.layers(self.encoder)[index].num_heads)
         call = _Call(self.layers[index][1], prefixes)
         if torch.compiler.is_dynamo_compiling():
             self.traced = call

@@ -83,7 +83,7 @@ def _problem(encoder: nn.Module, pooling: str) -> str | None:
 def _attention(attention: PromptAttention, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
     """timm's ``Attention.forward``; mask and causality are about tokens, everyone sees the prompts."""
     if attn_mask is None and type(attention).forward is PromptAttention.forward:
-        # the library's own values need no check
+        # prefixes were checked where they came in
         q, k, v = attention.queries_keys_values(x)
         out = prompt_attention(q, k, v, prefixes_of(attention), is_causal=is_causal, impl=attention.impl)
         return attention.output(out, x)

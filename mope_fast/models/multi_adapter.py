@@ -63,6 +63,8 @@ class MultiAdapter(ImageConfig, nn.Module):
                     f"adapter {name!r} runs another encoder object than {self.names[0]!r}: wrap the encoder once in a "
                     "PromptedEncoder and make every model on it"
                 )
+            if others := sorted((set() if model.bank is None else model.bank.kind_names) - {"static", "mapped"}):
+                raise ValueError(f"adapter {name!r} has {', '.join(others)} prompts, which can't stand beside other adapters' yet")
             # a score of zero keeps a number of another adapter out, but not NaN
             if problems := checkpoint.not_finite({} if model.bank is None else dict(model.bank.named_buffers())):
                 bad = ", ".join(problems)
@@ -186,7 +188,7 @@ class _StackedBanks(nn.Module):
         self.tables = nn.ModuleList(KeptTables(_shared_tables(index, banks, *longest[:2])) for index in range(len(self.dims)))
         has = torch.cat([torch.arange(most) < own[:, None] for most, own in zip(longest, lengths.T, strict=True)], dim=1)
         owners = [i for i, bank in enumerate(banks) for _ in range(_experts(bank))]
-        device = next(self.tables[0].buffers()).device
+        device = next(tensor.device for bank in banks if bank is not None for tensor in (*bank.parameters(), *bank.buffers()))
         self.register_buffer("has", None if has.all() else has.to(device))  # (A, P): which rows of [static | dynamic | mapped]
         self.owner = nn.Buffer(torch.tensor(owners, dtype=torch.long, device=device))  # (all experts,)
         self.lone = nn.Buffer(torch.tensor([_experts(bank) == 0 for bank in banks], device=device))  # (A,)

@@ -303,8 +303,9 @@ class TaskModel(ImageConfig, nn.Module, ABC):
     def frozen(self) -> Iterator["TaskModel"]:
         """Project prompts and experts once for all forwards of the block, which takes no gradient.
 
-        For evaluation and inference without a second model: forwards do what those of :meth:`fold` do. ``train``, a change of
-        dtype or device and ``load_state_dict`` end it early; what else changes the trained parts within the block isn't noticed.
+        For evaluation and inference without a second model: forwards do what those of :meth:`fold` do. This model's ``train``, its
+        ``load_state_dict`` and a change of its dtype or device end it early. What else changes prompts or the frozen encoder within
+        the block isn't noticed.
 
         Raises:
             RuntimeError: the model is in training mode, or its weights are sharded.
@@ -352,7 +353,7 @@ class TaskModel(ImageConfig, nn.Module, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy keeps no tables: nobody would drop them."""
-        return {**vars(self), "_kept": None}
+        return {**super().__getstate__(), "_kept": None}
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, every_n_layers: int = 1, offload: bool = False

@@ -88,6 +88,10 @@ class FoldedBank(nn.Module):
         nothing = None if bank.cross_dim is None else torch.zeros(2, bank.cross_dim, device=device)
         shared = {kind.name for kind in bank.kinds for rows in kind.rows(bank, nothing).values() if rows.shape[1] == 1}
         self.kinds = [kind for kind in bank.kinds if kind.name not in shared]
+        self.kind_names = {kind.name for kind in bank.kinds}
+        for kind in self.kinds:
+            if any(rows.shape[0] != 1 for rows in kind.rows(bank, nothing).values()):
+                raise ValueError(f"{kind.name} prompts can't be folded: they differ between layers and between samples")
         with without_autocast(device.type):
             self.tables = nn.ModuleList()
             for output, layer in zip(bank.prepare(nothing, dtype=dtype).stages, layers, strict=True):
@@ -99,9 +103,9 @@ class FoldedBank(nn.Module):
                 self.router_cross = nn.Buffer(keys.cross.clone(memory_format=torch.contiguous_format))
                 self.router_shift = nn.Buffer(keys.shift)
             # the router's projection, and what kinds of prompts have added
-            for name, part in bank.named_children():
-                if name != "stacks":
-                    self.add_module(name, part)
+            for name, part in (*bank.named_children(), *bank.named_parameters(recurse=False)):
+                if name not in ("stacks", "keys"):
+                    setattr(self, name, part)
             if self.kinds:
                 self.directions = nn.ModuleDict()
                 for width in bank.stacks:

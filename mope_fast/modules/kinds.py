@@ -1,4 +1,7 @@
-"""The kinds of prompts that aren't routed: their rows depend on no layer's input. A new kind is a class here, in ``KINDS``."""
+"""The kinds of prompts that aren't routed: their rows depend on no layer's input. A new kind is a class here, in ``KINDS``.
+
+Models train, fold and save it then; ``MultiAdapter`` refuses adapters with kinds that it doesn't know.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -32,6 +35,8 @@ class PromptKind(ABC):
     @abstractmethod
     def rows(self, bank: "PromptBank", cross: Tensor | None) -> dict[str, Tensor]:
         """By width W, after dropout: (n, 1, P, W), each layer's for all samples; or (1, B, P, W), each sample's for all layers.
+
+        Those of samples are asked of a :class:`FoldedBank` too, which has the bank's modules and parameters but for its stacks.
 
         Args:
             cross: the complementary feature (B, cross_dim); None where no prompt depends on it.

@@ -33,8 +33,7 @@ def _rms_offset(name: str) -> float | None:
     """What an RMS norm of this forward adds to its weight; None for another."""
     if name in _RMS_NORMS:
         return 0.0
-    package, *_, kind, _ = name.split(".")
-    return _TRANSFORMERS_RMS_NORMS.get(kind) if package == "transformers" else None
+    return _TRANSFORMERS_RMS_NORMS.get(name.split(".")[-2]) if name.startswith("transformers.") else None
 
 
 def is_known(norm: nn.Module) -> bool:
@@ -56,7 +55,8 @@ def norm_eps(norm: nn.Module | None, dtype: torch.dtype) -> float:
     """What it adds below its root."""
     eps = getattr(norm, "eps", None)
     eps = getattr(norm, "variance_epsilon", None) if eps is None else eps
-    return torch.finfo(dtype).eps if eps is None else eps
+    # torch's RMSNorm takes that of the dtype it computes in
+    return torch.finfo(torch.promote_types(dtype, torch.float32)).eps if eps is None else eps
 
 
 @dataclass

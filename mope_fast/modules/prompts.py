@@ -1,6 +1,7 @@
 """Routed prompts: one layer's (``MoPELayer``), or all layers' with stacked parameters (``PromptBank``)."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -121,6 +122,13 @@ class PromptContext:
     """Whether a layer's prompts are random beyond what was drawn already."""
     mask: Tensor | None = None
     """(B, P), which prompts a sample has; None if all have all."""
+    take_apart: Callable[[], Sequence[MoPEOutput]] | None = None
+    """Makes :attr:`prompts`; None where ``stages`` are these."""
+
+    @functools.cached_property
+    def prompts(self) -> Sequence[MoPEOutput]:
+        """Of each layer, without its feature, norm and projections."""
+        return self.stages if self.take_apart is None else self.take_apart()
 
     def __call__(
         self, index: int, hidden_states: Tensor, pool: Callable[[Tensor], Tensor]
@@ -258,28 +266,25 @@ class PromptBank(nn.Module):
         kinds = {kind.name: kind.rows(self, cross) for kind in self.kinds}
         routers = self._routers(cross) if config.use_dynamic else [None] * len(self.dims)
         random = self.training and config.dynamic_dropout > 0
+        take_apart = functools.partial(self._outputs, batch, kinds, routers, dtype)
+        if layers is None:
+            outputs = take_apart()
+            return PromptContext(batch, outputs, self.routes, None, random)
         members = {width: [index for index, dim in enumerate(self.dims) if dim == int(width)] for width in self.stacks}
-        stacked = [width for width, own in members.items() if layers and can_be_stacked([layers[index].norm for index in own])]
-        stages: list[Any] = [None] * len(self.dims)
-        if len(stacked) < len(self.stacks):
-            stages = self._outputs(batch, kinds, routers, dtype)
+        stacked = [width for width, own in members.items() if can_be_stacked([layers[index].norm for index in own])]
+        stages: list[Any] = [None] * len(self.dims) if len(stacked) == len(self.stacks) else take_apart()
         for width in stacked:
             own = members[width]
             of_width = {name: rows[width] for name, rows in kinds.items()}
             ready = self._ahead(width, batch, of_width, [routers[i] for i in own], [layers[i] for i in own], dtype, project=ahead)
             for index, stage in zip(own, ready, strict=True):
                 stages[index] = stage
-        return PromptContext(batch, stages, self.routes, layers, random)
+        return PromptContext(batch, stages, self.routes, layers, random, take_apart=take_apart)
 
     def layer(self, index: int, x: Tensor, context: PromptContext) -> MoPEOutput:
-        """Layer ``index``'s prompts for its input x: (B, S, D) with the class token first, or a global feature (B, D).
-
-        The context is of ``prepare`` without layers.
-        """
+        """Layer ``index``'s prompts for its input x: (B, S, D) with the class token first, or a global feature (B, D)."""
         check_input("x", x, self.dims[index], context.batch, ranks=(2, 3))
-        if context.layers is not None:
-            raise ValueError("this context was made for frozen layers: take its prefixes(index, x), or call prepare(cross) without")
-        return dataclasses.replace(context.stages[index], batch=x.shape[0], dtype=x.dtype, feature=global_feature(x))
+        return dataclasses.replace(context.prompts[index], batch=x.shape[0], dtype=x.dtype, feature=global_feature(x))
 
     def _outputs(
         self, batch: int | None, kinds: Mapping[str, Mapping[str, Tensor]], routers: Sequence[Router | None], dtype: torch.dtype

@@ -5,6 +5,7 @@ the first, where that is allowed; else within the layer's own call, by the same 
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -63,10 +64,11 @@ class Tables:
             return torch.cat([cast(part, parts[0].dtype).expand(batch, -1, -1) for part in parts], dim=1), None
         cross, weight, keys, top_k, renormalize = self.router
         mix = layer_prompts(self.experts, cross) if self.mix is None else self.mix
-        return mix(
-            feature, cross, weight, keys, self.experts, self.before, self.after, self.gram, self.shift,
-            top_k=top_k, renormalize=renormalize, eps=self.eps,
-        )  # fmt: skip
+        with without_autocast(feature.device.type):
+            return mix(
+                feature, cross, weight, keys, self.experts, self.before, self.after, self.gram, self.shift,
+                top_k=top_k, renormalize=renormalize, eps=self.eps,
+            )  # fmt: skip
 
     def prefixes(self, layer: FrozenLayer, feature: Tensor) -> tuple[list[Prefix], Tensor | None]:
         """One prefix of the layer's attention, and the scores."""
@@ -138,7 +140,7 @@ class Rows:
         """Routed prompts (B, L, D), mixed as prompts, are normed and projected with the others; what samples share comes first."""
         batch, length, _ = routed.shape
         routed = routed.flatten(0, 1)
-        routed = cast(routed, self.values.dtype) if self.sizes else routed
+        routed = cast(routed, self.values.dtype)
         routed = routed if layer.norm is None else layer.norm(routed)
         rows = torch.cat([self.values[0], cast(routed, self.values.dtype)]) if self.sizes else routed
         both = side_by_side([project(rows, layer)])[0].split([*self.sizes.values(), routed.shape[0]])
@@ -212,7 +214,7 @@ def make_rows(
         experts = None
     sizes = {name: rows.shape[1] for name, rows in parts.items()}
     rows = [rows.to(dtype).expand(layers, -1, -1) for rows in parts.values()]
-    values = torch.cat(rows, dim=1) if rows else torch.empty(layers, 0, 0, dtype=dtype)
+    values = torch.cat(rows, dim=1) if rows else routers[0].cross.new_empty((layers, 0, 0), dtype=dtype)
     return Rows(values, sizes, shapes, routers, experts, scales, gram, eps, dropout)
 
 
@@ -293,18 +295,21 @@ def can_be_projected_ahead(layer: FrozenLayer, device: torch.device) -> bool:
 
 
 def _is_at_hand(part: Projection, device: torch.device) -> bool:
-    if isinstance(part, functools.partial):
+    if isinstance(part, functools.partial) and inspect.isfunction(part.func) and part.args and not part.keywords:
         return all(_is_at_hand(argument, device) for argument in part.args)
     if not isinstance(part, nn.Module) or not is_plain(part):
         return False
-    for tensor in (*part._parameters.values(), *part._buffers.values()):
-        if tensor is not None and (type(tensor) not in (nn.Parameter, Tensor) or tensor.device != device or _is_released(tensor)):
-            return False
+    # what is kept as a mere attribute is somebody else's to bring
+    tensors = [tensor for tensor in (*part._parameters.values(), *part._buffers.values()) if tensor is not None]
+    if any(isinstance(value, Tensor) for value in vars(part).values()) or not all(_is_here(tensor, device) for tensor in tensors):
+        return False
     return all(child is None or _is_at_hand(child, device) for child in part._modules.values())
 
 
-def _is_released(tensor: Tensor) -> bool:
-    """Whether its memory was given back, as FSDP's first version does between calls."""
-    if torch.compiler.is_compiling():
+def _is_here(tensor: Tensor, device: torch.device) -> bool:
+    """Whether it is plain and whole; FSDP's first version gives memory or numbers back between calls."""
+    if type(tensor) not in (nn.Parameter, Tensor) or tensor.device != device or not tensor.numel():
         return False
-    return tensor.untyped_storage().size() < tensor.numel() * tensor.element_size() and bool(tensor.numel())
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return tensor.untyped_storage().size() >= tensor.numel() * tensor.element_size()

@@ -66,7 +66,9 @@ def _backward(mix_backward):
         if grad_rows is not None:
             grad_before, grad_routed, grad_after = grad_rows.split(_lengths(before, experts, after), dim=1)
         to_logits = to_feature or to_cross or to_weight or to_keys
-        logits = router_logits(feature, cross, weight, keys, dtype)
+        # behind a gate whose scores don't add up to one the softmax is taken again; else only its shape is asked for
+        gated = top_k is not None and not renormalize
+        logits = router_logits(feature, cross, weight, keys, dtype) if gated else scores
         grad_logits, grads[4], grads[7] = mix_backward(
             grad_routed, grad_scores, logits, experts, None, None if gram is None else gram.transpose(0, 1), scores, rstd,
             1.0, top_k, renormalize, eps, [to_logits, to_experts, to_gram],

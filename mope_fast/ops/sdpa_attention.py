@@ -23,6 +23,8 @@ def prompt_attention(
     scale: float | None,
 ) -> Tensor:
     """scaled_dot_product_attention on concatenated keys; a mask tensor only where one is needed."""
+    if prefixes and q.requires_grad and _is_part(q):
+        q = q.contiguous()  # else the whole packed projection is kept for the backward pass, beside keys and values
     if not is_causal and key_padding_mask is None and bias is None:
         return _attended(q, *concatenated(k, v, prefixes), scale, fresh=bool(prefixes))
     queries, tokens = q.shape[2], k.shape[2]
@@ -37,7 +39,8 @@ def prompt_attention(
         prefixes = [(rows, rows), *prefixes]
     k, v = concatenated(k, v, prefixes)
     if not is_causal and bias is None and prefix_length:
-        return _attended(q, k, v, scale, _padding_behind(key_padding_mask, prefix_length, hidden), fresh=True)
+        mask = _behind(key_padding_mask[:, None, None, :], prefix_length, hidden, seen=True, unseen=False)
+        return _attended(q, k, v, scale, mask, fresh=True)
     # a triangle aligned to the last key would do for prefixes too, but torch's object for it (CausalBias) doesn't compile in 2.15
     visible = causal_mask(queries, tokens, q.device) if is_causal else None
     return _attention(q, k, v, visible, key_padding_mask, bias, prefix_length, scale, hidden)
@@ -49,19 +52,13 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
-_MEMO = "_mope_fast_behind"
-
-
-def _padding_behind(mask: Tensor, prefix_length: int, hidden: int) -> Tensor:
-    """The padding mask (B, Sk) as (B, 1, 1, hidden + P + Sk), True = visible; made once for layers that are given one tensor."""
-    remembers = mask.device.type == "cpu" and can_be_looked_at(mask) and not mask.is_inference()
-    key = (prefix_length, hidden, mask._version) if remembers else None
-    if remembers and (memo := vars(mask).get(_MEMO)) is not None and memo[0] == key:
-        return memo[1]
-    behind = _behind(mask[:, None, None, :], prefix_length, hidden, seen=True, unseen=False)
-    if remembers:
-        setattr(mask, _MEMO, (key, behind))
-    return behind
+def _is_part(tensor: Tensor) -> bool:
+    """Whether its memory is a part of more; not asked while it compiles, when a compiler decides what is kept."""
+    if type(tensor) is not Tensor or tensor.device.type == "meta" or torch.compiler.is_compiling():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
 
 
 def receptive_field_attention(

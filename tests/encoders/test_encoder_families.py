@@ -108,6 +108,23 @@ def test_each_layer_asks_once_for_its_prompts(family, by_keyword):
     assert torch.equal(encoder(x)[0], encoder.encoder(x)[:, 0])
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda k: [(k, k, torch.ones(1, 3))], TypeError, "the mask of prefix 0 must be a bool tensor"),
+        (lambda k: [(k, k)] * 3, ValueError, "at most two"),
+        (lambda k: [(k[:, :1], k[:, :1])], ValueError, "prefix 0 must be two tensors"),
+        (lambda k: [(k[0], k[0])], ValueError, "prefix 0 must be two tensors"),
+        (lambda k: k, TypeError, "prefixes must be a sequence of"),
+    ],
+)
+def test_prefixes_from_elsewhere_are_checked(family, change, error, message):
+    encoder = PromptedEncoder(Encoder().double())
+    keys = torch.ones(1, HEADS, 3, DIM // HEADS, dtype=torch.float64)
+    with pytest.raises(error, match=message):
+        encoder(torch.randn(4, 5, DIM, dtype=torch.float64), lambda index, x, pool: (change(keys), None))
+
+
 def test_prompted_encoder_is_frozen_and_stays_in_eval_mode(family):
     encoder = PromptedEncoder(Encoder().train()).train()
     assert not any(module.training for module in encoder.modules())

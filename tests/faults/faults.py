@@ -718,12 +718,12 @@ MODELS = (
         "tests/models/test_ownership.py::test_a_projection_with_hooks_is_called_within_its_layer",
     ),
     _fault(
-        "padding-of-another-prefix",
-        "ops/sdpa_attention.py",
-        "key = (prefix_length, hidden, mask._version) if remembers else None",
-        "key = (hidden, mask._version) if remembers else None",
-        "Two models that are given one mask tensor share what was made of it for one of them.",
-        "tests/test_attention_backends.py::test_what_a_mask_becomes_is_kept_for_the_same_question_only",
+        "statistics-of-an-rms-norm-of-16-bits",
+        "modules/norms.py",
+        "torch.finfo(torch.promote_types(dtype, torch.float32)).eps",
+        "torch.finfo(dtype).eps",
+        "In 16 bits prompts behind torch's RMS norm are far too small.",
+        "tests/modules/test_kv_only_form.py::test_rms_norms_without_an_eps_take_that_of_what_they_compute_in",
     ),
     _fault(
         "folded-without-gram",

@@ -187,7 +187,7 @@ def test_frozen_keeps_the_tables_for_the_block_alone():
         assert list(model.state_dict()) == keys
         with torch.enable_grad():
             assert model(*inputs).features.requires_grad, "who asks for a gradient gets it"
-        assert copy.deepcopy(model)._kept is None
+        assert copy.deepcopy(model)._kept is None, "nobody would drop a copy's"
     with torch.no_grad():
         for parameter in model.bank.parameters():
             parameter.add_(0.1)
@@ -214,6 +214,17 @@ def test_frozen_ends_where_weights_may_change(change):
         got = model(*inputs).logits
     with torch.no_grad():
         assert torch.equal(got, model(*inputs).logits)
+
+
+def test_a_copy_of_a_model_that_was_compiled_in_place_is_its_own():
+    torch._dynamo.reset()
+    model = make_fusion(make_bert(num_hidden_layers=1), None, cross_dim=20)
+    text, features = make_text(6), torch.randn(6, 20, dtype=torch.float64)
+    model.compile(backend="eager")
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.head.bias.add_(1)
+    close(twin(text, features).logits, model(text, features).logits + 1)
 
 
 def test_frozen_is_for_inference():

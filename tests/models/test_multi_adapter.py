@@ -27,6 +27,7 @@ MIXES = {
     "gated": [fusion(top_k=2, renormalize=True), fusion(top_k=2, renormalize=True, num_experts=2), tuned(3)],
     "prompts of one length": [tuned(3), tuned(3, 5)],
     "one": [fusion()],
+    "mapped alone": [fusion(use_static=False, use_dynamic=False), fusion(use_static=False, use_dynamic=False)],
     "no head": [fusion(None), tuned(2, 4)],
     "no prompts": [tuned(0), tuned(0, 2)],
 }

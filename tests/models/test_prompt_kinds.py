@@ -7,6 +7,7 @@ import torch
 from tiny_fusion import INPUTS, MAKE, close, concatenated_feature, make_fusion, trained
 from torch import nn
 
+from mope_fast import MultiAdapter
 from mope_fast.modules.kinds import KINDS, PromptKind
 
 CROSS = 20
@@ -80,6 +81,8 @@ def test_new_kinds_equal_the_concatenation_folded_and_saved(main, mixing, toys, 
         close(mine, truth, 1e-9)
 
     close(model.fold()(inputs, cross).features, expected)
+    with pytest.raises(ValueError, match="adapter 'a' has mark, pair prompts, which can't stand beside other adapters' yet"):
+        MultiAdapter({"a": model})
     model.save_pretrained(tmp_path)
     twin = make_fusion(model.unwrap()[0], None, cross_dim=CROSS, mixing=mixing)
     twin.load_pretrained(tmp_path)

@@ -126,6 +126,41 @@ def test_auto_is_right_where_kv_space_would_not_be_exact(norm, key_norm):
         close(torch.cat([prefix[index].expand(9, -1, -1, -1) for prefix in prefixes], dim=2), expected)
 
 
+def test_rms_norms_without_an_eps_take_that_of_what_they_compute_in():
+    torch.manual_seed(8)
+    norm, linear = nn.RMSNorm(DIM).bfloat16(), nn.Linear(DIM, DIM, bias=False).bfloat16()
+    x, cross, _ = (t.detach().bfloat16() for t in make_inputs(9))
+    keys = {}
+    for mixing in ("prompt", "kv"):
+        torch.manual_seed(9)
+        layer = MoPELayer(DIM, CROSS, **SETTINGS, mixing=mixing, prompt_init=1e-2).bfloat16().eval()
+        keys[mixing] = layer(x, cross).key_value(norm, linear, linear, HEADS)[-1][0].float()
+    torch.testing.assert_close(keys["kv"], keys["prompt"], rtol=0.1, atol=0.05)
+
+
+def test_a_forward_of_any_name_is_a_norm_of_an_unknown_class():
+    class Norm(nn.Module):
+        forward = forward_of_a_module
+
+    linear = nn.Linear(DIM, DIM).double()
+    assert len(make_layer()(*make_inputs(9)).key_value(Norm(), linear, linear, HEADS)) == 2
+
+
+def forward_of_a_module(self, x):
+    return x
+
+
+forward_of_a_module.__module__ = "script"
+
+
+def test_routed_prompts_alone_go_through_projections_of_16_bits():
+    linear = nn.Linear(DIM, DIM).bfloat16()
+    layer = MoPELayer(DIM, CROSS, **SETTINGS, use_static=False, mixing="prompt").eval()
+    x, cross, _ = make_inputs(2)
+    ((keys, _),) = layer(x.bfloat16(), cross.float()).key_value(None, linear, linear, HEADS)
+    assert keys.dtype == torch.bfloat16
+
+
 class OtherNorm(nn.LayerNorm):
     def forward(self, x):
         return super().forward(x).tanh()

@@ -176,20 +176,48 @@ def test_layer_refuses_another_batch_than_the_contexts():
         bank.layer(0, make_inputs(2)[0], context)
 
 
-def test_a_context_for_frozen_layers_gives_prefixes_only():
-    bank, (x, cross, _) = make_bank(), make_inputs(3)
+def test_a_context_for_frozen_layers_gives_prefixes_and_prompts():
+    bank, (x, cross, _) = make_bank(), make_inputs(5)
     layer = PromptedLayer(None, None, DIM, None, nn.Linear(DIM, DIM).double(), nn.Linear(DIM, DIM).double(), HEADS)
     context = bank.prepare(cross, [layer] * 2, x.dtype)
-    with pytest.raises(
-        ValueError, match=r"made for frozen layers: take its prefixes\(index, x\), or call prepare\(cross\) without"
-    ):
-        bank.layer(0, x, context)
-    expected = bank.layer(0, x, bank.prepare(cross)).key_value(None, layer.k_proj, layer.v_proj, HEADS)
-    prefixes, _ = context.prefixes(0, x[:, 0])
+    expected, out = (bank.layer(0, x, each) for each in (bank.prepare(cross), context))
+    close(out.prompts, expected.prompts)
+    prefixes, scores = context.prefixes(0, x[:, 0])
+    close(scores, expected.scores)
+    pairs = expected.key_value(None, layer.k_proj, layer.v_proj, HEADS)
     for index in range(2):
-        close(*(torch.cat([each[index].expand(3, -1, -1, -1) for each in pairs], dim=2) for pairs in (prefixes, expected)))
-    with pytest.raises(ValueError, match="layer 1 has batch 2, complementary features have 3"):
+        close(*(torch.cat([each[index].expand(5, -1, -1, -1) for each in own], dim=2) for own in (prefixes, pairs)))
+    with pytest.raises(ValueError, match="layer 1 has batch 2, complementary features have 5"):
         context.prefixes(1, x[:2, 0])
+
+
+@pytest.mark.parametrize("batch", [3, 9])
+def test_functorch_differentiates_by_all_parameters(batch):
+    torch.manual_seed(5)
+    model = nn.ModuleDict({"bank": make_bank(), "k": nn.Linear(DIM, DIM).double(), "v": nn.Linear(DIM, DIM).double()})
+    x, cross, _ = (t.detach() for t in make_inputs(batch))
+
+    def keys(parameters):
+        return torch.func.functional_call(Keys(model), {f"model.{name}": p for name, p in parameters.items()}, (x, cross))
+
+    parameters = dict(model.named_parameters())
+    grads = torch.func.grad(keys)({name: p.detach() for name, p in parameters.items()})
+    expected = torch.autograd.grad(keys(parameters), list(parameters.values()), allow_unused=True)
+    for name, truth in zip(parameters, expected, strict=True):
+        close(grads[name], torch.zeros_like(grads[name]) if truth is None else truth)
+
+
+class Keys(nn.Module):
+    """The keys of a bank's first layer, projected ahead where that is allowed."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, cross):
+        layer = PromptedLayer(None, None, DIM, None, self.model["k"], self.model["v"], HEADS)
+        prefixes, _ = self.model["bank"].prepare(cross, [layer] * 2, x.dtype).prefixes(0, x[:, 0])
+        return sum(keys.square().sum() for keys, _ in prefixes)
 
 
 def test_prepare_names_a_wrong_complementary_feature():

@@ -1,11 +1,16 @@
 """The registered op of a layer's prompts, on the CPU: its reference differentiated, schema, fakes, compilation, autocast."""
 
+import dataclasses
+import functools
+
 import pytest
 import torch
 from op_calls import record_calls
 from torch import Tensor
 
 from mope_fast import _dispatch, _implementations, reference
+from mope_fast.modules.router import Router
+from mope_fast.modules.tables import Tables
 from mope_fast.ops import layer_prompts as ops
 
 pytestmark = pytest.mark.skipif(ops.INTERPRETED, reason="the plain CPU implementation; the interpreter's kernels have their own")
@@ -111,14 +116,21 @@ def test_compiles_in_one_graph_without_recompiling_for_a_new_batch():
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])
-def test_autocast_mixes_in_its_dtype_and_routes_in_float32(impl, monkeypatch):
+def test_under_autocast_tables_mix_in_its_dtype_and_route_in_float32(impl, monkeypatch):
     monkeypatch.setattr(_dispatch, "choose", lambda function, asked, problem: impl)
-    inputs, gate = make_inputs(torch.float32), {"top_k": None, "renormalize": False, "eps": 1e-5}
-    plain_rows, plain_scores = _dispatch.layer_prompts(inputs["experts"], inputs["cross"])(*inputs.values(), **gate)
+    feature, *router, experts, before, after, gram, shift = make_inputs(torch.float32).values()
+    tables = Tables(before, after, Router(*router), experts, gram, shift)
+    plain_rows, plain_scores = tables.mixed(feature)
     with torch.autocast("cpu", torch.bfloat16):
-        rows, scores = _dispatch.layer_prompts(inputs["experts"], inputs["cross"])(*inputs.values(), **gate)
+        rows, scores = tables.mixed(feature)
+        # chosen before autocast began
+        mixed, same = dataclasses.replace(tables, mix=functools.partial(reference.layer_prompts, dtype=torch.float32)).mixed(
+            feature
+        )
     assert rows.dtype == torch.bfloat16
     assert torch.equal(scores, plain_scores)
+    assert torch.equal(same, plain_scores)
+    torch.testing.assert_close(mixed, plain_rows)
     torch.testing.assert_close(rows.float(), plain_rows, rtol=0.05, atol=0.05)
 
 
