@@ -1,4 +1,4 @@
-"""How many launches prompts add to a frozen layer, the registered ops counted as one each: they must not grow unnoticed."""
+"""What prompts add to a frozen layer: launches, the registered ops counted as one each, and memory. Neither must grow unnoticed."""
 
 import pytest
 import torch
@@ -67,3 +67,29 @@ def test_launches_of_a_layers_prompts(name, most, monkeypatch):
     monkeypatch.setattr(_dispatch, "choose", lambda function, impl, problem: "triton")
     extra = counts(name, 3) - counts(name, 2)
     assert (extra <= torch.tensor(most)).all(), f"unfolded, folded, training: {extra.tolist()}, at most {most} before"
+
+
+def bytes_kept(step):
+    """Of storages that a forward keeps for its backward, those of parameters left out."""
+    storages = {}
+
+    def pack(tensor):
+        if not isinstance(tensor, torch.nn.Parameter):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        step()
+    return sum(storages.values())
+
+
+def test_a_vits_training_step_keeps_little_more_than_the_frozen_ones():
+    def make():
+        return VisionTransformer(img_size=56, patch_size=4, embed_dim=48, depth=4, num_heads=3, num_classes=0)
+
+    frozen, images, features = make().requires_grad_(False).eval(), torch.randn(2, 3, 56, 56), torch.randn(2, CROSS)
+    model = MoPEFusion(make(), None, CLASSES, MoPEConfig(cross_dim=CROSS)).train()
+    start = torch.zeros((), requires_grad=True)
+    frozen.blocks[0].register_forward_pre_hook(lambda module, args: (args[0] + start,))
+    # the packed projection is let go where keys and values are copies beside prompts
+    assert bytes_kept(lambda: model(images, features)) < 1.1 * bytes_kept(lambda: frozen(images))
