@@ -26,7 +26,7 @@ def prompt_attention(
     if prefixes and q.requires_grad and _is_part(q):
         q = q.contiguous()  # else the whole packed projection is kept for the backward pass, beside keys and values
     if not is_causal and key_padding_mask is None and bias is None:
-        return _attended(q, *concatenated(k, v, prefixes), scale, fresh=bool(prefixes))
+        return _attended(q, *concatenated(k, v, prefixes), scale, fresh=len(prefixes) > 0)
     queries, tokens = q.shape[2], k.shape[2]
     prefix_length = sum(pk.shape[2] for pk, _ in prefixes)
     # torch's own triangle gives NaN for scales that are not positive
