@@ -329,7 +329,7 @@ class PromptBank(nn.Module):
             [layer.norm for layer in layers], config, dtype, in_kv_space=in_kv_space,
             dropout=config.dynamic_dropout if self.training else 0.0,
         )  # fmt: skip
-        if project and rows.experts is None and all(can_be_projected_ahead(layer, rows.values.device) for layer in layers):
+        if project and rows.experts is None and can_be_projected_ahead(layers, rows.values.device):
             return rows.tables(layers)
         return rows.each()
 

@@ -284,26 +284,39 @@ def split_heads(rows: Tensor, layer: FrozenLayer) -> Prefix:
     return (keys if layer.key_norm is None else cast(layer.key_norm(keys), values.dtype)), values
 
 
-def can_be_projected_ahead(layer: FrozenLayer, device: torch.device) -> bool:
-    """Whether norm and projections may be called outside of their layer's own call: nobody gathers, moves or watches for it.
+def can_be_projected_ahead(layers: Sequence[FrozenLayer], device: torch.device) -> bool:
+    """Whether norms and projections may be called outside of their layers' own calls: nobody gathers, moves or watches for it.
 
     FSDP and ZeRO have a parameter whole only while its layer runs, offloading keeps it elsewhere until then, and hooks may expect
     the layer's order.
     """
-    modules = [part for part in (layer.norm, layer.k_proj, layer.v_proj, layer.key_norm) if part is not None]
-    return all(_is_at_hand(part, device) for part in modules)
+    # loops: torch 2.10 doesn't trace these questions inside of all()
+    for layer in layers:
+        for part in (layer.norm, layer.k_proj, layer.v_proj, layer.key_norm):
+            if part is not None and not _is_at_hand(part, device):
+                return False
+    return True
 
 
 def _is_at_hand(part: Projection, device: torch.device) -> bool:
-    if isinstance(part, functools.partial) and inspect.isfunction(part.func) and part.args and not part.keywords:
-        return all(_is_at_hand(argument, device) for argument in part.args)
-    if not isinstance(part, nn.Module) or not is_plain(part):
+    if isinstance(part, functools.partial):
+        if not inspect.isfunction(part.func) or not part.args or part.keywords:
+            return False
+        children: Sequence[Projection] = part.args
+    elif not isinstance(part, nn.Module) or not is_plain(part):
         return False
-    # what is kept as a mere attribute is somebody else's to bring
-    tensors = [tensor for tensor in (*part._parameters.values(), *part._buffers.values()) if tensor is not None]
-    if any(isinstance(value, Tensor) for value in vars(part).values()) or not all(_is_here(tensor, device) for tensor in tensors):
-        return False
-    return all(child is None or _is_at_hand(child, device) for child in part._modules.values())
+    else:
+        for tensor in (*part._parameters.values(), *part._buffers.values()):
+            if tensor is not None and not _is_here(tensor, device):
+                return False
+        # a mere attribute is somebody else's to bring
+        if not torch.compiler.is_compiling() and any(isinstance(value, Tensor) for value in vars(part).values()):
+            return False
+        children = [child for child in part._modules.values() if child is not None]
+    for child in children:  # noqa: SIM110
+        if not _is_at_hand(child, device):
+            return False
+    return True
 
 
 def _is_here(tensor: Tensor, device: torch.device) -> bool:
