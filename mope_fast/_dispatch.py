@@ -82,8 +82,7 @@ def prompt_attention(
         with without_autocast(q.device.type):
             out = reference.prompt_attention(q, k, v, prefixes, is_causal=is_causal, **masking)
         return out.to(dtype)
-    if q.dtype != dtype:
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    q, k, v = cast(q, dtype), cast(k, dtype), cast(v, dtype)
     if impl == "triton":
         return _prompt_attention_op(q, k, v, prefixes, field=None, is_causal=is_causal, **masking)
     backend = sdpa_attention if impl == "sdpa" else xformers_attention

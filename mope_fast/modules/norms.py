@@ -51,7 +51,7 @@ def norm_problem(norm: nn.Module | None) -> str | None:
     return f"norm is {type(norm).__name__}, which is no layer norm or RMS norm of a known class, or has hooks"
 
 
-def norm_eps(norm: nn.Module | None, dtype: torch.dtype) -> float:
+def norm_eps(norm: nn.Module, dtype: torch.dtype) -> float:
     """What it adds below its root."""
     eps = getattr(norm, "eps", None)
     eps = getattr(norm, "variance_epsilon", None) if eps is None else eps

@@ -116,7 +116,12 @@ class Rows:
         return self._tables(both)
 
     def _tables(self, both: Sequence[tuple[Tensor, ...]]) -> list[Tables]:
-        parts = self._parts(side_by_side(both))
+        split = side_by_side(both).split(list(self.sizes.values()), dim=1)
+        # of prompts that aren't routed (n, B or 1, P, W), of the others (n, R, W)
+        parts = {
+            name: part.unflatten(1, self.shapes[name]) if name in self.shapes else part
+            for name, part in zip(self.sizes, split, strict=True)
+        }
         experts, shift = parts.get("experts"), parts.get("bias", parts.get("zero"))
         if experts is not None:
             # the linear part of an affine map is its value less its value at zero
@@ -149,11 +154,6 @@ class Rows:
         rest = [parts.get("before"), both[-1].unflatten(0, (batch, length)), parts.get("after")]
         rest = [part.expand(batch, -1, -1) for part in rest if part is not None]
         return [split_heads(rows, layer) for rows in (*shared, rest[0] if len(rest) == 1 else torch.cat(rest, dim=1))]
-
-    def _parts(self, both: Tensor) -> dict[str, Tensor]:
-        """(n, R, W) by name; of prompts (n, B or 1, P, W)."""
-        parts = dict(zip(self.sizes, both.split(list(self.sizes.values()), dim=1), strict=True))
-        return {name: part.unflatten(1, self.shapes[name]) if name in self.shapes else part for name, part in parts.items()}
 
 
 _LIFT = 16.0

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._autocast import cast
 from .._values import can_be_looked_at
 from ..receptive_field import ReceptiveField
 from ..reference.attention import causal_mask
@@ -97,8 +98,8 @@ def concatenated(k: Tensor, v: Tensor, prefixes: Sequence[tuple[Tensor, Tensor]]
 
 
 def _joined(prefixes: Sequence[Tensor], tokens: Tensor) -> Tensor:
-    batch, dtype = tokens.shape[0], tokens.dtype
-    parts = [rows if rows.dtype == dtype else rows.to(dtype) for rows in prefixes]
+    batch = tokens.shape[0]
+    parts = [cast(rows, tokens.dtype) for rows in prefixes]
     parts = [rows if rows.shape[0] == batch else rows.expand(batch, -1, -1, -1) for rows in parts]
     return torch.cat([*parts, tokens], dim=2)
 
