@@ -1,6 +1,5 @@
 """One layer's prompts: as prompt tokens, or as keys and values for the layer's attention."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -14,7 +13,7 @@ from .._autocast import cast
 from .config import MoPEConfig
 from .kinds import KINDS, in_place
 from .router import Router
-from .tables import FrozenLayer, Prefix, Projection, Rows, Tables, make_rows, mixes_in_kv_space, split_heads
+from .tables import FrozenLayer, Prefix, Projection, Rows, Tables, make_rows, mixes_in_kv_space
 
 
 class _Layer(NamedTuple):
@@ -117,18 +116,19 @@ class MoPEOutput:
             key_norm: a norm of keys behind the projection, called on (..., H, P, Dh); it rules out K/V-space mixing.
 
         Returns:
-            Up to two (key, value) pairs (1 or B, H, P, Dh): static, and [dynamic | mapped].
+            Up to two (key, value) pairs (1 or B, H, P, Dh): static, for all samples, and [dynamic | mapped].
         """
         layer = _Layer(norm, k_proj, v_proj, num_heads, key_norm)
         rows = self.rows(layer)
         if rows.experts is not None:
-            return rows.prefixes_with(layer, self.dynamic)
-        tables = rows.tables([layer])[0]
-        shared = tables.before is not None and tables.before.shape[0] == 1 and (tables.router or tables.after) is not None
-        prefixes = [split_heads(tables.before, layer)] if shared else []
-        both, scores = dataclasses.replace(tables, before=None if shared else tables.before).mixed(self.feature)
-        self._scores = scores if self._scores is None else self._scores
-        return [*prefixes, split_heads(both, layer)]
+            keys, values = rows.prefix_with(layer, self.dynamic)
+        else:
+            ((keys, values),), scores = rows.prefixes(layer, self.feature)
+            self._scores = scores if self._scores is None else self._scores
+        samples, shared = rows.shapes.get("before", (0, 0))
+        if samples != 1 or shared == keys.shape[2]:
+            return [(keys, values)]
+        return [(keys[:1, :, :shared], values[:1, :, :shared]), (keys[:, :, shared:], values[:, :, shared:])]
 
     def rows(self, layer: FrozenLayer, *, in_kv_space: bool | None = None) -> Rows:
         """What goes through this layer's projections; ``in_kv_space`` is None for what the configuration says."""

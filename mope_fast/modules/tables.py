@@ -135,25 +135,23 @@ class Rows:
         return [Tables(*values, self.eps, mix) for values in zip(*each, strict=True)]
 
     def prefixes(self, layer: FrozenLayer, feature: Tensor) -> tuple[list[Prefix], Tensor | None]:
-        """Up to two prefixes of the layer's attention, and the scores."""
+        """One prefix of the layer's attention, and the scores."""
         if self.experts is None:
             return self.tables([layer])[0].prefixes(layer, feature)
         routed, scores = Tables(router=self.routers[0], experts=self.experts[0]).mixed(feature)
-        return self.prefixes_with(layer, F.dropout(routed, self.dropout) if self.dropout else routed), scores
+        return [self.prefix_with(layer, F.dropout(routed, self.dropout) if self.dropout else routed)], scores
 
-    def prefixes_with(self, layer: FrozenLayer, routed: Tensor) -> list[Prefix]:
-        """Routed prompts (B, L, D), mixed as prompts, are normed and projected with the others; what samples share comes first."""
+    def prefix_with(self, layer: FrozenLayer, routed: Tensor) -> Prefix:
+        """Routed prompts (B, L, D), mixed as prompts, are normed and projected with the others."""
         batch, length, _ = routed.shape
-        routed = routed.flatten(0, 1)
-        routed = cast(routed, self.values.dtype)
+        routed = cast(routed.flatten(0, 1), self.values.dtype)
         routed = routed if layer.norm is None else layer.norm(routed)
         rows = torch.cat([self.values[0], cast(routed, self.values.dtype)]) if self.sizes else routed
-        both = side_by_side([project(rows, layer)])[0].split([*self.sizes.values(), routed.shape[0]])
-        parts = {name: part.unflatten(0, self.shapes[name]) for name, part in zip(self.sizes, both, strict=False)}
-        shared = [parts.pop("before")] if self.shapes.get("before", (0,))[0] == 1 else []
-        rest = [parts.get("before"), both[-1].unflatten(0, (batch, length)), parts.get("after")]
-        rest = [part.expand(batch, -1, -1) for part in rest if part is not None]
-        return [split_heads(rows, layer) for rows in (*shared, rest[0] if len(rest) == 1 else torch.cat(rest, dim=1))]
+        *beside, routed = side_by_side([project(rows, layer)])[0].split([*self.sizes.values(), batch * length])
+        parts = {name: part.unflatten(0, self.shapes[name]) for name, part in zip(self.sizes, beside, strict=True)}
+        in_order = (parts.get("before"), routed.unflatten(0, (batch, length)), parts.get("after"))
+        each = [part.expand(batch, -1, -1) for part in in_order if part is not None]
+        return split_heads(each[0] if len(each) == 1 else torch.cat(each, dim=1), layer)
 
 
 _LIFT = 16.0

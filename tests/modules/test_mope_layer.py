@@ -228,7 +228,7 @@ def test_an_empty_batch_gives_empty_prompts(mixing, norm):
     static, rest = out.key_value(norm, linear, linear, 4)
     assert out.prompts.shape == (0, 2 * LENGTH + 1, DIM)
     assert out.scores.shape == (0, EXPERTS)
-    assert [tuple(t.shape) for t in (*static, *rest)] == [(1, 4, LENGTH, 8)] * 2 + [(0, 4, LENGTH + 1, 8)] * 2
+    assert [tuple(t.shape) for t in (*static, *rest)] == [(0, 4, LENGTH, 8)] * 2 + [(0, 4, LENGTH + 1, 8)] * 2
     assert out.importance_loss == 0
     (out.prompts.sum() + rest[0].sum() + out.importance_loss).backward()
     assert torch.count_nonzero(bank.stacks[str(DIM)].experts.grad) == 0
