@@ -251,18 +251,40 @@ def family_of(encoder: object) -> EncoderFamily:
     if family is None:
         for name in _class_names(encoder):
             if name in _REFUSED:
-                raise TypeError(f"{type(encoder).__name__} is not supported: {_REFUSED[name]}")
-        models = [model.rpartition(".")[2] for models in supported_encoders().values() for model in models]
-        parts = encoder.named_modules() if isinstance(encoder, nn.Module) else ()
-        inner = [f".{name}" for name, part in parts if find_family(part)]
-        hint = f"; its part {' or '.join(inner)} is supported, pass that" if inner else ""
-        raise TypeError(
-            f"{type(encoder).__name__} is not a supported encoder: expected one of {', '.join(models)}{hint}. "
-            "register_encoder adds a family; as the complementary side any callable giving (B, cross_dim) features will do"
-        )
+                raise TypeError(f"{_whose(encoder)} is not supported: {_REFUSED[name]}")
+        by_package: dict[str, list[str]] = {}
+        for model in [model for models in supported_encoders().values() for model in models]:
+            by_package.setdefault(model.partition(".")[0], []).append(model.rpartition(".")[2])
+        models = "; ".join(f"{package}: {', '.join(names)}" for package, names in by_package.items())
+        raise TypeError(f"{_whose(encoder)} is not a supported encoder: {_way_out(encoder)}. Expected one of {models}")
     if (problem := family.problem(encoder)) is not None:
-        raise TypeError(f"this {type(encoder).__name__} can't take prompts: {problem}")
+        raise TypeError(f"{_whose(encoder)} can't take prompts: {problem}")
     return family
+
+
+def _whose(encoder: object) -> str:
+    """Class and package: several libraries have a VisionTransformer."""
+    package, name = type(encoder).__module__.partition(".")[0], type(encoder).__name__
+    if package in ("__main__", "builtins"):
+        return name
+    return f"{package}' {name}" if package.endswith("s") else f"{package}'s {name}"
+
+
+def _way_out(encoder: object) -> str:
+    """What can be done with an encoder of no family."""
+    parts = dict(encoder.named_modules()) if isinstance(encoder, nn.Module) else {}
+    if inner := [f".{name}" for name, part in parts.items() if find_family(part)]:
+        return f"its part {' or '.join(inner)} is supported, pass that"
+    attends = any(word in type(part).__name__.lower() for part in parts.values() for word in ("attention", "attn"))
+    if any(isinstance(part, nn.modules.conv._ConvNd) for part in parts.values()) and not attends:
+        return (
+            "convolutions have no attention whose keys and values prompts could join. It can be the complementary side: "
+            "MoPEFusion(main, complementary=cnn, config=MoPEConfig(cross_dim=...)), where it gives (B, cross_dim) features"
+        )
+    return (
+        "add its family with register_encoder (docs/own_transformer.md), or have it as the complementary side, which may be any "
+        "module or function that gives (B, cross_dim) features"
+    )
 
 
 def encode(encoder: nn.Module, inputs: Tensor | Inputs, pooling: str | None = None) -> Tensor:

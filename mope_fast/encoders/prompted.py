@@ -1,5 +1,6 @@
 """A frozen encoder that takes prompts as keys and values of its layers."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,9 @@ from torch import Tensor, nn
 
 from .attachment import Attachment, Encoded, PromptProvider, wrapping
 from .families import Inputs, PromptedLayer, family_of
+
+
+_IMAGES, _MASKS = ("pixel_values", "x"), frozenset({"attention_mask"})
 
 
 class PromptedEncoder(nn.Module):
@@ -36,6 +40,8 @@ class PromptedEncoder(nn.Module):
             self._attachment = Attachment(encoder, self.family, pooling, router_pooling)
             self._attachment.owners.add(self)
         self.encoder = encoder
+        self.input_names = _forward_names(encoder) - (_MASKS if self.family.input_name in _IMAGES else frozenset())
+        """Keyword arguments that the encoder's forward names; of an image's no mask, which a text beside it has."""
         facts = self._facts = self.family.layers(encoder)
         self.widths = [layer.width for layer in facts]
         self.feature_width = self.family.pooled_width(encoder, self.pooling)
@@ -112,3 +118,9 @@ class PromptedEncoder(nn.Module):
 
     def extra_repr(self) -> str:
         return f"family={self.family.name!r}, layers={len(self.widths)}"
+
+
+def _forward_names(encoder: nn.Module) -> frozenset[str]:
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    _, *parameters = inspect.signature(type(encoder).forward).parameters.values()
+    return frozenset(parameter.name for parameter in parameters if parameter.kind in kinds)

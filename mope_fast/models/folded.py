@@ -2,12 +2,14 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..encoders import PromptedEncoder
 from ..modules import FoldedBank, PromptBank
 from .image_config import ImageConfig
+from .inputs import takes_named_inputs, two_sides
 from .output import FusionOutput
 from .prompting import Inputs, run_prompted
 from .sides import check_same_batch, complementary_feature, head_inputs
@@ -26,6 +28,7 @@ class FoldedModel(ImageConfig, nn.Module):
         bank: the trained prompts; None for none.
         head: features -> logits, or None; copied.
         complementary: where psi_y comes from, if prompts depend on it: a folded model, a callable, or None for features.
+        return_logits: have ``forward`` give the logits alone, a tensor.
     """
 
     def __init__(
@@ -34,9 +37,11 @@ class FoldedModel(ImageConfig, nn.Module):
         bank: PromptBank | None,
         head: nn.Module | None,
         complementary: "FoldedModel | Callable[..., Tensor] | None" = None,
+        *,
+        return_logits: bool = False,
     ):
         super().__init__()
-        self.main = main
+        self.main, self.return_logits = main, return_logits
         self.bank = None if bank is None else FoldedBank(bank, main.layers, main.dtype)
         self.head = None if head is None else copy.deepcopy(head).requires_grad_(False)
         self.complementary = complementary
@@ -47,10 +52,24 @@ class FoldedModel(ImageConfig, nn.Module):
         """D of ``features``."""
         return self.main.feature_width
 
+    @takes_named_inputs
     def forward(
-        self, main_inputs: Inputs, complementary_inputs: Inputs | None = None, *, feature_maps: bool = False
-    ) -> FusionOutput:
+        self,
+        main_inputs: Inputs | None = None,
+        complementary_inputs: Inputs | None = None,
+        *,
+        feature_maps: bool = False,
+        **named: Any,
+    ) -> FusionOutput | Tensor:
         """As :class:`MoPEFusion`'s or :class:`PromptTuned`'s, without labels: logits, scores, features and feature maps."""
+        main_inputs, complementary_inputs = two_sides(self.main, self.complementary, main_inputs, complementary_inputs, named)
+        output = self.outputs(main_inputs, complementary_inputs, feature_maps=feature_maps)
+        if not self.return_logits:
+            return output
+        return output.features if output.logits is None else output.logits
+
+    def outputs(self, main_inputs: Inputs, complementary_inputs: Inputs | None, *, feature_maps: bool = False) -> FusionOutput:
+        """Return all of them, whatever ``return_logits`` says."""
         cross = None
         if self.uses_cross:
             cross = complementary_feature(self.complementary, complementary_inputs)
@@ -108,7 +127,7 @@ class _PlainOutputs(nn.Module):
     def forward(
         self, main_inputs: Inputs, complementary_inputs: Inputs | None = None
     ) -> Tensor | tuple[Tensor, ...] | dict[str, Tensor | tuple[Tensor, ...]]:
-        output = self.model(main_inputs, complementary_inputs, feature_maps="feature_maps" in self.outputs)
+        output = self.model.outputs(main_inputs, complementary_inputs, feature_maps="feature_maps" in self.outputs)
         return output[self.outputs[0]] if len(self.outputs) == 1 else {name: output[name] for name in self.outputs}
 
     def extra_repr(self) -> str:

@@ -12,7 +12,9 @@ from ..encoders import PromptedEncoder, family_of, find_family
 from ..encoders.frozen import Hold
 from ..modules import MoPEConfig, PromptBank
 from . import checkpoint
+from .classifier import Classifier
 from .folded import FoldedModel
+from .inputs import takes_named_inputs, two_sides
 from .output import FusionOutput
 from .prompt_tuned import PromptTuned
 from .prompting import Inputs, run_prompted
@@ -24,10 +26,10 @@ from .sides import (
     head_inputs,
     is_prompted_model,
 )
-from .task import TaskModel, apply_head, check_head, describe_encoder, make_head, prompted
+from .task import apply_head, check_head, describe_encoder, make_head, prompted
 
 
-class MoPEFusion(TaskModel):
+class MoPEFusion(Classifier):
     """A frozen main encoder whose every layer takes prompts routed by a complementary modality.
 
     Args:
@@ -45,6 +47,8 @@ class MoPEFusion(TaskModel):
             probabilities (B, C) in 0..1. "multi_label_classification": labels (B, C) in 0..1. "regression": numbers (B, C), or (B,)
             of one output. Losses are in float32 at least.
         label_smoothing: of single-label classification: this part of each label is spread over all classes, in every ``loss``.
+        return_logits: have ``forward`` give the logits alone, a tensor, for scripts that call ``criterion(model(x, y), labels)``;
+            the importance loss is :meth:`auxiliary_loss` then, to be added.
 
     Example:
         >>> model = MoPEFusion(main=bert, complementary=dinov2, num_classes=13)
@@ -62,6 +66,7 @@ class MoPEFusion(TaskModel):
         head: nn.Module | None = None,
         problem_type: str = "single_label_classification",
         label_smoothing: float = 0.0,
+        return_logits: bool = False,
     ):
         super().__init__()
         check_head(num_classes, head, problem_type, label_smoothing)
@@ -70,6 +75,8 @@ class MoPEFusion(TaskModel):
         if is_prompted_model(complementary) and not isinstance(complementary, (PromptTuned, FoldedModel)):
             name = type(complementary).__name__
             raise TypeError(f"complementary can't be a {name}: pass PromptTuned, a folded model, or a function of its features")
+        if getattr(complementary, "return_logits", False):
+            raise ValueError("complementary has return_logits=True, but its features are needed: make it without")
         config = MoPEConfig() if config is None else config
         if config.head_inputs is None:
             both = num_classes is not None and config.needs_cross
@@ -87,7 +94,7 @@ class MoPEFusion(TaskModel):
         if config.uses_cross and cross_dim is None:
             raise ValueError("the width of the complementary feature can't be inferred: set MoPEConfig(cross_dim=...)")
 
-        self.problem_type, self.label_smoothing = problem_type, float(label_smoothing)
+        self.problem_type, self.label_smoothing, self.return_logits = problem_type, float(label_smoothing), return_logits
         self.main = prompted(main, pooling=config.pooling, router_pooling=config.router_pooling)
         self._wrapped = [] if self.main is main else [self.main]
         self._black_box: Hold | None = None
@@ -111,14 +118,20 @@ class MoPEFusion(TaskModel):
             self._give_back()
             raise
 
+    @property
+    def num_features(self) -> int:
+        return self.main.feature_width + (self.config.cross_dim if self.config.head_inputs == "both" else 0)
+
+    @takes_named_inputs
     def forward(
         self,
-        main_inputs: Inputs,
+        main_inputs: Inputs | None = None,
         complementary_inputs: Inputs | None = None,
         labels: Tensor | None = None,
         *,
         feature_maps: bool = False,
-    ) -> FusionOutput:
+        **named: Any,
+    ) -> FusionOutput | Tensor:
         """One pass.
 
         Args:
@@ -129,12 +142,16 @@ class MoPEFusion(TaskModel):
                 wait, a class out of range stops the device, and other wrong values make ``loss`` NaN. Where no sample counts,
                 the task loss is 0.
             feature_maps: give those of the main encoder's stages too, for dense prediction (Swin).
+            named: encoders' keyword arguments themselves, in place of one of these or both: what the main encoder's forward names
+                is the main one's, the rest the other's.
         """
+        side = self.complementary
+        main_inputs, complementary_inputs = two_sides(self.main, side, main_inputs, complementary_inputs, named)
         config, cross = self.config, None
         if config.uses_cross:
             cross = self.complementary_feature(complementary_inputs)
             if self.training:
-                check_trains_nothing(self.complementary, complementary_inputs, cross)
+                check_trains_nothing(side, complementary_inputs, cross)
             check_same_batch(self.main, main_inputs, cross)
         features, scores, maps = run_prompted(self.main, self._bank(), main_inputs, cross, feature_maps=feature_maps)
         logits = apply_head(self.head, *head_inputs(config, features, cross))
@@ -143,10 +160,14 @@ class MoPEFusion(TaskModel):
         if summed is not None:
             importance = functional.importance_loss(summed, threshold=config.importance_threshold)
         loss = None if task_loss is None else task_loss + config.importance_weight * importance
-        return self._output_type(logits, labels)(loss, logits, task_loss, importance, scores, features, maps)
+        output = self._output_type(logits, labels)(loss, logits, task_loss, importance, scores, features, maps)
+        return self._result(output, labels)
+
+    def _has_auxiliary_loss(self) -> bool:
+        return self.bank.routes and self.config.importance_weight > 0
 
     def _loss_is_cross_entropy(self) -> bool:
-        return super()._loss_is_cross_entropy() and not (self.bank.routes and self.config.importance_weight)
+        return super()._loss_is_cross_entropy() and not self._has_auxiliary_loss()
 
     def _make_side(self, complementary: Any, config: MoPEConfig) -> Any:
         if _is_encoder(complementary):
@@ -190,7 +211,7 @@ class MoPEFusion(TaskModel):
         self._check_whole()
         side = self.complementary
         side = side.fold() if isinstance(side, PromptTuned) else side
-        return FoldedModel(self.main, self.bank, self.head, side)
+        return FoldedModel(self.main, self.bank, self.head, side, return_logits=self.return_logits)
 
     def parameter_groups(
         self, main_lr: float, complementary_lr: float | None = None, weight_decay: float = 1e-3

@@ -10,9 +10,10 @@ from torch.utils._pytree import register_pytree_node
 
 @dataclass
 class FusionOutput:
-    """Read by attribute, by name (``output["logits"]``) or by position; positions skip what is None, as in transformers.
+    """Read by attribute, by name (``output["logits"]``), or by position as transformers' classifiers: (loss, logits).
 
-    Without labels ``output[0]`` is refused where the model's loss is more than the cross entropy of its logits (RuntimeError).
+    Without labels ``output[0]`` is the logits, or refused where the model's loss is more than their cross entropy (RuntimeError).
+    ``output[1:]`` is the logits always. Without a head the features take their place.
     """
 
     loss: Tensor | None = None
@@ -30,15 +31,22 @@ class FusionOutput:
     """(B, C, H, W) of each stage of the main encoder, prompts seen, before any last norm; None unless asked for."""
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """All that is not None, in order."""
-        return tuple(value for value in (getattr(self, f.name) for f in fields(self)) if value is not None)
+        """Loss, if there is one, and logits; without a head the features."""
+        return tuple(value for value in self._positions() if value is not None)
+
+    def _positions(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.loss, self.features if self.logits is None else self.logits
 
     def __getitem__(self, key: str | int | slice) -> Any:
         if isinstance(key, str):
             if key not in self.__dataclass_fields__:
                 raise KeyError(f"{key!r} is not one of {list(self.__dataclass_fields__)}")
             return getattr(self, key)
-        return self.to_tuple()[key]
+        # a Trainer looks for logits behind a loss, even where it has made that itself
+        return self._positions()[key] if isinstance(key, slice) else self.to_tuple()[key]
+
+    def __len__(self) -> int:
+        return len(self.to_tuple())
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.to_tuple())
@@ -48,8 +56,15 @@ class FusionOutput:
 class UnlabelledOutput(FusionOutput):
     """Refuses ``output[0]``, which a Trainer takes for the loss, or for all that its own label smoothing needs."""
 
+    _counted = False
+
+    def __len__(self) -> int:
+        # a Trainer's prediction counts the outputs before it takes the first; its label smoothing does not
+        self._counted = True
+        return super().__len__()
+
     def __getitem__(self, key: str | int | slice) -> Any:
-        if key == 0 and not isinstance(key, (str, slice)):
+        if key == 0 and not isinstance(key, (str, slice)) and not self._counted:
             raise RuntimeError(
                 "output[0] of a forward without labels is no loss: read output.logits. If it was a Trainer: with "
                 "label_smoothing_factor it keeps the labels and makes a loss of the logits alone, which is not this model's; leave "

@@ -7,13 +7,15 @@ from torch import Tensor, nn
 
 from ..modules import MoPEConfig, PromptBank
 from . import checkpoint
+from .classifier import Classifier
 from .folded import FoldedModel
+from .inputs import one_side, takes_named_inputs
 from .output import FusionOutput
 from .prompting import Inputs, run_prompted
-from .task import TaskModel, apply_head, check_head, describe_encoder, make_head, prompted
+from .task import apply_head, check_head, describe_encoder, make_head, prompted
 
 
-class PromptTuned(TaskModel):
+class PromptTuned(Classifier):
     """A frozen encoder with prompts of its own in every layer.
 
     Prompts are keys and values only, before the layer's own: prefix tuning (arXiv 2101.00190) whose prefixes pass the frozen
@@ -28,6 +30,7 @@ class PromptTuned(TaskModel):
         dropout: on prompts, one mask a step.
         prompt_init: prompts start uniform in +-prompt_init; None for :class:`MoPEConfig`'s rule.
         pooling: of the encoder's tokens into the feature, see :class:`PromptedEncoder`.
+        return_logits: have ``forward`` give the logits alone, a tensor, for scripts that call ``criterion(model(x), y)``.
 
     Example:
         >>> model = PromptTuned(vit, prompt_length=8, num_classes=10)
@@ -46,12 +49,13 @@ class PromptTuned(TaskModel):
         dropout: float = 0.1,
         prompt_init: float | None = None,
         pooling: str | None = None,
+        return_logits: bool = False,
     ):
         super().__init__()
         check_head(num_classes, head, problem_type, label_smoothing)
         # settings are checked before the encoder is touched
         config = _config(prompt_length, dropout, prompt_init, pooling)
-        self.problem_type, self.label_smoothing = problem_type, float(label_smoothing)
+        self.problem_type, self.label_smoothing, self.return_logits = problem_type, float(label_smoothing), return_logits
         self.main = prompted(encoder, pooling=pooling)
         self.settings = {
             "prompt_length": prompt_length, "dropout": dropout, "prompt_init": prompt_init, "pooling": self.main.pooling
@@ -65,23 +69,49 @@ class PromptTuned(TaskModel):
         """D of ``features``."""
         return self.main.feature_width
 
-    def forward(self, inputs: Inputs, labels: Tensor | None = None, *, feature_maps: bool = False) -> FusionOutput:
+    @property
+    def num_features(self) -> int:
+        return self.feature_width
+
+    @property
+    def config(self) -> Any:
+        """The encoder's own configuration, which transformers' scripts read and write class names in.
+
+        Raises:
+            AttributeError: it has none.
+        """
+        return self.main.encoder.config
+
+    @takes_named_inputs
+    def forward(
+        self, inputs: Inputs | None = None, labels: Tensor | None = None, *, feature_maps: bool = False, **named: Any
+    ) -> FusionOutput | Tensor:
         """One pass.
 
         Args:
             inputs: the encoder's main input, or a dict of its keyword arguments.
             labels: see ``problem_type``; gives ``loss``.
             feature_maps: give those of the encoder's stages too (Swin).
+            named: the encoder's keyword arguments themselves, in place of ``inputs``.
         """
+        inputs = one_side("inputs", inputs, named)
         features, _, maps = run_prompted(self.main, self._bank(), inputs, feature_maps=feature_maps)
         logits = apply_head(self.head, features)
         loss = self.task_loss(logits, labels)
-        return self._output_type(logits, labels)(loss, logits, loss, None, None, features, maps)
+        return self._result(self._output_type(logits, labels)(loss, logits, loss, None, None, features, maps), labels)
+
+    def forward_features(self, inputs: Inputs) -> Tensor:
+        """Return what the head reads, (B, D); with :meth:`forward_head` this is ``forward``, as timm's models have it."""
+        return run_prompted(self.main, self._bank(), inputs)[0]
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """Return the logits of :meth:`forward_features`; with ``pre_logits``, or without a head, the features."""
+        return features if pre_logits or self.head is None else apply_head(self.head, features)
 
     def fold(self) -> FoldedModel:
         """For inference: a new model whose prompts' keys and values are computed already; see :meth:`MoPEFusion.fold`."""
         self._check_whole()
-        return FoldedModel(self.main, self.bank, self.head)
+        return FoldedModel(self.main, self.bank, self.head, return_logits=self.return_logits)
 
     def parameter_groups(self, lr: float, weight_decay: float = 1e-3) -> list[dict[str, Any]]:
         """Trained parameters for an optimiser."""

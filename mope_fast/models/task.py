@@ -1,6 +1,7 @@
 """What trained models share: a head and its loss, optimiser groups, saving, checkpointing, giving encoders back."""
 
 import os
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -341,7 +342,25 @@ class TaskModel(ImageConfig, nn.Module, ABC):
         """Train or evaluate what is trained; encoders stay in eval mode."""
         if mode:
             self._drop_tables()
+            self._check_prompts_are_trained()
         return super().train(mode)
+
+    def _check_prompts_are_trained(self) -> None:
+        """Warn where an adapter inside a frozen encoder is trained and the prompts are not, as ``get_peft_model`` leaves them."""
+        bank = getattr(self, "bank", None)
+        if bank is None or any(parameter.requires_grad for parameter in bank.parameters()):
+            return
+        if self._trained_in_encoders():
+            warnings.warn(
+                "this model trains what was put into its encoder and none of its prompts. If peft did that: "
+                "LoraConfig(modules_to_save=['bank', 'head'], ...) trains, saves and loads prompts and head, too",
+                stacklevel=3,
+            )
+
+    def _trained_in_encoders(self) -> list[str]:
+        """Names of parameters of frozen parts that are trained, by somebody else."""
+        frozen = tuple(f"{name}." for name in self.frozen_parts())
+        return [name for name, parameter in self.named_parameters() if parameter.requires_grad and name.startswith(frozen)]
 
     def _apply(self, *args: Any, **kwargs: Any) -> "TaskModel":
         self._drop_tables()
@@ -409,6 +428,12 @@ class TaskModel(ImageConfig, nn.Module, ABC):
         Raises:
             ValueError: a parameter or buffer holds NaN or infinities; the message names it, and what was saved before stays.
         """
+        if left_out := self._trained_in_encoders():
+            warnings.warn(
+                f"{len(left_out)} trained parameters are not in this save, because they are the encoder's: {left_out[0]}, ... Save "
+                "them with what put them there; peft's encoder.save_pretrained() for a LoRA",
+                stacklevel=2,
+            )
         state = self.state_dict()
         keys = self.trained_keys(state)
         mesh = mesh_of(state[key] for key in keys.values())

@@ -207,7 +207,7 @@ def test_a_model_made_for_feature_maps_only_is_told_of_ours():
 
 def test_swin_v2_is_refused_with_the_reason():
     model = timm.models.SwinTransformerV2(img_size=32, patch_size=4, window_size=4, embed_dim=8, depths=(1,), num_heads=(2,))
-    with pytest.raises(TypeError, match=r"SwinTransformerV2 is not supported: .*cosine.*timm's SwinTransformer"):
+    with pytest.raises(TypeError, match=r"timm's SwinTransformerV2 is not supported: .*cosine.*timm's SwinTransformer"):
         make_fusion(model)
 
 
@@ -569,7 +569,7 @@ def test_what_can_not_take_prompts_says_why_and_stays_as_it_was(make, message):
     encoder = make()
     before = state(encoder)
     for wrap in (make_fusion, lambda encoder: PromptTuned(encoder, 2)):
-        with pytest.raises(TypeError, match=f"this {type(encoder).__name__} can't take prompts: .*{message}"):
+        with pytest.raises(TypeError, match=f"timm's {type(encoder).__name__} can't take prompts: .*{message}"):
             wrap(encoder)
     assert state(encoder) == before
 
@@ -584,7 +584,9 @@ UNLISTED = {
 
 @pytest.mark.parametrize("name", UNLISTED)
 def test_unlisted_models_are_told_what_is_supported(name):
-    with pytest.raises(TypeError, match=f"{name} is not a supported encoder: expected one of .*VisionTransformer, SwinTransformer"):
+    with pytest.raises(
+        TypeError, match=f"timm's {name} is not a supported encoder: .*Expected one of .*VisionTransformer, SwinTransformer"
+    ):
         make_fusion(UNLISTED[name]())
 
 

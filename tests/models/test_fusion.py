@@ -188,9 +188,9 @@ def test_output_is_read_by_attribute_name_and_position():
     names = [f.name for f in dataclasses.fields(FusionOutput)]
     assert names == ["loss", "logits", "task_loss", "importance_loss", "scores", "features", "feature_maps"]
     assert output.feature_maps is output["feature_maps"] is None
-    for position, name in enumerate(names[:-1]):
-        assert output[name] is getattr(output, name) is output[position]
-    loss, logits, *_ = output
+    assert all(output[name] is getattr(output, name) for name in names)
+    loss, logits = output
+    assert (len(output), output[0] is loss, output[1:][0] is logits) == (2, True, True)
     assert (loss is output.loss, logits is output.logits) == (True, True)
     assert output.logits.shape == (3, CLASSES)
     assert output.scores.shape == (2, 3, SETTINGS["num_experts"])
@@ -198,10 +198,10 @@ def test_output_is_read_by_attribute_name_and_position():
         output["logit"]
 
 
-def test_positions_skip_what_is_none():
+def test_without_a_head_the_features_are_what_has_a_position():
     output = make_fusion(num_classes=None)(make_text(3), make_images(3))
     assert (output.loss, output.logits, output.task_loss) == (None, None, None)
-    assert output.to_tuple() == output[:3] == (output.importance_loss, output.scores, output.features)
+    assert output.to_tuple() == (output[0],) == (output.features,)
 
 
 def test_own_head_is_used_and_trained():
@@ -275,13 +275,13 @@ def test_autocast_keeps_scores_and_loss_in_float32():
         (
             lambda: MoPEFusion(nn.Linear(2, 2)),
             TypeError,
-            "Linear is not a supported encoder: expected one of .*BertModel.*Dinov2Model",
+            "torch's Linear is not a supported encoder: .*Expected one of .*BertModel.*Dinov2Model",
         ),
         (lambda: MoPEFusion("bert"), TypeError, "str is not a supported encoder"),
         (
             lambda: MoPEFusion(BertForSequenceClassification(make_bert(num_hidden_layers=1).config)),
             TypeError,
-            r"BertForSequenceClassification is not a supported encoder.*its part \.bert is supported, pass that",
+            r"transformers' BertForSequenceClassification is not a supported encoder: its part \.bert is supported, pass that",
         ),
         (lambda: make_fusion(make_bert(is_decoder=True)), TypeError, "it is a decoder .*load it with is_decoder=False"),
         (lambda: make_fusion("bert", None), ValueError, r"can't be inferred: set MoPEConfig\(cross_dim=...\)"),

@@ -1,0 +1,144 @@
+"""A model of one prompted main encoder and a head, as training scripts expect theirs: logits as a tensor, timm's names."""
+
+import warnings
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..encoders import PromptedEncoder
+from .output import FusionOutput
+from .task import TaskModel
+
+
+class Classifier(TaskModel):
+    """What :class:`PromptTuned` and :class:`MoPEFusion` share."""
+
+    main: PromptedEncoder
+    return_logits: bool
+    """Whether ``forward`` gives the logits alone, a tensor (without a head the features); see :meth:`auxiliary_loss`."""
+    _auxiliary: Tensor | None = None
+    """Importance loss of the last forward, not taken yet."""
+
+    @property
+    def num_classes(self) -> int | None:
+        """Outputs of the head; None where it has no weight of its own, 0 without one."""
+        if self.head is None:
+            return 0
+        weight = getattr(self.head, "weight", None)
+        return None if weight is None else weight.shape[0]
+
+    @property
+    @abstractmethod
+    def num_features(self) -> int:
+        """Width of what the head reads."""
+
+    @property
+    def head_hidden_size(self) -> int:
+        """Width of what the head reads."""
+        return self.num_features
+
+    @property
+    def in_chans(self) -> int:
+        """Channels of the images of a timm encoder.
+
+        Raises:
+            AttributeError: the encoder doesn't say.
+        """
+        return self.main.encoder.in_chans
+
+    def get_classifier(self) -> nn.Module | None:
+        """Return the head."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the head by a new linear one, on its device and in its dtype; by none where ``num_classes`` is 0.
+
+        Raises:
+            ValueError: ``global_pool`` is given: pooling is a setting of the model, ``pooling``.
+        """
+        if global_pool is not None:
+            raise ValueError(f"global_pool={global_pool!r}: pooling is chosen when the model is made, pooling='mean' or the like")
+        like = next((p for module in (self.head, self.main) if module is not None for p in module.parameters()), None)
+        self.head = None
+        if num_classes:
+            self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Turn gradient checkpointing on or off; see :meth:`gradient_checkpointing_enable`."""
+        self._set_gradient_checkpointing(enable)
+
+    def no_weight_decay(self) -> set[str]:
+        """Return no names: the paper's weight decay is on everything that is trained."""
+        return set()
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Not possible: raises ValueError.
+
+        Layer decay is a learning rate for each layer, and the prompts of all layers are one parameter.
+        """
+        raise ValueError(
+            "layer decay gives each layer a learning rate of its own, but the layers are frozen and the prompts of all of them are "
+            "one parameter: leave it out, and give the head a rate of its own by parameter groups"
+        )
+
+    def __prepare_scriptable__(self) -> "Classifier":
+        """Not possible: raises TypeError, as ``torch.jit.script`` asks."""
+        raise TypeError(
+            "torch.jit.script can't read this model (it hands prompts to layers of another library): take torch.compile, or for a "
+            "file torch.export or torch.jit.trace of model.eval() with return_logits=True (docs/export.md)"
+        )
+
+    def auxiliary_loss(self) -> Tensor | float:
+        """Take the last training forward's importance loss, weighted: ``criterion(model(x), y) + model.auxiliary_loss()``.
+
+        For models with ``return_logits``, whose output has no place for it. 0.0 where the model has none (it doesn't route over
+        experts, or ``importance_weight`` is 0). In DDP call it on ``ddp.module``.
+
+        Raises:
+            RuntimeError: there was no forward in training mode with gradients since it was last taken, or the model gives all of
+                its outputs: then it is a part of ``output.loss``.
+        """
+        if not self.return_logits:
+            raise RuntimeError("the model gives its loss with all outputs: read output.loss, or output.importance_loss")
+        if not self._has_auxiliary_loss():
+            return 0.0
+        if self._auxiliary is None:
+            raise RuntimeError(
+                "there is no importance loss to take: call the model in training mode, with gradients, and then this once"
+            )
+        loss, self._auxiliary = self._auxiliary, None
+        return loss
+
+    def _has_auxiliary_loss(self) -> bool:
+        return False
+
+    def _result(self, output: FusionOutput, labels: Tensor | None) -> FusionOutput | Tensor:
+        """What a forward gives."""
+        if not self.return_logits:
+            return output
+        if labels is not None:
+            raise ValueError("return_logits=True gives logits and no loss: keep the labels for your criterion, or leave it False")
+        if self._has_auxiliary_loss():
+            self._warn_of_lost_loss()
+            loss = self.config.importance_weight * output.importance_loss
+            self._auxiliary = loss if self.training and loss.requires_grad else None
+        return output.features if output.logits is None else output.logits
+
+    def _warn_of_lost_loss(self) -> None:
+        if self._auxiliary is not None and not torch.compiler.is_compiling():
+            warnings.warn(
+                "the importance loss of a training step was not taken: with return_logits=True the loss is criterion(model(x), y) "
+                "+ model.auxiliary_loss(); to train without it set MoPEConfig(importance_weight=0)",
+                stacklevel=5,
+            )
+            self._auxiliary = None
+
+    def train(self, mode: bool = True) -> "Classifier":
+        """Train or evaluate what is trained; encoders stay in eval mode."""
+        self._warn_of_lost_loss()
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_auxiliary": None}

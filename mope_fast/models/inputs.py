@@ -1,0 +1,85 @@
+"""Encoders' inputs by their own names, as tokenizers, image processors and transformers' Trainer pass them."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..encoders import PromptedEncoder
+from .prompting import Inputs
+
+NAMES = (
+    "input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "pixel_values", "bool_masked_pos",
+    "interpolate_pos_encoding", "input_values", "input_features", "x",
+)  # fmt: skip
+"""What supported encoders call their inputs; timm's and torchvision's models take an x."""
+
+
+def takes_named_inputs(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Have the signature of a forward with ``**named`` list NAMES: the Trainer drops columns of a data set that it doesn't."""
+    signature = inspect.signature(forward)
+    *own, rest = signature.parameters.values()
+    names = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in NAMES]
+    forward.__signature__ = signature.replace(parameters=[*own, *names, rest])
+    return forward
+
+
+def one_side(name: str, inputs: Inputs | None, named: Mapping[str, Any]) -> Inputs:
+    """The inputs of a model of one encoder, given as ``name`` or by their own names.
+
+    Raises:
+        TypeError: neither, or both.
+    """
+    named = _given(named)
+    if (inputs is None) == (not named):
+        got = "nothing" if inputs is None else f"{name} and {_listed(named)}"
+        raise TypeError(f"the encoder's inputs go in as {name} (a tensor, or a dict), or each by its own name; got {got}")
+    return named if inputs is None else inputs
+
+
+def two_sides(
+    main: PromptedEncoder,
+    complementary: object,
+    main_inputs: Inputs | None,
+    complementary_inputs: Inputs | None,
+    named: Mapping[str, Any],
+) -> tuple[Inputs, Inputs | None]:
+    """Main and complementary inputs, of which one or both may be given by their own names.
+
+    What the main encoder's forward names is the main one's, the rest the other's.
+
+    Raises:
+        TypeError: a name may be of either side, or is of neither; or there are no main inputs.
+    """
+    if named := _given(named):
+        of_main = main.input_names if main_inputs is None else frozenset()
+        of_other = _names_of(complementary) if complementary_inputs is None else frozenset()
+        in_both = [name for name in named if name in of_main and of_other is not None and name in of_other]
+        unknown = [name for name in named if name not in of_main and of_other is not None and name not in of_other]
+        if in_both or unknown:
+            problem = f"{_listed(in_both)} may be of either encoder" if in_both else f"neither side takes {_listed(unknown)}"
+            raise TypeError(f"{problem}: pass main_inputs={{...}} and complementary_inputs={{...}}")
+        own = {name: value for name, value in named.items() if name in of_main}
+        others = {name: value for name, value in named.items() if name not in of_main}
+        main_inputs, complementary_inputs = own or main_inputs, others or complementary_inputs
+    if main_inputs is None:
+        names = _listed(sorted(main.input_names & set(NAMES)))
+        raise TypeError(
+            f"the main encoder's inputs are missing: pass main_inputs (a tensor, or a dict), or each by its name: {names}"
+        )
+    return main_inputs, complementary_inputs
+
+
+def _given(named: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def _names_of(complementary: object) -> frozenset[str] | None:
+    """What the complementary side takes by name; None where that can't be known."""
+    if complementary is None:
+        return frozenset()
+    side = getattr(complementary, "main", None)
+    return side.input_names if isinstance(side, PromptedEncoder) else None
+
+
+def _listed(names: Any) -> str:
+    return " and ".join(names)

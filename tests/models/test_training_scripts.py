@@ -1,0 +1,272 @@
+"""What other people's training scripts and tools ask of a model: logits as a tensor, encoders' own arguments, timm's names."""
+
+import copy
+import inspect
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+from tiny_fusion import CLASSES, DETERMINISTIC, close, make_bert, make_dinov2, make_fusion, make_images, make_text, trained
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from mope_fast import MoPEFusion, PromptedEncoder, PromptTuned
+
+LABELS = torch.tensor([0, 4, 2])
+
+
+def make_vit(**settings):
+    return timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, embed_dim=48, num_heads=3, **settings)
+
+
+def make_tuned(**settings):
+    return PromptTuned(make_vit(), 4, CLASSES, dropout=0.0, return_logits=True, **settings).double().eval()
+
+
+def make_pictures(batch=3):
+    return torch.randn(batch, 3, 32, 32, dtype=torch.float64)
+
+
+def test_logits_alone_are_those_of_all_outputs_for_folded_models_too():
+    torch.manual_seed(0)
+    model, inputs = make_fusion(), (make_text(3), make_images(3))
+    expected = model(*inputs)
+    model.return_logits = True
+    close(model(*inputs), expected.logits, 0)
+    close(model.fold()(*inputs), expected.logits)
+    close(model.fold().for_export("scores")(*inputs), expected.scores)
+    with pytest.raises(ValueError, match="return_logits=True gives logits and no loss"):
+        model(*inputs, LABELS)
+    model.reset_classifier(0)
+    close(model(*inputs), expected.features, 0)
+
+
+def test_the_importance_loss_of_a_step_is_taken_once_and_makes_the_models_own_loss():
+    torch.manual_seed(1)
+    whole = make_fusion(**DETERMINISTIC, importance_weight=3.0, importance_threshold=0.0).train()
+    model, inputs = copy.deepcopy(whole), (make_text(3), make_images(3))
+    model.return_logits = True
+    loss = F.cross_entropy(model(*inputs), LABELS) + model.auxiliary_loss()
+    expected = whole(*inputs, LABELS).loss
+    close(loss, expected, 1e-12)
+    loss.backward()
+    expected.backward()
+    for name, parameter in trained(model).items():
+        close(parameter.grad, trained(whole)[name].grad, 1e-12)
+    with pytest.raises(RuntimeError, match="call the model in training mode"):
+        model.auxiliary_loss()
+    with pytest.raises(RuntimeError, match=r"read output\.loss"):
+        whole.auxiliary_loss()
+    model.eval()(*inputs)
+    with pytest.raises(RuntimeError, match="call the model in training mode"):
+        model.auxiliary_loss()
+
+
+def test_an_importance_loss_that_nobody_takes_is_said():
+    torch.manual_seed(2)
+    model, inputs = make_fusion().train(), (make_text(3), make_images(3))
+    model.return_logits = True
+    model(*inputs)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        copied(*inputs)  # it isn't the copy's
+    with pytest.warns(UserWarning, match=r"criterion\(model\(x\), y\) \+ model\.auxiliary_loss\(\)"):
+        model(*inputs)
+    with pytest.warns(UserWarning, match="was not taken"):
+        model.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for without in (make_fusion(importance_weight=0.0), make_fusion(use_dynamic=False)):
+            without.return_logits = True
+            without.train()(*inputs)
+            without(*inputs)
+            assert without.auxiliary_loss() == 0.0
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_trace_of_a_model_of_logits_runs_without_us(tmp_path, batch):
+    model, images = make_tuned(), make_pictures()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the tracer, on sizes that it holds for fixed
+        torch.jit.save(torch.jit.trace(nn.Sequential(model, nn.Softmax(-1)), images), tmp_path / "traced.pt")
+    images = make_pictures(batch)
+    close(torch.jit.load(tmp_path / "traced.pt")(images), model(images).softmax(-1), 1e-12)
+
+
+def test_a_model_of_logits_exports_and_compiles_whole():
+    model, images = make_tuned(), make_pictures()
+    exported = torch.export.export(model, (images,)).module()
+    close(exported(images), model(images), 1e-12)
+    compiled = torch.compile(make_fusion(), backend="eager", fullgraph=True)
+    compiled.return_logits = True
+    compiled.train()
+    text = make_text(3)
+    assert compiled(**text, pixel_values=make_images(3)).shape == (3, CLASSES)
+    assert compiled.auxiliary_loss().requires_grad
+
+
+def test_inputs_go_to_the_encoder_that_names_them():
+    torch.manual_seed(3)
+    model, text, images = make_fusion(), make_text(3), make_images(3)
+    expected = model(text, images, LABELS)
+    for given in (
+        {**text, "pixel_values": images, "labels": LABELS}, {"main_inputs": text, "pixel_values": images, "labels": LABELS},
+        {**text, "complementary_inputs": images, "labels": LABELS},
+    ):  # fmt: skip
+        close(model(**given).loss, expected.loss, 0)
+    close(model.fold()(**text, pixel_values=images).logits, expected.logits)
+    tuned = PromptTuned(make_bert(), 2, CLASSES).double().eval()
+    close(tuned(**text).logits, tuned(text).logits, 0)
+    features = make_fusion(complementary=None, cross_dim=6)
+    cross = torch.randn(3, 6, dtype=torch.float64)
+    close(features(**text, complementary_inputs=cross).logits, features(text, cross).logits, 0)
+    black_box = make_fusion(complementary=lambda sound: sound.mean(-1), cross_dim=6)
+    close(black_box(**text, sound=cross[..., None]).logits, black_box(text, cross[..., None]).logits, 0)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "main encoder's inputs are missing: .*input_ids"),
+        ({"pixel_values": 0}, "main encoder's inputs are missing"),
+        ({"input_ids": 0, "sound": 0}, "neither side takes sound: pass main_inputs"),
+        ({"main_inputs": 0, "input_ids": 0}, "neither side takes input_ids"),
+    ],
+)
+def test_names_that_fit_no_side_are_refused(given, message):
+    with pytest.raises(TypeError, match=message):
+        make_fusion()(**given)
+
+
+def test_names_that_fit_both_sides_or_none_are_refused():
+    with pytest.raises(TypeError, match=r"input_ids and attention_mask may be of either encoder: pass main_inputs"):
+        make_fusion("bert", make_bert())(**make_text(3))
+    tuned = PromptTuned(make_bert(), 2)
+    for given in ({}, {"inputs": make_text(3), **make_text(3)}):
+        with pytest.raises(TypeError, match=r"go in as inputs .* or each by its own name"):
+            tuned(**given)
+
+
+@pytest.mark.parametrize("model", [PromptTuned, MoPEFusion])
+def test_the_signature_has_what_encoders_take(model):
+    names = inspect.signature(model.forward).parameters
+    encoders = [make_bert(), make_dinov2(), make_vit()]
+    for encoder in encoders:
+        assert PromptedEncoder(encoder).input_names & names.keys()
+    assert {"input_ids", "attention_mask", "token_type_ids", "pixel_values", "x", "labels"} <= names.keys()
+
+
+class Sentences(torch.utils.data.Dataset):
+    """Ragged, as a tokenizer leaves them."""
+
+    def __init__(self, labelled=True):
+        self.labelled = labelled
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        ids = list(range(1, 4 + index))
+        sample = {"input_ids": ids, "attention_mask": [1] * len(ids), "sentence": "dropped", "idx": index}
+        return sample | ({"label": index % 2} if self.labelled else {})
+
+
+class Padding:
+    """A collator as transformers makes them, for what is left of a sample."""
+
+    def __call__(self, samples):
+        assert all("sentence" not in sample for sample in samples)
+        length = max(len(sample["input_ids"]) for sample in samples)
+        batch = {
+            name: torch.tensor([sample[name] + [0] * (length - len(sample[name])) for sample in samples])
+            for name in ("input_ids", "attention_mask")
+        }
+        labels = {"labels": torch.tensor([sample["label"] for sample in samples])} if "label" in samples[0] else {}
+        return batch | labels
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_trainer_trains_evaluates_keeps_the_best_and_predicts_on_ordinary_columns(tmp_path, smoothing):
+    torch.manual_seed(4)
+    bert = make_bert().float()
+    bert.config.label2id = {"no": 0, "yes": 1}
+    model = PromptTuned(bert, 2, 2)
+    assert model.config is bert.config
+    arguments = TrainingArguments(
+        tmp_path, num_train_epochs=2, per_device_train_batch_size=3, use_cpu=True, report_to="none", disable_tqdm=True,
+        eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True, metric_for_best_model="accuracy",
+        learning_rate=0.01, label_smoothing_factor=smoothing,
+    )  # fmt: skip
+    trainer = Trainer(
+        model, arguments, train_dataset=Sentences(), eval_dataset=Sentences(), data_collator=Padding(),
+        compute_metrics=lambda found: {"accuracy": (np.argmax(found.predictions, axis=1) == found.label_ids).mean()},
+    )  # fmt: skip
+    trainer.train()
+    trainer.train(resume_from_checkpoint=True)
+    measured = trainer.evaluate()
+    predicted = trainer.predict(Sentences(labelled=False)).predictions
+    with torch.no_grad():
+        rows = [Sentences()[index] for index in range(6)]
+        batch = Padding()([{name: value for name, value in row.items() if name != "sentence"} for row in rows])
+        labels = batch.pop("labels")
+        logits = model.eval()(**batch).logits
+    np.testing.assert_allclose(predicted, logits.numpy(), atol=1e-5)
+    assert measured["eval_accuracy"] == (logits.argmax(1) == labels).double().mean().item()
+    assert measured["eval_loss"] == pytest.approx(F.cross_entropy(logits, labels, label_smoothing=smoothing).item(), rel=1e-4)
+
+
+def test_a_prediction_of_a_fused_model_is_its_logits(tmp_path):
+    model = make_fusion().float()
+    arguments = TrainingArguments(tmp_path, use_cpu=True, report_to="none", disable_tqdm=True)
+    rows = [{"input_ids": torch.arange(1, 5), "pixel_values": torch.randn(3, 12, 12), "name": "dropped"} for _ in range(3)]
+    predicted = Trainer(model, arguments).predict(rows).predictions
+    batch = {name: torch.stack([row[name] for row in rows]) for name in ("input_ids", "pixel_values")}
+    np.testing.assert_allclose(predicted, model.eval()(**batch).logits.detach().numpy(), atol=1e-5)
+
+
+def test_what_timms_script_does_to_a_model():
+    torch.manual_seed(5)
+    encoder = make_vit()
+    model = PromptTuned(encoder, prompt_length=4, num_classes=CLASSES, return_logits=True)
+    assert (model.num_classes, model.num_features, model.head_hidden_size, model.in_chans) == (CLASSES, 48, 48, 3)
+    assert model.pretrained_cfg is model.default_cfg is encoder.pretrained_cfg
+    weight = model.get_classifier().weight.clone()
+    with torch.no_grad():
+        model.get_classifier().weight.mul_(0.5)  # --head-init-scale
+    close(model.head.weight, 0.5 * weight, 0)
+    model.set_grad_checkpointing(enable=True)
+    assert model.main.gradient_checkpointing
+    model.set_grad_checkpointing(enable=False)
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=0.01, weight_decay=0.05)
+    given = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    assert given == {id(parameter) for parameter in trained(model).values()}
+    average = ModelEmaV3(model, decay=0.5)
+    before, images = copy.deepcopy(average.module), make_pictures().float()
+    F.cross_entropy(model.train()(images), LABELS).backward()
+    optimizer.step()
+    average.update(model)
+    prompts, of_before, now = (each.bank.stacks["48"].static_prompt for each in (average.module, before, model))
+    close(prompts, (of_before + now) / 2, 1e-6)
+    features = model.eval().forward_features(images)
+    close(model.forward_head(features), model(images), 1e-6)
+    close(model.forward_head(features, pre_logits=True), features, 0)
+    model.reset_classifier(7)
+    assert model(images).shape == (3, 7)
+    assert model.num_classes == 7
+
+
+def test_what_can_not_be_done_for_timms_script_is_said():
+    model = make_tuned()
+    with pytest.raises(ValueError, match="layer decay gives each layer a learning rate of its own, but the layers are frozen"):
+        create_optimizer_v2(model, opt="adamw", lr=0.01, layer_decay=0.75)
+    with pytest.raises(TypeError, match=r"torch\.jit\.script can't read this model .* torch\.jit\.trace"):
+        torch.jit.script(model)
+    with pytest.raises(ValueError, match="global_pool='avg': pooling is chosen when the model is made"):
+        model.reset_classifier(3, global_pool="avg")
+    with pytest.raises(ValueError, match="complementary has return_logits=True"):
+        MoPEFusion(make_bert(), model, 3)
