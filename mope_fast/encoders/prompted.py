@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from .attachment import Attachment, Encoded, PromptProvider, wrapping
 from .families import Inputs, PromptedLayer, family_of
 
-
 _IMAGES, _MASKS = ("pixel_values", "x"), frozenset({"attention_mask"})
 
 

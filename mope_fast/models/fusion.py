@@ -11,7 +11,7 @@ from .. import functional
 from ..encoders import PromptedEncoder, family_of, find_family
 from ..encoders.frozen import Hold
 from ..modules import MoPEConfig, PromptBank
-from . import checkpoint
+from . import checkpoint, hub
 from .classifier import Classifier
 from .folded import FoldedModel
 from .inputs import takes_named_inputs, two_sides
@@ -262,15 +262,19 @@ class MoPEFusion(Classifier):
         *,
         head: nn.Module | None = None,
         strict: bool = False,
+        revision: str | None = None,
     ) -> "MoPEFusion":
-        """Read a folder of :meth:`save_pretrained` onto the same encoders; ``head`` only if it was saved with one of its own.
+        """Read a save onto the same encoders; ``head`` only if it was saved with one of its own.
 
-        Encoders with other weights are a warning; with ``strict`` an error, see :meth:`load_pretrained`.
+        ``path`` is a folder of :meth:`save_pretrained`, or "user/name" of one on the Hugging Face Hub (:meth:`push_to_hub`), of
+        which ``revision`` is a branch, a tag or a commit. Encoders with other weights are a warning; with ``strict`` an error, see
+        :meth:`load_pretrained`.
 
         Raises:
             FileNotFoundError, ValueError: no such save, it is damaged or doesn't fit; the message says what doesn't.
             OSError: a file can't be read.
         """
+        path = hub.local_folder(path, revision)
         known = {field.name for field in dataclasses.fields(MoPEConfig)}
         saved = checkpoint.read_description(path, "MoPEFusion", known)
         classes, task = None if head is not None else saved["num_classes"], checkpoint.task_settings(saved)

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..modules import MoPEConfig, PromptBank
-from . import checkpoint
+from . import checkpoint, hub
 from .classifier import Classifier
 from .folded import FoldedModel
 from .inputs import one_side, takes_named_inputs
@@ -128,16 +128,25 @@ class PromptTuned(Classifier):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | os.PathLike[str], encoder: nn.Module, *, head: nn.Module | None = None, strict: bool = False
+        cls,
+        path: str | os.PathLike[str],
+        encoder: nn.Module,
+        *,
+        head: nn.Module | None = None,
+        strict: bool = False,
+        revision: str | None = None,
     ) -> "PromptTuned":
-        """Read a folder of :meth:`save_pretrained` onto the same encoder; ``head`` only if it was saved with one of its own.
+        """Read a save onto the same encoder; ``head`` only if it was saved with one of its own.
 
-        An encoder with other weights is a warning; with ``strict`` an error, see :meth:`load_pretrained`.
+        ``path`` is a folder of :meth:`save_pretrained`, or "user/name" of one on the Hugging Face Hub (:meth:`push_to_hub`), of
+        which ``revision`` is a branch, a tag or a commit. An encoder with other weights is a warning; with ``strict`` an error, see
+        :meth:`load_pretrained`.
 
         Raises:
             FileNotFoundError, ValueError: no such save, it is damaged or doesn't fit; the message says what doesn't.
             OSError: a file can't be read.
         """
+        path = hub.local_folder(path, revision)
         saved = checkpoint.read_description(path, "PromptTuned", {"prompt_length", "dropout", "prompt_init", "pooling"})
         classes, task = None if head is not None else saved["num_classes"], checkpoint.task_settings(saved)
         with checkpoint.settings_of(path):
