@@ -50,8 +50,6 @@ def make_trainer(task: Task) -> Trainer:
         train_dataset=train,
         eval_dataset=task.splits["val"],
         compute_metrics=metrics,
-        # of a fusion's outputs the first is the logits; keep nothing else of each batch
-        preprocess_logits_for_metrics=lambda outputs, labels: outputs[0],
         optimizers=task.optimizer(batches),
     )
 

@@ -1,7 +1,8 @@
 """How frozen encoders take prompts: one small adapter a family."""
 
 from . import timm as _timm  # noqa: F401
-from . import transformers as _transformers  # noqa: F401  they register their families
+from . import transformers as _transformers  # noqa: F401
+from . import vit_pytorch as _vit_pytorch  # noqa: F401  they register their families
 from .attachment import Encoded, PromptProvider, prefixes_of, unwrap_encoder
 from .families import EncoderFamily, Inputs, PromptedLayer, encode, family_of, find_family, register_encoder, supported_encoders
 from .pooling import Pool, first_token, last_real_token, masked_mean, token_at, token_mean
