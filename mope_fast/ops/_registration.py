@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 library = torch.library.Library("mope_fast", "DEF")
 
@@ -21,20 +22,32 @@ def _on_their_device(launch: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def define(schema: str, *, cpu: Callable[..., Any], cuda: Callable[..., Any], fake: Callable[..., Any], use: str) -> Any:
+def define(
+    schema: str,
+    *,
+    cpu: Callable[..., Any],
+    cuda: Callable[..., Any],
+    fake: Callable[..., Any],
+    flops: Callable[..., int],
+    use: str,
+) -> Any:
     """Register one op and return its overload.
 
     Args:
         schema: in torch's schema language, without the namespace.
         cpu, cuda: implementations.
         fake: shapes, strides and dtypes of the result.
+        flops: operations of its matrix products, of the arguments with shapes for tensors, for torch's FlopCounterMode: a
+            multiplication and an addition are two, and what a mask hides counts, as for torch's own.
         use: the differentiable function to call instead, for the error message.
     """
     name = library.define(schema)
     library.impl(name, cpu, "CPU")
     library.impl(name, _on_their_device(cuda), "CUDA")
     torch.library.register_fake(f"mope_fast::{name}", fake, lib=library)
-    overload = getattr(torch.ops.mope_fast, name).default
+    packet = getattr(torch.ops.mope_fast, name)
+    register_flop_formula(packet)(lambda *args, out_shape=None, **kwargs: flops(*args))
+    overload = packet.default
 
     def refuse_gradients(*args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in (*args, *kwargs.values())):

@@ -22,6 +22,11 @@ def _fake_forward(feature, cross, weight, keys, experts, before, after, gram, sh
     return rows, cross.new_empty(cross.shape, dtype=dtype), rstd
 
 
+def _flops(feature, cross, weight, keys, experts):
+    router = 2 * feature[0] * (weight[0] * weight[1] + keys[0] * keys[1])
+    return router + mixing.flops(cross, experts)
+
+
 def _assembled(mixed, before, after, shift, out_dtype):
     routed = mixed if shift is None else mixed + cast(shift, out_dtype)
     parts = [part for part in (before, routed, after) if part is not None]
@@ -115,6 +120,7 @@ layer_prompts_forward = define(
     cpu=_forward(mixing._triton_forward if INTERPRETED else mixing._reference_forward),
     cuda=_forward(mixing._triton_forward),
     fake=_fake_forward,
+    flops=lambda *arguments: _flops(*arguments[:5]),
     use="MoPELayer or PromptBank",
 )
 layer_prompts_backward = define(
@@ -124,6 +130,7 @@ layer_prompts_backward = define(
     cpu=_backward(mixing._triton_backward if INTERPRETED else mixing._reference_backward),
     cuda=_backward(mixing._triton_backward),
     fake=_fake_backward,
+    flops=lambda grad_rows, grad_scores, *arguments: 2 * _flops(*arguments[:5]),
     use="MoPELayer or PromptBank",
 )
 

@@ -100,6 +100,11 @@ def _fake_backward(grad_out, given: _Tensors, out, statistics, scale, is_causal,
     return tuple(_empty_grads(given, needs))
 
 
+def _flops(given: _Tensors, products: int) -> int:
+    (batch, heads, queries, head_dim), keys = given.q, given.k[2] + sum(prefix[2] for prefix in given.prefix_keys)
+    return 2 * products * batch * heads * queries * keys * head_dim
+
+
 def _visible(given: _Tensors, is_causal: bool) -> Tensor | None:
     """bool (Sq, Sk) or None for all."""
     q, k, field = given.q, given.k, given.field
@@ -296,6 +301,7 @@ prompt_attention_forward = define(
     cpu=_of_forward(_triton_forward if INTERPRETED else _reference_forward),
     cuda=_of_forward(_triton_forward),
     fake=_of_forward(_fake_forward),
+    flops=_of_forward(lambda given, *settings: _flops(given, 2)),
     use="mope_fast.functional.prompt_attention",
 )
 prompt_attention_backward = define(
@@ -305,6 +311,7 @@ prompt_attention_backward = define(
     cpu=_of_backward(_triton_backward if INTERPRETED else _reference_backward),
     cuda=_of_backward(_triton_backward),
     fake=_of_backward(_fake_backward),
+    flops=_of_backward(lambda grad_out, given, *others: _flops(given, 5)),
     use="mope_fast.functional.prompt_attention",
 )
 

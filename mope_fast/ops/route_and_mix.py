@@ -22,6 +22,11 @@ def _empty_outputs(logits: Tensor, experts: Tensor, gram: Tensor | None, out_dty
     return mixed, scores, _empty_rstd(logits, experts, gram)
 
 
+def flops(logits, experts):
+    """Of the mixture; its backward pass makes two products as large."""
+    return 2 * logits[0] * experts[0] * experts[1] * experts[2]
+
+
 def _fake_forward(logits, experts, noise, gram, temperature, top_k, renormalize, eps, out_dtype):
     return _empty_outputs(logits, experts, gram, out_dtype)
 
@@ -181,6 +186,7 @@ route_and_mix_forward = define(
     cpu=_triton_forward if INTERPRETED else _reference_forward,
     cuda=_triton_forward,
     fake=_fake_forward,
+    flops=lambda logits, experts, *others: flops(logits, experts),
     use="mope_fast.functional.route_and_mix",
 )
 route_and_mix_backward = define(
@@ -190,6 +196,7 @@ route_and_mix_backward = define(
     cpu=_triton_backward if INTERPRETED else _reference_backward,
     cuda=_triton_backward,
     fake=_fake_backward,
+    flops=lambda grad_mixed, grad_scores, logits, experts, *others: 2 * flops(logits, experts),
     use="mope_fast.functional.route_and_mix",
 )
 

@@ -54,6 +54,14 @@ def _fake_backward(grad_out: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     return _empty_grads(_Arguments(*given), needs)
 
 
+def _flops(given: _Arguments, products: int) -> int:
+    batch, height, width, _, heads, head_dim = given.qkv
+    windows = -(-height // given.window_size[0]) * -(-width // given.window_size[1])
+    area = given.window_size[0] * given.window_size[1]
+    keys = area + sum(prefix[2] for prefix in (given.pk0, given.pk1) if prefix is not None)
+    return 2 * products * batch * windows * heads * area * keys * head_dim
+
+
 def _on_cpu(given: _Arguments) -> cpu_window_attention.Call:
     pairs = [(pk, pv) for pk, pv in ((given.pk0, given.pv0), (given.pk1, given.pv1)) if pk is not None]
     return cpu_window_attention.Call(given.qkv, pairs, *given[5:])
@@ -209,6 +217,7 @@ window_attention_forward = define(
     cpu=_triton_forward if INTERPRETED else _cpu_forward,
     cuda=_triton_forward,
     fake=_fake_forward,
+    flops=lambda *arguments: _flops(_Arguments(*arguments), 2),
     use="mope_fast.functional.window_prompt_attention",
 )
 window_attention_backward = define(
@@ -217,6 +226,7 @@ window_attention_backward = define(
     cpu=_triton_backward if INTERPRETED else _cpu_backward,
     cuda=_triton_backward,
     fake=_fake_backward,
+    flops=lambda grad_out, *arguments: _flops(_Arguments(*arguments[:-1]), 5),
     use="mope_fast.functional.window_prompt_attention",
 )
 
