@@ -17,7 +17,7 @@ from .._locks import Guarded
 from ..modules.prompts import PromptContext
 from ..modules.tables import Prefix
 from .families import EncoderFamily, Inputs
-from .frozen import freeze, thaw_held
+from .frozen import freeze, thaw_held, unfrozen
 from .pooling import Pool
 
 _SLOT = "_mope_fast_slot"
@@ -48,6 +48,7 @@ class _Running:
     prompts: PromptProvider
     pool: Pool
     gradient_checkpointing: bool
+    takes_gradients: bool
     scores: list[Tensor | None]  # of the layers that have run
     thread: int
 
@@ -173,7 +174,7 @@ class Attachment(Guarded):
             return self._encode(inputs, [], feature_maps)
         scores: list[Tensor | None] = []
         pool = self.family.router_pool(self.encoder, inputs, self.router_pooling)
-        running = _Running(prompts, pool, gradient_checkpointing, scores, thread)
+        running = _Running(prompts, pool, gradient_checkpointing, torch.is_grad_enabled(), scores, thread)
         state.running = running
         try:
             encoded = self._encode(inputs, scores, feature_maps)
@@ -208,6 +209,12 @@ class Attachment(Guarded):
             raise RuntimeError(
                 f"layer {index} of this {type(self.encoder).__name__} was called out of order, by another forward within this one: "
                 "let one end before the next, or deep-copy the model"
+            )
+        if running.takes_gradients and not torch.is_grad_enabled():
+            raise RuntimeError(
+                f"layer {index} of this {type(self.encoder).__name__} runs without gradients in a forward that takes them, so its "
+                "prompts would not be trained: if others checkpoint it (use_reentrant=True, fairscale's), leave that out and call "
+                "gradient_checkpointing_enable() on the fused model"
             )
         run = functools.partial(self._prompted_layer, index, running.prompts, running.pool)
         if running.gradient_checkpointing and torch.is_grad_enabled():
@@ -253,6 +260,10 @@ class Attachment(Guarded):
     def _plain_layer(self, index: int, *args: Any, **kwargs: Any) -> Any:
         module, previous = self.layers[index][0], self._previous[index]
         return type(module).forward(module, *args, **kwargs) if previous is None else previous(*args, **kwargs)
+
+    def unfrozen(self) -> list[str]:
+        """Names of the encoder's own parameters that ask for a gradient, which somebody else has had them do."""
+        return unfrozen(self._thaw)
 
     def detach(self) -> None:
         """Give the encoder back as it was, once a forward of another thread has ended.

@@ -48,6 +48,12 @@ def _thaw(module: nn.Module, modes: list[tuple[nn.Module, bool]], flags: list[_F
                 parameter.requires_grad_(flag)
 
 
+def unfrozen(thaw: Callable[[], None]) -> list[str]:
+    """Names of what :func:`freeze` froze that asks for a gradient again; ``thaw`` is what it returned."""
+    _, _, flags = thaw.args
+    return [flag.path for flag in flags if getattr(flag.part._parameters.get(flag.name), "requires_grad", False)]
+
+
 class Hold:
     """One model's hold on a module that it keeps frozen. The module thaws when the last one lets go.
 

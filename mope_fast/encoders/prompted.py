@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -104,11 +104,24 @@ class PromptedEncoder(nn.Module):
                 more.
         """
         inputs = self.family.keyword_arguments(inputs)
+        if self.encoder.training and not torch.compiler.is_dynamo_compiling():
+            # by its own train(), or by that of another module that holds it
+            self.encoder.eval()
         return self._attachment.run(inputs, prompts, feature_maps=feature_maps, gradient_checkpointing=self.gradient_checkpointing)
 
     def train(self, mode: bool = True) -> "PromptedEncoder":
         """Stays in eval mode: a frozen encoder has no dropout, whatever the fused model does."""
         return super().train(False)
+
+    def unfrozen(self) -> list[str]:
+        """Names of the encoder's own parameters that ask for a gradient: something has undone what wrapping did."""
+        return self._attachment.unfrozen()
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        raise RuntimeError(
+            "nn.DataParallel copies modules without their layers' forwards, and prompts would not reach the copies: use "
+            "DistributedDataParallel (torchrun --nproc-per-node ...), or one device"
+        )
 
     def detach(self) -> nn.Module:
         """Undo the wrapping and return the encoder as it was; this module can't be used afterwards."""

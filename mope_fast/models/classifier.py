@@ -135,6 +135,15 @@ class Classifier(TaskModel):
             )
             self._auxiliary = None
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Take the main encoder's weights by the names that they had before this model stood in its place, too."""
+        inner = f"{prefix}main.encoder."
+        if not any(key.startswith(inner) for key in state_dict):
+            for name in self.main.encoder.state_dict():
+                if prefix + name in state_dict:
+                    state_dict[inner + name] = state_dict.pop(prefix + name)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def train(self, mode: bool = True) -> "Classifier":
         """Train or evaluate what is trained; encoders stay in eval mode."""
         self._warn_of_lost_loss()

@@ -142,8 +142,8 @@ class MoPEFusion(Classifier):
                 wait, a class out of range stops the device, and other wrong values make ``loss`` NaN. Where no sample counts,
                 the task loss is 0.
             feature_maps: give those of the main encoder's stages too, for dense prediction (Swin).
-            named: encoders' keyword arguments themselves, in place of one of these or both: what the main encoder's forward names
-                is the main one's, the rest the other's.
+            named: encoders' keyword arguments themselves, in place of these or beside their tensors: what the main encoder's
+                forward names is the main one's, the rest the other's.
         """
         side = self.complementary
         main_inputs, complementary_inputs = two_sides(self.main, side, main_inputs, complementary_inputs, named)

@@ -4,6 +4,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from ..encoders import PromptedEncoder
 from .prompting import Inputs
 
@@ -23,17 +25,27 @@ def takes_named_inputs(forward: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def one_side(name: str, inputs: Inputs | None, named: Mapping[str, Any]) -> Inputs:
-    """The inputs of a model of one encoder, given as ``name`` or by their own names.
+def one_side(encoder: PromptedEncoder, inputs: Inputs | None, named: Mapping[str, Any]) -> Inputs:
+    """The inputs of a model of one encoder: a tensor or a dict, or by their own names, the main one perhaps as the tensor.
 
     Raises:
-        TypeError: neither, or both.
+        TypeError: there are none, or a dict beside names.
     """
-    named = _given(named)
-    if (inputs is None) == (not named):
-        got = "nothing" if inputs is None else f"{name} and {_listed(named)}"
-        raise TypeError(f"the encoder's inputs go in as {name} (a tensor, or a dict), or each by its own name; got {got}")
-    return named if inputs is None else inputs
+    if not (named := _given(named)):
+        if inputs is None:
+            raise TypeError("the encoder's inputs are missing: pass a tensor, a dict, or each by its own name")
+        return inputs
+    if inputs is not None and not isinstance(inputs, Tensor):
+        raise TypeError(f"the encoder's inputs go in as a dict or each by its own name, got a dict and {_listed(named)}")
+    return _with_main(encoder, inputs, named)
+
+
+def _with_main(encoder: PromptedEncoder, inputs: Tensor | None, named: dict[str, Any]) -> Inputs:
+    if inputs is None:
+        return named
+    if (name := encoder.family.input_name) in named:
+        raise TypeError(f"{name} is given twice, as a tensor and by its name")
+    return {name: inputs, **named}
 
 
 def two_sides(
@@ -51,8 +63,9 @@ def two_sides(
         TypeError: a name may be of either side, or is of neither; or there are no main inputs.
     """
     if named := _given(named):
-        of_main = main.input_names if main_inputs is None else frozenset()
-        of_other = _names_of(complementary) if complementary_inputs is None else frozenset()
+        # what comes as a tensor is a side's main input, which may have others beside it
+        of_main = main.input_names if main_inputs is None or isinstance(main_inputs, Tensor) else frozenset()
+        of_other = _names_of(complementary, complementary_inputs)
         in_both = [name for name in named if name in of_main and of_other is not None and name in of_other]
         unknown = [name for name in named if name not in of_main and of_other is not None and name not in of_other]
         if in_both or unknown:
@@ -60,7 +73,10 @@ def two_sides(
             raise TypeError(f"{problem}: pass main_inputs={{...}} and complementary_inputs={{...}}")
         own = {name: value for name, value in named.items() if name in of_main}
         others = {name: value for name, value in named.items() if name not in of_main}
-        main_inputs, complementary_inputs = own or main_inputs, others or complementary_inputs
+        main_inputs = _with_main(main, main_inputs, own) if own else main_inputs
+        if others:
+            side = getattr(complementary, "main", None)
+            complementary_inputs = _with_main(side, complementary_inputs, others)
     if main_inputs is None:
         names = _listed(sorted(main.input_names & set(NAMES)))
         raise TypeError(
@@ -73,12 +89,12 @@ def _given(named: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in named.items() if value is not None}
 
 
-def _names_of(complementary: object) -> frozenset[str] | None:
-    """What the complementary side takes by name; None where that can't be known."""
-    if complementary is None:
-        return frozenset()
+def _names_of(complementary: object, inputs: Inputs | None) -> frozenset[str] | None:
+    """What the complementary side takes by name beside these inputs; None where that can't be known."""
     side = getattr(complementary, "main", None)
-    return side.input_names if isinstance(side, PromptedEncoder) else None
+    if isinstance(side, PromptedEncoder) and (inputs is None or isinstance(inputs, Tensor)):
+        return side.input_names
+    return None if inputs is None and complementary is not None else frozenset()
 
 
 def _listed(names: Any) -> str:

@@ -92,9 +92,9 @@ class PromptTuned(Classifier):
             inputs: the encoder's main input, or a dict of its keyword arguments.
             labels: see ``problem_type``; gives ``loss``.
             feature_maps: give those of the encoder's stages too (Swin).
-            named: the encoder's keyword arguments themselves, in place of ``inputs``.
+            named: the encoder's keyword arguments themselves, in place of ``inputs`` or beside its main one.
         """
-        inputs = one_side("inputs", inputs, named)
+        inputs = one_side(self.main, inputs, named)
         features, _, maps = run_prompted(self.main, self._bank(), inputs, feature_maps=feature_maps)
         logits = apply_head(self.head, features)
         loss = self.task_loss(logits, labels)

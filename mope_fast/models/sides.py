@@ -21,7 +21,10 @@ def complementary_feature(complementary: nn.Module | Callable[..., Tensor] | Non
         ValueError: there are no inputs.
     """
     if inputs is None:
-        raise ValueError("complementary_inputs is None, but prompts or head depend on the complementary modality")
+        raise ValueError(
+            "complementary_inputs is None, but prompts or head depend on the complementary modality; if transformers' Trainer has "
+            "dropped its columns: remove_unused_columns=False"
+        )
     if complementary is None:
         return inputs
     if is_prompted_model(complementary):

@@ -342,11 +342,21 @@ class TaskModel(ImageConfig, nn.Module, ABC):
         """Train or evaluate what is trained; encoders stay in eval mode."""
         if mode:
             self._drop_tables()
-            self._check_prompts_are_trained()
+            self._check_what_is_trained()
         return super().train(mode)
 
-    def _check_prompts_are_trained(self) -> None:
-        """Warn where an adapter inside a frozen encoder is trained and the prompts are not, as ``get_peft_model`` leaves them."""
+    def _check_what_is_trained(self) -> None:
+        """Warn where other programs have changed it.
+
+        ``get_peft_model`` leaves prompts frozen, transformers' ``from_pretrained`` of a model around this one thaws its encoder.
+        """
+        for module in self.modules():
+            if isinstance(module, PromptedEncoder) and (names := module.unfrozen()):
+                warnings.warn(
+                    f"{len(names)} parameters of the frozen {type(module.encoder).__name__} ask for a gradient, {names[0]} the "
+                    "first: an optimiser that is given them changes the encoder. Call requires_grad_(False) on it",
+                    stacklevel=3,
+                )
         bank = getattr(self, "bank", None)
         if bank is None or any(parameter.requires_grad for parameter in bank.parameters()):
             return

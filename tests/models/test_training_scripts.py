@@ -147,8 +147,11 @@ def test_names_that_fit_both_sides_or_none_are_refused():
     with pytest.raises(TypeError, match=r"input_ids and attention_mask may be of either encoder: pass main_inputs"):
         make_fusion("bert", make_bert())(**make_text(3))
     tuned = PromptTuned(make_bert(), 2)
-    for given in ({}, {"inputs": make_text(3), **make_text(3)}):
-        with pytest.raises(TypeError, match=r"go in as inputs .* or each by its own name"):
+    for given, message in (
+        ({}, "inputs are missing"),
+        ({"inputs": make_text(3), **make_text(3)}, "as a dict or each by its own name"),
+    ):
+        with pytest.raises(TypeError, match=message):
             tuned(**given)
 
 
@@ -270,3 +273,61 @@ def test_what_can_not_be_done_for_timms_script_is_said():
         model.reset_classifier(3, global_pool="avg")
     with pytest.raises(ValueError, match="complementary has return_logits=True"):
         MoPEFusion(make_bert(), model, 3)
+
+
+def test_a_main_input_may_come_first_and_the_others_by_name():
+    torch.manual_seed(6)
+    model, text, images = make_fusion(), make_text(3), make_images(3)
+    ids, mask = text["input_ids"], text["attention_mask"]
+    expected = model(text, images).logits
+    close(model(ids, images, attention_mask=mask).logits, expected, 0)
+    close(model(ids, attention_mask=mask, pixel_values=images).logits, expected, 0)
+    tuned = PromptTuned(make_bert(), 2, CLASSES).double().eval()
+    close(tuned(ids, attention_mask=mask).logits, tuned(text).logits, 0)
+    with pytest.raises(TypeError, match="input_ids is given twice"):
+        tuned(ids, input_ids=ids)
+
+
+def test_a_frozen_encoder_that_somebody_trains_stays_in_eval_mode_and_says_that_it_is_thawed():
+    bert = make_bert(hidden_dropout_prob=0.5)
+    model, holder = PromptTuned(bert, 2, CLASSES, dropout=0.0).double(), nn.ModuleList([bert])
+    text = make_text(3)
+    expected = model.eval()(text).logits
+    holder.train()
+    close(model(text).logits, expected, 0)
+    model.requires_grad_(True)
+    with pytest.warns(
+        UserWarning, match="parameters of the frozen BertModel ask for a gradient, embeddings.word_embeddings.weight"
+    ):
+        model.train()
+
+
+def test_layers_that_others_checkpoint_without_gradients_are_an_error():
+    encoder = make_vit()
+    model = PromptTuned(encoder, 2, CLASSES).double().train()
+    block = encoder.blocks[0]
+    forward = block.forward
+    block.forward = lambda *args: torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=True)
+    images = make_pictures().requires_grad_()
+    with pytest.raises(RuntimeError, match="layer 0 of this VisionTransformer runs without gradients in a forward that takes them"):
+        model(images)
+    with torch.no_grad():
+        model(images)
+
+
+def test_data_parallel_is_refused():
+    with pytest.raises(RuntimeError, match=r"nn\.DataParallel copies modules .* use DistributedDataParallel"):
+        PromptTuned(make_bert(), 2).main._replicate_for_data_parallel()
+
+
+def test_a_checkpoint_of_the_plain_encoder_loads_into_the_model_in_its_place():
+    torch.manual_seed(7)
+    plain, images = nn.ModuleDict({"v": make_vit(num_classes=7)}).double(), make_pictures()
+    holder = nn.ModuleDict({"v": PromptTuned(make_vit(num_classes=7), 0, CLASSES, return_logits=True)}).double().eval()
+    found = holder.load_state_dict(plain.state_dict(), strict=False)
+    assert not found.unexpected_keys
+    assert sorted(found.missing_keys) == ["v.head.bias", "v.head.weight"]
+    features = plain["v"].eval().forward_head(plain["v"].forward_features(images), pre_logits=True)
+    close(holder["v"].forward_features(images), features, 1e-10)
+    again = copy.deepcopy(holder)
+    assert again.load_state_dict(holder.state_dict())
