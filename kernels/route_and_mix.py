@@ -13,33 +13,34 @@ Backward, with g the gradient of ``mixed``, du[b, l, k] = <g[b, l], experts[k, l
     d gram[l]       = sum_b d norm_sq[b, l] scores[b] scores[b]'
 
 ``expert_grads_kernel`` reads g once for both of its products; ``router_grads_kernel`` adds its partial sums in a fixed order.
-No kernel uses atomics. ``COMPUTE``, ``DOT`` and ``ACC``: see ``products.py``.
+No kernel uses atomics.
+
+Pointers are ``*_ptr``, their strides tuples. A tensor that isn't there is None, and so is a gradient that nobody asked for.
+``ACC`` is what sums are in, as the scores are; products are of ``OPERANDS``, which follow from ``mixed`` or g: see ``products.py``.
 """
 
 import triton
 import triton.language as tl
 
-from .products import dot
+from .products import dot, operand_type, sum_type
 
 
 @triton.jit
-def _load_logits(logits, rows, cols, in_batch, K, stride_lb, stride_lk, ACC: tl.constexpr):
+def _load_logits(logits_ptr, rows, cols, in_batch, K, strides, ACC: tl.constexpr):
     """logits [rows, cols]; columns past K are -inf, rows outside the batch are finite."""
     mask = in_batch[:, None] & (cols < K)[None, :]
-    x = tl.load(logits + rows[:, None] * stride_lb + cols[None, :].to(tl.int64) * stride_lk, mask=mask, other=0.0).to(ACC)
+    x = tl.load(logits_ptr + rows[:, None] * strides[0] + cols[None, :].to(tl.int64) * strides[1], mask=mask, other=0.0).to(ACC)
     return tl.where((cols < K)[None, :], x, float("-inf"))
 
 
 @triton.jit
-def _router_input(
-    logits, noise, rows, cols, in_batch, top, K, inv_temperature, stride_lb, stride_lk, stride_nb, stride_nk,
-    HAS_NOISE: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+def _router_input(logits_ptr, noise_ptr, rows, cols, in_batch, top, K, inv_temperature, logits_strides, noise_strides):
     """x [rows, cols] less the row's largest logit / temperature: what decides the softmax then has small, exact numbers."""
-    x = (_load_logits(logits, rows, cols, in_batch, K, stride_lb, stride_lk, ACC) - top[:, None]) * inv_temperature
-    if HAS_NOISE:
+    x = (_load_logits(logits_ptr, rows, cols, in_batch, K, logits_strides, top.dtype) - top[:, None]) * inv_temperature
+    if noise_ptr is not None:
         mask = in_batch[:, None] & (cols < K)[None, :]
-        x += tl.load(noise + rows[:, None] * stride_nb + cols[None, :].to(tl.int64) * stride_nk, mask=mask, other=0.0).to(ACC)
+        at = noise_ptr + rows[:, None] * noise_strides[0] + cols[None, :].to(tl.int64) * noise_strides[1]
+        x += tl.load(at, mask=mask, other=0.0).to(top.dtype)
     return x
 
 
@@ -51,21 +52,19 @@ def _dropped(x, cols, kth_value, kth_index):
 
 @triton.jit
 def _row_statistics(
-    logits, noise, rows, in_batch, K, inv_temperature, stride_lb, stride_lk, stride_nb, stride_nk,
-    HAS_NOISE: tl.constexpr, TOP_K: tl.constexpr, RENORMALIZE: tl.constexpr,
+    logits_ptr, noise_ptr, rows, in_batch, K, inv_temperature, logits_strides, noise_strides,
+    TOP_K: tl.constexpr, RENORMALIZE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, K_PADDED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Largest logit, largest x, softmax denominator, and (value, index) of the last kept entry of each row, all [BLOCK_B]."""
     top = tl.full([BLOCK_B], float("-inf"), ACC)
     for k0 in range(0, K_PADDED, BLOCK_K):
-        x = _load_logits(logits, rows, k0 + tl.arange(0, BLOCK_K), in_batch, K, stride_lb, stride_lk, ACC)
+        x = _load_logits(logits_ptr, rows, k0 + tl.arange(0, BLOCK_K), in_batch, K, logits_strides, ACC)
         top = tl.maximum(top, tl.max(x, 1))
     row_max = tl.full([BLOCK_B], float("-inf"), ACC)
     for k0 in range(0, K_PADDED, BLOCK_K):
         cols = k0 + tl.arange(0, BLOCK_K)
-        x = _router_input(
-            logits, noise, rows, cols, in_batch, top, K, inv_temperature, stride_lb, stride_lk, stride_nb, stride_nk, HAS_NOISE, ACC
-        )
+        x = _router_input(logits_ptr, noise_ptr, rows, cols, in_batch, top, K, inv_temperature, logits_strides, noise_strides)
         row_max = tl.maximum(row_max, tl.max(x, 1))
 
     kth_value = tl.full([BLOCK_B], float("inf"), ACC)
@@ -77,8 +76,7 @@ def _row_statistics(
             for k0 in range(0, K_PADDED, BLOCK_K):
                 cols = k0 + tl.arange(0, BLOCK_K)
                 x = _router_input(
-                    logits, noise, rows, cols, in_batch, top, K, inv_temperature,
-                    stride_lb, stride_lk, stride_nb, stride_nk, HAS_NOISE, ACC,
+                    logits_ptr, noise_ptr, rows, cols, in_batch, top, K, inv_temperature, logits_strides, noise_strides
                 )  # fmt: skip
                 behind = _dropped(x, cols, kth_value, kth_index) & (cols < K)[None, :]
                 value = tl.max(tl.where(behind, x, float("-inf")), 1)
@@ -92,9 +90,7 @@ def _row_statistics(
     row_sum = tl.zeros([BLOCK_B], ACC)
     for k0 in range(0, K_PADDED, BLOCK_K):
         cols = k0 + tl.arange(0, BLOCK_K)
-        x = _router_input(
-            logits, noise, rows, cols, in_batch, top, K, inv_temperature, stride_lb, stride_lk, stride_nb, stride_nk, HAS_NOISE, ACC
-        )
+        x = _router_input(logits_ptr, noise_ptr, rows, cols, in_batch, top, K, inv_temperature, logits_strides, noise_strides)
         p = tl.exp(x - row_max[:, None])
         if RENORMALIZE:
             p = tl.where(_dropped(x, cols, kth_value, kth_index), 0.0, p)
@@ -111,19 +107,27 @@ def _scores(x, cols, row_max, row_sum, kth_value, kth_index, TOP_K: tl.constexpr
     return s
 
 
+@triton.jit
+def _load_experts(experts_ptr, cols, row, columns, K, M, strides):
+    """[cols, columns] of one prompt row; zeros outside."""
+    at = experts_ptr + cols[:, None].to(tl.int64) * strides[0] + row * strides[1] + columns[None, :] * strides[2]
+    return tl.load(at, mask=(cols < K)[:, None] & (columns < M)[None, :], other=0.0)
+
+
 @triton.jit(do_not_specialize=["B"])
 def mix_kernel(
-    logits, noise, experts, gram, mixed, scores, rstd,
+    logits_ptr, noise_ptr, experts_ptr, gram_ptr, mixed_ptr, scores_ptr, rstd_ptr,
     B, K, L, M, inv_temperature, eps,
-    stride_lb, stride_lk, stride_nb, stride_nk, stride_ek, stride_el, stride_em, stride_gl, stride_gi, stride_gj,
-    HAS_NOISE: tl.constexpr, HAS_GRAM: tl.constexpr, TOP_K: tl.constexpr, RENORMALIZE: tl.constexpr,
+    logits_strides, noise_strides, experts_strides, gram_strides,
+    TOP_K: tl.constexpr, RENORMALIZE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, K_PADDED: tl.constexpr,
-    COMPUTE: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_B samples of one prompt row l, BLOCK_M of its columns.
 
     Every program redoes the softmax of its samples: K numbers each, cheaper than a second launch.
     """
+    ACC: tl.constexpr = sum_type(scores_ptr.dtype.element_ty)
+    OPERANDS: tl.constexpr = operand_type(mixed_ptr.dtype.element_ty, ACC)
     pid = tl.program_id(0)
     m_tiles = tl.cdiv(M, BLOCK_M)
     tile = pid % (L * m_tiles)
@@ -133,65 +137,55 @@ def mix_kernel(
     in_batch = rows < B
 
     top, row_max, row_sum, kth_value, kth_index = _row_statistics(
-        logits, noise, rows, in_batch, K, inv_temperature, stride_lb, stride_lk, stride_nb, stride_nk,
-        HAS_NOISE, TOP_K, RENORMALIZE, BLOCK_B, BLOCK_K, K_PADDED, ACC,
+        logits_ptr, noise_ptr, rows, in_batch, K, inv_temperature, logits_strides, noise_strides,
+        TOP_K, RENORMALIZE, BLOCK_B, BLOCK_K, K_PADDED, ACC,
     )  # fmt: skip
 
     acc = tl.zeros([BLOCK_B, BLOCK_M], ACC)
     norm_sq = tl.zeros([BLOCK_B], ACC)
     for k0 in range(0, K_PADDED, BLOCK_K):
         cols = k0 + tl.arange(0, BLOCK_K)
-        x = _router_input(
-            logits, noise, rows, cols, in_batch, top, K, inv_temperature, stride_lb, stride_lk, stride_nb, stride_nk, HAS_NOISE, ACC
-        )
+        x = _router_input(logits_ptr, noise_ptr, rows, cols, in_batch, top, K, inv_temperature, logits_strides, noise_strides)
         s = _scores(x, cols, row_max, row_sum, kth_value, kth_index, TOP_K)
         if tile == 0:
-            tl.store(scores + rows[:, None] * K + cols[None, :], s, mask=in_batch[:, None] & (cols < K)[None, :])
-        e = tl.load(
-            experts + cols[:, None].to(tl.int64) * stride_ek + row * stride_el + columns[None, :] * stride_em,
-            mask=(cols < K)[:, None] & (columns < M)[None, :],
-            other=0.0,
-        )  # [BLOCK_K, BLOCK_M]
-        acc = dot(s, e, acc, COMPUTE, DOT, ACC)
-        if HAS_GRAM:
+            tl.store(scores_ptr + rows[:, None] * K + cols[None, :], s, mask=in_batch[:, None] & (cols < K)[None, :])
+        acc = dot(s, _load_experts(experts_ptr, cols, row, columns, K, M, experts_strides).to(OPERANDS), acc)
+        if gram_ptr is not None:
             for j0 in range(0, K, BLOCK_K):
                 others = j0 + tl.arange(0, BLOCK_K)
                 x_other = _router_input(
-                    logits, noise, rows, others, in_batch, top, K, inv_temperature,
-                    stride_lb, stride_lk, stride_nb, stride_nk, HAS_NOISE, ACC,
+                    logits_ptr, noise_ptr, rows, others, in_batch, top, K, inv_temperature, logits_strides, noise_strides
                 )  # fmt: skip
                 s_other = _scores(x_other, others, row_max, row_sum, kth_value, kth_index, TOP_K)
-                g = tl.load(
-                    gram + row * stride_gl + cols[:, None].to(tl.int64) * stride_gi + others[None, :].to(tl.int64) * stride_gj,
-                    mask=(cols < K)[:, None] & (others < K)[None, :],
-                    other=0.0,
-                ).to(ACC)  # [BLOCK_K, BLOCK_K]
-                norm_sq += tl.sum(tl.dot(s, g, input_precision="ieee", out_dtype=ACC) * s_other, 1)
+                at = gram_ptr + row * gram_strides[0] + cols[:, None].to(tl.int64) * gram_strides[1]
+                at += others[None, :].to(tl.int64) * gram_strides[2]
+                g = tl.load(at, mask=(cols < K)[:, None] & (others < K)[None, :], other=0.0).to(ACC)  # [BLOCK_K, BLOCK_K]
+                norm_sq += tl.sum(dot(s, g, None) * s_other, 1)
 
-    if HAS_GRAM:
+    if gram_ptr is not None:
         # not tl.maximum, which makes a number of NaN
         below = norm_sq < 0.0
         inv_norm = 1.0 / tl.sqrt(tl.where(below, 0.0, norm_sq) + eps)
         acc *= inv_norm[:, None]
         if tile % m_tiles == 0:
-            tl.store(rstd + rows * L + row, tl.where(below, -inv_norm, inv_norm), mask=in_batch)
-    out = mixed + (rows[:, None] * L + row) * M + columns[None, :]
-    tl.store(out, acc.to(mixed.dtype.element_ty), mask=in_batch[:, None] & (columns < M)[None, :])
+            tl.store(rstd_ptr + rows * L + row, tl.where(below, -inv_norm, inv_norm), mask=in_batch)
+    at = mixed_ptr + (rows[:, None] * L + row) * M + columns[None, :]
+    tl.store(at, acc.to(mixed_ptr.dtype.element_ty), mask=in_batch[:, None] & (columns < M)[None, :])
 
 
 @triton.jit(do_not_specialize=["B"])
 def expert_grads_kernel(
-    grad_mixed, scores, rstd, experts, grad_experts, partials,
+    grad_mixed_ptr, scores_ptr, rstd_ptr, experts_ptr, grad_experts_ptr, partials_ptr,
     B, K, L, M,
-    stride_gb, stride_gl, stride_gm, stride_ek, stride_el, stride_em,
-    HAS_GRAM: tl.constexpr, NEED_EXPERTS: tl.constexpr, NEED_PARTIALS: tl.constexpr,
+    grad_mixed_strides, experts_strides,
     SPLITS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
-    COMPUTE: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One program: one tile of one prompt row's experts against one of SPLITS parts of the batch.
 
     Writes its part of d experts to grad_experts (SPLITS, K, L, M) and du over its columns to partials (L, m_tiles, B, K).
     """
+    ACC: tl.constexpr = sum_type(scores_ptr.dtype.element_ty)
+    OPERANDS: tl.constexpr = operand_type(grad_mixed_ptr.dtype.element_ty, ACC)
     pid = tl.program_id(0)
     m_tiles = tl.cdiv(M, BLOCK_M)
     k_tiles = tl.cdiv(K, BLOCK_K)
@@ -200,107 +194,96 @@ def expert_grads_kernel(
     split = (pid // (L * m_tiles * k_tiles)).to(tl.int64)
     cols = (pid // (L * m_tiles)) % k_tiles * BLOCK_K + tl.arange(0, BLOCK_K)
     columns = (tile % m_tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    expert_mask = (cols < K)[:, None] & (columns < M)[None, :]
 
-    if NEED_PARTIALS:
-        e = tl.load(
-            experts + cols[:, None].to(tl.int64) * stride_ek + row * stride_el + columns[None, :] * stride_em,
-            mask=expert_mask,
-            other=0.0,
-        )
+    if partials_ptr is not None:
+        e = _load_experts(experts_ptr, cols, row, columns, K, M, experts_strides)
     grad = tl.zeros([BLOCK_K, BLOCK_M], ACC)
     per_split = tl.cdiv(tl.cdiv(B, SPLITS), BLOCK_B) * BLOCK_B
     first = split * per_split
     for b0 in range(first, tl.minimum(first + per_split, B), BLOCK_B):
         rows = b0 + tl.arange(0, BLOCK_B).to(tl.int64)
         in_batch = rows < B
-        g = tl.load(
-            grad_mixed + rows[:, None] * stride_gb + row * stride_gl + columns[None, :] * stride_gm,
-            mask=in_batch[:, None] & (columns < M)[None, :],
-            other=0.0,
-        )  # [BLOCK_B, BLOCK_M]
-        if NEED_PARTIALS:
-            du = dot(g, tl.trans(e), tl.zeros([BLOCK_B, BLOCK_K], ACC), COMPUTE, DOT, ACC)
-            out = partials + (tile.to(tl.int64) * B + rows[:, None]) * K + cols[None, :]
-            tl.store(out, du, mask=in_batch[:, None] & (cols < K)[None, :])
-        if NEED_EXPERTS:
-            s = tl.load(scores + rows[:, None] * K + cols[None, :], mask=in_batch[:, None] & (cols < K)[None, :], other=0.0)
-            if HAS_GRAM:
-                s *= tl.abs(tl.load(rstd + rows * L + row, mask=in_batch, other=0.0))[:, None]
-            grad = dot(tl.trans(s), g, grad, COMPUTE, DOT, ACC)
-    if NEED_EXPERTS:
-        out = grad_experts + ((split * K + cols[:, None]) * L + row) * M + columns[None, :]
-        tl.store(out, grad.to(grad_experts.dtype.element_ty), mask=expert_mask)
+        at = grad_mixed_ptr + rows[:, None] * grad_mixed_strides[0] + row * grad_mixed_strides[1]
+        at += columns[None, :] * grad_mixed_strides[2]
+        g = tl.load(at, mask=in_batch[:, None] & (columns < M)[None, :], other=0.0).to(OPERANDS)  # [BLOCK_B, BLOCK_M]
+        if partials_ptr is not None:
+            du = dot(g, tl.trans(e).to(OPERANDS), tl.zeros([BLOCK_B, BLOCK_K], ACC))
+            at = partials_ptr + (tile.to(tl.int64) * B + rows[:, None]) * K + cols[None, :]
+            tl.store(at, du, mask=in_batch[:, None] & (cols < K)[None, :])
+        if grad_experts_ptr is not None:
+            s = tl.load(scores_ptr + rows[:, None] * K + cols[None, :], mask=in_batch[:, None] & (cols < K)[None, :], other=0.0)
+            if rstd_ptr is not None:
+                s *= tl.abs(tl.load(rstd_ptr + rows * L + row, mask=in_batch, other=0.0))[:, None]
+            grad = dot(tl.trans(s), g, grad)
+    if grad_experts_ptr is not None:
+        at = grad_experts_ptr + ((split * K + cols[:, None]) * L + row) * M + columns[None, :]
+        tl.store(at, grad.to(grad_experts_ptr.dtype.element_ty), mask=(cols < K)[:, None] & (columns < M)[None, :])
 
 
 @triton.jit(do_not_specialize=["B"])
 def router_grads_kernel(
-    partials, grad_scores, logits, noise, scores, rstd, gram, grad_logits, grad_norm_sq,
+    partials_ptr, grad_scores_ptr, logits_ptr, noise_ptr, scores_ptr, rstd_ptr, gram_ptr, grad_logits_ptr, grad_norm_sq_ptr,
     B, K, L, M_TILES, inv_temperature,
-    stride_sb, stride_sk, stride_lb, stride_lk, stride_nb, stride_nk, stride_gl, stride_gi, stride_gj,
-    HAS_PARTIALS: tl.constexpr, HAS_GRAD_SCORES: tl.constexpr, HAS_NOISE: tl.constexpr, HAS_GRAM: tl.constexpr,
-    NEED_LOGITS: tl.constexpr, RECOMPUTE_SOFTMAX: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_I: tl.constexpr, K_PADDED: tl.constexpr, ACC: tl.constexpr,
+    grad_scores_strides, logits_strides, noise_strides, gram_strides,
+    RECOMPUTE_SOFTMAX: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_I: tl.constexpr, K_PADDED: tl.constexpr,
 ):  # fmt: skip
     """One program: one sample. Adds the partial sums, then goes back through the norm, the gate and the softmax.
 
     RECOMPUTE_SOFTMAX: a gate that doesn't renormalise also moves dropped logits, whose probability is not in ``scores``.
     """
+    ACC: tl.constexpr = sum_type(scores_ptr.dtype.element_ty)
     b = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, K_PADDED)
     wide_cols = cols.to(tl.int64)
     in_row = cols < K
-    s = tl.load(scores + b * K + cols, mask=in_row, other=0.0)
+    s = tl.load(scores_ptr + b * K + cols, mask=in_row, other=0.0)
     ds = tl.zeros([K_PADDED], ACC)
-    if HAS_GRAD_SCORES:
-        ds += tl.load(grad_scores + b * stride_sb + wide_cols * stride_sk, mask=in_row, other=0.0).to(ACC)
-    if HAS_PARTIALS:
-        if HAS_GRAM:
-            gram_row = gram
+    if grad_scores_ptr is not None:
+        source = grad_scores_ptr + b * grad_scores_strides[0] + wide_cols * grad_scores_strides[1]
+        ds += tl.load(source, mask=in_row, other=0.0).to(ACC)
+    if partials_ptr is not None:
+        if gram_ptr is not None:
+            gram_row = gram_ptr
         for row in range(L):
             du = tl.zeros([K_PADDED], ACC)
             for p0 in range(0, M_TILES, BLOCK_P):
                 p = p0 + tl.arange(0, BLOCK_P)
-                source = partials + ((row * M_TILES + p).to(tl.int64)[:, None] * B + b) * K + cols[None, :]
-                du += tl.sum(tl.load(source, mask=(p < M_TILES)[:, None] & in_row[None, :], other=0.0), 0)
-            if HAS_GRAM:
-                r = tl.load(rstd + b * L + row)
+                at = partials_ptr + ((row * M_TILES + p).to(tl.int64)[:, None] * B + b) * K + cols[None, :]
+                du += tl.sum(tl.load(at, mask=(p < M_TILES)[:, None] & in_row[None, :], other=0.0), 0)
+            if gram_ptr is not None:
+                r = tl.load(rstd_ptr + b * L + row)
                 # 0 where the root's argument was held at 0; NaN stays
                 d_norm_sq = tl.where(r < 0.0, 0.0, -0.5 * r * r * r * tl.sum(s * du, 0))
                 r = tl.abs(r)
-                tl.store(grad_norm_sq + b * L + row, d_norm_sq)
+                tl.store(grad_norm_sq_ptr + b * L + row, d_norm_sq)
                 ds += r * du
                 for i0 in range(0, K, BLOCK_I):
                     i = i0 + tl.arange(0, BLOCK_I)
                     wide_i = i.to(tl.int64)
                     mask = (i < K)[:, None] & in_row[None, :]
-                    g = tl.load(
-                        gram_row + wide_i[:, None] * stride_gi + wide_cols[None, :] * stride_gj,
-                        mask=mask,
-                        other=0.0,
-                    ).to(ACC)
-                    g += tl.load(
-                        gram_row + wide_cols[None, :] * stride_gi + wide_i[:, None] * stride_gj,
-                        mask=mask,
-                        other=0.0,
-                    ).to(ACC)
-                    s_i = tl.load(scores + b * K + i, mask=i < K, other=0.0)
+                    at = gram_row + wide_i[:, None] * gram_strides[1] + wide_cols[None, :] * gram_strides[2]
+                    g = tl.load(at, mask=mask, other=0.0).to(ACC)
+                    at = gram_row + wide_cols[None, :] * gram_strides[1] + wide_i[:, None] * gram_strides[2]
+                    g += tl.load(at, mask=mask, other=0.0).to(ACC)
+                    s_i = tl.load(scores_ptr + b * K + i, mask=i < K, other=0.0)
                     ds += d_norm_sq * tl.sum(g * s_i[:, None], 0)
-                gram_row += stride_gl
+                gram_row += gram_strides[0]
             else:
                 ds += du
 
-    if NEED_LOGITS:
+    if grad_logits_ptr is not None:
         total = tl.sum(s * ds, 0)
         if RECOMPUTE_SOFTMAX:
-            x = tl.load(logits + b * stride_lb + wide_cols * stride_lk, mask=in_row, other=float("-inf")).to(ACC)
+            at = logits_ptr + b * logits_strides[0] + wide_cols * logits_strides[1]
+            x = tl.load(at, mask=in_row, other=float("-inf")).to(ACC)
             x = (x - tl.max(x, 0)) * inv_temperature
-            if HAS_NOISE:
-                x += tl.load(noise + b * stride_nb + wide_cols * stride_nk, mask=in_row, other=0.0).to(ACC)
+            if noise_ptr is not None:
+                at = noise_ptr + b * noise_strides[0] + wide_cols * noise_strides[1]
+                x += tl.load(at, mask=in_row, other=0.0).to(ACC)
             p = tl.exp(x - tl.max(x, 0))
             p = p / tl.sum(p, 0)
             dx = p * (tl.where(s == 0.0, 0.0, ds) - total)
         else:
             dx = s * (ds - total)
-        grad = (dx * inv_temperature).to(grad_logits.dtype.element_ty)
-        tl.store(grad_logits + b * K + cols, grad, mask=in_row)
+        grad = (dx * inv_temperature).to(grad_logits_ptr.dtype.element_ty)
+        tl.store(grad_logits_ptr + b * K + cols, grad, mask=in_row)

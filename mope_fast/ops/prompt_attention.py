@@ -3,7 +3,6 @@
 One op for prefixes, causality, padding, bias and receptive fields. ``field`` is ``ReceptiveField.lowered``.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,14 +13,15 @@ from torch import Tensor
 from .._autocast import without_autocast
 from ..reference.attention import all_values, causal_mask, masked_weights, softmax_or_zero
 from ._registration import apply, define, once_differentiable
-from ._triton import INTERPRETED, castable, prefix_targets, product_dtypes, strides, sum_parts
+from ._triton import INTERPRETED, castable, not_empty, prefix_targets, strides, sum_parts
 
 if TYPE_CHECKING:
     from ..kernels.launch import AttentionLaunch
 
 LOG2_E = math.log2(math.e)
 _PREFIX_ARGUMENTS = {
-    "pk0", "pv0", "pk1", "pv1", "pk0_strides", "pv0_strides", "pk1_strides", "pv1_strides", "P0", "P1", "BLOCK_P0", "BLOCK_P1",
+    "pk0_ptr", "pv0_ptr", "pk1_ptr", "pv1_ptr", "pk0_strides", "pv0_strides", "pk1_strides", "pv1_strides",
+    "P0", "P1", "BLOCK_P0", "BLOCK_P1",
 }  # fmt: skip
 
 
@@ -172,41 +172,28 @@ def _for_each_sample(tensor: Tensor | None, batch: int, heads: int) -> Tensor | 
     return tensor if tensor is None or tensor.shape[:2] == (batch, heads) else tensor.expand(batch, heads, -1, -1)
 
 
-@functools.cache
-def _constants(
-    dtype: torch.dtype, head_dim: int, is_causal: bool, field_rows: int, has_padding: bool, has_bias: bool, blocks: tuple[int, ...]
-) -> dict[str, Any]:
+def _common_arguments(given: _Tensors, is_causal: bool) -> dict[str, Any]:
+    """What the kernels share, by the names of their parameters."""
     from ..kernels import launch
     from ..kernels import prompt_attention as kernels
 
-    visibility = {0: kernels.CAUSAL if is_causal else kernels.FULL, 4: kernels.INTERVALS, 6: kernels.GROUPS}[field_rows]
-    return {
-        "VISIBILITY": visibility.value, "HAS_PADDING": has_padding, "HAS_BIAS": has_bias,
-        "HEAD_DIM": head_dim, "BLOCK_D": launch.padded_head_dim(head_dim),
-        "BLOCK_P0": blocks[0], "BLOCK_P1": blocks[1],
-        **product_dtypes(dtype, torch.promote_types(dtype, torch.float32)),
-    }  # fmt: skip
-
-
-def _common_arguments(given: _Tensors, is_causal: bool) -> dict[str, Any]:
-    """What the kernels share, by the names of their parameters."""
-    from ..kernels.launch import prefix_block
-
     q, k, v, pk0, pv0, pk1, pv1, field, padding, bias = given
     batch, heads, queries, head_dim = q.shape
-    lengths = tuple(0 if pk is None else pk.shape[2] for pk in (pk0, pk1))
-    pk0, pv0, pk1, pv1, bias = (_for_each_sample(t, batch, heads) for t in (pk0, pv0, pk1, pv1, bias))
-    field_rows = 0 if field is None else field.shape[0]
-    blocks = tuple(map(prefix_block, lengths))
+    lengths = [0 if pk is None else pk.shape[2] for pk in (pk0, pk1)]
+    pk0, pv0, pk1, pv1 = (not_empty(_for_each_sample(t, batch, heads)) for t in (pk0, pv0, pk1, pv1))
+    bias = _for_each_sample(bias, batch, heads)
+    by_rows = {0: kernels.CAUSAL if is_causal else kernels.FULL, 4: kernels.INTERVALS, 6: kernels.GROUPS}
     return {
-        "q": q, "k": k, "v": v, "pk0": pk0, "pv0": pv0, "pk1": pk1, "pv1": pv1,
-        "field": field, "padding": padding, "bias": bias,
+        "q_ptr": q, "k_ptr": k, "v_ptr": v, "pk0_ptr": pk0, "pv0_ptr": pv0, "pk1_ptr": pk1, "pv1_ptr": pv1,
+        "field_ptr": field, "padding_ptr": padding, "bias_ptr": bias,
         "q_strides": q.stride(), "k_strides": k.stride(), "v_strides": v.stride(),
         "pk0_strides": strides(pk0, 4), "pv0_strides": strides(pv0, 4),
         "pk1_strides": strides(pk1, 4), "pv1_strides": strides(pv1, 4),
         "padding_strides": strides(padding, 2), "bias_strides": strides(bias, 4),
         "H": heads, "Sq": queries, "Sk": k.shape[2], "P0": lengths[0], "P1": lengths[1],
-        **_constants(q.dtype, head_dim, is_causal, field_rows, padding is not None, bias is not None, blocks),
+        "VISIBILITY": by_rows[0 if field is None else field.shape[0]].value,
+        "HEAD_DIM": head_dim, "BLOCK_D": launch.padded_head_dim(head_dim),
+        "BLOCK_P0": launch.prefix_block(lengths[0]), "BLOCK_P1": launch.prefix_block(lengths[1]),
     }  # fmt: skip
 
 
@@ -226,7 +213,7 @@ def _triton_forward(given: _Tensors, scale: float, is_causal: bool) -> tuple[Ten
     tiles = launch.attention_launch(q.shape[2], given.k.shape[2], q.shape[3], q.element_size())
     kernels.attention_kernel[(-(-q.shape[2] // tiles.block_q) * q.shape[0] * q.shape[1],)](
         **_common_arguments(given, is_causal),
-        out=out, statistics=statistics, scale_log2=scale * LOG2_E, out_strides=out.stride(), **_tiles(tiles),
+        out_ptr=out, statistics_ptr=statistics, scale_log2=scale * LOG2_E, out_strides=out.stride(), **_tiles(tiles),
     )  # fmt: skip
     return out, statistics
 
@@ -243,53 +230,47 @@ def _triton_backward(grad_out, given: _Tensors, out, statistics, scale, is_causa
     delta = statistics.new_empty(statistics.shape[:3])
     arguments = {
         **_common_arguments(given, is_causal),
-        "grad_out": grad_out, "grad_out_strides": grad_out.stride(),
-        "statistics": statistics, "delta": delta, "scale_log2": scale * LOG2_E,
+        "grad_out_ptr": grad_out, "grad_out_strides": grad_out.stride(),
+        "statistics_ptr": statistics, "delta_ptr": delta, "scale_log2": scale * LOG2_E,
     }  # fmt: skip
     tiles = launch.query_grads_launch(queries, keys, head_dim, q.element_size())
     kernels.query_grads_kernel[(-(-queries // tiles.block_q) * batch * heads,)](
-        **arguments, out=out, grad_q=grad_q, scale=scale,
-        out_strides=out.stride(), grad_q_strides=strides(grad_q if needs[0] else None, 4), NEED_Q=needs[0], **_tiles(tiles),
+        **arguments, out_ptr=out, grad_q_ptr=not_empty(grad_q), scale=scale,
+        out_strides=out.stride(), grad_q_strides=strides(not_empty(grad_q), 4), **_tiles(tiles),
     )  # fmt: skip
-    _key_gradients(arguments, grad_k, grad_v, (grads0, grads1), scale, needs[1] or needs[2])
+    _key_gradients(arguments, not_empty(grad_k), not_empty(grad_v), (grads0, grads1), scale)
     if bias is not None and needs[5]:
         bias_batch, bias_heads = bias.shape[:2]
         programs = bias_batch * bias_heads * -(-queries // tiles.block_q) * -(-keys // tiles.block_k)
         kernels.bias_grads_kernel[(programs,)](
-            **{name: value for name, value in arguments.items() if name not in _PREFIX_ARGUMENTS}, grad_bias=grad_bias,
+            **{name: value for name, value in arguments.items() if name not in _PREFIX_ARGUMENTS}, grad_bias_ptr=grad_bias,
             batches=batch // bias_batch, heads=heads // bias_heads, bias_heads=bias_heads, **_tiles(tiles),
         )  # fmt: skip
     return tuple(grads)
 
 
 def _key_gradients(
-    arguments: dict[str, Any],
-    grad_k: Tensor,
-    grad_v: Tensor,
-    grads: tuple[Tensor, Tensor],
-    scale: float,
-    need_tokens: bool,
+    arguments: dict[str, Any], grad_k: Tensor | None, grad_v: Tensor | None, grads: tuple[Tensor, Tensor], scale: float
 ) -> None:
     """Gradients of token keys and values and of both prefixes, those asked for, in one launch."""
     from ..kernels import launch
     from ..kernels import prompt_attention as kernels
 
-    q, keys = arguments["q"], arguments["Sk"]
+    q, keys = arguments["q_ptr"], arguments["Sk"]
     batch, heads, queries, head_dim = q.shape
     tiles = launch.key_grads_launch(queries, keys, head_dim, q.element_size())
-    token_tiles = -(-keys // tiles.block_k) if need_tokens else 0
+    token_tiles = -(-keys // tiles.block_k) if grad_k is not None else 0
     splits = launch.prefix_splits(queries)
-    targets = prefix_targets(grads, batch, splits, arguments["statistics"].dtype)
+    targets = prefix_targets(grads, batch, splits, arguments["statistics_ptr"].dtype)
     lengths = [0 if target is None else target.shape[4] for target in targets]
     parts = [-(-length // launch.prefix_block(length)) * splits if length else 0 for length in lengths]
     programs = (token_tiles + sum(parts)) * batch * heads
     if programs:
         kernels.key_grads_kernel[(programs,)](
-            **arguments, grad_k=grad_k, grad_v=grad_v, grads0=targets[0], grads1=targets[1],
+            **arguments, grad_k_ptr=grad_k, grad_v_ptr=grad_v, grads0_ptr=targets[0], grads1_ptr=targets[1],
             token_tiles=token_tiles, parts0=parts[0], parts1=parts[1], scale=scale,
-            grad_k_strides=strides(grad_k if need_tokens else None, 4), grad_v_strides=strides(grad_v if need_tokens else None, 4),
-            grads0_strides=strides(targets[0], 6), grads1_strides=strides(targets[1], 6),
-            NEED_TOKENS=need_tokens, NEED_P0=parts[0] > 0, NEED_P1=parts[1] > 0, SPLITS=splits, **_tiles(tiles),
+            grad_k_strides=strides(grad_k, 4), grad_v_strides=strides(grad_v, 4),
+            grads0_strides=strides(targets[0], 6), grads1_strides=strides(targets[1], 6), SPLITS=splits, **_tiles(tiles),
         )  # fmt: skip
     sum_parts(grads, targets)
 

@@ -7,7 +7,7 @@ from .._autocast import cast, without_autocast
 from ..reference.route_and_mix import accumulator_dtype, gated_softmax, routing_logits, squared_norm
 from ..reference.route_and_mix import route_and_mix as reference_route_and_mix
 from ._registration import apply, define, once_differentiable
-from ._triton import INTERPRETED, castable, product_dtypes, strides, triton_dtype
+from ._triton import INTERPRETED, castable, not_empty, strides
 
 
 def _empty_rstd(logits: Tensor, experts: Tensor, gram: Tensor | None) -> Tensor:
@@ -112,12 +112,13 @@ def _triton_forward(logits, experts, noise, gram, temperature, top_k, renormaliz
     launch = mix_launch(batch, num_experts, width, experts.element_size(), gram=gram is not None)
     tiles = rows * -(-width // launch.block_m)
     kernels.mix_kernel[(-(-batch // launch.block_b) * tiles,)](
-        logits, noise, experts, gram, mixed, scores, rstd,
-        batch, num_experts, rows, width, 1.0 / temperature, eps,
-        *strides(logits, 2), *strides(noise, 2), *strides(experts, 3), *strides(gram, 3),
-        HAS_NOISE=noise is not None, HAS_GRAM=gram is not None, TOP_K=top_k or 0, RENORMALIZE=renormalize,
+        logits_ptr=logits, noise_ptr=noise, experts_ptr=experts, gram_ptr=gram,
+        mixed_ptr=mixed, scores_ptr=scores, rstd_ptr=not_empty(rstd),
+        B=batch, K=num_experts, L=rows, M=width, inv_temperature=1.0 / temperature, eps=eps,
+        logits_strides=logits.stride(), noise_strides=strides(noise, 2),
+        experts_strides=experts.stride(), gram_strides=strides(gram, 3),
+        TOP_K=top_k or 0, RENORMALIZE=renormalize,
         BLOCK_B=launch.block_b, BLOCK_K=launch.block_k, BLOCK_M=launch.block_m, K_PADDED=launch.k_padded,
-        **product_dtypes(out_dtype, scores.dtype),
         num_warps=launch.num_warps,
     )  # fmt: skip
     return mixed, scores, rstd
@@ -150,12 +151,11 @@ def _triton_backward(
             split_grads = scores.new_empty((launch.splits, *experts.shape))
         grid = (rows * m_tiles * -(-num_experts // launch.block_k) * launch.splits,)
         kernels.expert_grads_kernel[grid](
-            grad_mixed, scores, rstd, experts, split_grads, partials,
-            batch, num_experts, rows, width,
-            *strides(grad_mixed, 3), *strides(experts, 3),
-            HAS_GRAM=gram is not None, NEED_EXPERTS=needs[1], NEED_PARTIALS=needs_partials,
+            grad_mixed_ptr=grad_mixed, scores_ptr=scores, rstd_ptr=not_empty(rstd), experts_ptr=experts,
+            grad_experts_ptr=not_empty(split_grads), partials_ptr=partials,
+            B=batch, K=num_experts, L=rows, M=width,
+            grad_mixed_strides=grad_mixed.stride(), experts_strides=experts.stride(),
             SPLITS=launch.splits, BLOCK_B=launch.block_b, BLOCK_K=launch.block_k, BLOCK_M=launch.block_m,
-            **product_dtypes(grad_mixed.dtype, scores.dtype),
             num_warps=launch.num_warps,
         )  # fmt: skip
         if split_grads is not grad_experts:
@@ -165,14 +165,13 @@ def _triton_backward(
         grad_norm_sq = scores.new_empty((batch, rows)) if gram is not None and needs_partials else None
         launch = router_grads_launch(num_experts, m_tiles)
         kernels.router_grads_kernel[(batch,)](
-            partials, grad_scores, logits, noise, scores, rstd, gram, grad_logits, grad_norm_sq,
-            batch, num_experts, rows, m_tiles, 1.0 / temperature,
-            *strides(grad_scores, 2), *strides(logits, 2), *strides(noise, 2), *strides(gram, 3),
-            HAS_PARTIALS=needs_partials, HAS_GRAD_SCORES=grad_scores is not None,
-            HAS_NOISE=noise is not None, HAS_GRAM=gram is not None, NEED_LOGITS=needs[0],
+            partials_ptr=partials, grad_scores_ptr=grad_scores, logits_ptr=logits, noise_ptr=noise, scores_ptr=scores,
+            rstd_ptr=not_empty(rstd), gram_ptr=gram, grad_logits_ptr=not_empty(grad_logits), grad_norm_sq_ptr=grad_norm_sq,
+            B=batch, K=num_experts, L=rows, M_TILES=m_tiles, inv_temperature=1.0 / temperature,
+            grad_scores_strides=strides(grad_scores, 2), logits_strides=logits.stride(),
+            noise_strides=strides(noise, 2), gram_strides=strides(gram, 3),
             RECOMPUTE_SOFTMAX=top_k is not None and not renormalize,
-            BLOCK_P=launch.block_p, BLOCK_I=launch.block_i, K_PADDED=launch.k_padded, ACC=triton_dtype(scores.dtype),
-            num_warps=launch.num_warps,
+            BLOCK_P=launch.block_p, BLOCK_I=launch.block_i, K_PADDED=launch.k_padded, num_warps=launch.num_warps,
         )  # fmt: skip
         if needs_gram and grad_norm_sq is not None:
             weighted = grad_norm_sq.T[..., None] * scores  # (L, B, K)

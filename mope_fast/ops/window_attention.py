@@ -10,7 +10,7 @@ from torch import Tensor
 from .._autocast import without_autocast
 from . import cpu_window_attention
 from ._registration import apply, define, once_differentiable
-from ._triton import INTERPRETED, castable, prefix_targets, product_dtypes, strides, sum_parts
+from ._triton import INTERPRETED, castable, not_empty, prefix_targets, strides, sum_parts
 from .sdpa_attention import prefix_mask_of
 
 LOG2_E = math.log2(math.e)
@@ -98,10 +98,6 @@ def _for_each_image(tensor: Tensor | None, batch: int) -> Tensor | None:
     return tensor if tensor is None or tensor.shape[0] == batch else tensor.expand(batch, *tensor.shape[1:])
 
 
-def _not_empty(tensor: Tensor | None) -> Tensor | None:
-    return tensor if tensor is None or tensor.numel() else None
-
-
 def _in_tiles(bias: Tensor, rows: int, keys: int) -> Tensor:
     """(H, W, W) with zeros around: (H, rows, keys)."""
     tiles = bias.new_zeros((bias.shape[0], rows, keys))
@@ -119,12 +115,12 @@ def _common_arguments(given: _Arguments) -> tuple[dict[str, Any], int]:
     lengths = tuple(0 if pk is None else pk.shape[2] for pk in (pk0, pk1))
     launch = window_launch(area, area + sum(lengths), windows, head_dim, qkv.element_size())
     rows, keys = -(-area // launch.block_q) * launch.block_q, sum(launch.tiles[-1])
-    pk0, pv0, pk1, pv1, prefix_mask = (_not_empty(_for_each_image(t, batch)) for t in (pk0, pv0, pk1, pv1, prefix_mask))
+    pk0, pv0, pk1, pv1, prefix_mask = (not_empty(_for_each_image(t, batch)) for t in (pk0, pv0, pk1, pv1, prefix_mask))
     padded = height % window_size[0] or width % window_size[1]
     pad_qkv = pad_qkv if padded else None
     arguments = {
-        "qkv": qkv, "pk0": pk0, "pv0": pv0, "pk1": pk1, "pv1": pv1, "prefix_mask": prefix_mask, "pad_qkv": pad_qkv,
-        "bias": _in_tiles(bias, rows, keys),
+        "qkv_ptr": qkv, "pk0_ptr": pk0, "pv0_ptr": pv0, "pk1_ptr": pk1, "pv1_ptr": pv1, "mask_ptr": prefix_mask,
+        "bias_ptr": _in_tiles(bias, rows, keys), "pad_ptr": pad_qkv,
         "H": heads, "windows": windows,
         "image_size": (height, width), "shift": tuple(shift_size), "lengths": lengths,
         "roll": (shift_size[0] % height, shift_size[1] % width), "scale_log2": scale * LOG2_E,
@@ -135,7 +131,6 @@ def _common_arguments(given: _Arguments) -> tuple[dict[str, Any], int]:
         "HEAD_DIM": head_dim, "BLOCK_D": padded_head_dim(head_dim),
         "BLOCK_Q": launch.block_q, "ROWS": rows, "KEYS": keys, "TILES": launch.tiles,
         "num_warps": launch.num_warps, "num_stages": launch.num_stages,
-        **product_dtypes(qkv.dtype, torch.promote_types(qkv.dtype, torch.float32)),
     }  # fmt: skip
     return arguments, launch.windows
 
@@ -152,7 +147,7 @@ def _triton_forward(*arguments: Any) -> Tensor:
     per_chunk = forward_windows(per_chunk, images_and_heads * windows)
     chunks = -(-windows // per_chunk)
     kernels.window_attention_kernel[(chunks * images_and_heads,)](
-        **arguments, out=out, out_strides=out.stride(), chunks=chunks, per_chunk=per_chunk
+        **arguments, out_ptr=out, out_strides=out.stride(), chunks=chunks, per_chunk=per_chunk
     )
     return out
 
@@ -167,19 +162,18 @@ def _triton_backward(grad_out: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     if qkv.numel() == 0:
         return tuple(grad.zero_() for grad in grads)
     arguments, per_chunk = _common_arguments(given)
-    arguments |= {"grad_out": grad_out, "grad_out_strides": grad_out.stride()}
+    arguments |= {"grad_out_ptr": grad_out, "grad_out_strides": grad_out.stride()}
     heads, block_d, windows = arguments["H"], arguments["BLOCK_D"], arguments["windows"]
     chunks = -(-windows // per_chunk)
     acc = torch.promote_types(qkv.dtype, torch.float32)
     targets = prefix_targets((grads0, grads1), batch, chunks, acc)
     padding = None
     if needs[4]:
-        padding = qkv.new_empty((batch * chunks, heads, 2, block_d), dtype=acc) if arguments["pad_qkv"] is not None else None
+        padding = qkv.new_empty((batch * chunks, heads, 2, block_d), dtype=acc) if arguments["pad_ptr"] is not None else None
     if needs[0] or targets[0] is not None or targets[1] is not None or padding is not None:
         kernels.window_grads_kernel[(chunks * heads * batch,)](
-            **arguments, grad_qkv=grad_qkv if needs[0] else None, grads0=targets[0], grads1=targets[1], grad_pad=padding,
-            chunks=chunks, per_chunk=per_chunk, scale=scale,
-            grad_qkv_strides=strides(grad_qkv if needs[0] else None, 6),
+            **arguments, grad_qkv_ptr=not_empty(grad_qkv), grads0_ptr=targets[0], grads1_ptr=targets[1], grad_pad_ptr=padding,
+            chunks=chunks, per_chunk=per_chunk, scale=scale, grad_qkv_strides=strides(not_empty(grad_qkv), 6),
             grads0_strides=strides(targets[0], 6), grads1_strides=strides(targets[1], 6),
         )  # fmt: skip
     sum_parts((grads0, grads1), targets)
@@ -197,13 +191,13 @@ def _bias_gradient(arguments: dict[str, Any], units: int, grad_bias: Tensor) -> 
     from ..kernels import window_attention as kernels
     from ..kernels.launch import window_splits
 
-    heads, rows, keys = arguments["bias"].shape
+    qkv, (heads, rows, keys) = arguments["qkv_ptr"], arguments["bias_ptr"].shape
     programs = heads * rows // arguments["BLOCK_Q"]
     splits = window_splits(units, programs)
-    parts = arguments["qkv"].new_empty(
-        (splits, heads, rows, keys), dtype=torch.promote_types(arguments["qkv"].dtype, torch.float32)
+    parts = qkv.new_empty((splits, heads, rows, keys), dtype=torch.promote_types(qkv.dtype, torch.float32))
+    kernels.window_bias_grads_kernel[(splits * programs,)](
+        **arguments, grad_bias_ptr=parts, units=units, per_split=-(-units // splits)
     )
-    kernels.window_bias_grads_kernel[(splits * programs,)](**arguments, grad_bias=parts, units=units, per_split=-(-units // splits))
     area = arguments["AREA"]
     grad_bias.copy_(parts.sum(0)[:, :area, :area])
 

@@ -239,7 +239,7 @@ def test_windows_are_split_and_added_for_the_gradient_of_the_bias(splits, device
     launches = recorded(monkeypatch)
     check_equals_truth(make_inputs(torch.float32, device, prefixes=[(2, 3)]))
     arguments = dict(launches)["window_bias_grads_kernel"]
-    assert (arguments["units"], len(arguments["grad_bias"])) == (4, splits)
+    assert (arguments["units"], len(arguments["grad_bias_ptr"])) == (4, splits)
 
 
 @pytest.mark.parametrize(("batch", "windows", "chunks"), [(1, 1, 2), (2, 1, 2), (2, 2, 1)])
@@ -250,10 +250,10 @@ def test_gradients_of_prefixes_are_added_in_float32(batch, windows, chunks, dtyp
     inputs = make_inputs(dtype, device, batch=batch, prefixes=[(1, 3), (batch, 2)], head_dim=32)
     check_against_truth(inputs, dtype)
     arguments = dict(launches)["window_grads_kernel"]
-    assert arguments["grads0"].shape == (2, batch, chunks, 1, 3, 32)
-    assert arguments["grads0"].dtype == torch.float32
+    assert arguments["grads0_ptr"].shape == (2, batch, chunks, 1, 3, 32)
+    assert arguments["grads0_ptr"].dtype == torch.float32
     alone = chunks == 1
-    assert arguments["grads1"].dtype == (dtype if alone else torch.float32)
+    assert arguments["grads1_ptr"].dtype == (dtype if alone else torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16], ids=str)
@@ -433,7 +433,7 @@ def test_only_asked_for_gradients_are_computed(needs, device, monkeypatch):
     assert [name for name, _ in launches] == KERNELS[:1] + KERNELS[1:2] * tokens + KERNELS[2:] * ("bias" in needs)
     if tokens:
         arguments = dict(launches)["window_grads_kernel"]
-        written = [arguments[name] is not None for name in ("grad_qkv", "grads0", "grads1", "grad_pad")]
+        written = [arguments[name] is not None for name in ("grad_qkv_ptr", "grads0_ptr", "grads1_ptr", "grad_pad_ptr")]
         assert written == ["qkv" in needs, prefix0, prefix1, "pad" in needs]
 
 
@@ -442,8 +442,8 @@ def test_padding_is_not_computed_where_there_is_none(device, monkeypatch):
     inputs = make_inputs(torch.float32, device, image=(3, 4))
     got = run(inputs, random_upstream(inputs))
     assert torch.count_nonzero(got["pad"]) == 0
-    assert all(arguments["pad_qkv"] is None for _, arguments in launches)
-    assert dict(launches)["window_grads_kernel"]["grad_pad"] is None
+    assert all(arguments["pad_ptr"] is None for _, arguments in launches)
+    assert dict(launches)["window_grads_kernel"]["grad_pad_ptr"] is None
 
 
 @pytest.mark.parametrize("shift", [(0, 0), (0, 1), (1, 0)])
