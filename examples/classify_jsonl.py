@@ -184,7 +184,7 @@ class Run:
         if metrics[chosen_by] > best:
             position.best_epoch = position.epoch
             if self.accelerator.is_main_process:
-                self.task.model.save_pretrained(self.folder.adapter(position.epoch))
+                self.task.save(self.folder.adapter(position.epoch))
         self._log({f"val/{name}": value for name, value in metrics.items()})
         self.folder.save(self.done)
         self.folder.keep_adapter(position.best_epoch)

@@ -13,19 +13,22 @@ from typing import Any
 
 import torch
 from packages import CACHE
-from PIL import Image
 from pretrained import dinov2_small, minilm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchvision.transforms import functional as vision
 from transformers import get_linear_schedule_with_warmup
 
-from mope_fast import FeatureCache, FusionCollator, MoPEConfig, MoPEFusion, fit_head, start_prompts
-from mope_fast.data import Posts, StackEach, classification_metrics, multi_label_metrics, read_jsonl_folder
+from mope_fast import FeatureCache, FusionCollator, MoPEConfig, MoPEFusion, Predictor, fit_head, start_prompts
+from mope_fast.data import Posts, TimmTransform, classification_metrics, multi_label_metrics, read_jsonl_folder
 
 PACKAGED_TEXT, PACKAGED_IMAGE = "minilm", "dinov2-small"
 PACKAGED_RECIPE = {"lr": 1e-3, "head_lr": 5e-3, "dropout": 0.0, "prompt_init": 0.06}
 """Small encoders want this on Easy-VQA: defaults where the main side is one of the packaged ones."""
+PACKAGED_PIXELS = {
+    "interpolation": "bicubic", "crop_mode": "squash", "crop_pct": 1.0,
+    "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225),
+}  # fmt: skip
+"""How the packaged image encoder's images are made: the whole one, squeezed into a square."""
 START_SAMPLES = 256
 """Of whose tokens prompts start at the mean."""
 Encoder = tuple[nn.Module, Callable[..., Any]]
@@ -195,6 +198,10 @@ class Task:
         for batch in self.loader("train", order.tolist()):
             yield to_device(batch, default_device())
 
+    def save(self, folder: Path) -> None:
+        """What ``python -m mope_fast.predict`` takes, and ``MoPEFusion.from_pretrained``."""
+        Predictor(self.model, self.collate, self.class_names).save_pretrained(folder)
+
     def metrics(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
         """Accuracy, macro and micro F1."""
         if self.splits["train"].multi_label:
@@ -259,21 +266,15 @@ def text_encoder(name: str, max_length: int) -> Encoder:
 
 def image_encoder(name: str, size: int) -> Encoder:
     if name == PACKAGED_IMAGE:
-        return dinov2_small(), StackEach(partial(_pixels, size))
+        return dinov2_small(), TimmTransform({"input_size": (3, size, size), **PACKAGED_PIXELS})
     if name.startswith("timm/"):
         import timm
 
         encoder = timm.create_model(name.removeprefix("timm/"), pretrained=True)
-        transform = timm.data.create_transform(**timm.data.resolve_model_data_config(encoder))
-        return encoder, StackEach(transform)
+        return encoder, TimmTransform.of(encoder)
     from transformers import AutoImageProcessor, AutoModel
 
     return AutoModel.from_pretrained(name), AutoImageProcessor.from_pretrained(name)
-
-
-def _pixels(size: int, image: Image.Image) -> Tensor:
-    image = image.resize((size, size), Image.Resampling.BICUBIC)
-    return vision.normalize(vision.to_tensor(image), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
 
 def _pooling(name: str) -> str | None:

@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> Task:
     metrics = evaluate(task, "val", model, accelerator)
     accelerator.print(metrics)
     if accelerator.is_main_process:
-        task.model.save_pretrained(task.args.output / "adapter")
+        task.save(task.args.output / "adapter")
     accelerator.end_training()
     return task
 

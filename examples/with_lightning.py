@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> Task:
     last = args.output / "last.ckpt"
     trainer.fit(Fusion(task), task.loader("train"), task.loader("val"), ckpt_path=last if args.resume and last.exists() else None)
     print({name: float(value) for name, value in trainer.callback_metrics.items()})
-    task.model.save_pretrained(args.output / "adapter")
+    task.save(args.output / "adapter")
     return task
 
 

@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> Task:
     device = default_device()
     train(task, device)
     print(evaluate(task, "val", device))
-    task.model.save_pretrained(task.args.output / "adapter")
+    task.save(task.args.output / "adapter")
     return task
 
 

@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> Task:
     last = get_last_checkpoint(task.args.output) if task.args.resume and task.args.output.is_dir() else None
     trainer.train(resume_from_checkpoint=last)
     print(trainer.evaluate())
-    task.model.save_pretrained(task.args.output / "adapter")
+    task.save(task.args.output / "adapter")
     return task
 
 

@@ -27,6 +27,7 @@ from .models import (
     start_prompts,
 )
 from .modules import MoPEConfig, MoPELayer, MoPEOutput, PromptAttention, PromptBank, PromptMapper
+from .prediction import Prediction, Predictor
 from .receptive_field import ReceptiveField
 
 __version__ = "0.1.0"
@@ -42,6 +43,8 @@ __all__ = [
     "MoPELayer",
     "MoPEOutput",
     "MultiAdapter",
+    "Prediction",
+    "Predictor",
     "PromptAttention",
     "PromptBank",
     "PromptMapper",

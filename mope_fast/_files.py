@@ -1,10 +1,13 @@
 """Files that are there whole or not at all, whenever a process is killed."""
 
 import os
+import shutil
 import tempfile
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 LEFTOVER_AGE = 3600.0
 """Seconds; no process takes so long to write one file: an older temporary one is of a killed process."""
@@ -12,10 +15,17 @@ LEFTOVER_AGE = 3600.0
 
 def write_atomically(path: Path, data: bytes, *, replace: bool = True) -> None:
     """Publish a whole, durable file; with ``replace`` False an existing one stays."""
+    with published(path, replace=replace) as file:
+        file.write(data)
+
+
+@contextmanager
+def published(path: Path, *, replace: bool = True) -> Iterator[BinaryIO]:
+    """A file to write to in the block, which has its name when that has ended, whole and durable, and is gone if it raises."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         if replace:
@@ -51,7 +61,7 @@ def publish_first(temporary: Path, path: Path) -> None:
 
 
 def remove_leftovers(folder: Path, files: Iterable[Path]) -> None:
-    """Remove those files of a folder that are older than any that is still being written."""
+    """Remove those files, and folders, of a folder that are older than any that is still being written."""
     if not (files := list(files)):
         return
     # the file system's own clock: another machine's, or this one's a moment ago, may be hours away from ours
@@ -59,7 +69,11 @@ def remove_leftovers(folder: Path, files: Iterable[Path]) -> None:
         now = os.fstat(file.fileno()).st_mtime
     for path in files:
         try:
-            if now - path.stat().st_mtime > LEFTOVER_AGE:
+            if now - path.stat().st_mtime <= LEFTOVER_AGE:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
                 path.unlink()
         except FileNotFoundError:
             pass

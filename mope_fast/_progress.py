@@ -24,11 +24,11 @@ class _Lines:
         self._file.flush()
 
 
-def tracked(items: Iterable[Any], description: str, unit: str, *, shown: bool) -> "tqdm[Any]":
-    """Give the items one by one and show on stderr how many are done."""
+def tracked(items: Iterable[Any], description: str, unit: str, *, shown: bool, total: int | None = None) -> "tqdm[Any]":
+    """Give the items one by one and show on stderr how many are done, of ``total`` where they have no length."""
     from tqdm import tqdm
 
-    options: dict[str, Any] = {"desc": description, "unit": unit, "disable": not shown}
+    options: dict[str, Any] = {"desc": description, "unit": unit, "disable": not shown, "total": total}
     if not (sys.stderr.isatty() or "ipykernel" in sys.modules):  # a notebook draws bars
         options |= {"file": _Lines(sys.stderr), "mininterval": SECONDS_PER_LINE, "miniters": 1}
     return tqdm(items, **options)

@@ -1,6 +1,6 @@
 """Features of frozen encoders, computed once and kept on disk; readers of samples, batches of them; few-shot training; metrics."""
 
-from .collator import FusionCollator, StackEach
+from .collator import FusionCollator, StackEach, TimmTransform
 from .feature_cache import FeatureCache
 from .few_shot import FewShotSplit
 from .images import load_image
@@ -20,6 +20,7 @@ __all__ = [
     "Posts",
     "StackEach",
     "Summary",
+    "TimmTransform",
     "classification_metrics",
     "load_image",
     "multi_label_metrics",

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .images import is_pillow_image, load_image
 from .posts import Post
@@ -22,8 +22,40 @@ class StackEach:
         return torch.stack([self.transform(value) for value in values])
 
 
+class TimmTransform(StackEach):
+    """timm's transform of images for inference, by its data config; called with a list of images, it gives (B, C, H, W).
+
+    A :class:`Predictor` can save it, and a ``StackEach`` of timm's transform it can't: that doesn't say what it was made of.
+
+    Args:
+        config: of ``timm.data.resolve_model_data_config``: ``input_size``, ``mean``, ``std``, ``interpolation`` and so on; whatever
+            ``timm.data.create_transform`` takes.
+
+    Raises:
+        ImportError: timm or torchvision is not installed.
+    """
+
+    def __init__(self, config: Mapping[str, Any]):
+        from timm.data import create_transform
+
+        self.config = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
+        super().__init__(create_transform(**self.config))
+
+    @classmethod
+    def of(cls, encoder: nn.Module) -> "TimmTransform":
+        """Make the one that a timm encoder was trained with, for the size of images that it was created for."""
+        from timm.data import resolve_model_data_config
+
+        config = resolve_model_data_config(encoder)
+        if (size := encoder.patch_embed.img_size) is not None:
+            config["input_size"] = (config["input_size"][0], *size)
+        return cls(config)
+
+
 class FusionCollator:
     """Makes a batch for :class:`MoPEFusion` of a list of samples: ``collate_fn`` of a DataLoader, ``data_collator`` of a Trainer.
+
+    With ``complementary_field=None`` it makes one for :class:`PromptTuned`, of the main side alone.
 
     Samples are :class:`Post` objects, whose images are opened here, in the DataLoader's worker; or dicts, as ``datasets`` has them,
     whose PIL images become RGB as a viewer shows them, too (:func:`load_image`).
@@ -32,10 +64,15 @@ class FusionCollator:
         main: how the main side's values become the main encoder's inputs. A transformers tokenizer (pads to the longest,
             truncates), image processor or feature extractor (called with ``return_tensors="pt"``, unpadded); any function of a
             list of values that gives a tensor or a dict of tensors: ``functools.partial(tokenizer, padding=True, max_length=64,
-            ...)``; ``StackEach(transform)`` for timm's and torchvision's transforms; None for features, stacked as they are.
+            ...)``; ``TimmTransform.of(encoder)`` for a timm encoder, ``StackEach(transform)`` for other transforms of one image;
+            None for features, stacked as they are.
         complementary: likewise for the other side.
         main_field, complementary_field, label_field: where a sample has them. Samples without the label field, or with None in it,
             make batches without labels.
+
+    Raises:
+        TypeError: ``main`` or ``complementary`` is none of these.
+        ValueError: ``complementary`` without a field.
 
     Example:
         >>> collate = FusionCollator(tokenizer, image_processor)
@@ -49,7 +86,7 @@ class FusionCollator:
         complementary: Preprocess | None,
         *,
         main_field: str = "text",
-        complementary_field: str = "image",
+        complementary_field: str | None = "image",
         label_field: str = "label",
     ):
         for name, preprocess in (("main", main), ("complementary", complementary)):
@@ -58,11 +95,16 @@ class FusionCollator:
                     f"{name} must be a tokenizer, an image processor, a function of a list of values or None, "
                     f"got {type(preprocess).__name__}"
                 )
-        self.sides = {"main_inputs": (main_field, main), "complementary_inputs": (complementary_field, complementary)}
+        if complementary_field is None and complementary is not None:
+            raise ValueError("complementary_field=None is for one side: leave complementary at None, or name its field")
+        if complementary_field is None:
+            self.sides = {"inputs": (main_field, main)}
+        else:
+            self.sides = {"main_inputs": (main_field, main), "complementary_inputs": (complementary_field, complementary)}
         self.label_field = label_field
 
     def __call__(self, samples: Sequence[Post | Mapping[str, Any]]) -> dict[str, Any]:
-        """``main_inputs``, ``complementary_inputs`` and, where samples have them, ``labels``.
+        """``main_inputs`` and ``complementary_inputs``, or ``inputs`` of one side; and, where samples have them, ``labels``.
 
         Labels are int64, (B,) of classes or (B, C) of 0 and 1 for each class, or float32 for numbers with a point.
 
@@ -71,11 +113,7 @@ class FusionCollator:
                 not finite, or inputs that are no tensors.
             OSError: an image can't be read.
         """
-        if not samples:
-            raise ValueError("there is no sample to make a batch of")
-        batch = {}
-        for name, (field, preprocess) in self.sides.items():
-            batch[name] = _inputs(name, preprocess, [_value(sample, field) for sample in samples])
+        batch = self.inputs(samples)
         labels = [_value(sample, self.label_field) if _may_have(sample, self.label_field) else None for sample in samples]
         without = sum(label is None for label in labels)
         if without not in (0, len(samples)):
@@ -84,6 +122,15 @@ class FusionCollator:
             )
         if not without:
             batch["labels"] = _labels(labels)
+        return batch
+
+    def inputs(self, samples: Sequence[Post | Mapping[str, Any]]) -> dict[str, Any]:
+        """Make a batch without looking at labels."""
+        if not samples:
+            raise ValueError("there is no sample to make a batch of")
+        batch = {}
+        for name, (field, preprocess) in self.sides.items():
+            batch[name] = _inputs(name, preprocess, [_value(sample, field) for sample in samples])
         return batch
 
 

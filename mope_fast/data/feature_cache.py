@@ -1,5 +1,6 @@
 """FeatureCache: what a frozen encoder gives for each sample, computed once and kept on disk."""
 
+import functools
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import nullcontext
@@ -169,6 +170,13 @@ class FeatureCache:
     def fingerprint(self) -> str:
         """Of the encoder, as given or computed."""
         return self._store.fingerprint
+
+    @property
+    def encodes(self) -> functools.partial[Tensor] | None:
+        """The function that gives the same features without a folder; None where the encoder isn't a supported one."""
+        if encoders.find_family(self.encoder) is None:
+            return None
+        return functools.partial(encoders.encode, self.encoder, pooling=self.pooling)
 
     @property
     def width(self) -> int:

@@ -81,6 +81,44 @@ def read_jsonl_folder(
     return posts
 
 
+def read_unlabelled(
+    path: str | os.PathLike[str],
+    *,
+    text: bool = True,
+    image: bool = True,
+    missing_images: str = "error",
+    outside: Iterable[str | os.PathLike[str]] = (),
+) -> Posts:
+    """The lines of one file as :func:`read_jsonl_folder` reads a split of its folder, whatever their labels are.
+
+    Args:
+        path: the file; ``img`` is a path from its folder.
+        text, image: which of them to read; the other may be absent or anything, and is "" or None in the posts.
+        missing_images, outside: as for a folder.
+
+    Raises:
+        FileNotFoundError, OSError, TypeError, ValueError: as for a folder.
+    """
+    check_choice("missing_images", missing_images, MISSING_IMAGES)
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f'{path} is not there: expected a line {{"id": ..., "text": ..., "img": ...}} for each sample')
+    folder, problems, posts, dropped = Folder(path.parent, outside), [], [], []
+    read = ("id", *(["text"] if text else []), *(["img"] if image else []))
+    for number, line in read_lines(path):
+        try:
+            row = _fields(line, read)
+            found = _image(folder, row["img"], missing_images) if image else None
+        except ValueError as error:
+            problems.append(f"line {number}: {error}")
+            continue
+        if image and found is None and missing_images == "skip":
+            dropped.append(str(row["id"]))
+        else:
+            posts.append(Post(str(row["id"]), row["text"], found, None))
+    return _posts(path, posts, (), problems, dropped)
+
+
 def _file_of(folder: Folder, split: str) -> Path:
     path = folder.root / f"{split}.jsonl"
     found = folder.find(path) or (folder.find(folder.root / "dev.jsonl") if split == "val" else None)
@@ -140,12 +178,16 @@ def _read_split(path: Path, folder: Folder, classes: "_Classes", missing_images:
         problems += [
             f"line {number}: has no label, line {with_label} has one: give it to all lines, or to none" for number in without_label
         ]
+    return _posts(path, posts, classes.names, problems, dropped)
+
+
+def _posts(path: Path, posts: list[Post], class_names: tuple[str, ...], problems: list[str], dropped: list[str]) -> Posts:
     if not posts and not problems:
         why = f": all {len(dropped)} have no image" if dropped else ": the file is empty"
         raise ValueError(f"{path} has no sample{why}")
     if problems:
         raise problems_in(path, problems)
-    return Posts(tuple(posts), classes.names, {_NO_IMAGE: tuple(dropped)} if dropped else {})
+    return Posts(tuple(posts), class_names, {_NO_IMAGE: tuple(dropped)} if dropped else {})
 
 
 def _image(folder: Folder, img: str | None, missing_images: str) -> Path | None:
@@ -163,17 +205,17 @@ def _image(folder: Folder, img: str | None, missing_images: str) -> Path | None:
     return found
 
 
-def _fields(line: str) -> dict[str, Any]:
-    """A line's object, its fields of the right types."""
+def _fields(line: str, read: tuple[str, ...] = ("id", "text", "img", "label")) -> dict[str, Any]:
+    """A line's object, the fields that are read of the right types."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON ({error}): {line!r:.120}") from None
     if not isinstance(row, dict):
         raise ValueError(f"expected an object with id, text, img and label, got {line!r:.120}")
-    if lacking := [name for name in ("id", "text") if name not in row]:
+    if lacking := [name for name in ("id", "text") if name in read and name not in row]:
         raise ValueError(f"lacks {', '.join(map(repr, lacking))}; it has {list(row)!r:.200}")
-    row = {"img": None, "label": None, **row}
+    row = {"text": "", "img": None, "label": None, **{name: value for name, value in row.items() if name in read}}
     kinds = {"id": (str, int), "text": (str,), "img": (str, type(None)), "label": (str, int, list, type(None))}
     expected = {"id": "a text or an integer", "text": "a text", "img": "a path or null", "label": "a name, a list of names or null"}
     for name, kind in kinds.items():

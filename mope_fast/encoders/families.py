@@ -287,14 +287,22 @@ def _way_out(encoder: object) -> str:
     )
 
 
-def encode(encoder: nn.Module, inputs: Tensor | Inputs, pooling: str | None = None) -> Tensor:
+def encode(encoder: nn.Module, inputs: Tensor | Inputs | None = None, pooling: str | None = None, **named: Any) -> Tensor:
     """The global feature (B, D) of a supported encoder, without prompts.
 
     Args:
         inputs: the encoder's main input, or a dict of its keyword arguments.
         pooling: "cls", "mean" or "last", as far as its family has it, or several side by side, "cls+mean"; None for the family's
             own (docs/encoders.md).
+        named: the encoder's keyword arguments themselves, in place of ``inputs``, as a fusion hands a dict to a function.
+
+    Raises:
+        TypeError: both or neither of them; an encoder that is not supported.
+        ValueError: a pooling that its family doesn't have.
     """
+    if (inputs is None) == (not named):
+        raise TypeError("encode takes inputs (a tensor, or a dict), or the encoder's keyword arguments by their names")
+    inputs = named if inputs is None else inputs
     family = family_of(encoder)
     family.check_pooling(pooling)
     return family.encode(encoder, family.keyword_arguments(inputs), pooling)

@@ -1,7 +1,7 @@
 """Which weights an encoder has: a few numbers of each of its tensors, small enough to be kept in every save."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,17 +27,19 @@ def plain_name(key: str) -> str:
 
 
 @torch.no_grad()
-def sample_weights(part: nn.Module) -> Samples | None:
+def sample_weights(part: nn.Module, layers: Sequence[nn.Module] | None = None) -> Samples | None:
     """Numbers of each parameter, the same for an encoder that is wrapped or not, wherever it is and in whatever precision.
 
     Args:
-        part: a :class:`PromptedEncoder`, or any module, of which every parameter is needed.
+        part: a :class:`PromptedEncoder`, or any module.
+        layers: whose parameters are needed; default: of a PromptedEncoder its layers', of any other module every one.
 
     Returns:
         None where they can't be read cheaply: sharded, quantised, or without storage.
     """
     encoder = part.encoder if isinstance(part, PromptedEncoder) else part
-    layers = [layer.module for layer in part.layers] if isinstance(part, PromptedEncoder) else [part]
+    if layers is None:
+        layers = [layer.module for layer in part.layers] if isinstance(part, PromptedEncoder) else [part]
     needed = {id(parameter) for layer in layers for parameter in layer.parameters()}
     parameters = [(plain_name(name), p) for name, p in encoder.named_parameters() if p.numel()]
     if any(type(p) is not nn.Parameter or p.is_meta or not p.is_floating_point() for _, p in parameters):

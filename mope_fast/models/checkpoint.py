@@ -6,7 +6,7 @@ import os
 import re
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .._distributed import shard_like
 from .._files import make_names_durable, remove_leftovers, write_atomically
-from ..encoders.weights import differences
+from ..encoders.weights import differences, plain_name
 
 if TYPE_CHECKING:
     from .task import TaskModel
@@ -164,18 +164,7 @@ def read_description(path: str | os.PathLike[str], model: str, settings: set[str
         ValueError: it isn't one of ours, is damaged, or is of a newer version.
         OSError: it can't be read.
     """
-    file = Path(path) / DESCRIPTION
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist: expected a folder written by {model}.save_pretrained")
-    try:
-        description = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON ({error}): expected a file written by {model}.save_pretrained") from None
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
-        got = description.get("format") if isinstance(description, dict) else type(description).__name__
-        raise ValueError(f"{file} has format {got!r}, expected {FORMAT}: save it again with this version, or update mope_fast")
-    if missing := [key for key in KEYS if key not in description]:
-        raise ValueError(f"{file} lacks {missing}: restore it, or save the model again")
+    file, description = Path(path) / DESCRIPTION, _read_json(path, model)
     if description["model"] != model:
         raise ValueError(f"{file} was saved by {description['model']}, not by {model}: load it with {description['model']}")
     types = {
@@ -185,6 +174,8 @@ def read_description(path: str | os.PathLike[str], model: str, settings: set[str
         "num_classes": (int, type(None)),
         "label_smoothing": float,
         "encoders": dict,
+        "sources": dict,
+        "predictor": str,
     }
     wrong = [
         key
@@ -215,6 +206,27 @@ def read_description(path: str | os.PathLike[str], model: str, settings: set[str
     return description
 
 
+def saved_by(path: str | os.PathLike[str]) -> Any:
+    """Name of the class of a saved model; raises as :func:`read_description`."""
+    return _read_json(path, "model")["model"]
+
+
+def _read_json(path: str | os.PathLike[str], model: str) -> dict[str, Any]:
+    file = Path(path) / DESCRIPTION
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist: expected a folder written by {model}.save_pretrained")
+    try:
+        description = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON ({error}): expected a file written by {model}.save_pretrained") from None
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        got = description.get("format") if isinstance(description, dict) else type(description).__name__
+        raise ValueError(f"{file} has format {got!r}, expected {FORMAT}: save it again with this version, or update mope_fast")
+    if missing := [key for key in KEYS if key not in description]:
+        raise ValueError(f"{file} lacks {missing}: restore it, or save the model again")
+    return description
+
+
 def _exceeds(value: Any, most: int) -> bool:
     return isinstance(value, int) and value > most
 
@@ -234,11 +246,16 @@ def task_settings(description: dict[str, Any]) -> dict[str, Any]:
     return {"problem_type": description["problem_type"], "label_smoothing": description.get("label_smoothing", 0.0)}
 
 
-def _check_encoders(path: Path, model: "TaskModel", saved: dict[str, Any], strict: bool) -> None:
-    """Warns, or with ``strict`` raises ValueError, where the model's frozen parts have other weights than those saved with."""
+def _check_encoders(path: Path, model: "TaskModel", saved: dict[str, Any], strict: bool, refused: Collection[str]) -> None:
+    """Warns where the model's frozen encoders have other weights than those saved with.
+
+    Raises ValueError with ``strict``, and for those that are ``refused``.
+    """
+    held = {plain_name(name) for name in model.frozen_parts()}
     for name, own in model.sampled_encoders().items():
         if (samples := saved.get(name)) is None or own is None:
-            if strict:
+            # the encoder of a function is known to newer saves only
+            if strict and name in held:
                 whose = (
                     "the save holds nothing of it" if samples is None else "its numbers can't be read here (sharded, quantised?)"
                 )
@@ -253,17 +270,29 @@ def _check_encoders(path: Path, model: "TaskModel", saved: dict[str, Any], stric
         if found:
             more = f" and {len(found) - 3} more" if len(found) > 3 else ""
             message = f"{path} was trained on other weights of {name!r} than it is put on: {'; '.join(found[:3])}{more}"
-            if strict:
-                raise ValueError(message + ": load the encoder that it was trained on, or pass strict=False")
+            if strict or name in refused:
+                hint = (
+                    "load the encoder that it was trained on, or pass strict=False"
+                    if strict
+                    else ("the name that it knows for the encoder is another one's by now; pass the encoder that it was trained on")
+                )
+                raise ValueError(f"{message}: {hint}")
             warnings.warn(message + ". Results will differ; strict=True refuses this", stacklevel=5)
 
 
-def load(path: str | os.PathLike[str], model: "TaskModel", description: dict[str, Any], *, strict: bool) -> None:
+def load(
+    path: str | os.PathLike[str],
+    model: "TaskModel",
+    description: dict[str, Any],
+    *,
+    strict: bool,
+    refused: Collection[str] = (),
+) -> None:
     """Read the weights that the description names into a model; warns if they were trained on other encoders' weights.
 
     Raises:
         FileNotFoundError, ValueError: the weights are missing, damaged or don't fit; the message lists every difference. With
-            ``strict`` also where encoders have other weights, or it can't be known.
+            ``strict`` also where encoders have other weights, or it can't be known; where those in ``refused`` have others, always.
         OSError: they can't be read.
     """
     own = json.loads(json.dumps(model.description()))
@@ -299,7 +328,7 @@ def load(path: str | os.PathLike[str], model: "TaskModel", description: dict[str
         )
     if problems:
         raise ValueError(f"{Path(path)} doesn't fit this model:\n  " + "\n  ".join(problems))
-    _check_encoders(Path(path), model, description.get("encoders", {}), strict)
+    _check_encoders(Path(path), model, description.get("encoders", {}), strict, refused)
     if problems := not_finite(saved):
         warnings.warn(
             f"{Path(path)} holds numbers that are not finite, in {', '.join(problems)}: outputs will be NaN", stacklevel=4

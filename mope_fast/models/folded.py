@@ -68,7 +68,9 @@ class FoldedModel(ImageConfig, nn.Module):
             return output
         return output.features if output.logits is None else output.logits
 
-    def outputs(self, main_inputs: Inputs, complementary_inputs: Inputs | None, *, feature_maps: bool = False) -> FusionOutput:
+    def outputs(
+        self, main_inputs: Inputs, complementary_inputs: Inputs | None = None, *, feature_maps: bool = False
+    ) -> FusionOutput:
         """Return all of them, whatever ``return_logits`` says."""
         cross = None
         if self.uses_cross:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from .. import functional
 from ..encoders import PromptedEncoder, family_of, find_family
 from ..encoders.frozen import Hold
+from ..encoders.sources import Source, encoder_of, source_of
+from ..encoders.weights import Samples, sample_weights
 from ..modules import MoPEConfig, PromptBank
 from . import checkpoint, hub
 from .classifier import Classifier
@@ -243,6 +245,28 @@ class MoPEFusion(Classifier):
         wrapped = isinstance(side, PromptTuned) and side.main in self._wrapped
         return self.main.encoder, side.main.encoder if wrapped else side
 
+    def sources(self) -> dict[str, Source | None]:
+        """Where both encoders can be got again; the complementary one isn't named where features are passed in.
+
+        That of a function that is a supported encoder's feature has its ``pooling``.
+        """
+        found, side = {"main": source_of(self.main.encoder)}, self.complementary
+        if isinstance(side, PromptTuned):
+            found["complementary"] = source_of(side.main.encoder)
+        elif side is not None:
+            encoder, pooling = encoder_of(side) or (None, None)
+            source = None if encoder is None else source_of(encoder)
+            found["complementary"] = None if source is None else {**source, "pooling": pooling}
+        return found
+
+    def sampled_encoders(self) -> dict[str, Samples | None]:
+        """Of each frozen encoder some of its numbers, of one within a function too; None where they can't be read."""
+        found = super().sampled_encoders()
+        if (known := encoder_of(self.complementary)) is not None:
+            layers = family_of(known[0]).layers(known[0])
+            found["complementary.encoder"] = sample_weights(known[0], [layer.module for layer in layers])
+        return found
+
     def description(self) -> dict[str, Any]:
         side = self.complementary
         return {
@@ -275,15 +299,31 @@ class MoPEFusion(Classifier):
             OSError: a file can't be read.
         """
         path = hub.local_folder(path, revision)
-        known = {field.name for field in dataclasses.fields(MoPEConfig)}
-        saved = checkpoint.read_description(path, "MoPEFusion", known)
+        saved = cls._read(path)
+        model = cls._make(path, saved, main, complementary, head=head)
+        model._load(path, saved, strict)
+        return model
+
+    @classmethod
+    def _read(cls, path: str | os.PathLike[str]) -> dict[str, Any]:
+        return checkpoint.read_description(path, "MoPEFusion", {field.name for field in dataclasses.fields(MoPEConfig)})
+
+    @classmethod
+    def _make(
+        cls,
+        path: str | os.PathLike[str],
+        saved: dict[str, Any],
+        main: nn.Module,
+        complementary: nn.Module | Callable[..., Tensor] | None = None,
+        *,
+        head: nn.Module | None = None,
+    ) -> "MoPEFusion":
+        """As the description says, not loaded yet."""
         classes, task = None if head is not None else saved["num_classes"], checkpoint.task_settings(saved)
         with checkpoint.settings_of(path):
             config = MoPEConfig(**saved["config"])
             check_head(classes, head, **task)
-        model = cls(main, complementary, classes, config, head=head, **task)
-        model._load(path, saved, strict)
-        return model
+        return cls(main, complementary, classes, config, head=head, **task)
 
 
 def _is_encoder(complementary: object) -> bool:

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..encoders.sources import Source, source_of
 from ..modules import MoPEConfig, PromptBank
 from . import checkpoint, hub
 from .classifier import Classifier
@@ -117,6 +118,10 @@ class PromptTuned(Classifier):
         """Trained parameters for an optimiser."""
         return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": lr, "weight_decay": weight_decay}]
 
+    def sources(self) -> dict[str, Source | None]:
+        """Where the encoder can be got again."""
+        return {"main": source_of(self.main.encoder)}
+
     def description(self) -> dict[str, Any]:
         return {
             "model": "PromptTuned", "main": describe_encoder(self.main), "config": dict(self.settings), **self._head_description()
@@ -147,14 +152,25 @@ class PromptTuned(Classifier):
             OSError: a file can't be read.
         """
         path = hub.local_folder(path, revision)
-        saved = checkpoint.read_description(path, "PromptTuned", {"prompt_length", "dropout", "prompt_init", "pooling"})
+        saved = cls._read(path)
+        model = cls._make(path, saved, encoder, head=head)
+        model._load(path, saved, strict)
+        return model
+
+    @classmethod
+    def _read(cls, path: str | os.PathLike[str]) -> dict[str, Any]:
+        return checkpoint.read_description(path, "PromptTuned", {"prompt_length", "dropout", "prompt_init", "pooling"})
+
+    @classmethod
+    def _make(
+        cls, path: str | os.PathLike[str], saved: dict[str, Any], encoder: nn.Module, *, head: nn.Module | None = None
+    ) -> "PromptTuned":
+        """As the description says, not loaded yet."""
         classes, task = None if head is not None else saved["num_classes"], checkpoint.task_settings(saved)
         with checkpoint.settings_of(path):
             _config(**saved["config"])
             check_head(classes, head, **task)
-        model = cls(encoder, num_classes=classes, head=head, **task, **saved["config"])
-        model._load(path, saved, strict)
-        return model
+        return cls(encoder, num_classes=classes, head=head, **task, **saved["config"])
 
 
 def _config(prompt_length: int, dropout: float, prompt_init: float | None, pooling: str | None) -> MoPEConfig:

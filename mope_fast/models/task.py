@@ -3,7 +3,7 @@
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 from .._distributed import JointBatch, gather, is_first, is_sharded, mesh_of, wait_for_all
 from .._values import can_be_looked_at
 from ..encoders import PromptedEncoder
+from ..encoders.sources import Source
 from ..encoders.weights import Samples, plain_name, sample_weights
 from ..modules import FoldedBank, PromptBank
 from . import checkpoint, hub
@@ -295,6 +296,10 @@ class TaskModel(ImageConfig, nn.Module, ABC):
         """Of each frozen part some of its numbers; None where they can't be read."""
         return {plain_name(name): sample_weights(self.get_submodule(name)) for name in self.frozen_parts()}
 
+    def sources(self) -> dict[str, Source | None]:
+        """Where each frozen encoder can be got again, see :func:`mope_fast.encoders.sources.source_of`."""
+        return {}
+
     def frozen_parts(self) -> list[str]:
         """Names of the modules that are held and not trained."""
         modules = self.named_modules(remove_duplicate=False)
@@ -435,14 +440,20 @@ class TaskModel(ImageConfig, nn.Module, ABC):
         (``ddp.module``), any number of ranks may call this. If trained parts are sharded (FSDP2), every rank has to: the first one
         writes, and all wait for it.
 
+        Under ``sources`` it says where each frozen encoder can be got again, or null where that isn't known.
+
         Raises:
             ValueError: a parameter or buffer holds NaN or infinities; the message names it, and what was saved before stays.
         """
+        self._save(path)
+
+    def _save(self, path: str | os.PathLike[str], more: dict[str, Any] | None = None) -> None:
+        """``more`` stands in the description, and is there from the moment on at which the weights are."""
         if left_out := self._trained_in_encoders():
             warnings.warn(
                 f"{len(left_out)} trained parameters are not in this save, because they are the encoder's: {left_out[0]}, ... Save "
                 "them with what put them there; peft's encoder.save_pretrained() for a LoRA",
-                stacklevel=2,
+                stacklevel=3,
             )
         state = self.state_dict()
         keys = self.trained_keys(state)
@@ -455,7 +466,8 @@ class TaskModel(ImageConfig, nn.Module, ABC):
                 whole[name] = value.cpu()
         try:
             if writes:
-                checkpoint.save(path, whole, {**self.description(), "encoders": self.sampled_encoders()})
+                known = {"encoders": self.sampled_encoders(), "sources": self.sources()}
+                checkpoint.save(path, whole, {**self.description(), **known, **(more or {})})
         finally:
             if mesh is not None:
                 wait_for_all(mesh)
@@ -509,9 +521,10 @@ class TaskModel(ImageConfig, nn.Module, ABC):
         saved = checkpoint.read_description(path, own["model"], set(own["config"]))
         checkpoint.load(path, self, saved, strict=strict)
 
-    def _load(self, path: str | os.PathLike[str], description: dict[str, Any], strict: bool) -> None:
+    def _load(self, path: str | os.PathLike[str], description: dict[str, Any], strict: bool, refused: Collection[str] = ()) -> None:
+        """``refused`` has names of :meth:`sampled_encoders` whose other weights are an error in any case."""
         try:
-            checkpoint.load(path, self, description, strict=strict)
+            checkpoint.load(path, self, description, strict=strict, refused=refused)
         except BaseException:
             self.unwrap()
             raise

@@ -12,7 +12,7 @@ from torchvision.transforms import functional as vision
 from transformers import BertTokenizerFast, ViTImageProcessor, WhisperFeatureExtractor
 
 from mope_fast import FusionCollator
-from mope_fast.data import Post, Posts, StackEach
+from mope_fast.data import Post, Posts, StackEach, TimmTransform
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "circle", "is", "it", "?"]
 
@@ -58,6 +58,28 @@ def test_the_image_can_be_the_main_side(posts, tokenizer):
     batch = collate(posts)
     assert torch.equal(batch["main_inputs"], torch.stack([pixels(post.open_image()) for post in posts]))
     assert batch["complementary_inputs"]["input_ids"].shape == (3, 5)
+
+
+def test_one_side_makes_a_batch_of_a_model_of_one_encoder(posts, tokenizer):
+    batch = FusionCollator(tokenizer, None, complementary_field=None)(posts)
+    assert list(batch) == ["inputs", "labels"]
+    assert batch["inputs"]["input_ids"].shape == (3, 6)
+    images = FusionCollator(PROCESSOR, None, main_field="image", complementary_field=None)
+    assert images(posts)["inputs"]["pixel_values"].shape == (3, 3, 6, 6)
+    with pytest.raises(ValueError, match="complementary_field=None is for one side: leave complementary at None"):
+        FusionCollator(tokenizer, PROCESSOR, complementary_field=None)
+
+
+def test_timms_own_transform_of_an_encoder(posts):
+    timm = pytest.importorskip("timm")
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1)
+    config = {**timm.data.resolve_model_data_config(vit), "input_size": (3, 32, 32)}
+    transform = timm.data.create_transform(**config)
+    expected = torch.stack([transform(post.open_image()) for post in posts])
+    made = TimmTransform.of(vit)
+    assert made.config == config
+    for same in (made, pickle.loads(pickle.dumps(made)), TimmTransform({**config, "mean": list(config["mean"])})):
+        assert torch.equal(same([post.open_image() for post in posts]), expected)
 
 
 def test_dicts_with_fields_of_other_names_and_features(tokenizer):

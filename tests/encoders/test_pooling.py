@@ -167,6 +167,9 @@ def test_poolings_side_by_side(tmp_path):
     dinov2, inputs, cross = CASES["dinov2"].make(), CASES["dinov2"].inputs(3), make_cross(3)
     expected = torch.cat([encode(dinov2, inputs, "cls"), encode(dinov2, inputs, "mean")], dim=1)
     close(encode(dinov2, inputs, "cls+mean"), expected)
+    close(encode(dinov2, **inputs, pooling="cls+mean"), expected)
+    with pytest.raises(TypeError, match="encode takes inputs"):
+        encode(dinov2)
     cache = FeatureCache(tmp_path / "cache", dinov2, pooling="cls+mean")
     assert cache.feature_width == expected.shape[1]
     close(cache(inputs), expected)

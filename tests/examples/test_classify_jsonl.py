@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mope_fast import MoPEFusion, analysis
+from mope_fast import MoPEFusion, Predictor, analysis
 
 REASON = "needs the packages of the examples extra"
 classify_jsonl = pytest.importorskip("classify_jsonl", reason=REASON)
@@ -77,7 +77,8 @@ def partly(self, folder, **settings):
         (run_folder.RunFolder, "_remove", stop),
         (run_folder.shutil, "rmtree", stop),
         (run_folder.RunFolder, "keep_adapter", stop),
-        (MoPEFusion, "save_pretrained", stop),
+        (Predictor, "save_pretrained", stop),
+        (MoPEFusion, "_save", stop),
         (classify_jsonl, "write_atomically", stop),
         (analysis.Recorder, "report", stop),
     ],

@@ -1,0 +1,110 @@
+"""What makes an encoder's inputs of a list of values: kept in a folder, read again, and the library's own where nothing is kept."""
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..encoders import family_of
+from ..encoders.sources import Source
+from .collator import Preprocess, StackEach, TimmTransform
+
+FIELDS = {
+    "input_ids": "text", "pixel_values": "image", "x": "image", "input_values": "audio", "input_features": "audio",
+}  # fmt: skip
+"""Main input of an encoder -> what a sample calls that."""
+_BASES = ("PreTrainedTokenizerBase", "ImageProcessingMixin", "FeatureExtractionMixin", "ProcessorMixin")
+
+
+def keep(preprocess: Preprocess | None, folder: Path) -> dict[str, Any] | None:
+    """Say in plain values what this is; what transformers saves of its own goes into ``folder``, which is made for that.
+
+    Returns:
+        None for None; else a dict with a ``kind``: "transformers", "timm", or "function" with the name of what can't be kept.
+    """
+    if preprocess is None:
+        return None
+    if isinstance(preprocess, TimmTransform) and (config := _plain(preprocess.config)) is not None:
+        return {"kind": "timm", "config": config}
+    processor, settings = preprocess, None
+    if isinstance(preprocess, functools.partial) and not preprocess.args:
+        processor, settings = preprocess.func, _plain(preprocess.keywords)
+    if _of_transformers(type(processor).__name__) is type(processor) and (settings is not None or processor is preprocess):
+        processor.save_pretrained(folder)
+        return {"kind": "transformers", "class": type(processor).__name__, "settings": settings}
+    return {"kind": "function", "name": _name(preprocess)}
+
+
+def read(kept: Mapping[str, Any], folder: Path) -> Preprocess:
+    """What :func:`keep` kept, but for functions.
+
+    Raises:
+        TypeError, KeyError, ValueError, OSError: it is damaged.
+    """
+    if kept["kind"] == "timm":
+        return TimmTransform(kept["config"])
+    if kept["kind"] != "transformers" or (cls := _of_transformers(kept["class"])) is None:
+        raise ValueError(f"it names {kept!r:.200}, which this version doesn't know")
+    processor = cls.from_pretrained(folder)
+    return processor if kept["settings"] is None else functools.partial(processor, **kept["settings"])
+
+
+def own_preprocessing(encoder: nn.Module, source: Source | None) -> tuple[Preprocess, str]:
+    """What an encoder's library makes its inputs with, and that in words.
+
+    Args:
+        source: where it comes from, which a transformers encoder's inputs are asked of, too.
+
+    Raises:
+        ValueError: its library isn't known to have any, or no name is known to ask for it.
+        OSError: there is none by that name.
+    """
+    family = family_of(encoder)
+    if type(encoder).__module__.startswith("timm."):
+        made = TimmTransform.of(encoder)
+        return made, f"timm's transform to {made.config['input_size']}"
+    if source is None or source["library"] != "transformers" or family.input_name not in FIELDS:
+        raise ValueError(f"it is not known what makes the inputs of a {type(encoder).__name__}")
+    import transformers
+
+    place = {"revision": source["revision"]} if "revision" in source else {}
+    kinds = {"text": "AutoTokenizer", "image": "AutoImageProcessor", "audio": "AutoFeatureExtractor"}
+    processor = getattr(transformers, kinds[FIELDS[family.input_name]]).from_pretrained(source["name"], **place)
+    words = f"{type(processor).__name__} of {source['name']}"
+    if family.input_name == "input_ids":
+        processor.pad_token = processor.pad_token or processor.eos_token  # GPT-2 has none
+        return functools.partial(processor, padding=True, truncation=True, return_tensors="pt"), f"{words}, padded and truncated"
+    if family.input_name == "input_values":
+        return functools.partial(processor, padding=True, return_tensors="pt"), f"{words}, padded"
+    return processor, words
+
+
+def _of_transformers(name: str) -> type | None:
+    """The tokenizer or processor of this name."""
+    try:
+        import transformers
+    except ImportError:
+        return None
+    cls = getattr(transformers, name, None)
+    bases = tuple(getattr(transformers, base) for base in _BASES)
+    return cls if isinstance(cls, type) and issubclass(cls, bases) else None
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The same as JSON has it, tuples as lists; None where that says something else."""
+    try:
+        return json.loads(json.dumps(dict(values), allow_nan=False))
+    except (TypeError, ValueError):
+        return None
+
+
+def _name(function: Callable[..., Any]) -> str:
+    if isinstance(function, StackEach):
+        return f"StackEach of {_name(function.transform)}"
+    if isinstance(function, functools.partial):
+        return f"partial of {_name(function.func)}"
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"

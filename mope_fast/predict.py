@@ -1,0 +1,101 @@
+"""Predict a file of JSON lines with a saved model: python -m mope_fast.predict adapter data.jsonl -o predictions.jsonl"""
+
+import argparse
+import importlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ._files import published
+from .data.jsonl import MISSING_IMAGES, read_unlabelled
+from .prediction import Predictor
+
+_FUNCTION = re.compile(r"[^\W\d][\w.]*:[^\W\d]\w*")
+_OTHERS = (
+    "a transformers folder or name, timm/NAME, or MODULE:FUNCTION, a function without arguments that gives the encoder, or a pair: "
+    "it and what makes its inputs of a list of values"
+)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Arguments of the program."""
+    parser = argparse.ArgumentParser(prog="python -m mope_fast.predict", description=__doc__.partition(":")[0] + ".")
+    add = parser.add_argument
+    add("folder", type=Path, help="what save_pretrained wrote")
+    add(
+        "data",
+        type=Path,
+        help='a line {"id": ..., "text": ..., "img": ...} for each sample; img is a path from this file\'s folder',
+    )
+    add("-o", "--output", type=Path, required=True, help="a line with id, label, probabilities and experts for each sample")
+    add("--main", help=f"in place of the main encoder's name in the save: {_OTHERS}")
+    add("--complementary", help="likewise for the complementary encoder; a function may give what gives the features, too")
+    add("--batch-size", type=int, default=32)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default here: %(default)s")
+    add("--missing-images", choices=MISSING_IMAGES, default="error", help="leave such samples out, or put a grey picture in place")
+    add("--outside", type=Path, nargs="+", default=[], help="folders outside of the file's that its images may be in")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the program; SystemExit with one line for what is wrong with arguments or files."""
+    parser = make_parser()
+    args = parser.parse_args(arguments)
+    if args.batch_size < 1:
+        parser.error(f"--batch-size must be at least 1, got {args.batch_size}")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device} can't be used: {str(error).partition(chr(10))[0]}")
+    if args.output.is_dir() or not args.output.parent.is_dir():
+        parser.error(f"--output must be a file in a folder that is there, got {args.output}")
+    if args.output.exists() and args.data.exists() and args.output.samefile(args.data):
+        parser.error(f"--output would replace the data, {args.data}")
+    try:
+        count = _predict(args)
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from error
+    print(f"{args.output}: {count:,} samples")
+
+
+def _predict(args: argparse.Namespace) -> int:
+    sides: dict[str, Any] = {"device": args.device}
+    for side in ("main", "complementary"):
+        sides[side], inputs = _encoder(getattr(args, side))
+        sides |= {} if inputs is None else {f"{side}_inputs": inputs}
+    predictor = Predictor.from_pretrained(args.folder, **sides)
+    fields = {field for field, _ in predictor.inputs.sides.values()}
+    if not fields <= {"text", "image"}:
+        raise ValueError(
+            f"{args.folder} reads fields {sorted(fields)}, and lines have a text and an image: call the Predictor in Python"
+        )
+    posts = read_unlabelled(
+        args.data, text="text" in fields, image="image" in fields, missing_images=args.missing_images, outside=args.outside
+    )
+    for reason, left_out in posts.dropped.items():
+        print(f"{len(left_out):,} samples are left out: {reason}")
+    with published(args.output) as file:
+        for post, prediction in zip(posts, predictor(posts, args.batch_size, progress=True), strict=True):
+            file.write(json.dumps({"id": post.id, **vars(prediction)}).encode() + b"\n")
+    return len(posts)
+
+
+def _encoder(name: str | None) -> tuple[Any, Callable[..., Any] | None]:
+    """An encoder's name as it is, or what a function of the user's gives; and what makes its inputs, if that is given."""
+    if name is None or not _FUNCTION.fullmatch(name) or Path(name).exists():
+        return name, None
+    module, _, function = name.partition(":")
+    try:
+        make = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{name} can't be imported ({error}): is the module's folder in PYTHONPATH?") from error
+    made = make()
+    return made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+
+
+if __name__ == "__main__":
+    main()

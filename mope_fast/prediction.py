@@ -1,0 +1,499 @@
+"""Predictor: a trained model with what makes its inputs, saved together and used on samples as they are."""
+
+import copy
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ._files import make_names_durable, remove_leftovers
+from ._modes import evaluating
+from ._progress import tracked
+from .data import FusionCollator, Post, load_image, preprocessing
+from .encoders import PromptedEncoder, encode, family_of, find_family, supported_encoders
+from .encoders.sources import Source, encoder_of, load_source, source_of
+from .models import MoPEFusion, PromptTuned, checkpoint
+
+KINDS = {"MoPEFusion": MoPEFusion, "PromptTuned": PromptTuned}
+DESCRIPTION = "predictor.json"
+FORMAT = 1
+_NAME = re.compile("predictor-[0-9a-f]{16}")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of one sample."""
+
+    label: Any
+    """The class: its name, or its index where classes have no names. Of multi-label classification a list of them, all whose
+    probability is above 0.5. Of regression a number, or a list of several."""
+    probabilities: dict[str, float] | list[float] | None
+    """Of each class, by its name or by its index; None of regression."""
+    experts: list[tuple[int, float]] | None
+    """Of each layer the expert with the highest routing score, and that score; None of a model that doesn't route."""
+
+
+class Predictor:
+    """Predicts samples with a trained model: makes inputs, runs the folded model, and names classes.
+
+    Args:
+        model: :class:`MoPEFusion` or :class:`PromptTuned`, with a head that gives (B, C). What predicts is this model folded, as it
+            is at this moment; where folding is not exact it is the model itself, in eval mode.
+        inputs: what made its batches in training, ``FusionCollator(tokenizer, image_processor)``. For a PromptTuned it has one
+            side, ``FusionCollator(tokenizer, None, complementary_field=None)``.
+        class_names: of class 0, 1, ...; None for their indices. Regression has none.
+
+    Raises:
+        TypeError: another model, or no FusionCollator.
+        ValueError: a model without head, a collator with another number of sides, names that don't fit.
+        RuntimeError: the model's weights are sharded.
+
+    Example:
+        >>> Predictor(model, collate, class_names=["red", "blue"]).save_pretrained("adapter")
+        >>> predictor = Predictor.from_pretrained("adapter")
+        >>> for prediction in predictor([{"text": "which color ?", "image": "a.png"}]):
+        ...     print(prediction.label, prediction.probabilities)
+    """
+
+    def __init__(self, model: MoPEFusion | PromptTuned, inputs: FusionCollator, class_names: Sequence[str] | None = None):
+        if not isinstance(model, tuple(KINDS.values())):
+            raise TypeError(f"model must be a {' or a '.join(KINDS)}, got {type(model).__name__}")
+        if not isinstance(inputs, FusionCollator):
+            raise TypeError(f"inputs must be the FusionCollator that makes the model's batches, got {type(inputs).__name__}")
+        if model.head is None:
+            raise ValueError(f"this {type(model).__name__} has no head, so it predicts nothing: make it with num_classes")
+        if len(inputs.sides) != (sides := 1 if isinstance(model, PromptTuned) else 2):
+            needed = "FusionCollator(..., None, complementary_field=None)" if sides == 1 else "FusionCollator(main, complementary)"
+            raise ValueError(f"a {type(model).__name__} has inputs of {sides} side{'s' * (sides > 1)}: make them by {needed}")
+        self.class_names = None if class_names is None else _checked_names(class_names, model)
+        self.model, self.inputs = model, inputs
+        try:
+            folded = model.fold()
+            self._outputs, self._mode = folded.outputs, nullcontext
+        except ValueError:
+            plain = copy.copy(model)
+            plain.return_logits = False
+            self._outputs, self._mode = plain, functools.partial(evaluating, model)
+        self._sides = [_Side(encoder, field) for encoder, (field, _) in zip(_encoders(model), inputs.sides.values(), strict=False)]
+
+    def __call__(
+        self, samples: Iterable[Post | Mapping[str, Any]], batch_size: int = 32, progress: bool = False
+    ) -> Iterator[Prediction]:
+        """Predict samples one by one in their order; a batch runs when its first prediction is asked for.
+
+        Args:
+            samples: what the collator takes: dicts with its fields, or posts; labels are not looked at. An image may be a path, in
+                the field "image" or of an encoder of images: it is opened by :func:`mope_fast.data.load_image`.
+            batch_size: of all batches but the last.
+            progress: show a bar.
+
+        Raises:
+            TypeError, ValueError: samples or ``batch_size`` that make no sense, a head that doesn't give (B, C), logits that aren't
+                finite.
+            OSError: an image can't be read.
+        """
+        if isinstance(samples, (str, Mapping)) or not isinstance(samples, Iterable):
+            raise TypeError(f"samples must be a list of samples, got {type(samples).__name__}: give [sample] for one")
+        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+            raise ValueError(f"batch_size must be an integer >= 1, got {batch_size!r}")
+        predictions = self._predictions(iter(samples), batch_size)
+        if not progress:
+            return predictions
+        return iter(tracked(predictions, "predicting", "sample", shown=True, total=_length(samples)))
+
+    def _predictions(self, samples: Iterator[Post | Mapping[str, Any]], batch_size: int) -> Iterator[Prediction]:
+        done = 0
+        while batch := list(islice(samples, batch_size)):
+            yield from self._predict(batch, done)
+            done += len(batch)
+
+    def _predict(self, samples: list[Post | Mapping[str, Any]], done: int) -> list[Prediction]:
+        inputs = self.inputs.inputs([self._opened(sample) for sample in samples]).values()
+        device = next(self.model.main.parameters()).device
+        with torch.inference_mode(), self._mode():
+            output = self._outputs(*[side.moved(value, device) for side, value in zip(self._sides, inputs, strict=True)])
+            logits = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32)).cpu()
+        classes = logits.shape[-1] if self.class_names is None else len(self.class_names)
+        if logits.shape != (len(samples), classes):
+            raise ValueError(f"the head gave {tuple(logits.shape)} for {len(samples)} samples, expected {(len(samples), classes)}")
+        if not (finite := logits.isfinite().all(1)).all():
+            first = done + int(finite.int().argmin())
+            raise ValueError(f"the model gave NaN or infinite logits, first for sample {first} (from 0): look at its inputs")
+        experts = [None] * len(samples)
+        if output.scores is not None:
+            scores, chosen = (value.t().tolist() for value in output.scores.max(-1))
+            experts = [list(zip(*layers, strict=True)) for layers in zip(chosen, scores, strict=True)]
+        return [self._prediction(row, layers) for row, layers in zip(logits, experts, strict=True)]
+
+    def _prediction(self, logits: Tensor, experts: list[tuple[int, float]] | None) -> Prediction:
+        if self.model.problem_type == "regression":
+            values = logits.tolist()
+            return Prediction(values[0] if len(values) == 1 else values, None, experts)
+        several = self.model.problem_type == "multi_label_classification"
+        values = (logits.sigmoid() if several else logits.softmax(0)).tolist()
+        names = range(len(values)) if self.class_names is None else self.class_names
+        if several:
+            label = [name for name, value in zip(names, values, strict=True) if value > 0.5]
+        else:
+            label = names[values.index(max(values))]
+        return Prediction(label, values if self.class_names is None else dict(zip(names, values, strict=True)), experts)
+
+    def _opened(self, sample: Any) -> Any:
+        """With the images that it names by their paths."""
+        if not isinstance(sample, Mapping):
+            return sample
+        paths = {side.field: sample.get(side.field) for side in self._sides if side.is_image}
+        return {**sample, **{field: load_image(path) for field, path in paths.items() if isinstance(path, (str, os.PathLike))}}
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write what the model's own ``save_pretrained`` writes, and a subfolder that says how inputs are made and classes named.
+
+        transformers' tokenizers, image processors and feature extractors, also in a ``functools.partial`` with plain keyword
+        arguments, are saved by their own ``save_pretrained``; of a ``TimmTransform`` its config is kept. Of any other function only
+        its name is, and :meth:`from_pretrained` asks for it.
+
+        Killed at any moment, the folder holds the old save or the new one, each whole: the subfolder has its name when it is whole,
+        and counts when the model's description names it. It is named by its content.
+
+        Raises:
+            ValueError, NotADirectoryError: as of the model's.
+        """
+        folder = Path(folder)
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"{folder} is a file: give save_pretrained a folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        name = self._publish(folder)
+        self.model._save(folder, {"predictor": name})
+        unused = [path for path in folder.glob("predictor-*") if path.name != name]
+        remove_leftovers(folder, [*unused, *folder.glob(".predictor-*.tmp")])
+
+    def _publish(self, folder: Path) -> str:
+        """Name of the whole subfolder."""
+        temporary = folder / f".predictor-{uuid.uuid4().hex}.tmp"
+        temporary.mkdir()
+        try:
+            sides = {}
+            for side, (field, preprocess) in zip(("main", "complementary"), self.inputs.sides.values(), strict=False):
+                sides[side] = {"field": field, "inputs": preprocessing.keep(preprocess, temporary / side)}
+            files = sorted(path for path in temporary.rglob("*") if path.is_file())
+            hashes = {path.relative_to(temporary).as_posix(): _hash(path.read_bytes()) for path in files}
+            names = None if self.class_names is None else list(self.class_names)
+            description = {"format": FORMAT, "class_names": names, "sides": sides, "files": hashes}
+            data = json.dumps(description, indent=2).encode()
+            (temporary / DESCRIPTION).write_bytes(data)
+            for path in (*files, temporary / DESCRIPTION):
+                _make_durable(path)
+            whole = folder / f"predictor-{_hash(data)[:16]}"
+            if whole.exists() and not _is_whole(whole):
+                shutil.rmtree(whole)
+            try:
+                temporary.rename(whole)
+            except OSError:
+                if not _is_whole(whole):
+                    raise
+                os.utime(whole)  # the same is there already; in use again, it is no leftover
+            make_names_durable(whole)
+            return whole.name
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        main: nn.Module | str | None = None,
+        complementary: nn.Module | Callable[..., Tensor] | str | None = None,
+        main_inputs: Callable[..., Any] | None = None,
+        complementary_inputs: Callable[..., Any] | None = None,
+        head: nn.Module | None = None,
+        class_names: Sequence[str] | None = None,
+        device: str | torch.device | None = None,
+    ) -> "Predictor":
+        """Read a folder of :meth:`save_pretrained`, or of a model's own; encoders are got by the names in the save.
+
+        A model's own save says nothing of inputs and class names. Then inputs are made by what the encoders' library has for them
+        (tokenizer, padded and truncated; image processor; feature extractor; timm's transform), of the fields "text", "image" and
+        "audio", and a warning says so.
+
+        Args:
+            main, complementary: the encoder itself, or another name for it: "bert-base-uncased", a folder, "timm/NAME". Where the
+                complementary side was a function of your own, that function.
+            main_inputs, complementary_inputs: in place of what is saved, as for :class:`FusionCollator`; needed where that was a
+                function of your own.
+            head: as for the model's ``from_pretrained``.
+            class_names: in place of those saved.
+            device: where to run; None for where the encoders are, which is the CPU for those got by name.
+
+        Raises:
+            FileNotFoundError, ValueError: no such save, it is damaged or doesn't fit, an encoder can't be had or has other weights
+                than it was trained on, or something that was not saved has to be passed; the message says what.
+            OSError: a file can't be read.
+            TypeError: an argument of a wrong type.
+        """
+        folder, name = Path(folder), checkpoint.saved_by(folder)
+        if name not in list(KINDS):
+            raise ValueError(f"{folder} was saved by {name}: Predictor takes saves of {' and '.join(KINDS)}")
+        saved = KINDS[name]._read(folder)
+        if saved["head"] is None and head is None:
+            raise ValueError(f"{folder} was saved without a head, so it predicts nothing: pass head=... if you have one for it")
+        if saved["head"] not in (None, "Linear") and head is None:
+            raise ValueError(f"{folder} was saved with a head of its own, {saved['head']}: pass head=..., the same module")
+        kept = _read_kept(folder, saved["predictor"]) if "predictor" in saved else {"class_names": None, "sides": {}}
+        given = {"main": (main, main_inputs), "complementary": (complementary, complementary_inputs)}
+        if name == "PromptTuned" and given.pop("complementary") != (None, None):
+            raise ValueError(f"{folder} was saved by PromptTuned, which has no complementary side: pass main and main_inputs")
+        inputs = {side: _kept_inputs(folder, side, each, saved, kept) for side, (_, each) in given.items()}
+        found = {side: _find(folder, side, encoder, saved) for side, (encoder, _) in given.items()}
+        inputs = _completed(folder, inputs, found)
+        model = KINDS[name]._make(folder, saved, *[side.value for side in found.values()], head=head)
+        model._load(folder, saved, False, [side.sampled_as for side in found.values() if side.by_save])
+        if device is not None:
+            for module in (model, *(side.encoder for side in found.values() if side.encoder is not None)):
+                module.to(device)
+        names = kept["class_names"] if class_names is None else class_names
+        own, other = inputs["main"], inputs.get("complementary", _Inputs(None, None, True))
+        collate = FusionCollator(own.preprocess, other.preprocess, main_field=own.field, complementary_field=other.field)
+        return cls(model, collate, names)
+
+
+class _Side:
+    """What a side's inputs need on their way to the model."""
+
+    def __init__(self, encoder: nn.Module | None, field: str):
+        family = None if encoder is None else find_family(encoder)
+        self.encoder, self.field = encoder, field
+        self.is_image = field == "image" or (family is not None and preprocessing.FIELDS.get(family.input_name) == "image")
+
+    def moved(self, value: Any, device: torch.device) -> Any:
+        """On the device; numbers with a point in the encoder's precision."""
+        if isinstance(value, Mapping):
+            return {name: self.moved(each, device) for name, each in value.items()}
+        if self.encoder is None or not value.is_floating_point():
+            return value.to(device)
+        return value.to(device, next(p.dtype for p in self.encoder.parameters() if p.is_floating_point()))
+
+
+def _encoders(model: MoPEFusion | PromptTuned) -> list[nn.Module | None]:
+    """Of both sides; None where a function of the user's, or nothing, stands for one."""
+    side = getattr(model, "complementary", None)
+    if isinstance(side, PromptTuned):
+        return [model.main.encoder, side.main.encoder]
+    return [model.main.encoder, (encoder_of(side) or (None, None))[0]]
+
+
+def _checked_names(names: Sequence[str], model: MoPEFusion | PromptTuned) -> tuple[str, ...]:
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"class_names must be a list of texts, got {names!r:.200}")
+    if model.problem_type == "regression":
+        raise ValueError("class_names are of classes, and this model was trained for regression: leave them out")
+    if model.num_classes not in (None, len(names)):
+        raise ValueError(f"class_names must be {model.num_classes}, one for each output of the head, got {len(names)}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"class_names must differ from each other, got {list(names)}")
+    return tuple(names)
+
+
+def _length(samples: Iterable[Any]) -> int | None:
+    return len(samples) if hasattr(samples, "__len__") else None
+
+
+# how inputs are made, on disk
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _make_durable(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    make_names_durable(path)
+
+
+def _is_whole(subfolder: Path) -> bool:
+    try:
+        _read_kept(subfolder.parent, subfolder.name)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _read_kept(folder: Path, name: str) -> dict[str, Any]:
+    """What a save's subfolder says, every file of it as it was written."""
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{folder / checkpoint.DESCRIPTION} names {name!r:.99}, which no save does: don't trust it")
+    try:
+        data = (folder / name / DESCRIPTION).read_bytes()
+        kept = json.loads(data) if _hash(data)[:16] == name.rpartition("-")[2] else {}
+        if kept.get("format", FORMAT) != FORMAT:
+            raise ValueError(f"{folder / name} has format {kept['format']!r}, expected {FORMAT}: update mope_fast")
+        if not kept or any(_hash((folder / name / file).read_bytes()) != content for file, content in kept["files"].items()):
+            raise ValueError(f"{folder / name} is damaged (its content doesn't match its name): restore it, or save it again")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error.filename} does not exist, but {folder} needs it: copy the whole folder") from None
+    return kept
+
+
+class _Inputs(NamedTuple):
+    """How one side's inputs are made."""
+
+    field: str | None
+    preprocess: Callable[..., Any] | None
+    known: bool
+
+
+def _kept_inputs(folder: Path, side: str, given: Callable[..., Any] | None, saved: dict[str, Any], kept: dict[str, Any]) -> _Inputs:
+    """As given, or else as saved."""
+    kept = kept["sides"].get(side)
+    field = None if kept is None else kept["field"]
+    if given is not None or kept is None or kept["inputs"] is None:
+        return _Inputs(field, given, given is not None or kept is not None)
+    if kept["inputs"]["kind"] == "function":
+        raise ValueError(
+            f"{folder} was saved with a function of yours that makes inputs of the {side} encoder, {kept['inputs']['name']}, of "
+            f"which only the name could be saved: pass {side}_inputs=..., that function"
+        )
+    try:
+        return _Inputs(field, preprocessing.read(kept["inputs"], folder / saved["predictor"] / side), True)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / saved['predictor']} can't be read ({type(error).__name__}: {error}): save it again") from error
+
+
+def _completed(folder: Path, inputs: dict[str, _Inputs], found: "dict[str, _Found]") -> dict[str, _Inputs]:
+    """With what encoders' libraries have, where nothing is known; warns of it."""
+    words = []
+    for side, (field, preprocess, known) in inputs.items():
+        encoder = found[side].encoder
+        if field is None and encoder is not None:
+            field = preprocessing.FIELDS.get(find_family(encoder).input_name)
+        if field is None or (not known and encoder is None):
+            raise ValueError(
+                f"{folder} was saved by the model alone, and how the inputs of its {side} side are made of samples can't be known: "
+                "make Predictor(model, FusionCollator(...)) of model = MoPEFusion.from_pretrained(...) or PromptTuned's"
+            )
+        if not known:
+            try:
+                preprocess, what = preprocessing.own_preprocessing(encoder, found[side].source)
+            except (ImportError, OSError, ValueError) as error:
+                raise ValueError(
+                    f"{folder} was saved by the model alone, and nothing was found that makes inputs of its {side} encoder "
+                    f"({error}): pass {side}_inputs=..., a tokenizer, an image processor or a function of a list of values"
+                ) from error
+            words.append(f"of the {side} encoder by {what}, of the field {field!r}")
+        inputs[side] = _Inputs(field, preprocess, True)
+    if words and len({each.field for each in inputs.values()}) < len(inputs):
+        raise ValueError(
+            f"{folder} was saved by the model alone, and both of its encoders would read the field {field!r}: make "
+            "Predictor(MoPEFusion.from_pretrained(...), FusionCollator(..., main_field=..., complementary_field=...))"
+        )
+    if words:
+        warnings.warn(
+            f"{folder} was saved by the model alone: inputs are made {'; '.join(words)}. If training made them otherwise, pass "
+            "main_inputs and complementary_inputs; Predictor(model, collate).save_pretrained(folder) keeps them",
+            stacklevel=3,
+        )
+    return inputs
+
+
+# encoders, by what a save says of them
+
+
+class _Found(NamedTuple):
+    """One side of a model."""
+
+    value: Any
+    """What the model's class takes."""
+    encoder: nn.Module | None = None
+    """The supported encoder in it."""
+    source: Source | None = None
+    by_save: bool = False
+    """Whether it came by the name in the save."""
+    sampled_as: str = ""
+
+
+def _find(folder: Path, side: str, given: Any, saved: dict[str, Any]) -> _Found:
+    described, source = saved.get(side), saved.get("sources", {}).get(side)
+    is_function = side == "complementary" and described is None
+    if not (is_function or isinstance(described, dict)) or not isinstance(source, (dict, type(None))):
+        raise ValueError(
+            f"{folder / checkpoint.DESCRIPTION} is damaged: it doesn't say what {side} is; restore it, or save it again"
+        )
+    if is_function and given is None and "sources" in saved and side not in saved["sources"]:
+        return _Found(None)  # features are passed in
+    if is_function and callable(given) and find_family(given) is None:
+        encoder, _ = encoder_of(given) or (None, None)
+        return _Found(given, encoder, None if encoder is None else source_of(encoder))
+    if is_function and source is None:
+        raise ValueError(
+            f"the complementary side of {folder} was a function or module of yours, which a save can't hold: pass "
+            "complementary=..., what gives the features, such as functools.partial(mope_fast.encoders.encode, encoder)"
+        )
+    if isinstance(given, nn.Module):
+        wrapped = given.main if isinstance(given, PromptTuned) else given
+        encoder = wrapped.encoder if isinstance(wrapped, PromptedEncoder) else wrapped
+        family_of(encoder)
+        value = functools.partial(encode, given.eval(), pooling=source["pooling"]) if is_function else given
+        return _Found(value, encoder, source_of(encoder) or source)
+    if not isinstance(given, (str, type(None))):
+        raise TypeError(f"{side} must be an encoder, or a name of one, got {type(given).__name__}")
+    known = _in_words(described, source)
+    if isinstance(given, str):
+        source = _named(side, given, known, described, source)
+    if source is None:
+        raise ValueError(
+            f"{folder} doesn't say where its {side} encoder can be got, only that it is {known}: pass {side}=..., the encoder "
+            "itself, or a folder or name that has it ('bert-base-uncased', 'timm/NAME')"
+        )
+    try:
+        encoder = load_source(source)
+    except Exception as error:  # each library has its own
+        why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.300}"
+        raise ValueError(
+            f"the {side} encoder of {folder}, {known}, can't be had by the name {source.get('name')!r:.200} ({why}): pass "
+            f"{side}=..., the encoder itself, or a folder or name that has it ('bert-base-uncased', 'timm/NAME')"
+        ) from error
+    value = functools.partial(encode, encoder, pooling=source.get("pooling")) if is_function else encoder
+    return _Found(value, encoder, source, given is None, f"{side}.{'encoder' if is_function else 'main'}".removeprefix("main."))
+
+
+def _in_words(described: dict[str, Any] | None, source: Source | None) -> str:
+    """What a save knows of an encoder."""
+    words = []
+    if source is not None:
+        words.append(f"{str(source.get('class')).rpartition('.')[2]} {source.get('name')!r:.200} of {source.get('library')}")
+    if described is not None:
+        classes = [] if source is not None else [cls.rpartition(".")[2] for cls in _classes(described)]
+        words.append(f"a {' or '.join(classes) or described.get('family')} whose layers have the widths {described.get('widths')}")
+    return ", ".join(words)
+
+
+def _classes(described: dict[str, Any]) -> tuple[str, ...]:
+    """Of the family that a save names."""
+    return supported_encoders().get(str(described.get("family")), ())
+
+
+def _named(side: str, name: str, known: str, described: dict[str, Any] | None, source: Source | None) -> Source:
+    """The source of an encoder that the user has another name for, of the class that was saved: in ``described`` or ``source``."""
+    library = "timm" if name.startswith("timm/") else "transformers"
+    classes = _classes(described) if source is None else (str(source.get("class")),)
+    classes = [cls for cls in classes if cls.startswith(f"{library}.")]
+    if not classes:
+        raise ValueError(
+            f"{side}={name!r} is a name of {library}'s, but the save is of {known}: give the encoder itself, or its name"
+        )
+    same = {key: source[key] for key in ("dtype", "settings", "global_pool", "num_classes", "pooling") if source and key in source}
+    return {"dtype": "float32", **same, "library": library, "class": classes[0], "name": name.removeprefix("timm/")}
