@@ -131,6 +131,8 @@ class Recorder:
         self._noted = (None, None)
         if output is None:  # the forward has failed
             return
+        if isinstance(output, Tensor):
+            raise ValueError("the model gives logits alone, without scores to record: set model.return_logits = False meanwhile")
         classes = None if self.class_names is None else len(self.class_names)
         if labels is None and isinstance(module, MoPEFusion):
             labels = _class_labels(module, kwargs.get("labels", args[2] if len(args) > 2 else None), output.logits)

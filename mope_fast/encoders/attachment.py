@@ -17,7 +17,7 @@ from .._locks import Guarded
 from ..modules.prompts import PromptContext
 from ..modules.tables import Prefix
 from .families import EncoderFamily, Inputs
-from .frozen import freeze, thaw_held, unfrozen
+from .frozen import freeze, is_thawed, thaw_held
 from .pooling import Pool
 
 _SLOT = "_mope_fast_slot"
@@ -65,6 +65,11 @@ class _Call:
     def __init__(self, attention: nn.Module, prefixes: Sequence[Prefix]):
         self.attention, self.prefixes = attention, prefixes
         self.read = False
+
+
+def is_wrapped(attention: nn.Module) -> bool:
+    """Whether it is an attention of an encoder that takes prompts now."""
+    return _SLOT in vars(attention)
 
 
 def prefixes_of(attention: nn.Module) -> Sequence[Prefix]:
@@ -174,7 +179,8 @@ class Attachment(Guarded):
             return self._encode(inputs, [], feature_maps)
         scores: list[Tensor | None] = []
         pool = self.family.router_pool(self.encoder, inputs, self.router_pooling)
-        running = _Running(prompts, pool, gradient_checkpointing, torch.is_grad_enabled(), scores, thread)
+        takes_gradients = torch.is_grad_enabled() and getattr(prompts, "takes_gradients", True)
+        running = _Running(prompts, pool, gradient_checkpointing, takes_gradients, scores, thread)
         state.running = running
         try:
             encoded = self._encode(inputs, scores, feature_maps)
@@ -261,9 +267,9 @@ class Attachment(Guarded):
         module, previous = self.layers[index][0], self._previous[index]
         return type(module).forward(module, *args, **kwargs) if previous is None else previous(*args, **kwargs)
 
-    def unfrozen(self) -> list[str]:
-        """Names of the encoder's own parameters that ask for a gradient, which somebody else has had them do."""
-        return unfrozen(self._thaw)
+    def is_thawed(self) -> bool:
+        """Whether somebody else has had all of the encoder's parameters ask for a gradient."""
+        return is_thawed(self._thaw)
 
     def detach(self) -> None:
         """Give the encoder back as it was, once a forward of another thread has ended.

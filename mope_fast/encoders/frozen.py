@@ -48,10 +48,10 @@ def _thaw(module: nn.Module, modes: list[tuple[nn.Module, bool]], flags: list[_F
                 parameter.requires_grad_(flag)
 
 
-def unfrozen(thaw: Callable[[], None]) -> list[str]:
-    """Names of what :func:`freeze` froze that asks for a gradient again; ``thaw`` is what it returned."""
+def is_thawed(thaw: Callable[[], None]) -> bool:
+    """Whether all that :func:`freeze` froze asks for a gradient again; ``thaw`` is what it returned."""
     _, _, flags = thaw.args
-    return [flag.path for flag in flags if getattr(flag.part._parameters.get(flag.name), "requires_grad", False)]
+    return all(getattr(flag.part._parameters.get(flag.name), "requires_grad", False) for flag in flags)
 
 
 class Hold:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .attachment import Attachment, Encoded, PromptProvider, wrapping
 from .families import Inputs, PromptedLayer, family_of
 
-_IMAGES, _MASKS = ("pixel_values", "x"), frozenset({"attention_mask"})
+_WITHOUT_MASK, _MASKS = ("pixel_values", "x", "input_features"), frozenset({"attention_mask"})
 
 
 class PromptedEncoder(nn.Module):
@@ -39,8 +39,8 @@ class PromptedEncoder(nn.Module):
             self._attachment = Attachment(encoder, self.family, pooling, router_pooling)
             self._attachment.owners.add(self)
         self.encoder = encoder
-        self.input_names = _forward_names(encoder) - (_MASKS if self.family.input_name in _IMAGES else frozenset())
-        """Keyword arguments that the encoder's forward names; of an image's no mask, which a text beside it has."""
+        self.input_names = _forward_names(encoder) - (_MASKS if self.family.input_name in _WITHOUT_MASK else frozenset())
+        """What the encoder's forward names; of images and Whisper no mask, which a text beside them has."""
         facts = self._facts = self.family.layers(encoder)
         self.widths = [layer.width for layer in facts]
         self.feature_width = self.family.pooled_width(encoder, self.pooling)
@@ -113,9 +113,15 @@ class PromptedEncoder(nn.Module):
         """Stays in eval mode: a frozen encoder has no dropout, whatever the fused model does."""
         return super().train(False)
 
-    def unfrozen(self) -> list[str]:
-        """Names of the encoder's own parameters that ask for a gradient: something has undone what wrapping did."""
-        return self._attachment.unfrozen()
+    def is_thawed(self) -> bool:
+        """Whether all of the encoder's parameters ask for a gradient: something has undone what wrapping did."""
+        return self._attachment.is_thawed()
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise TypeError(
+            "torch.jit.script can't read a model that hands prompts to layers of another library: take torch.compile, or for a "
+            "file torch.export or torch.jit.trace of model.eval() with return_logits=True (docs/export.md)"
+        )
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         raise RuntimeError(

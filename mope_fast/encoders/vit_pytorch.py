@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from .._dispatch import prompt_attention
-from .attachment import prefixes_of
+from .attachment import is_wrapped, prefixes_of
 from .families import EncoderFamily, Inputs, PromptedLayer, keys_and_values, register_encoder
 from .pooling import Pool, first_token, patch_mean, token_mean
 
@@ -29,7 +29,7 @@ def _problem(encoder: nn.Module) -> str | None:
     for index, attention in enumerate(_attentions(encoder)):
         if f"{type(attention).__module__}.{type(attention).__qualname__}" != "vit_pytorch.vit.Attention":
             return f"the attention of its layer {index} is a {type(attention).__name__}; vit_pytorch.vit's own is supported"
-        if "forward" in vars(attention) and getattr(attention.forward, "func", None) is not _attention:
+        if "forward" in vars(attention) and not is_wrapped(attention):
             return f"the attention of its layer {index} has a forward of its own on the object, which prompts would not pass"
     if encoder.mlp_head is not None:
         return "its classifier hides its tokens: set mlp_head = None on it, and give the fused model num_classes or head"
@@ -65,6 +65,12 @@ def _pool(encoder: nn.Module, inputs: Inputs) -> Pool:
     return token_mean if encoder.pool == "mean" else first_token
 
 
+def _feature(encoder: nn.Module, output: Tensor, inputs: Inputs) -> Tensor:
+    if output.dim() != 3:
+        raise RuntimeError("this ViT was given an mlp_head after it was wrapped, which hides its tokens: set it to None")
+    return _pool(encoder, inputs)(output)
+
+
 def _by_class_token(encoder: nn.Module, inputs: Inputs) -> Pool:
     if not len(encoder.cls_token):
         raise ValueError("pooling is 'cls', but this ViT has no class token: take 'mean' or None")
@@ -82,7 +88,7 @@ register_encoder(
         input_name="img",
         layers=_layers,
         pool=_pool,
-        feature=lambda encoder, output, inputs: _pool(encoder, inputs)(output),
+        feature=_feature,
         feature_width=lambda encoder: encoder.pos_embedding.shape[-1],
         attach=_attach,
         problem=_problem,

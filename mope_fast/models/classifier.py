@@ -56,11 +56,13 @@ class Classifier(TaskModel):
         """Replace the head by a new linear one, on its device and in its dtype; by none where ``num_classes`` is 0.
 
         Raises:
-            ValueError: ``global_pool`` is given: pooling is a setting of the model, ``pooling``.
+            ValueError: ``num_classes`` is no integer >= 0, or ``global_pool`` is given: pooling is a setting of the model.
         """
+        if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 0:
+            raise ValueError(f"num_classes must be an integer >= 0, got {num_classes!r}")
         if global_pool is not None:
             raise ValueError(f"global_pool={global_pool!r}: pooling is chosen when the model is made, pooling='mean' or the like")
-        like = next((p for module in (self.head, self.main) if module is not None for p in module.parameters()), None)
+        like = next(p for module in (self.head, self.bank, self.main) if module is not None for p in module.parameters())
         self.head = None
         if num_classes:
             self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
@@ -83,70 +85,69 @@ class Classifier(TaskModel):
             "one parameter: leave it out, and give the head a rate of its own by parameter groups"
         )
 
-    def __prepare_scriptable__(self) -> "Classifier":
-        """Not possible: raises TypeError, as ``torch.jit.script`` asks."""
-        raise TypeError(
-            "torch.jit.script can't read this model (it hands prompts to layers of another library): take torch.compile, or for a "
-            "file torch.export or torch.jit.trace of model.eval() with return_logits=True (docs/export.md)"
-        )
-
     def auxiliary_loss(self) -> Tensor | float:
-        """Take the last training forward's importance loss, weighted: ``criterion(model(x), y) + model.auxiliary_loss()``.
+        """Take the last forward's importance loss, weighted: ``criterion(model(x), y) + model.auxiliary_loss()``.
 
         For models with ``return_logits``, whose output has no place for it. 0.0 where the model has none (it doesn't route over
-        experts, or ``importance_weight`` is 0). In DDP call it on ``ddp.module``.
+        experts, or ``importance_weight`` is 0). In DDP call it on ``ddp.module``. One of a training step that nobody takes is a
+        warning in the next step; in a compiled model only when its mode changes.
 
         Raises:
-            RuntimeError: there was no forward in training mode with gradients since it was last taken, or the model gives all of
-                its outputs: then it is a part of ``output.loss``.
+            RuntimeError: it was taken already, or the model gives all of its outputs: then it is a part of ``output.loss``.
         """
         if not self.return_logits:
             raise RuntimeError("the model gives its loss with all outputs: read output.loss, or output.importance_loss")
         if not self._has_auxiliary_loss():
             return 0.0
         if self._auxiliary is None:
-            raise RuntimeError(
-                "there is no importance loss to take: call the model in training mode, with gradients, and then this once"
-            )
+            raise RuntimeError("there is no importance loss to take: call the model, and then this once")
         loss, self._auxiliary = self._auxiliary, None
         return loss
 
     def _has_auxiliary_loss(self) -> bool:
         return False
 
-    def _result(self, output: FusionOutput, labels: Tensor | None) -> FusionOutput | Tensor:
+    def _result(self, output: FusionOutput) -> FusionOutput | Tensor:
         """What a forward gives."""
         if not self.return_logits:
             return output
-        if labels is not None:
-            raise ValueError("return_logits=True gives logits and no loss: keep the labels for your criterion, or leave it False")
-        if self._has_auxiliary_loss():
-            self._warn_of_lost_loss()
-            loss = self.config.importance_weight * output.importance_loss
-            self._auxiliary = loss if self.training and loss.requires_grad else None
+        if self._has_auxiliary_loss() and not torch.compiler.is_exporting() and not torch.jit.is_tracing():
+            self._auxiliary = self.config.importance_weight * output.importance_loss
         return output.features if output.logits is None else output.logits
 
-    def _warn_of_lost_loss(self) -> None:
-        if self._auxiliary is not None and not torch.compiler.is_compiling():
+    def _begin(self, labels: Tensor | None, feature_maps: bool) -> None:
+        """Of a forward: refuses what a tensor of logits has no place for."""
+        if self.return_logits and labels is not None:
+            raise ValueError("return_logits=True gives logits and no loss: keep the labels for your criterion, or leave it False")
+        if self.return_logits and feature_maps:
+            raise ValueError("return_logits=True gives logits and no feature maps: set it to False to have them")
+        self._drop_auxiliary(stacklevel=6)
+
+    def _drop_auxiliary(self, stacklevel: int) -> None:
+        if self._auxiliary is None or torch.compiler.is_compiling():
+            return
+        if self.training and self._auxiliary.requires_grad:
             warnings.warn(
                 "the importance loss of a training step was not taken: with return_logits=True the loss is criterion(model(x), y) "
                 "+ model.auxiliary_loss(); to train without it set MoPEConfig(importance_weight=0)",
-                stacklevel=5,
+                stacklevel=stacklevel,
             )
-            self._auxiliary = None
+        self._auxiliary = None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Take the main encoder's weights by the names that they had before this model stood in its place, too."""
-        inner = f"{prefix}main.encoder."
-        if not any(key.startswith(inner) for key in state_dict):
-            for name in self.main.encoder.state_dict():
-                if prefix + name in state_dict:
-                    state_dict[inner + name] = state_dict.pop(prefix + name)
+        """Take a state of the plain main encoder, as it was before this model stood in its place, too."""
+        own = [f"{prefix}{name}." for name in ("main", "bank", "complementary")]
+        if not any(key.startswith(tuple(own)) for key in state_dict):
+            names = [name for name in self.main.encoder.state_dict() if prefix + name in state_dict]
+            # a head alone may be this model's
+            if any(not name.startswith("head.") for name in names):
+                for name in names:
+                    state_dict[f"{own[0]}encoder.{name}"] = state_dict.pop(prefix + name)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def train(self, mode: bool = True) -> "Classifier":
         """Train or evaluate what is trained; encoders stay in eval mode."""
-        self._warn_of_lost_loss()
+        self._drop_auxiliary(stacklevel=3)
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:

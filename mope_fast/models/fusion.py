@@ -71,7 +71,7 @@ class MoPEFusion(Classifier):
         return_logits: bool = False,
     ):
         super().__init__()
-        check_head(num_classes, head, problem_type, label_smoothing)
+        check_head(num_classes, head, problem_type, label_smoothing, return_logits)
         if complementary is not None and not callable(complementary):
             raise TypeError(f"complementary must be a supported encoder, a callable or None, got {type(complementary).__name__}")
         if is_prompted_model(complementary) and not isinstance(complementary, (PromptTuned, FoldedModel)):
@@ -147,6 +147,7 @@ class MoPEFusion(Classifier):
             named: encoders' keyword arguments themselves, in place of these or beside their tensors: what the main encoder's
                 forward names is the main one's, the rest the other's.
         """
+        self._begin(labels, feature_maps)
         side = self.complementary
         main_inputs, complementary_inputs = two_sides(self.main, side, main_inputs, complementary_inputs, named)
         config, cross = self.config, None
@@ -163,7 +164,13 @@ class MoPEFusion(Classifier):
             importance = functional.importance_loss(summed, threshold=config.importance_threshold)
         loss = None if task_loss is None else task_loss + config.importance_weight * importance
         output = self._output_type(logits, labels)(loss, logits, task_loss, importance, scores, features, maps)
-        return self._result(output, labels)
+        return self._result(output)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the head, see :meth:`PromptTuned.reset_classifier`; without one the feature is the main encoder's alone."""
+        super().reset_classifier(num_classes, global_pool)
+        if self.head is None:
+            self.config = self.bank.config = dataclasses.replace(self.config, head_inputs="main")
 
     def _has_auxiliary_loss(self) -> bool:
         return self.bank.routes and self.config.importance_weight > 0
@@ -287,6 +294,7 @@ class MoPEFusion(Classifier):
         head: nn.Module | None = None,
         strict: bool = False,
         revision: str | None = None,
+        return_logits: bool = False,
     ) -> "MoPEFusion":
         """Read a save onto the same encoders; ``head`` only if it was saved with one of its own.
 
@@ -302,6 +310,7 @@ class MoPEFusion(Classifier):
         saved = cls._read(path)
         model = cls._make(path, saved, main, complementary, head=head)
         model._load(path, saved, strict)
+        model.return_logits = return_logits
         return model
 
     @classmethod

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 
 from .checkpoint import DESCRIPTION
 
-REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 WEIGHTS, INPUTS = "mope_fast-*.safetensors", "predictor-*"
 
 
@@ -35,7 +35,7 @@ def local_folder(path: str | os.PathLike[str], revision: str | None = None) -> P
     except (OSError, ValueError, HfHubHTTPError) as error:
         what = str(path) if revision is None else f"{path} at {revision}"
         raise FileNotFoundError(
-            f"{what} is no folder here, and can't be had from the Hub: {type(error).__name__}: {str(error).splitlines()[0]}"
+            f"{what} is no folder here, and can't be had from the Hub: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
         ) from error
 
 
@@ -49,12 +49,16 @@ def upload(
     commit_message: str,
 ) -> str:
     """Upload what ``save`` writes into a folder in one commit, and return the commit's address; older weights go in it."""
-    from huggingface_hub import HfApi
-
+    try:
+        from huggingface_hub import HfApi
+    except ImportError as error:
+        raise ImportError("push_to_hub needs huggingface_hub: pip install huggingface_hub") from error
     api = HfApi(token=token)
     with TemporaryDirectory() as folder:
         save(folder)
         repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
+        if revision is not None:
+            api.create_branch(repository, branch=revision, exist_ok=True)
         commit = api.upload_folder(
             repo_id=repository, folder_path=folder, revision=revision, commit_message=commit_message, delete_patterns=WEIGHTS
         )

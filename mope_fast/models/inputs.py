@@ -11,9 +11,9 @@ from .prompting import Inputs
 
 NAMES = (
     "input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "pixel_values", "bool_masked_pos",
-    "interpolate_pos_encoding", "input_values", "input_features", "x",
+    "interpolate_pos_encoding", "input_values", "input_features", "x", "img",
 )  # fmt: skip
-"""What supported encoders call their inputs; timm's and torchvision's models take an x."""
+"""What supported encoders call their inputs; timm's models take an x, vit-pytorch's an img."""
 
 
 def takes_named_inputs(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -29,7 +29,7 @@ def one_side(encoder: PromptedEncoder, inputs: Inputs | None, named: Mapping[str
     """The inputs of a model of one encoder: a tensor or a dict, or by their own names, the main one perhaps as the tensor.
 
     Raises:
-        TypeError: there are none, or a dict beside names.
+        TypeError: there are none, a dict beside names, or a name that the encoder doesn't have.
     """
     if not (named := _given(named)):
         if inputs is None:
@@ -37,6 +37,8 @@ def one_side(encoder: PromptedEncoder, inputs: Inputs | None, named: Mapping[str
         return inputs
     if inputs is not None and not isinstance(inputs, Tensor):
         raise TypeError(f"the encoder's inputs go in as a dict or each by its own name, got a dict and {_listed(named)}")
+    if unknown := [name for name in named if name not in encoder.input_names]:
+        raise TypeError(f"the encoder takes no {_listed(unknown)} by name: it takes {_listed(sorted(encoder.input_names))}")
     return _with_main(encoder, inputs, named)
 
 
@@ -69,7 +71,11 @@ def two_sides(
         in_both = [name for name in named if name in of_main and of_other is not None and name in of_other]
         unknown = [name for name in named if name not in of_main and of_other is not None and name not in of_other]
         if in_both or unknown:
-            problem = f"{_listed(in_both)} may be of either encoder" if in_both else f"neither side takes {_listed(unknown)}"
+            if in_both:
+                problem = f"{_listed(in_both)} may be of either encoder"
+            else:
+                taken = f"the main one {_listed(sorted(of_main))}, the other {_listed(sorted(of_other))}"
+                problem = f"neither side takes {_listed(unknown)} by name beside what is given ({taken})"
             raise TypeError(f"{problem}: pass main_inputs={{...}} and complementary_inputs={{...}}")
         own = {name: value for name, value in named.items() if name in of_main}
         others = {name: value for name, value in named.items() if name not in of_main}
@@ -78,7 +84,7 @@ def two_sides(
             side = getattr(complementary, "main", None)
             complementary_inputs = _with_main(side, complementary_inputs, others)
     if main_inputs is None:
-        names = _listed(sorted(main.input_names & set(NAMES)))
+        names = _listed(sorted(main.input_names))
         raise TypeError(
             f"the main encoder's inputs are missing: pass main_inputs (a tensor, or a dict), or each by its name: {names}"
         )
@@ -86,7 +92,8 @@ def two_sides(
 
 
 def _given(named: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in named.items() if value is not None}
+    """Without what is None, and without the question of how to return, which peft asks every model."""
+    return {name: value for name, value in named.items() if value is not None and name != "return_dict"}
 
 
 def _names_of(complementary: object, inputs: Inputs | None) -> frozenset[str] | None:
@@ -98,4 +105,5 @@ def _names_of(complementary: object, inputs: Inputs | None) -> frozenset[str] | 
 
 
 def _listed(names: Any) -> str:
-    return " and ".join(names)
+    *first, last = [*names] or ["nothing"]
+    return f"{', '.join(first)} and {last}" if first else last

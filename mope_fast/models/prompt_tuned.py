@@ -53,7 +53,7 @@ class PromptTuned(Classifier):
         return_logits: bool = False,
     ):
         super().__init__()
-        check_head(num_classes, head, problem_type, label_smoothing)
+        check_head(num_classes, head, problem_type, label_smoothing, return_logits)
         # settings are checked before the encoder is touched
         config = _config(prompt_length, dropout, prompt_init, pooling)
         self.problem_type, self.label_smoothing, self.return_logits = problem_type, float(label_smoothing), return_logits
@@ -95,11 +95,12 @@ class PromptTuned(Classifier):
             feature_maps: give those of the encoder's stages too (Swin).
             named: the encoder's keyword arguments themselves, in place of ``inputs`` or beside its main one.
         """
+        self._begin(labels, feature_maps)
         inputs = one_side(self.main, inputs, named)
         features, _, maps = run_prompted(self.main, self._bank(), inputs, feature_maps=feature_maps)
         logits = apply_head(self.head, features)
         loss = self.task_loss(logits, labels)
-        return self._result(self._output_type(logits, labels)(loss, logits, loss, None, None, features, maps), labels)
+        return self._result(self._output_type(logits, labels)(loss, logits, loss, None, None, features, maps))
 
     def forward_features(self, inputs: Inputs) -> Tensor:
         """Return what the head reads, (B, D); with :meth:`forward_head` this is ``forward``, as timm's models have it."""
@@ -140,6 +141,7 @@ class PromptTuned(Classifier):
         head: nn.Module | None = None,
         strict: bool = False,
         revision: str | None = None,
+        return_logits: bool = False,
     ) -> "PromptTuned":
         """Read a save onto the same encoder; ``head`` only if it was saved with one of its own.
 
@@ -155,6 +157,7 @@ class PromptTuned(Classifier):
         saved = cls._read(path)
         model = cls._make(path, saved, encoder, head=head)
         model._load(path, saved, strict)
+        model.return_logits = return_logits
         return model
 
     @classmethod

@@ -10,6 +10,7 @@ from .._distributed import is_sharded
 from .._progress import tracked
 from ..encoders import Pool
 from .fusion import MoPEFusion
+from .inputs import one_side, two_sides
 from .prompt_tuned import PromptTuned
 from .prompting import Inputs
 
@@ -55,15 +56,27 @@ def start_prompts(model: MoPEFusion | PromptTuned, batches: Iterable[Mapping[str
         for batch in tracked(batches, "mean tokens for the prompts", "batch", shown=progress):
             if not isinstance(batch, Mapping):
                 raise TypeError(f"batches must give dicts of the model's keyword arguments, got {type(batch).__name__}")
+            given = _inputs(model, batch)
             for side in sides:
-                if batch.get(side.name) is None:
+                if given[side.name] is None:
                     raise ValueError(f"a batch has no {side.name}, only {list(batch)}: prompts start at the mean token of these")
-                side.see(batch[side.name])
+                side.see(given[side.name])
     if not sides[0].samples:
         raise ValueError("batches gave none: it needs at least one (an iterator can be used only once)")
     found = [side.mean_and_std() for side in sides]  # all of them, before any is changed
     for side, (means, stds) in zip(sides, found, strict=True):
         side.bank.start_at(means, [SPREAD * std for std in stds])
+
+
+def _inputs(model: MoPEFusion | PromptTuned, batch: Mapping[str, Any]) -> dict[str, Inputs | None]:
+    """Of each side, whichever way the batch names them."""
+    named = {name: value for name, value in batch.items() if name != "labels"}
+    if isinstance(model, PromptTuned):
+        return {"inputs": one_side(model.main, named.pop("inputs", None), named)}
+    given = [named.pop(name, None) for name in ("main_inputs", "complementary_inputs")]
+    return dict(
+        zip(("main_inputs", "complementary_inputs"), two_sides(model.main, model.complementary, *given, named), strict=True)
+    )
 
 
 def _prompted_parts(model: MoPEFusion | PromptTuned) -> dict[str, MoPEFusion | PromptTuned]:

@@ -120,8 +120,12 @@ def _check_values(problem_type: str, labels: Tensor, classes: int) -> None:
         raise ValueError(f"labels of {problem_type} must be {what}, got {values[~good][0]}")
 
 
-def check_head(num_classes: int | None, head: nn.Module | None, problem_type: str, label_smoothing: float) -> None:
+def check_head(
+    num_classes: int | None, head: nn.Module | None, problem_type: str, label_smoothing: float, return_logits: bool = False
+) -> None:
     """Raises TypeError or ValueError for settings of a head that don't go together."""
+    if not isinstance(return_logits, bool):
+        raise TypeError(f"return_logits must be True or False, got {return_logits!r}")
     if problem_type not in TASK_LOSSES:
         raise ValueError(f"problem_type must be one of {list(TASK_LOSSES)}, got {problem_type!r}")
     if head is not None and num_classes is not None:
@@ -285,11 +289,20 @@ class TaskModel(ImageConfig, nn.Module, ABC):
             self.register_load_state_dict_pre_hook(_put_frozen_in)
 
     def _check_whole(self, what: str = "fold()") -> None:
-        """Raises RuntimeError if weights are sharded."""
+        """Raises RuntimeError if weights are sharded, or as :meth:`_check_own`."""
+        self._check_own(what)
         if any(is_sharded(parameter) for parameter in self.parameters()):
             raise RuntimeError(
                 f"{what} needs whole weights, and this {_class_name(self)} is sharded: save_pretrained() it, and take what "
                 "from_pretrained() makes of that"
+            )
+
+    def _check_own(self, what: str) -> None:
+        """Raises RuntimeError if prompts or head are within a wrapper of peft's."""
+        if any(hasattr(getattr(self, name, None), "modules_to_save") for name in ("bank", "head")):
+            raise RuntimeError(
+                f"{what} needs the model's own prompts and head, which peft has wrapped: call it on what the peft model's "
+                "merge_and_unload() gives; its own save_pretrained() saves them with the LoRA"
             )
 
     def sampled_encoders(self) -> dict[str, Samples | None]:
@@ -355,21 +368,21 @@ class TaskModel(ImageConfig, nn.Module, ABC):
 
         ``get_peft_model`` leaves prompts frozen, transformers' ``from_pretrained`` of a model around this one thaws its encoder.
         """
-        for module in self.modules():
-            if isinstance(module, PromptedEncoder) and (names := module.unfrozen()):
-                warnings.warn(
-                    f"{len(names)} parameters of the frozen {type(module.encoder).__name__} ask for a gradient, {names[0]} the "
-                    "first: an optimiser that is given them changes the encoder. Call requires_grad_(False) on it",
-                    stacklevel=3,
-                )
-        bank = getattr(self, "bank", None)
-        if bank is None or any(parameter.requires_grad for parameter in bank.parameters()):
-            return
-        if self._trained_in_encoders():
+        encoder = getattr(self, "main", None)
+        if isinstance(encoder, PromptedEncoder) and encoder.is_thawed():
             warnings.warn(
-                "this model trains what was put into its encoder and none of its prompts. If peft did that: "
-                "LoraConfig(modules_to_save=['bank', 'head'], ...) trains, saves and loads prompts and head, too",
-                stacklevel=3,
+                f"all parameters of the frozen {type(encoder.encoder).__name__} ask for a gradient: an optimiser that is given "
+                "them changes the encoder. Call requires_grad_(False) on it",
+                stacklevel=4,
+            )
+            return
+        own = [part for part in (getattr(self, "bank", None), self.head) if part is not None]
+        untrained = [part for part in own if not any(parameter.requires_grad for parameter in part.parameters())]
+        if untrained and self._trained_in_encoders():
+            warnings.warn(
+                "this model trains what was put into its encoder, and its prompts or its head are not trained. If peft did that: "
+                "LoraConfig(modules_to_save=['bank', 'head'], ...) trains, saves and loads them, too",
+                stacklevel=4,
             )
 
     def _trained_in_encoders(self) -> list[str]:
@@ -449,6 +462,7 @@ class TaskModel(ImageConfig, nn.Module, ABC):
 
     def _save(self, path: str | os.PathLike[str], more: dict[str, Any] | None = None) -> None:
         """``more`` stands in the description, and is there from the moment on at which the weights are."""
+        self._check_own("save_pretrained()")
         if left_out := self._trained_in_encoders():
             warnings.warn(
                 f"{len(left_out)} trained parameters are not in this save, because they are the encoder's: {left_out[0]}, ... Save "
@@ -551,17 +565,21 @@ def _class_name(module: nn.Module) -> str:
 
 
 def _leave_frozen_out(model: TaskModel, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    """All but what somebody else trains in frozen parts, such as a LoRA."""
     frozen = tuple(f"{prefix}{name}." for name in model.frozen_parts())
-    for key in [key for key in state if key.startswith(frozen)]:
+    trained = {f"{prefix}{name}" for name in model._trained_in_encoders()}
+    for key in [key for key in state if key.startswith(frozen) and key not in trained]:
         del state[key]
 
 
 def _put_frozen_in(model: TaskModel, state: dict[str, Any], prefix: str, *others: Any) -> None:
     """Each frozen part that is left out as it is now: loading finds every key, and torch copies no tensor onto itself."""
+    trained = {f"{prefix}{name}" for name in model._trained_in_encoders()}
     for name in model.frozen_parts():
         part = f"{prefix}{name}."
-        if not any(key.startswith(part) for key in state):
-            state.update(model.get_submodule(name).state_dict(prefix=part, keep_vars=True))
+        if not any(key.startswith(part) and key not in trained for key in state):
+            now = model.get_submodule(name).state_dict(prefix=part, keep_vars=True)
+            state.update({key: value for key, value in now.items() if key not in state})
 
 
 def describe_encoder(encoder: PromptedEncoder) -> dict[str, Any]:

@@ -46,6 +46,17 @@ def test_features_and_gradients_are_those_of_the_concatenated_sequence(pool):
     assert all("forward" not in vars(attention) for attention, _ in encoder.transformer.layers)
 
 
+def test_an_encoder_whose_model_is_gone_can_be_wrapped_again():
+    encoder = make_vit()
+    PromptTuned(encoder, 2)
+    model = PromptTuned(encoder, 2)
+    with pytest.raises(ValueError, match="already takes prompts from another model"):
+        PromptTuned(encoder, 2)
+    encoder.mlp_head = nn.Linear(32, 3).double()
+    with pytest.raises(RuntimeError, match="was given an mlp_head after it was wrapped"):
+        model(torch.randn(2, 3, 16, 16, dtype=torch.float64))
+
+
 def test_poolings_of_the_feature():
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     encoder = make_vit()

@@ -72,6 +72,9 @@ def test_an_upload_is_one_commit_of_a_whole_save(monkeypatch):
             calls.append((repository, private, exist_ok))
             return SimpleNamespace(repo_id=f"me/{repository}")
 
+        def create_branch(self, repository, *, branch, exist_ok):
+            calls.append((repository, branch))
+
         def upload_folder(self, *, folder_path, **settings):
             calls.append((sorted(path.suffix for path in Path(folder_path).iterdir()), settings))
             return SimpleNamespace(commit_url="https://hub/commit")
@@ -79,7 +82,8 @@ def test_an_upload_is_one_commit_of_a_whole_save(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     model = PromptTuned(make_bert(), 2, 3)
     assert model.push_to_hub("tuned", private=True, revision="v2", token="secret") == "https://hub/commit"
-    token, created, (files, settings) = calls
+    token, created, branch, (files, settings) = calls
+    assert branch == ("me/tuned", "v2")
     assert (token, created) == (("token", "secret"), ("tuned", True, True))
     assert files == [".json", ".safetensors"]
     assert (settings["repo_id"], settings["revision"]) == ("me/tuned", "v2")

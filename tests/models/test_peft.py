@@ -42,6 +42,9 @@ def test_lora_around_a_fused_model_is_trained_with_its_prompts_and_merged_saved_
     assert all((parameter - dict(before.named_parameters())[name]).any() for name, parameter in trained(model).items())
     with model.disable_adapter():
         close(model(*inputs).logits, plain)
+    for use in (lambda fused: fused.fold(), lambda fused: fused.save_pretrained(tmp_path)):
+        with pytest.raises(RuntimeError, match=r"which peft has wrapped: .*merge_and_unload\(\)"):
+            use(model.get_base_model())
     model.save_pretrained(tmp_path)
     close(PeftModel.from_pretrained(make_model(), tmp_path).eval()(*inputs).logits, expected)
     merged = model.merge_and_unload()
@@ -52,7 +55,9 @@ def test_lora_around_a_fused_model_is_trained_with_its_prompts_and_merged_saved_
 
 def test_lora_that_leaves_prompts_untrained_is_said():
     model = get_peft_model(make_model(), LoraConfig(**LORA))
-    with pytest.warns(UserWarning, match=r"none of its prompts.*LoraConfig\(modules_to_save=\['bank', 'head'\]"):
+    with pytest.warns(
+        UserWarning, match=r"its prompts or its head are not trained.*LoraConfig\(modules_to_save=\['bank', 'head'\]"
+    ):
         model.train()
     fused = make_model()
     fused.bank.requires_grad_(False)
@@ -68,11 +73,21 @@ def test_lora_in_the_encoder_before_prompts_is_frozen_until_it_is_asked_for(tmp_
     with pytest.raises(TypeError, match=r"peft's PeftModel is not a supported encoder: its part \.base_model\.model is supported"):
         make_model(lora)
     model = make_model(lora.get_base_model())
+    model.leave_frozen_out_of_state_dict()
     assert not any("lora" in name for name in trained(model))
     model.save_pretrained(tmp_path / "prompts")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad or "lora_" in name)
-    expected = step(model, inputs)(*inputs).logits
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected = step(model, inputs)(*inputs).logits
+    state = model.state_dict()
+    assert sum("lora_" in name for name in state) == 8
+    assert not any("base_layer" in name for name in state)
+    state = copy.deepcopy(state)
+    step(model, inputs)
+    model.load_state_dict(state)
+    close(model(*inputs).logits, expected)
     with pytest.warns(UserWarning, match=r"8 trained parameters are not in this save.*lora.*encoder\.save_pretrained\(\)"):
         model.save_pretrained(tmp_path / "prompts")
     lora.save_pretrained(tmp_path / "lora")

@@ -43,8 +43,14 @@ def test_logits_alone_are_those_of_all_outputs_for_folded_models_too():
     close(model.fold().for_export("scores")(*inputs), expected.scores)
     with pytest.raises(ValueError, match="return_logits=True gives logits and no loss"):
         model(*inputs, LABELS)
+    with pytest.raises(ValueError, match="return_logits=True gives logits and no feature maps"):
+        model(*inputs, feature_maps=True)
     model.reset_classifier(0)
     close(model(*inputs), expected.features, 0)
+    with pytest.raises(ValueError, match="num_classes must be an integer >= 0, got -1"):
+        model.reset_classifier(-1)
+    with pytest.raises(TypeError, match="return_logits must be True or False"):
+        PromptTuned(make_bert(), 2, return_logits="no")
 
 
 def test_the_importance_loss_of_a_step_is_taken_once_and_makes_the_models_own_loss():
@@ -59,13 +65,18 @@ def test_the_importance_loss_of_a_step_is_taken_once_and_makes_the_models_own_lo
     expected.backward()
     for name, parameter in trained(model).items():
         close(parameter.grad, trained(whole)[name].grad, 1e-12)
-    with pytest.raises(RuntimeError, match="call the model in training mode"):
+    with pytest.raises(RuntimeError, match="call the model, and then this once"):
         model.auxiliary_loss()
     with pytest.raises(RuntimeError, match=r"read output\.loss"):
         whole.auxiliary_loss()
-    model.eval()(*inputs)
-    with pytest.raises(RuntimeError, match="call the model in training mode"):
-        model.auxiliary_loss()
+    with torch.no_grad():
+        model.eval()(*inputs)
+    close(model.auxiliary_loss(), whole.eval()(*inputs).importance_loss * 3.0, 1e-12)
+    model.train()(*inputs)
+    with pytest.raises(ValueError, match="complementary_inputs is None"):
+        model(inputs[0])
+    with pytest.raises(RuntimeError, match="call the model, and then this once"):
+        model.auxiliary_loss()  # of a forward that failed there is none
 
 
 def test_an_importance_loss_that_nobody_takes_is_said():
@@ -134,7 +145,7 @@ def test_inputs_go_to_the_encoder_that_names_them():
     [
         ({}, "main encoder's inputs are missing: .*input_ids"),
         ({"pixel_values": 0}, "main encoder's inputs are missing"),
-        ({"input_ids": 0, "sound": 0}, "neither side takes sound: pass main_inputs"),
+        ({"input_ids": 0, "sound": 0}, r"neither side takes sound by name .*main one .*input_ids.*: pass main_inputs"),
         ({"main_inputs": 0, "input_ids": 0}, "neither side takes input_ids"),
     ],
 )
@@ -267,7 +278,7 @@ def test_what_can_not_be_done_for_timms_script_is_said():
     model = make_tuned()
     with pytest.raises(ValueError, match="layer decay gives each layer a learning rate of its own, but the layers are frozen"):
         create_optimizer_v2(model, opt="adamw", lr=0.01, layer_decay=0.75)
-    with pytest.raises(TypeError, match=r"torch\.jit\.script can't read this model .* torch\.jit\.trace"):
+    with pytest.raises(TypeError, match=r"torch\.jit\.script can't read a model .* torch\.jit\.trace"):
         torch.jit.script(model)
     with pytest.raises(ValueError, match="global_pool='avg': pooling is chosen when the model is made"):
         model.reset_classifier(3, global_pool="avg")
@@ -286,6 +297,8 @@ def test_a_main_input_may_come_first_and_the_others_by_name():
     close(tuned(ids, attention_mask=mask).logits, tuned(text).logits, 0)
     with pytest.raises(TypeError, match="input_ids is given twice"):
         tuned(ids, input_ids=ids)
+    with pytest.raises(TypeError, match="the encoder takes no attention_masks by name: it takes attention_mask, "):
+        tuned(ids, attention_masks=mask)
 
 
 def test_a_frozen_encoder_that_somebody_trains_stays_in_eval_mode_and_says_that_it_is_thawed():
@@ -296,9 +309,7 @@ def test_a_frozen_encoder_that_somebody_trains_stays_in_eval_mode_and_says_that_
     holder.train()
     close(model(text).logits, expected, 0)
     model.requires_grad_(True)
-    with pytest.warns(
-        UserWarning, match="parameters of the frozen BertModel ask for a gradient, embeddings.word_embeddings.weight"
-    ):
+    with pytest.warns(UserWarning, match="all parameters of the frozen BertModel ask for a gradient"):
         model.train()
 
 
@@ -313,6 +324,7 @@ def test_layers_that_others_checkpoint_without_gradients_are_an_error():
         model(images)
     with torch.no_grad():
         model(images)
+    model.fold()(images.detach())
 
 
 def test_data_parallel_is_refused():
@@ -331,3 +343,34 @@ def test_a_checkpoint_of_the_plain_encoder_loads_into_the_model_in_its_place():
     close(holder["v"].forward_features(images), features, 1e-10)
     again = copy.deepcopy(holder)
     assert again.load_state_dict(holder.state_dict())
+
+
+@pytest.mark.parametrize("classes", [CLASSES, 7])
+def test_a_save_is_not_taken_for_a_checkpoint_of_an_encoder_that_has_a_head_too(tmp_path, classes):
+    torch.manual_seed(8)
+    images = make_pictures().float()
+    model = PromptTuned(make_vit(num_classes=classes), 2, CLASSES).eval()
+    expected, kept = model(images).logits, copy.deepcopy(model.main.encoder.state_dict())
+    model.save_pretrained(tmp_path)
+    encoder = model.unwrap()
+    loaded = PromptTuned.from_pretrained(tmp_path, encoder)
+    close(loaded(images).logits, expected, 1e-6)
+    assert all(torch.equal(kept[name], value) for name, value in encoder.state_dict().items())
+    loaded.leave_frozen_out_of_state_dict()
+    other = PromptTuned(copy.deepcopy(encoder), 2, CLASSES).eval()
+    other.leave_frozen_out_of_state_dict()
+    other.load_state_dict(loaded.state_dict())
+    close(other(images).logits, expected, 1e-6)
+
+
+def test_torchinfo_and_fvcore_read_a_model_of_logits():
+    from fvcore.nn import FlopCountAnalysis
+    from torchinfo import summary
+
+    fused = make_fusion(complementary=None, cross_dim=6)
+    fused.return_logits = True
+    features = torch.randn(3, 6, dtype=torch.float64)
+    for model, inputs in ((make_tuned(), (make_pictures(),)), (fused, (make_text(3)["input_ids"], features))):
+        found = summary(model, input_data=inputs, verbose=0)
+        assert found.trainable_params == sum(parameter.numel() for parameter in trained(model).values())
+        assert FlopCountAnalysis(model, inputs).unsupported_ops_warnings(False).uncalled_modules_warnings(False).total() > 0
