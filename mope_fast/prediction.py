@@ -14,18 +14,19 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ._files import make_names_durable, remove_leftovers
+from ._files import make_names_durable, remove_leftovers, write_atomically
 from ._modes import evaluating
 from ._progress import tracked
 from .data import FusionCollator, Post, load_image, preprocessing
 from .encoders import PromptedEncoder, encode, family_of, find_family, supported_encoders
 from .encoders.sources import Source, encoder_of, load_source, source_of
-from .models import MoPEFusion, PromptTuned, checkpoint
+from .models import MoPEFusion, PromptTuned, checkpoint, hub
 
 KINDS = {"MoPEFusion": MoPEFusion, "PromptTuned": PromptTuned}
 DESCRIPTION = "predictor.json"
@@ -182,33 +183,24 @@ class Predictor:
 
     def _publish(self, folder: Path) -> str:
         """Name of the whole subfolder."""
-        temporary = folder / f".predictor-{uuid.uuid4().hex}.tmp"
-        temporary.mkdir()
-        try:
+        with TemporaryDirectory() as scratch:
             sides = {}
             for side, (field, preprocess) in zip(("main", "complementary"), self.inputs.sides.values(), strict=False):
-                sides[side] = {"field": field, "inputs": preprocessing.keep(preprocess, temporary / side)}
-            files = sorted(path for path in temporary.rglob("*") if path.is_file())
-            hashes = {path.relative_to(temporary).as_posix(): _hash(path.read_bytes()) for path in files}
-            names = None if self.class_names is None else list(self.class_names)
-            description = {"format": FORMAT, "class_names": names, "sides": sides, "files": hashes}
-            data = json.dumps(description, indent=2).encode()
-            (temporary / DESCRIPTION).write_bytes(data)
-            for path in (*files, temporary / DESCRIPTION):
-                _make_durable(path)
-            whole = folder / f"predictor-{_hash(data)[:16]}"
-            if whole.exists() and not _is_whole(whole):
-                shutil.rmtree(whole)
-            try:
-                temporary.rename(whole)
-            except OSError:
-                if not _is_whole(whole):
-                    raise
-                os.utime(whole)  # the same is there already; in use again, it is no leftover
-            make_names_durable(whole)
-            return whole.name
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+                sides[side] = {"field": field, "inputs": preprocessing.keep(preprocess, Path(scratch, side))}
+            files = sorted(path for path in Path(scratch).rglob("*") if path.is_file())
+            content = {path.relative_to(scratch).as_posix(): path.read_bytes() for path in files}
+        names = None if self.class_names is None else list(self.class_names)
+        hashes = {file: _hash(data) for file, data in content.items()}
+        description = {"format": FORMAT, "class_names": names, "sides": sides, "files": hashes}
+        content[DESCRIPTION] = json.dumps(description, indent=2).encode()
+        whole = folder / f"predictor-{_hash(content[DESCRIPTION])[:16]}"
+        if _is_whole(whole):
+            os.utime(whole)  # in use again, it is no leftover
+        else:
+            _write(whole, content)
+        for useless in folder.glob(f".{whole.name}-*.tmp"):  # of killed processes, and of slower ones
+            shutil.rmtree(useless, ignore_errors=True)
+        return whole.name
 
     @classmethod
     def from_pretrained(
@@ -222,8 +214,11 @@ class Predictor:
         head: nn.Module | None = None,
         class_names: Sequence[str] | None = None,
         device: str | torch.device | None = None,
+        revision: str | None = None,
     ) -> "Predictor":
         """Read a folder of :meth:`save_pretrained`, or of a model's own; encoders are got by the names in the save.
+
+        ``folder`` may also be "user/name" of one on the Hugging Face Hub, of which ``revision`` is a branch, a tag or a commit.
 
         A model's own save says nothing of inputs and class names. Then inputs are made by what the encoders' library has for them
         (tokenizer, padded and truncated; image processor; feature extractor; timm's transform), of the fields "text", "image" and
@@ -244,7 +239,8 @@ class Predictor:
             OSError: a file can't be read.
             TypeError: an argument of a wrong type.
         """
-        folder, name = Path(folder), checkpoint.saved_by(folder)
+        folder = hub.local_folder(folder, revision)
+        name = checkpoint.saved_by(folder)
         if name not in list(KINDS):
             raise ValueError(f"{folder} was saved by {name}: Predictor takes saves of {' and '.join(KINDS)}")
         saved = KINDS[name]._read(folder)
@@ -318,10 +314,22 @@ def _hash(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _make_durable(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-    make_names_durable(path)
+def _write(whole: Path, content: dict[str, bytes]) -> None:
+    """The subfolder, which has its name when all of it is there; another process may be writing the same."""
+    temporary = whole.with_name(f".{whole.name}-{uuid.uuid4().hex}.tmp")
+    try:
+        for file, data in content.items():
+            (temporary / file).parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(temporary / file, data)
+        if whole.exists():  # damaged
+            shutil.rmtree(whole)
+        temporary.rename(whole)
+        make_names_durable(whole)
+    except OSError:
+        if not _is_whole(whole):
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _is_whole(subfolder: Path) -> bool:

@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from mope_fast import FeatureCache, FusionCollator, MoPEConfig, MoPEFusion, Predictor, PromptTuned, predict
+from mope_fast import prediction as predicting
 from mope_fast.data import StackEach, TimmTransform
 from mope_fast.encoders import encode
 from mope_fast.encoders.sources import load_source, source_of
@@ -340,6 +341,22 @@ def test_an_encoder_within_a_function_is_known_by_its_weights_too(home, tmp_path
         Predictor.from_pretrained(tmp_path)
 
 
+@pytest.mark.usefixtures("silent")
+def test_a_predictor_of_the_hub_is_read_by_its_name(home, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    folder, commit = tmp_path / "models--user--colors", "a" * 40
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(commit)
+    made = predictor(home)
+    made.save_pretrained(folder / "snapshots" / commit)
+    loaded = Predictor.from_pretrained("user/colors", class_names=["rouge", "bleu", "vert"], device="cpu")
+    french = dict(zip(NAMES, loaded.class_names, strict=True))
+    assert [prediction.label for prediction in loaded(samples(home))] == [french[p.label] for p in made(samples(home))]
+
+
 # what can't be saved
 
 
@@ -411,7 +428,7 @@ def content(folder):
     [
         (transformers.BertTokenizerFast, "save_pretrained"),
         (transformers.ViTImageProcessor, "save_pretrained"),
-        (Path, "write_bytes"),
+        (predicting, "write_atomically"),
         (Path, "rename"),
         (MoPEFusion, "_save"),
         (checkpoint, "write_atomically"),

@@ -13,7 +13,7 @@ from ..encoders.sources import Source
 from .collator import Preprocess, StackEach, TimmTransform
 
 FIELDS = {
-    "input_ids": "text", "pixel_values": "image", "x": "image", "input_values": "audio", "input_features": "audio",
+    "input_ids": "text", "pixel_values": "image", "x": "image", "img": "image", "input_values": "audio", "input_features": "audio",
 }  # fmt: skip
 """Main input of an encoder -> what a sample calls that."""
 _BASES = ("PreTrainedTokenizerBase", "ImageProcessingMixin", "FeatureExtractionMixin", "ProcessorMixin")

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from .checkpoint import DESCRIPTION
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-WEIGHTS = "mope_fast-*.safetensors"
+WEIGHTS, INPUTS = "mope_fast-*.safetensors", "predictor-*"
 
 
 def local_folder(path: str | os.PathLike[str], revision: str | None = None) -> Path:
@@ -31,7 +31,7 @@ def local_folder(path: str | os.PathLike[str], revision: str | None = None) -> P
     except ImportError as error:
         raise ImportError(f"{path} is no folder here; to look for it on the Hub: pip install huggingface_hub") from error
     try:
-        return Path(snapshot_download(str(path), revision=revision, allow_patterns=[DESCRIPTION, WEIGHTS]))
+        return Path(snapshot_download(str(path), revision=revision, allow_patterns=[DESCRIPTION, WEIGHTS, INPUTS]))
     except (OSError, ValueError, HfHubHTTPError) as error:
         what = str(path) if revision is None else f"{path} at {revision}"
         raise FileNotFoundError(
