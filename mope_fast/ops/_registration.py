@@ -1,14 +1,33 @@
 """What every op shares: the library namespace and the guards against gradients that would silently be wrong."""
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 library = torch.library.Library("mope_fast", "DEF")
+
+
+_uncounted: dict[str, Callable[..., int]] = {}
+"""Operations of ops that torch's counter hasn't been told yet: importing it would import Triton."""
+_COUNTER = "torch.utils.flop_counter"
+
+
+def _tell_the_counter() -> None:
+    known = sys.modules[_COUNTER]
+    # who counts now has a copy of what was known when it began
+    counting = [getattr(mode, "counter", None) for mode in _get_current_dispatch_mode_stack()]
+    while _uncounted:
+        name, flops = _uncounted.popitem()
+        op = getattr(torch.ops.mope_fast, name)
+        known.register_flop_formula(op)(functools.partial(lambda flops, *args, out_shape=None, **kwargs: flops(*args), flops))
+        for counter in counting:
+            if isinstance(counter, known.FlopCounterMode):
+                counter.flop_registry[op] = known.flop_registry[op]
 
 
 def _on_their_device(launch: Callable[..., Any]) -> Callable[..., Any]:
@@ -45,9 +64,8 @@ def define(
     library.impl(name, cpu, "CPU")
     library.impl(name, _on_their_device(cuda), "CUDA")
     torch.library.register_fake(f"mope_fast::{name}", fake, lib=library)
-    packet = getattr(torch.ops.mope_fast, name)
-    register_flop_formula(packet)(lambda *args, out_shape=None, **kwargs: flops(*args))
-    overload = packet.default
+    _uncounted[name] = flops
+    overload = getattr(torch.ops.mope_fast, name).default
 
     def refuse_gradients(*args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in (*args, *kwargs.values())):
@@ -116,4 +134,6 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return function.apply(*args)
+    if _uncounted and _COUNTER in sys.modules:
+        _tell_the_counter()
     return _context_form(function).apply(*args)

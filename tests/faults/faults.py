@@ -820,7 +820,7 @@ LOSSES = (
     _fault(
         "trainers-smoothing-drops-the-importance-loss",
         "models/fusion.py",
-        "return super()._loss_is_cross_entropy() and not (self.bank.routes and self.config.importance_weight)",
+        "return super()._loss_is_cross_entropy() and not self._has_auxiliary_loss()",
         "return super()._loss_is_cross_entropy()",
         "With label_smoothing_factor transformers' Trainer trains on the task loss alone.",
         "tests/models/test_trainers.py::"
