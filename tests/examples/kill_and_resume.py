@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import sys
 import time
@@ -67,7 +68,9 @@ def results(output: Path) -> dict[str, str]:
 
 
 def adapter(output: Path) -> list[str]:
-    return sorted(str(file.relative_to(output)) for file in output.glob("adapter-*/*"))
+    """What is saved, by the hash of its content: a save beside what a killed one has left has a suffix behind it."""
+    files = (file.relative_to(output) for file in output.glob("adapter-*/*") if not file.name.startswith("."))
+    return sorted(re.sub(r"(/mope_fast-[0-9a-f]{16})-\w+", r"\1", file.as_posix()) for file in files)
 
 
 def main() -> None:
