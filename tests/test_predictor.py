@@ -11,11 +11,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from mope_fast import FeatureCache, FusionCollator, MoPEConfig, MoPEFusion, Predictor, PromptTuned, predict
-from mope_fast import prediction as predicting
 from mope_fast.data import StackEach, TimmTransform
 from mope_fast.encoders import encode
 from mope_fast.encoders.sources import load_source, source_of
 from mope_fast.models import checkpoint
+from mope_fast.prediction import kept as predicting
 
 timm = pytest.importorskip("timm")
 transformers = pytest.importorskip("transformers")

@@ -2,36 +2,31 @@
 
 import copy
 import functools
-import hashlib
 import json
 import os
-import re
 import shutil
-import uuid
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ._files import make_names_durable, remove_leftovers, write_atomically
-from ._modes import evaluating
-from ._progress import tracked
-from .data import FusionCollator, Post, load_image, preprocessing
-from .encoders import PromptedEncoder, encode, family_of, find_family, supported_encoders
-from .encoders.sources import Source, encoder_of, load_source, source_of
-from .models import MoPEFusion, PromptTuned, checkpoint, hub
+from .._files import remove_leftovers
+from .._modes import evaluating
+from .._progress import tracked
+from ..data import FusionCollator, Post, load_image, preprocessing
+from ..encoders import find_family
+from ..encoders.sources import encoder_of
+from ..models import MoPEFusion, PromptTuned, checkpoint, hub
+from .found import find_encoder
+from .kept import DESCRIPTION, FORMAT, Inputs, completed, content_hash, is_whole, kept_inputs, read_kept, write_subfolder
 
 KINDS = {"MoPEFusion": MoPEFusion, "PromptTuned": PromptTuned}
-DESCRIPTION = "predictor.json"
-FORMAT = 1
-_NAME = re.compile("predictor-[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
@@ -190,14 +185,14 @@ class Predictor:
             files = sorted(path for path in Path(scratch).rglob("*") if path.is_file())
             content = {path.relative_to(scratch).as_posix(): path.read_bytes() for path in files}
         names = None if self.class_names is None else list(self.class_names)
-        hashes = {file: _hash(data) for file, data in content.items()}
+        hashes = {file: content_hash(data) for file, data in content.items()}
         description = {"format": FORMAT, "class_names": names, "sides": sides, "files": hashes}
         content[DESCRIPTION] = json.dumps(description, indent=2).encode()
-        whole = folder / f"predictor-{_hash(content[DESCRIPTION])[:16]}"
-        if _is_whole(whole):
+        whole = folder / f"predictor-{content_hash(content[DESCRIPTION])[:16]}"
+        if is_whole(whole):
             os.utime(whole)  # in use again, it is no leftover
         else:
-            _write(whole, content)
+            write_subfolder(whole, content)
         for useless in folder.glob(f".{whole.name}-*.tmp"):  # of killed processes, and of slower ones
             shutil.rmtree(useless, ignore_errors=True)
         return whole.name
@@ -248,20 +243,20 @@ class Predictor:
             raise ValueError(f"{folder} was saved without a head, so it predicts nothing: pass head=... if you have one for it")
         if saved["head"] not in (None, "Linear") and head is None:
             raise ValueError(f"{folder} was saved with a head of its own, {saved['head']}: pass head=..., the same module")
-        kept = _read_kept(folder, saved["predictor"]) if "predictor" in saved else {"class_names": None, "sides": {}}
+        kept = read_kept(folder, saved["predictor"]) if "predictor" in saved else {"class_names": None, "sides": {}}
         given = {"main": (main, main_inputs), "complementary": (complementary, complementary_inputs)}
         if name == "PromptTuned" and given.pop("complementary") != (None, None):
             raise ValueError(f"{folder} was saved by PromptTuned, which has no complementary side: pass main and main_inputs")
-        inputs = {side: _kept_inputs(folder, side, each, saved, kept) for side, (_, each) in given.items()}
-        found = {side: _find(folder, side, encoder, saved) for side, (encoder, _) in given.items()}
-        inputs = _completed(folder, inputs, found)
+        inputs = {side: kept_inputs(folder, side, each, saved, kept) for side, (_, each) in given.items()}
+        found = {side: find_encoder(folder, side, encoder, saved) for side, (encoder, _) in given.items()}
+        inputs = completed(folder, inputs, found)
         model = KINDS[name]._make(folder, saved, *[side.value for side in found.values()], head=head)
         model._load(folder, saved, False, [side.sampled_as for side in found.values() if side.by_save])
         if device is not None:
             for module in (model, *(side.encoder for side in found.values() if side.encoder is not None)):
                 module.to(device)
         names = kept["class_names"] if class_names is None else class_names
-        own, other = inputs["main"], inputs.get("complementary", _Inputs(None, None, True))
+        own, other = inputs["main"], inputs.get("complementary", Inputs(None, None, True))
         collate = FusionCollator(own.preprocess, other.preprocess, main_field=own.field, complementary_field=other.field)
         return cls(model, collate, names)
 
@@ -305,203 +300,3 @@ def _checked_names(names: Sequence[str], model: MoPEFusion | PromptTuned) -> tup
 
 def _length(samples: Iterable[Any]) -> int | None:
     return len(samples) if hasattr(samples, "__len__") else None
-
-
-# how inputs are made, on disk
-
-
-def _hash(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _write(whole: Path, content: dict[str, bytes]) -> None:
-    """The subfolder, which has its name when all of it is there; another process may be writing the same."""
-    temporary = whole.with_name(f".{whole.name}-{uuid.uuid4().hex}.tmp")
-    try:
-        for file, data in content.items():
-            (temporary / file).parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(temporary / file, data)
-        if whole.exists():  # damaged
-            shutil.rmtree(whole)
-        temporary.rename(whole)
-        make_names_durable(whole)
-    except OSError:
-        if not _is_whole(whole):
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _is_whole(subfolder: Path) -> bool:
-    try:
-        _read_kept(subfolder.parent, subfolder.name)
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def _read_kept(folder: Path, name: str) -> dict[str, Any]:
-    """What a save's subfolder says, every file of it as it was written."""
-    if not _NAME.fullmatch(name):
-        raise ValueError(f"{folder / checkpoint.DESCRIPTION} names {name!r:.99}, which no save does: don't trust it")
-    try:
-        data = (folder / name / DESCRIPTION).read_bytes()
-        kept = json.loads(data) if _hash(data)[:16] == name.rpartition("-")[2] else {}
-        if kept.get("format", FORMAT) != FORMAT:
-            raise ValueError(f"{folder / name} has format {kept['format']!r}, expected {FORMAT}: update mope_fast")
-        if not kept or any(_hash((folder / name / file).read_bytes()) != content for file, content in kept["files"].items()):
-            raise ValueError(f"{folder / name} is damaged (its content doesn't match its name): restore it, or save it again")
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error.filename} does not exist, but {folder} needs it: copy the whole folder") from None
-    return kept
-
-
-class _Inputs(NamedTuple):
-    """How one side's inputs are made."""
-
-    field: str | None
-    preprocess: Callable[..., Any] | None
-    known: bool
-
-
-def _kept_inputs(folder: Path, side: str, given: Callable[..., Any] | None, saved: dict[str, Any], kept: dict[str, Any]) -> _Inputs:
-    """As given, or else as saved."""
-    kept = kept["sides"].get(side)
-    field = None if kept is None else kept["field"]
-    if given is not None or kept is None or kept["inputs"] is None:
-        return _Inputs(field, given, given is not None or kept is not None)
-    if kept["inputs"]["kind"] == "function":
-        raise ValueError(
-            f"{folder} was saved with a function of yours that makes inputs of the {side} encoder, {kept['inputs']['name']}, of "
-            f"which only the name could be saved: pass {side}_inputs=..., that function"
-        )
-    try:
-        return _Inputs(field, preprocessing.read(kept["inputs"], folder / saved["predictor"] / side), True)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / saved['predictor']} can't be read ({type(error).__name__}: {error}): save it again") from error
-
-
-def _completed(folder: Path, inputs: dict[str, _Inputs], found: "dict[str, _Found]") -> dict[str, _Inputs]:
-    """With what encoders' libraries have, where nothing is known; warns of it."""
-    words = []
-    for side, (field, preprocess, known) in inputs.items():
-        encoder = found[side].encoder
-        if field is None and encoder is not None:
-            field = preprocessing.FIELDS.get(find_family(encoder).input_name)
-        if field is None or (not known and encoder is None):
-            raise ValueError(
-                f"{folder} was saved by the model alone, and how the inputs of its {side} side are made of samples can't be known: "
-                "make Predictor(model, FusionCollator(...)) of model = MoPEFusion.from_pretrained(...) or PromptTuned's"
-            )
-        if not known:
-            try:
-                preprocess, what = preprocessing.own_preprocessing(encoder, found[side].source)
-            except (ImportError, OSError, ValueError) as error:
-                raise ValueError(
-                    f"{folder} was saved by the model alone, and nothing was found that makes inputs of its {side} encoder "
-                    f"({error}): pass {side}_inputs=..., a tokenizer, an image processor or a function of a list of values"
-                ) from error
-            words.append(f"of the {side} encoder by {what}, of the field {field!r}")
-        inputs[side] = _Inputs(field, preprocess, True)
-    if words and len({each.field for each in inputs.values()}) < len(inputs):
-        raise ValueError(
-            f"{folder} was saved by the model alone, and both of its encoders would read the field {field!r}: make "
-            "Predictor(MoPEFusion.from_pretrained(...), FusionCollator(..., main_field=..., complementary_field=...))"
-        )
-    if words:
-        warnings.warn(
-            f"{folder} was saved by the model alone: inputs are made {'; '.join(words)}. If training made them otherwise, pass "
-            "main_inputs and complementary_inputs; Predictor(model, collate).save_pretrained(folder) keeps them",
-            stacklevel=3,
-        )
-    return inputs
-
-
-# encoders, by what a save says of them
-
-
-class _Found(NamedTuple):
-    """One side of a model."""
-
-    value: Any
-    """What the model's class takes."""
-    encoder: nn.Module | None = None
-    """The supported encoder in it."""
-    source: Source | None = None
-    by_save: bool = False
-    """Whether it came by the name in the save."""
-    sampled_as: str = ""
-
-
-def _find(folder: Path, side: str, given: Any, saved: dict[str, Any]) -> _Found:
-    described, source = saved.get(side), saved.get("sources", {}).get(side)
-    is_function = side == "complementary" and described is None
-    if not (is_function or isinstance(described, dict)) or not isinstance(source, (dict, type(None))):
-        raise ValueError(
-            f"{folder / checkpoint.DESCRIPTION} is damaged: it doesn't say what {side} is; restore it, or save it again"
-        )
-    if is_function and given is None and "sources" in saved and side not in saved["sources"]:
-        return _Found(None)  # features are passed in
-    if is_function and callable(given) and find_family(given) is None:
-        encoder, _ = encoder_of(given) or (None, None)
-        return _Found(given, encoder, None if encoder is None else source_of(encoder))
-    if is_function and source is None:
-        raise ValueError(
-            f"the complementary side of {folder} was a function or module of yours, which a save can't hold: pass "
-            "complementary=..., what gives the features, such as functools.partial(mope_fast.encoders.encode, encoder)"
-        )
-    if isinstance(given, nn.Module):
-        wrapped = given.main if isinstance(given, PromptTuned) else given
-        encoder = wrapped.encoder if isinstance(wrapped, PromptedEncoder) else wrapped
-        family_of(encoder)
-        value = functools.partial(encode, given.eval(), pooling=source["pooling"]) if is_function else given
-        return _Found(value, encoder, source_of(encoder) or source)
-    if not isinstance(given, (str, type(None))):
-        raise TypeError(f"{side} must be an encoder, or a name of one, got {type(given).__name__}")
-    known = _in_words(described, source)
-    if isinstance(given, str):
-        source = _named(side, given, known, described, source)
-    if source is None:
-        raise ValueError(
-            f"{folder} doesn't say where its {side} encoder can be got, only that it is {known}: pass {side}=..., the encoder "
-            "itself, or a folder or name that has it ('bert-base-uncased', 'timm/NAME')"
-        )
-    try:
-        encoder = load_source(source)
-    except Exception as error:  # each library has its own
-        why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.300}"
-        raise ValueError(
-            f"the {side} encoder of {folder}, {known}, can't be had by the name {source.get('name')!r:.200} ({why}): pass "
-            f"{side}=..., the encoder itself, or a folder or name that has it ('bert-base-uncased', 'timm/NAME')"
-        ) from error
-    value = functools.partial(encode, encoder, pooling=source.get("pooling")) if is_function else encoder
-    return _Found(value, encoder, source, given is None, f"{side}.{'encoder' if is_function else 'main'}".removeprefix("main."))
-
-
-def _in_words(described: dict[str, Any] | None, source: Source | None) -> str:
-    """What a save knows of an encoder."""
-    words = []
-    if source is not None:
-        words.append(f"{str(source.get('class')).rpartition('.')[2]} {source.get('name')!r:.200} of {source.get('library')}")
-    if described is not None:
-        classes = [] if source is not None else [cls.rpartition(".")[2] for cls in _classes(described)]
-        words.append(f"a {' or '.join(classes) or described.get('family')} whose layers have the widths {described.get('widths')}")
-    return ", ".join(words)
-
-
-def _classes(described: dict[str, Any]) -> tuple[str, ...]:
-    """Of the family that a save names."""
-    return supported_encoders().get(str(described.get("family")), ())
-
-
-def _named(side: str, name: str, known: str, described: dict[str, Any] | None, source: Source | None) -> Source:
-    """The source of an encoder that the user has another name for, of the class that was saved: in ``described`` or ``source``."""
-    library = "timm" if name.startswith("timm/") else "transformers"
-    classes = _classes(described) if source is None else (str(source.get("class")),)
-    classes = [cls for cls in classes if cls.startswith(f"{library}.")]
-    if not classes:
-        raise ValueError(
-            f"{side}={name!r} is a name of {library}'s, but the save is of {known}: give the encoder itself, or its name"
-        )
-    same = {key: source[key] for key in ("dtype", "settings", "global_pool", "num_classes", "pooling") if source and key in source}
-    return {"dtype": "float32", **same, "library": library, "class": classes[0], "name": name.removeprefix("timm/")}

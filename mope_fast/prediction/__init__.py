@@ -1,0 +1,5 @@
+"""Using what was trained: samples in, classes out."""
+
+from .predictor import Prediction, Predictor
+
+__all__ = ["Prediction", "Predictor"]

@@ -1,0 +1,98 @@
+"""A save's encoders, by what it says of them or by what the user has."""
+
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from ..encoders import PromptedEncoder, encode, family_of, find_family, supported_encoders
+from ..encoders.sources import Source, encoder_of, load_source, source_of
+from ..models import PromptTuned, checkpoint
+
+
+class Found(NamedTuple):
+    """One side of a model."""
+
+    value: Any
+    """What the model's class takes."""
+    encoder: nn.Module | None = None
+    """The supported encoder in it."""
+    source: Source | None = None
+    by_save: bool = False
+    """Whether it came by the name in the save."""
+    sampled_as: str = ""
+
+
+def find_encoder(folder: Path, side: str, given: Any, saved: dict[str, Any]) -> Found:
+    described, source = saved.get(side), saved.get("sources", {}).get(side)
+    is_function = side == "complementary" and described is None
+    if not (is_function or isinstance(described, dict)) or not isinstance(source, (dict, type(None))):
+        raise ValueError(
+            f"{folder / checkpoint.DESCRIPTION} is damaged: it doesn't say what {side} is; restore it, or save it again"
+        )
+    if is_function and given is None and "sources" in saved and side not in saved["sources"]:
+        return Found(None)  # features are passed in
+    if is_function and callable(given) and find_family(given) is None:
+        encoder, _ = encoder_of(given) or (None, None)
+        return Found(given, encoder, None if encoder is None else source_of(encoder))
+    if is_function and source is None:
+        raise ValueError(
+            f"the complementary side of {folder} was a function or module of yours, which a save can't hold: pass "
+            "complementary=..., what gives the features, such as functools.partial(mope_fast.encoders.encode, encoder)"
+        )
+    if isinstance(given, nn.Module):
+        wrapped = given.main if isinstance(given, PromptTuned) else given
+        encoder = wrapped.encoder if isinstance(wrapped, PromptedEncoder) else wrapped
+        family_of(encoder)
+        value = functools.partial(encode, given.eval(), pooling=source["pooling"]) if is_function else given
+        return Found(value, encoder, source_of(encoder) or source)
+    if not isinstance(given, (str, type(None))):
+        raise TypeError(f"{side} must be an encoder, or a name of one, got {type(given).__name__}")
+    known = _in_words(described, source)
+    if isinstance(given, str):
+        source = _named(side, given, known, described, source)
+    if source is None:
+        raise ValueError(
+            f"{folder} doesn't say where its {side} encoder can be got, only that it is {known}: pass {side}=..., the encoder "
+            "itself, or a folder or name that has it ('bert-base-uncased', 'timm/NAME')"
+        )
+    try:
+        encoder = load_source(source)
+    except Exception as error:  # each library has its own
+        why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.300}"
+        raise ValueError(
+            f"the {side} encoder of {folder}, {known}, can't be had by the name {source.get('name')!r:.200} ({why}): pass "
+            f"{side}=..., the encoder itself, or a folder or name that has it ('bert-base-uncased', 'timm/NAME')"
+        ) from error
+    value = functools.partial(encode, encoder, pooling=source.get("pooling")) if is_function else encoder
+    return Found(value, encoder, source, given is None, f"{side}.{'encoder' if is_function else 'main'}".removeprefix("main."))
+
+
+def _in_words(described: dict[str, Any] | None, source: Source | None) -> str:
+    """What a save knows of an encoder."""
+    words = []
+    if source is not None:
+        words.append(f"{str(source.get('class')).rpartition('.')[2]} {source.get('name')!r:.200} of {source.get('library')}")
+    if described is not None:
+        classes = [] if source is not None else [cls.rpartition(".")[2] for cls in _classes(described)]
+        words.append(f"a {' or '.join(classes) or described.get('family')} whose layers have the widths {described.get('widths')}")
+    return ", ".join(words)
+
+
+def _classes(described: dict[str, Any]) -> tuple[str, ...]:
+    """Of the family that a save names."""
+    return supported_encoders().get(str(described.get("family")), ())
+
+
+def _named(side: str, name: str, known: str, described: dict[str, Any] | None, source: Source | None) -> Source:
+    """The source of an encoder that the user has another name for, of the class that was saved: in ``described`` or ``source``."""
+    library = "timm" if name.startswith("timm/") else "transformers"
+    classes = _classes(described) if source is None else (str(source.get("class")),)
+    classes = [cls for cls in classes if cls.startswith(f"{library}.")]
+    if not classes:
+        raise ValueError(
+            f"{side}={name!r} is a name of {library}'s, but the save is of {known}: give the encoder itself, or its name"
+        )
+    same = {key: source[key] for key in ("dtype", "settings", "global_pool", "num_classes", "pooling") if source and key in source}
+    return {"dtype": "float32", **same, "library": library, "class": classes[0], "name": name.removeprefix("timm/")}
