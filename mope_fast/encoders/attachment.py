@@ -175,6 +175,9 @@ class Attachment(Guarded):
     ) -> Encoded:
         if not self.active:
             raise RuntimeError("this model was unwrapped and has given its encoder back: make a new one on it")
+        if self.encoder.training and not torch.compiler.is_dynamo_compiling():
+            # by its own train(), or by that of another module that holds it
+            self.encoder.eval()
         if prompts is None:
             return self._encode(inputs, [], feature_maps)
         scores: list[Tensor | None] = []

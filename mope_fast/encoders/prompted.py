@@ -104,9 +104,6 @@ class PromptedEncoder(nn.Module):
                 more.
         """
         inputs = self.family.keyword_arguments(inputs)
-        if self.encoder.training and not torch.compiler.is_dynamo_compiling():
-            # by its own train(), or by that of another module that holds it
-            self.encoder.eval()
         return self._attachment.run(inputs, prompts, feature_maps=feature_maps, gradient_checkpointing=self.gradient_checkpointing)
 
     def train(self, mode: bool = True) -> "PromptedEncoder":

@@ -36,8 +36,8 @@ def start_prompts(model: MoPEFusion | PromptTuned, batches: Iterable[Mapping[str
         progress: show a bar.
 
     Raises:
-        TypeError: it is another model, or ``batches`` gives no dicts.
-        ValueError: there are no batches, one lacks an encoder's inputs, or weights are sharded.
+        TypeError: it is another model, ``batches`` gives no dicts, or one lacks the main encoder's inputs.
+        ValueError: there are no batches, one lacks the other encoder's inputs, or weights are sharded.
         FloatingPointError: a mean was NaN or infinite.
 
     Example:

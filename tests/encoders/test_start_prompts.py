@@ -114,8 +114,19 @@ def test_what_is_wrong_is_said_and_changes_nothing():
         start_prompts(model, [], progress=False)
     with pytest.raises(TypeError, match="must give dicts"):
         start_prompts(model, [inputs["pixel_values"]], progress=False)
-    with pytest.raises(ValueError, match=r"no main_inputs, only \['labels'\]"):
+    with pytest.raises(TypeError, match="the main encoder's inputs are missing"):
         start_prompts(model, [{"labels": torch.zeros(2)}], progress=False)
     with pytest.raises(FloatingPointError, match="mean token of a layer isn't finite"):
         start_prompts(model, [{"main_inputs": torch.full_like(inputs["pixel_values"], torch.nan)}], progress=False)
     assert not moved(model.bank, before)
+
+
+def test_batches_may_name_encoders_inputs():
+    first = fused("dinov2")
+    models = [first, copy.deepcopy(first)]
+    inputs = CASES["dinov2"].inputs(2)
+    for model, batch in zip(models, ({"main_inputs": inputs}, {**inputs, "labels": torch.zeros(2)}), strict=True):
+        torch.manual_seed(0)
+        start_prompts(model, [batch], progress=False)
+    for one, other in zip(*(model.bank.state_dict().values() for model in models), strict=True):
+        assert torch.equal(one, other)
