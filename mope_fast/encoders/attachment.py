@@ -86,6 +86,11 @@ def prefixes_of(attention: nn.Module) -> Sequence[Prefix]:
     return call.prefixes
 
 
+def _is_trained(prompts: PromptProvider) -> bool:
+    """Of a function of the user's it can't be known."""
+    return not isinstance(prompts, PromptContext) or (prompts.trained is not None and prompts.trained())
+
+
 def _check_given(prefixes: Sequence[Prefix], hidden_states: Tensor, heads: int) -> None:
     """What comes from elsewhere; the library's own isn't checked in every layer."""
     check_number_of_prefixes(prefixes)
@@ -182,8 +187,7 @@ class Attachment(Guarded):
             return self._encode(inputs, [], feature_maps)
         scores: list[Tensor | None] = []
         pool = self.family.router_pool(self.encoder, inputs, self.router_pooling)
-        takes_gradients = torch.is_grad_enabled() and getattr(prompts, "takes_gradients", True)
-        running = _Running(prompts, pool, gradient_checkpointing, takes_gradients, scores, thread)
+        running = _Running(prompts, pool, gradient_checkpointing, torch.is_grad_enabled(), scores, thread)
         state.running = running
         try:
             encoded = self._encode(inputs, scores, feature_maps)
@@ -219,7 +223,7 @@ class Attachment(Guarded):
                 f"layer {index} of this {type(self.encoder).__name__} was called out of order, by another forward within this one: "
                 "let one end before the next, or deep-copy the model"
             )
-        if running.takes_gradients and not torch.is_grad_enabled():
+        if running.takes_gradients and not torch.is_grad_enabled() and _is_trained(running.prompts):
             raise RuntimeError(
                 f"layer {index} of this {type(self.encoder).__name__} runs without gradients in a forward that takes them, so its "
                 "prompts would not be trained: if others checkpoint it (use_reentrant=True, fairscale's), leave that out and call "

@@ -124,8 +124,8 @@ class PromptContext:
     """(B, P), which prompts a sample has; None if all have all."""
     take_apart: Callable[[], Sequence[MoPEOutput]] | None = None
     """Makes :attr:`prompts`; None where ``stages`` are these."""
-    takes_gradients: bool = False
-    """Whether anything of the prompts is trained."""
+    trained: Callable[[], bool] | None = None
+    """Tells whether anything of the prompts takes a gradient; None where nothing does. Asked only where one may be lost."""
 
     @functools.cached_property
     def prompts(self) -> Sequence[MoPEOutput]:
@@ -268,14 +268,11 @@ class PromptBank(nn.Module):
         kinds = {kind.name: kind.rows(self, cross) for kind in self.kinds}
         routers = self._routers(cross) if config.use_dynamic else [None] * len(self.dims)
         random = self.training and config.dynamic_dropout > 0
-        # a loop: torch 2.10 doesn't trace questions inside of any()
-        trained = cross is not None and cross.requires_grad
-        for parameter in self.parameters():
-            trained = trained or parameter.requires_grad
+        trained = functools.partial(self._is_trained, cross)
         take_apart = functools.partial(self._outputs, batch, kinds, routers, dtype)
         if layers is None:
             outputs = take_apart()
-            return PromptContext(batch, outputs, self.routes, None, random, takes_gradients=trained)
+            return PromptContext(batch, outputs, self.routes, None, random, trained=trained)
         members = {width: [index for index, dim in enumerate(self.dims) if dim == int(width)] for width in self.stacks}
         stacked = [width for width, own in members.items() if can_be_stacked([layers[index].norm for index in own])]
         stages: list[Any] = [None] * len(self.dims) if len(stacked) == len(self.stacks) else take_apart()
@@ -285,7 +282,11 @@ class PromptBank(nn.Module):
             ready = self._ahead(width, batch, of_width, [routers[i] for i in own], [layers[i] for i in own], dtype, project=ahead)
             for index, stage in zip(own, ready, strict=True):
                 stages[index] = stage
-        return PromptContext(batch, stages, self.routes, layers, random, take_apart=take_apart, takes_gradients=trained)
+        return PromptContext(batch, stages, self.routes, layers, random, take_apart=take_apart, trained=trained)
+
+    def _is_trained(self, cross: Tensor | None) -> bool:
+        given = () if cross is None else (cross,)
+        return any(tensor.requires_grad for tensor in (*given, *self.parameters()))
 
     def layer(self, index: int, x: Tensor, context: PromptContext) -> MoPEOutput:
         """Layer ``index``'s prompts for its input x: (B, S, D) with the class token first, or a global feature (B, D)."""
