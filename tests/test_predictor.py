@@ -2,11 +2,16 @@
 
 import functools
 import json
+import shutil
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import constants
+from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -343,15 +348,29 @@ def test_an_encoder_within_a_function_is_known_by_its_weights_too(home, tmp_path
 
 @pytest.mark.usefixtures("silent")
 def test_a_predictor_of_the_hub_is_read_by_its_name(home, tmp_path, monkeypatch):
-    from huggingface_hub import constants
-
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     folder, commit = tmp_path / "models--user--colors", "a" * 40
     (folder / "refs").mkdir(parents=True)
     (folder / "refs" / "main").write_text(commit)
+
+    class Api:
+        def __init__(self, token):
+            pass
+
+        def create_repo(self, repository, **settings):
+            return SimpleNamespace(repo_id=repository)
+
+        def upload_folder(self, *, folder_path, delete_patterns, **settings):
+            assert list(filter_repo_objects(["predictor-old/main/vocab.txt", "README.md"], allow_patterns=delete_patterns)) == [
+                "predictor-old/main/vocab.txt"
+            ]
+            shutil.copytree(folder_path, folder / "snapshots" / commit)
+            return SimpleNamespace(commit_url="https://hub/commit")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     made = predictor(home)
-    made.save_pretrained(folder / "snapshots" / commit)
+    assert made.push_to_hub("user/colors") == "https://hub/commit"
     loaded = Predictor.from_pretrained("user/colors", class_names=["rouge", "bleu", "vert"], device="cpu")
     french = dict(zip(NAMES, loaded.class_names, strict=True))
     assert [prediction.label for prediction in loaded(samples(home))] == [french[p.label] for p in made(samples(home))]

@@ -2,7 +2,6 @@
 
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -39,27 +38,51 @@ def local_folder(path: str | os.PathLike[str], revision: str | None = None) -> P
         ) from error
 
 
-def upload(
-    save: Callable[[str], None],
-    repository: str,
-    *,
-    revision: str | None,
-    private: bool | None,
-    token: str | None,
-    commit_message: str,
-) -> str:
-    """Upload what ``save`` writes into a folder in one commit, and return the commit's address; older weights go in it."""
-    try:
-        from huggingface_hub import HfApi
-    except ImportError as error:
-        raise ImportError("push_to_hub needs huggingface_hub: pip install huggingface_hub") from error
-    api = HfApi(token=token)
-    with TemporaryDirectory() as folder:
-        save(folder)
-        repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
-        if revision is not None:
-            api.create_branch(repository, branch=revision, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repository, folder_path=folder, revision=revision, commit_message=commit_message, delete_patterns=WEIGHTS
-        )
-    return commit.commit_url
+class PushToHub:
+    """Gives whatever has ``save_pretrained(folder)`` a ``push_to_hub``."""
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        revision: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Trained prompts and head of mope_fast",
+    ) -> str:
+        """Upload what ``save_pretrained`` writes to the Hugging Face Hub, in one commit, through huggingface_hub; not the encoders.
+
+        Of several processes one calls this. What an older save left in the repository goes in the same commit.
+
+        Args:
+            repository: "user/name"; it is made where it isn't there.
+            revision: the branch to commit to; None for main.
+            private: of a new repository; None for the user's default.
+            token: None for the one that ``hf auth login`` has stored.
+            commit_message: of the commit.
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            ValueError: as of ``save_pretrained``; nothing is uploaded.
+            ImportError: huggingface_hub is missing.
+        """
+        try:
+            from huggingface_hub import HfApi
+        except ImportError as error:
+            raise ImportError("push_to_hub needs huggingface_hub: pip install huggingface_hub") from error
+        api = HfApi(token=token)
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
+            if revision is not None:
+                api.create_branch(repository, branch=revision, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repository,
+                folder_path=folder,
+                revision=revision,
+                commit_message=commit_message,
+                delete_patterns=[WEIGHTS, INPUTS],
+            )
+        return commit.commit_url

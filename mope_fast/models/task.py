@@ -19,7 +19,8 @@ from ..encoders import PromptedEncoder
 from ..encoders.sources import Source
 from ..encoders.weights import Samples, plain_name, sample_weights
 from ..modules import FoldedBank, PromptBank
-from . import checkpoint, hub
+from . import checkpoint
+from .hub import PushToHub
 from .image_config import ImageConfig
 from .output import FusionOutput, UnlabelledOutput
 
@@ -184,7 +185,7 @@ def prompted(encoder: nn.Module, **poolings: str | None) -> PromptedEncoder:
     return encoder
 
 
-class TaskModel(ImageConfig, nn.Module, ABC):
+class TaskModel(PushToHub, ImageConfig, nn.Module, ABC):
     """A prompted encoder with a head.
 
     ``head``, ``problem_type`` and ``label_smoothing`` are set by the subclass, after :func:`check_head`.
@@ -485,35 +486,6 @@ class TaskModel(ImageConfig, nn.Module, ABC):
         finally:
             if mesh is not None:
                 wait_for_all(mesh)
-
-    def push_to_hub(
-        self,
-        repository: str,
-        *,
-        revision: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        commit_message: str = "Trained prompts and head of mope_fast",
-    ) -> str:
-        """Upload what :meth:`save_pretrained` writes to the Hugging Face Hub, through huggingface_hub; encoders stay here.
-
-        Of several processes one calls this.
-
-        Args:
-            repository: "user/name"; it is made where it isn't there.
-            revision: the branch to commit to; None for main.
-            private: of a new repository; None for the user's default.
-            token: None for the one that ``hf auth login`` has stored.
-            commit_message: of the commit.
-
-        Returns:
-            The commit's address.
-
-        Raises:
-            ValueError: as of :meth:`save_pretrained`; nothing is uploaded.
-        """
-        more = {"revision": revision, "private": private, "token": token, "commit_message": commit_message}
-        return hub.upload(self.save_pretrained, repository, **more)
 
     def load_pretrained(self, path: str | os.PathLike[str], *, strict: bool = False) -> None:
         """Read a folder of :meth:`save_pretrained` into this model, in place, and leave its mode and its encoders' as they are.

@@ -42,7 +42,7 @@ class Prediction:
     """Of each layer the expert with the highest routing score, and that score; None of a model that doesn't route."""
 
 
-class Predictor:
+class Predictor(hub.PushToHub):
     """Predicts samples with a trained model: makes inputs, runs the folded model, and names classes.
 
     Args:

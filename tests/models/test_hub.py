@@ -87,7 +87,7 @@ def test_an_upload_is_one_commit_of_a_whole_save(monkeypatch):
     assert (token, created) == (("token", "secret"), ("tuned", True, True))
     assert files == [".json", ".safetensors"]
     assert (settings["repo_id"], settings["revision"]) == ("me/tuned", "v2")
-    assert settings["delete_patterns"] == "mope_fast-*.safetensors"
+    assert settings["delete_patterns"] == ["mope_fast-*.safetensors", "predictor-*"]
     with torch.no_grad():
         model.head.weight[0] = torch.nan
     with pytest.raises(ValueError, match="not finite"):

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import itertools
 import pickle
 import warnings
 
@@ -10,8 +11,13 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from timm.data import FastCollateMixup, create_dataset, create_loader, resolve_data_config
+from timm.loss import SoftTargetCrossEntropy
+from timm.models import load_checkpoint, model_parameters, resume_checkpoint
 from timm.optim import create_optimizer_v2
-from timm.utils import ModelEmaV3
+from timm.scheduler import create_scheduler_v2
+from timm.utils import CheckpointSaver, ModelEmaV3, accuracy, dispatch_clip_grad
 from tiny_fusion import CLASSES, DETERMINISTIC, close, make_bert, make_dinov2, make_fusion, make_images, make_text, trained
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -272,6 +278,61 @@ def test_what_timms_script_does_to_a_model():
     model.reset_classifier(7)
     assert model(images).shape == (3, 7)
     assert model.num_classes == 7
+
+
+def timm_script(root, resume="", epochs=2):
+    """Train as timm's train.py does, with its loaders, mixup, schedule, clipping, average and checkpoints, and return model and average."""
+    encoder = make_vit(num_classes=2)
+    model = PromptTuned(encoder, prompt_length=4, num_classes=encoder.num_classes, return_logits=True)  # the line that is ours
+    data_config = resolve_data_config({"input_size": (3, 32, 32)}, model=model)
+    shared = {"input_size": data_config["input_size"], "batch_size": 4, "num_workers": 0, "device": torch.device("cpu")}
+    mixup = FastCollateMixup(mixup_alpha=0.2, label_smoothing=0.1, num_classes=model.num_classes)
+    loaders = {
+        split: create_loader(
+            create_dataset("", root=root, split=split), is_training=train, collate_fn=mixup if train else None, **shared
+        )
+        for split, train in (("train", True), ("validation", False))
+    }
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=0.02, weight_decay=0.05)
+    start = resume_checkpoint(model, resume, optimizer) if resume else 0
+    average = ModelEmaV3(model, decay=0.5)
+    if resume:
+        load_checkpoint(average.module, resume, use_ema=True)
+    saver = CheckpointSaver(model, optimizer, model_ema=average, checkpoint_dir=str(root), recovery_dir=str(root))
+    schedule, epochs = create_scheduler_v2(optimizer, sched="cosine", num_epochs=epochs, warmup_epochs=0, cooldown_epochs=0)
+    criterion = SoftTargetCrossEntropy()
+    for epoch in range(start, epochs):
+        model.train()
+        for images, target in loaders["train"]:
+            loss = criterion(model(images), target)
+            optimizer.zero_grad()
+            loss.backward()
+            dispatch_clip_grad(model_parameters(model, exclude_head=True), value=1.0, mode="norm")
+            optimizer.step()
+            average.update(model)
+        model.eval()
+        with torch.no_grad():
+            right = [accuracy(average.module(images), target)[0].item() for images, target in loaders["validation"]]
+        saver.save_checkpoint(epoch, metric=sum(right) / len(right))
+        schedule.step(epoch + 1)
+    return model, average.module
+
+
+def test_a_script_after_timms_train_py_trains_averages_saves_and_resumes(tmp_path):
+    for split, colour in itertools.product(("train", "validation"), ("red", "blue")):
+        (tmp_path / split / colour).mkdir(parents=True)
+        for index in range(4):
+            Image.new("RGB", (40, 36), colour).save(tmp_path / split / colour / f"{index}.png")
+    torch.manual_seed(0)
+    model, average = timm_script(tmp_path)
+    last = str(tmp_path / "last.pth.tar")
+    again, average_again = timm_script(tmp_path, resume=last)  # all epochs are done: what was saved, in a new model
+    for name, parameter in model.state_dict().items():
+        close(again.state_dict()[name], parameter, 0)
+        close(average_again.state_dict()[name], average.state_dict()[name], 0)
+    resumed, _ = timm_script(tmp_path, resume=last, epochs=3)
+    moved = {name for name, value in resumed.state_dict().items() if not torch.equal(value, model.state_dict()[name])}
+    assert moved == set(trained(model))
 
 
 def test_what_can_not_be_done_for_timms_script_is_said():
