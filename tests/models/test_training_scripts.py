@@ -281,7 +281,7 @@ def test_what_timms_script_does_to_a_model():
 
 
 def timm_script(root, resume="", epochs=2):
-    """Train as timm's train.py does, with its loaders, mixup, schedule, clipping, average and checkpoints, and return model and average."""
+    """Train as timm's train.py does, with its loaders, mixup, schedule, clipping, average and checkpoints; (model, average)."""
     encoder = make_vit(num_classes=2)
     model = PromptTuned(encoder, prompt_length=4, num_classes=encoder.num_classes, return_logits=True)  # the line that is ours
     data_config = resolve_data_config({"input_size": (3, 32, 32)}, model=model)
