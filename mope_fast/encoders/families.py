@@ -132,7 +132,12 @@ class EncoderFamily:
         if isinstance(inputs, Tensor):
             inputs = {self.input_name: inputs}
         if not isinstance(inputs, Mapping):
-            raise TypeError(f"inputs of {self.name} must be a tensor or a dict of keyword arguments, got {type(inputs).__name__}")
+            texts = [inputs] if isinstance(inputs, str) else inputs
+            is_text = isinstance(texts, (list, tuple)) and any(isinstance(text, str) for text in texts)
+            hint = ": tokenise texts first, tokenizer(texts, padding=True, return_tensors='pt')" if is_text else ""
+            raise TypeError(
+                f"inputs of {self.name} must be a tensor or a dict of keyword arguments, got {type(inputs).__name__}{hint}"
+            )
         if self.batch_size(inputs) == 0:
             raise ValueError(f"the batch of {self.name} is empty: it needs at least one sample")
         check_text(inputs)

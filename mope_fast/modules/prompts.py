@@ -126,11 +126,15 @@ class PromptContext:
     """Makes :attr:`prompts`; None where ``stages`` are these."""
     trained: Callable[[], bool] | None = None
     """Tells whether anything of the prompts takes a gradient; None where nothing does. Asked only where one may be lost."""
+    _prompts: Sequence[MoPEOutput] | None = None
 
-    @functools.cached_property
+    @property
     def prompts(self) -> Sequence[MoPEOutput]:
         """Of each layer, without its feature, norm and projections."""
-        return self.stages if self.take_apart is None else self.take_apart()
+        # not a cached_property: below Python 3.12 that has a lock, which breaks a compiled graph
+        if self._prompts is None:
+            self._prompts = self.stages if self.take_apart is None else self.take_apart()
+        return self._prompts
 
     def __call__(
         self, index: int, hidden_states: Tensor, pool: Callable[[Tensor], Tensor]

@@ -99,6 +99,8 @@ def test_wrong_arguments_are_named():
         make(make_bert())(make_text(4)["input_ids"][:0])
     with pytest.raises(TypeError, match="inputs of bert must be a tensor or a dict of keyword arguments, got list"):
         make(make_bert())([1, 2])
+    with pytest.raises(TypeError, match=r"got list: tokenise texts first, tokenizer\(texts, padding=True"):
+        make(make_bert())(["a text"])
     with pytest.raises(ValueError, match="labels need a head: give num_classes or head to PromptTuned"):
         make(make_bert(), classes=None)(make_text(3), torch.zeros(3, dtype=torch.long))
     with pytest.raises(NotImplementedError, match="PromptTuned can't generate"):

@@ -55,6 +55,18 @@ def stacked_grads(bank, layers):
     return grads
 
 
+def test_a_loop_of_ones_own_compiles_as_one_graph():
+    bank = make_bank(mixing="prompt")
+    x, features = torch.randn(2, 5, DIM).double(), torch.randn(2, CROSS).double()
+
+    def loop(x, features):
+        context = bank.prepare(features)
+        return [bank.layer(index, x, context).prompts for index in range(len(bank.dims))]
+
+    for got, expected in zip(torch.compile(loop, fullgraph=True, backend="eager")(x, features), loop(x, features), strict=True):
+        close(got, expected)
+
+
 @pytest.mark.parametrize("dims", [(DIM, DIM, DIM), (48, DIM, 48, DIM)])
 @pytest.mark.parametrize("settings", [{"mixing": "prompt"}, {"mixing": "kv"}, {"mixing": "kv", "top_k": 2, "learn_keys": True}])
 def test_bank_equals_separate_layers(dims, settings):
