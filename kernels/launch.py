@@ -127,30 +127,28 @@ def padded_head_dim(head_dim: int) -> int:
     return _power_of_2_in(head_dim, 16, 256)
 
 
-def _tiles(table: dict[int, tuple[AttentionLaunch, ...]], queries: int, keys: int, head_dim: int, itemsize: int) -> AttentionLaunch:
-    """The table's entry, its tiles not larger than the sequences. The batch has no say: a sample keeps its bits in any batch."""
-    launch = table[max(64, padded_head_dim(head_dim))][itemsize > 2]
-    block_q, block_k = (min(block, _power_of_2_in(n, 16, 128)) for block, n in ((launch.block_q, queries), (launch.block_k, keys)))
-    return launch._replace(block_q=block_q, block_k=block_k)
+def _tiles(table: dict[int, tuple[AttentionLaunch, ...]], head_dim: int, itemsize: int) -> AttentionLaunch:
+    """The table's entry, whatever the lengths, since other tiles are other kernels to compile; the batch would change bits."""
+    return table[max(64, padded_head_dim(head_dim))][itemsize > 2]
 
 
-def attention_launch(queries: int, keys: int, head_dim: int, itemsize: int) -> AttentionLaunch:
+def attention_launch(queries: int, head_dim: int, itemsize: int) -> AttentionLaunch:
     """Tiles of the forward kernel."""
-    launch = _tiles(_ATTENTION, queries, keys, head_dim, itemsize)
-    # a few more than a multiple of 128 queries: tiles of 64 leave fewer rows empty
-    if launch.block_q == 128 and queries <= 512 and -(-queries // 64) % 2:
-        return launch._replace(block_q=64, num_warps=4)
+    launch = _tiles(_ATTENTION, head_dim, itemsize)
+    # a few more than a multiple of 128 queries: tiles of 64 leave fewer rows empty; of wider heads they spill
+    if launch.block_q == 128 and launch.num_warps == 4 and queries <= 512 and -(-queries // 64) % 2:
+        return launch._replace(block_q=64)
     return launch
 
 
-def query_grads_launch(queries: int, keys: int, head_dim: int, itemsize: int) -> AttentionLaunch:
+def query_grads_launch(head_dim: int, itemsize: int) -> AttentionLaunch:
     """Tiles of the gradients of queries and of the bias."""
-    return _tiles(_QUERY_GRADS, queries, keys, head_dim, itemsize)
+    return _tiles(_QUERY_GRADS, head_dim, itemsize)
 
 
-def key_grads_launch(queries: int, keys: int, head_dim: int, itemsize: int) -> AttentionLaunch:
+def key_grads_launch(head_dim: int, itemsize: int) -> AttentionLaunch:
     """Tiles of the gradients of keys and values, of tokens and prefixes."""
-    return _tiles(_KEY_GRADS, queries, keys, head_dim, itemsize)
+    return _tiles(_KEY_GRADS, head_dim, itemsize)
 
 
 def prefix_block(length: int) -> int:

@@ -12,13 +12,19 @@ Backward, with g the gradient of ``out`` and delta_i = <g_i, out_i>:
 
 Exponents are in base 2. ``statistics`` (B, H, Sq, 2) has each row's largest exponent and the log of its sum relative to that:
 apart, so that a row whose bias is -1e9 everywhere keeps its gradients. A row that sees no key has (0, inf), so that all its p are
-0. What a row sees is one of four kinds (``VISIBILITY``): ``field`` int32 (4 or 6, S) has the first and last key of each query and
-the first and last query of each key (ranges without their end), for ``GROUPS`` also each position's group and the bits of the
-groups that it sees. Each prefix is a tile of its own, never a choice of pointers. No kernel uses atomics: sums over the batch or
-over parts of the queries are written apart and added later.
+0. What a row sees is one of five kinds (``VISIBILITY``): all tokens; of ``CAUSAL`` those up to ``right`` behind its place, the last
+query's place being the last key's; of a ``WINDOW`` of these those from ``left`` before it on; of the others what ``field`` says,
+int32 (4 or 6, S): the first and last key of each query and the first and last query of each key (ranges without their end), for
+``GROUPS`` also each position's group and the bits of the groups that it sees. ``padding`` (B, Sk) is about tokens, with
+``MASKED_PREFIXES`` (B, P0 + P1 + Sk) about prefixes too. ``GROUP`` query heads share a head of keys and values. No kernel
+uses atomics: sums over the batch or over parts of the queries are written apart and added later.
 
 Pointers are ``*_ptr``, their strides tuples. A tensor that isn't there is None, and so is a gradient that nobody asked for.
 ``ACC`` is what sums are in; queries, keys, values and g have one type, which tiles of prefixes take too: see ``products.py``.
+
+Of a query's keys those tiles that all rows of a program see whole are masked nowhere. The last tile has prefixes behind its tokens.
+Where there is no bias, exponents are products not yet scaled: the scale goes with the subtraction of the largest into one fused
+multiply and add. So ``scale`` must not be negative.
 """
 
 import triton
@@ -28,8 +34,9 @@ from .products import LOG2_E, dot, sum_type
 
 FULL: tl.constexpr = tl.constexpr(0)
 CAUSAL: tl.constexpr = tl.constexpr(1)
-INTERVALS: tl.constexpr = tl.constexpr(2)
-GROUPS: tl.constexpr = tl.constexpr(3)
+WINDOW: tl.constexpr = tl.constexpr(2)
+INTERVALS: tl.constexpr = tl.constexpr(3)
+GROUPS: tl.constexpr = tl.constexpr(4)
 
 
 @triton.jit
@@ -39,15 +46,46 @@ def _head(tensor_ptr, strides, batch, head):
 
 
 @triton.jit
+def _prefix_head(prefix_ptr, strides, batch, head):
+    """As :func:`_head`; None of a prefix that isn't there."""
+    first = prefix_ptr
+    if prefix_ptr is not None:
+        first = _head(prefix_ptr, strides, batch, head)
+    return first
+
+
+@triton.jit
 def _load_rows(head_ptr, rows, inside, strides, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[rows, BLOCK_D] of one head; zeros outside."""
+    """[rows, BLOCK_D] of one head; zeros outside. ``inside`` is None where all rows are."""
     columns = tl.arange(0, BLOCK_D)
-    mask = inside[:, None]
-    if HEAD_DIM < BLOCK_D:
-        mask = mask & (columns < HEAD_DIM)[None, :]
-    return tl.load(
-        head_ptr + rows[:, None].to(tl.int64) * strides[2] + columns[None, :].to(tl.int64) * strides[3], mask=mask, other=0.0
-    )
+    at = head_ptr + rows[:, None].to(tl.int64) * strides[2] + columns[None, :].to(tl.int64) * strides[3]
+    if inside is not None:
+        mask = inside[:, None]
+        if HEAD_DIM < BLOCK_D:
+            mask = mask & (columns < HEAD_DIM)[None, :]
+        tile = tl.load(at, mask=mask, other=0.0)
+    elif HEAD_DIM < BLOCK_D:
+        tile = tl.load(at, mask=(columns < HEAD_DIM)[None, :], other=0.0)
+    else:
+        tile = tl.load(at)
+    return tile
+
+
+@triton.jit
+def _load_last(
+    tokens_ptr, prefix0_ptr, prefix1_ptr, numbers, start, tokens, P0, P1, token_strides, strides0, strides1,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Rows by their numbers: ``tokens`` of them from ``start`` on, then those of both prefixes; zeros behind these."""
+    tile = _load_rows(tokens_ptr, start + numbers, numbers < tokens, token_strides, HEAD_DIM, BLOCK_D)
+    # each row has one source and zeros from the others: a sum is cheaper than a choice
+    if prefix0_ptr is not None:
+        inside = (numbers >= tokens) & (numbers < tokens + P0)
+        tile += _load_rows(prefix0_ptr, numbers - tokens, inside, strides0, HEAD_DIM, BLOCK_D).to(tile.dtype)
+    if prefix1_ptr is not None:
+        inside = (numbers >= tokens + P0) & (numbers < tokens + P0 + P1)
+        tile += _load_rows(prefix1_ptr, numbers - tokens - P0, inside, strides1, HEAD_DIM, BLOCK_D).to(tile.dtype)
+    return tile
 
 
 @triton.jit
@@ -59,14 +97,41 @@ def _store_rows(head_ptr, rows, inside, strides, tile, HEAD_DIM: tl.constexpr, B
 
 
 @triton.jit
-def _sight(field_ptr, rows, Sq, Sk, VISIBILITY: tl.constexpr):
+def _padding_of_tokens(padding_ptr, strides, batch, P0, P1, MASKED_PREFIXES: tl.constexpr):
+    """Where one sample's mask of tokens begins, behind that of its prefixes; None without a mask."""
+    row = padding_ptr
+    if padding_ptr is not None:
+        row = padding_ptr + batch.to(tl.int64) * strides[0]
+    if MASKED_PREFIXES:
+        row += (P0 + P1).to(tl.int64) * strides[1]
+    return row
+
+
+@triton.jit
+def _mask_of_prefix(tokens_ptr, before, strides, MASKED_PREFIXES: tl.constexpr):
+    """Where the mask of a prefix begins, ``before`` that of tokens; None of prefixes that are all there."""
+    first = None
+    if MASKED_PREFIXES:
+        first = tokens_ptr - before.to(tl.int64) * strides[1]
+    return first
+
+
+@triton.jit
+def _is_there(padding_ptr, keys, inside, stride):
+    return tl.load(padding_ptr + keys.to(tl.int64) * stride, mask=inside, other=0).to(tl.int1)
+
+
+@triton.jit
+def _visible_range(field_ptr, rows, Sq, Sk, left, right, VISIBILITY: tl.constexpr):
     """What each row sees: keys [first, last), and of those the groups whose bits are set. Rows past Sq see nothing."""
     inside = rows < Sq
     first = tl.zeros_like(rows)
     last = tl.where(inside, Sk, 0)
     bits = tl.zeros_like(rows)
-    if VISIBILITY == CAUSAL:
-        last = tl.minimum(last, rows + (Sk - Sq + 1))
+    if VISIBILITY != FULL and VISIBILITY <= WINDOW:
+        last = tl.minimum(last, rows + (Sk - Sq) + right + 1)
+    if VISIBILITY == WINDOW:
+        first = tl.maximum(first, rows + (Sk - Sq) - left)
     if VISIBILITY >= INTERVALS:
         first = tl.load(field_ptr + rows, mask=inside, other=Sk)
         last = tl.load(field_ptr + Sk + rows, mask=inside, other=0)
@@ -76,129 +141,204 @@ def _sight(field_ptr, rows, Sq, Sk, VISIBILITY: tl.constexpr):
 
 
 @triton.jit
-def _key_range(first, last, last_row, Sq, Sk, VISIBILITY: tl.constexpr):
-    """The keys that any row of a tile sees, [first, last)."""
+def _key_range(
+    first, last, first_row, last_row, Sq, Sk, left, right, padding_ptr, VISIBILITY: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """Where the keys that any row of a tile sees begin and end, in tiles from there those that need no mask, and the last tile.
+
+    (begin, unmasked from, to, last tile, end): tiles that all rows see whole are unmasked, unless some tokens are padding.
+    """
+    begin, end = 0, Sk
+    if VISIBILITY == WINDOW:
+        begin = tl.maximum(0, first_row + (Sk - Sq) - left)
+    if VISIBILITY != FULL and VISIBILITY <= WINDOW:
+        end = tl.maximum(begin, tl.minimum(Sk, last_row + (Sk - Sq) + right + 1))
     if VISIBILITY >= INTERVALS:
-        return tl.min(first, 0), tl.max(last, 0)
-    if VISIBILITY == CAUSAL:
-        return 0, tl.minimum(Sk, last_row + (Sk - Sq + 1))
-    return 0, Sk
+        begin, end = tl.min(first, 0), tl.max(last, 0)
+        end = tl.maximum(begin, end)
+    last_tile = begin + (end - begin) // BLOCK_K * BLOCK_K
+    whole_from, whole_to = last_tile, last_tile
+    if padding_ptr is None:
+        if VISIBILITY <= CAUSAL:
+            whole_from = begin
+        if VISIBILITY == WINDOW:
+            seen_from = tl.maximum(begin, tl.minimum(last_row, Sq - 1) + (Sk - Sq) - left)
+            whole_from = tl.minimum(last_tile, begin + tl.cdiv(seen_from - begin, BLOCK_K) * BLOCK_K)
+        if VISIBILITY != FULL and VISIBILITY <= WINDOW:
+            seen_to = tl.maximum(begin, tl.minimum(Sk, first_row + (Sk - Sq) + right + 1))
+            whole_to = tl.maximum(whole_from, begin + (seen_to - begin) // BLOCK_K * BLOCK_K)
+    return begin, whole_from, whole_to, last_tile, end
 
 
 @triton.jit
-def _query_range(field_ptr, keys, first_key, Sq, Sk, VISIBILITY: tl.constexpr):
+def _query_range(field_ptr, keys, first_key, last_key, Sq, Sk, left, right, VISIBILITY: tl.constexpr):
     """The queries that see any key of a tile, [first, last)."""
     if VISIBILITY >= INTERVALS:
         first = tl.load(field_ptr + 2 * Sk + keys, mask=keys < Sk, other=Sq)
         last = tl.load(field_ptr + 3 * Sk + keys, mask=keys < Sk, other=0)
         return tl.min(first, 0), tl.max(last, 0)
+    if VISIBILITY == WINDOW:
+        return tl.maximum(0, first_key - (Sk - Sq) - right), tl.minimum(Sq, last_key - (Sk - Sq) + left + 1)
     if VISIBILITY == CAUSAL:
-        return tl.maximum(0, first_key - (Sk - Sq)), Sq
+        return tl.maximum(0, first_key - (Sk - Sq) - right), Sq
     return 0, Sq
 
 
 @triton.jit
-def _token_exponents(
-    a, b, rows, keys, first, last, bits, field_ptr, padding_ptr, bias_ptr, Sq, Sk, scale_log2, padding_stride, bias_strides,
-    VISIBILITY: tl.constexpr,
+def _less(s, subtracted, scale_log2, bias_ptr):
+    """Exponents in base 2 less a number of each row; of products, which a bias would have scaled, by one operation."""
+    return tl.fma(s, scale_log2, -subtracted) if bias_ptr is None else s - subtracted
+
+
+@triton.jit
+def _with_bias(s, rows, keys, inside, bias_ptr, Sq, scale_log2, bias_strides):
+    """Products scaled to exponents in base 2, plus the bias; without one as they are, see :func:`_less`."""
+    if bias_ptr is not None:
+        at = bias_ptr + rows.to(tl.int64) * bias_strides[2] + keys.to(tl.int64) * bias_strides[3]
+        b = tl.load(at, mask=(rows < Sq) & inside, other=0.0).to(s.dtype)
+        # in base 2 the least float32 would become -inf, which hides a key
+        s = s * scale_log2 + tl.where((b < -2e38) & (b > float("-inf")), -2e38, b) * LOG2_E
+    return s
+
+
+@triton.jit
+def _masked(
+    s, keys, inside, first, last, bits, field_ptr, padding_ptr, Sk, padding_stride, VISIBILITY: tl.constexpr
 ):  # fmt: skip
-    """s of token keys in base 2, -inf where a row sees nothing. Either way round: a @ b is q @ k' or k @ q'.
+    """-inf where a row doesn't see a token, of keys ``inside`` the tokens. Either way round.
 
     What belongs to rows and to keys comes as [rows, 1] and [1, keys], or as [1, rows] and [keys, 1].
     """
-    s = dot(a, b, None) * scale_log2
-    if bias_ptr is not None:
-        at = bias_ptr + rows.to(tl.int64) * bias_strides[2] + keys.to(tl.int64) * bias_strides[3]
-        b = tl.load(at, mask=(rows < Sq) & (keys < Sk), other=0.0).to(s.dtype)
-        # in base 2 the least float32 would become -inf, which hides a key
-        s += tl.where((b < -2e38) & (b > float("-inf")), -2e38, b) * LOG2_E
-    seen = keys < Sk
     if VISIBILITY != FULL:
-        seen = (keys >= first) & (keys < last)
-    if VISIBILITY == GROUPS:
-        group = tl.load(field_ptr + 4 * Sk + keys, mask=keys < Sk, other=0)
-        seen = seen & (((bits >> group) & 1) != 0)
+        seen = keys < last
+        if VISIBILITY >= WINDOW:
+            seen = seen & (keys >= first)
+        if VISIBILITY == GROUPS:
+            group = tl.load(field_ptr + 4 * Sk + keys, mask=inside, other=0)
+            seen = seen & (((bits >> group) & 1) != 0)
+        s = tl.where(seen, s, float("-inf"))
     if padding_ptr is not None:
-        seen = seen & tl.load(padding_ptr + keys.to(tl.int64) * padding_stride, mask=keys < Sk, other=0).to(tl.int1)
-    return tl.where(seen, s, float("-inf"))
+        s = tl.where(_is_there(padding_ptr, keys, inside, padding_stride), s, float("-inf"))
+    return s
 
 
 @triton.jit
-def _prefix_exponents(a, b, keys, P, scale_log2):
-    """s of prefix keys in base 2, either way round: every row sees all of them."""
-    return tl.where(keys < P, dot(a, b, None) * scale_log2, float("-inf"))
+def _last_masked(
+    s, numbers, tokens, prefixes, keys, first, last, bits, field_ptr, padding_ptr, Sk, padding_stride,
+    VISIBILITY: tl.constexpr, MASKED_PREFIXES: tl.constexpr,
+):  # fmt: skip
+    """As :func:`_masked`, for what :func:`_load_last` gives: of ``tokens`` and then ``prefixes`` keys."""
+    of_token = numbers < tokens
+    there = numbers < tokens + prefixes
+    if MASKED_PREFIXES:
+        in_prefix = (numbers >= tokens) & there
+        there = of_token | (in_prefix & _is_there(padding_ptr, numbers - tokens - prefixes, in_prefix, padding_stride))
+    masked = _masked(s, keys, of_token, first, last, bits, field_ptr, padding_ptr, Sk, padding_stride, VISIBILITY)
+    return tl.where(there, tl.where(of_token, masked, s), float("-inf"))
 
 
 @triton.jit
-def _accumulate(acc, row_max, row_sum, s, v):
+def _accumulate(acc, row_max, row_sum, s, v, scale_log2, bias_ptr):
     """One step of the online softmax: sums over the keys seen so far, relative to the largest exponent so far."""
-    new_max = tl.maximum(row_max, tl.max(s, 1))
+    tile_max = tl.max(s, 1)
+    if bias_ptr is None:
+        tile_max *= scale_log2
+    new_max = tl.maximum(row_max, tile_max)
     # -inf as long as a row has seen no key: 0 in its place keeps -inf - -inf out of the exponent
     shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-    p = tl.exp2(s - shift[:, None])
+    p = tl.exp2(_less(s, shift[:, None], scale_log2, bias_ptr))
     fade = tl.exp2(row_max - shift)
     return dot(p, v, acc * fade[:, None]), new_max, row_sum * fade + tl.sum(p, 1)
 
 
 @triton.jit
-def _attend_to_prefix(
-    acc, row_max, row_sum, q_tile, k_ptr, v_ptr, k_strides, v_strides, P, scale_log2,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
+def _attend_to_tokens(
+    acc, row_max, row_sum, q_tile, k_ptr, v_ptr, rows, start, end, first, last, bits, field_ptr, padding_ptr, bias_ptr,
+    Sq, Sk, scale_log2, k_strides, v_strides, padding_stride, bias_strides,
+    VISIBILITY: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    for start in tl.range(0, P, BLOCK_P, num_stages=1):  # one step as a rule: nothing to pipeline
-        keys = start + tl.arange(0, BLOCK_P)
-        k_tile = _load_rows(k_ptr, keys, keys < P, k_strides, HEAD_DIM, BLOCK_D)
-        v_tile = _load_rows(v_ptr, keys, keys < P, v_strides, HEAD_DIM, BLOCK_D)
-        s = _prefix_exponents(q_tile, tl.trans(k_tile).to(q_tile.dtype), keys[None, :], P, scale_log2)
-        acc, row_max, row_sum = _accumulate(acc, row_max, row_sum, s, v_tile.to(q_tile.dtype))
+    """Whole tiles of tokens."""
+    for at in range(start, end, BLOCK_K):
+        keys = at + tl.arange(0, BLOCK_K)
+        k_tile = _load_rows(k_ptr, keys, None, k_strides, HEAD_DIM, BLOCK_D)
+        v_tile = _load_rows(v_ptr, keys, None, v_strides, HEAD_DIM, BLOCK_D)
+        inside = (keys < Sk)[None, :]
+        s = dot(q_tile, tl.trans(k_tile), None)
+        s = _with_bias(s, rows[:, None], keys[None, :], inside, bias_ptr, Sq, scale_log2, bias_strides)
+        s = _masked(
+            s, keys[None, :], inside, first[:, None], last[:, None], bits[:, None], field_ptr, padding_ptr, Sk, padding_stride,
+            VISIBILITY,
+        )  # fmt: skip
+        acc, row_max, row_sum = _accumulate(acc, row_max, row_sum, s, v_tile, scale_log2, bias_ptr)
     return acc, row_max, row_sum
 
 
-@triton.jit(do_not_specialize=["H", "Sq", "Sk", "P0", "P1"])
+@triton.jit(do_not_specialize=["H", "Sq", "Sk", "P0", "P1", "left", "right"])
 def attention_kernel(
     q_ptr, k_ptr, v_ptr, pk0_ptr, pv0_ptr, pk1_ptr, pv1_ptr, field_ptr, padding_ptr, bias_ptr, out_ptr, statistics_ptr,
-    H, Sq, Sk, P0, P1, scale_log2,
+    H, Sq, Sk, P0, P1, left, right, scale_log2,
     q_strides, k_strides, v_strides, pk0_strides, pv0_strides, pk1_strides, pv1_strides, padding_strides, bias_strides, out_strides,
-    VISIBILITY: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_P0: tl.constexpr, BLOCK_P1: tl.constexpr,
+    VISIBILITY: tl.constexpr, MASKED_PREFIXES: tl.constexpr, GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_Q queries of one sample and head, over all their keys."""
     ACC: tl.constexpr = sum_type(q_ptr.dtype.element_ty)
     pid = tl.program_id(0)
     tiles = tl.cdiv(Sq, BLOCK_Q)
     batch, head = pid // tiles // H, pid // tiles % H
-    rows = pid % tiles * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    of_keys = head // GROUP
+    first_row = pid % tiles * BLOCK_Q
+    rows = first_row + tl.arange(0, BLOCK_Q)
     inside = rows < Sq
     q_tile = _load_rows(_head(q_ptr, q_strides, batch, head), rows, inside, q_strides, HEAD_DIM, BLOCK_D)
+    k_head, v_head = _head(k_ptr, k_strides, batch, of_keys), _head(v_ptr, v_strides, batch, of_keys)
+    padding_row = _padding_of_tokens(padding_ptr, padding_strides, batch, P0, P1, MASKED_PREFIXES)
+    bias_head = _prefix_head(bias_ptr, bias_strides, batch, head)
 
     acc = tl.zeros([BLOCK_Q, BLOCK_D], ACC)
     row_max = tl.full([BLOCK_Q], float("-inf"), ACC)
     row_sum = tl.zeros([BLOCK_Q], ACC)
-    if pk0_ptr is not None:
-        acc, row_max, row_sum = _attend_to_prefix(
-            acc, row_max, row_sum, q_tile, _head(pk0_ptr, pk0_strides, batch, head), _head(pv0_ptr, pv0_strides, batch, head),
-            pk0_strides, pv0_strides, P0, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_P0,
+    first, last, bits = _visible_range(field_ptr, rows, Sq, Sk, left, right, VISIBILITY)
+    begin, whole_from, whole_to, last_tile, end = _key_range(
+        first, last, first_row, first_row + BLOCK_Q - 1, Sq, Sk, left, right, padding_ptr, VISIBILITY, BLOCK_K
+    )
+    if VISIBILITY >= WINDOW or padding_ptr is not None:
+        acc, row_max, row_sum = _attend_to_tokens(
+            acc, row_max, row_sum, q_tile, k_head, v_head, rows, begin, whole_from, first, last, bits, field_ptr, padding_row,
+            bias_head, Sq, Sk, scale_log2, k_strides, v_strides, padding_strides[1], bias_strides,
+            VISIBILITY, HEAD_DIM, BLOCK_D, BLOCK_K,
         )  # fmt: skip
-    if pk1_ptr is not None:
-        acc, row_max, row_sum = _attend_to_prefix(
-            acc, row_max, row_sum, q_tile, _head(pk1_ptr, pk1_strides, batch, head), _head(pv1_ptr, pv1_strides, batch, head),
-            pk1_strides, pv1_strides, P1, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_P1,
+    if VISIBILITY <= WINDOW and padding_ptr is None:
+        acc, row_max, row_sum = _attend_to_tokens(
+            acc, row_max, row_sum, q_tile, k_head, v_head, rows, whole_from, whole_to, first, last, bits, None, None, bias_head,
+            Sq, Sk, scale_log2, k_strides, v_strides, 0, bias_strides, FULL, HEAD_DIM, BLOCK_D, BLOCK_K,
+        )  # fmt: skip
+    if VISIBILITY != FULL and VISIBILITY <= WINDOW and padding_ptr is None:
+        acc, row_max, row_sum = _attend_to_tokens(
+            acc, row_max, row_sum, q_tile, k_head, v_head, rows, whole_to, last_tile, first, last, bits, None, None, bias_head,
+            Sq, Sk, scale_log2, k_strides, v_strides, 0, bias_strides, VISIBILITY, HEAD_DIM, BLOCK_D, BLOCK_K,
         )  # fmt: skip
 
-    k_head, v_head = _head(k_ptr, k_strides, batch, head), _head(v_ptr, v_strides, batch, head)
-    padding_row = padding_ptr + batch.to(tl.int64) * padding_strides[0] if padding_ptr is not None else None
-    bias_head = _head(bias_ptr, bias_strides, batch, head) if bias_ptr is not None else None
-    first, last, bits = _sight(field_ptr, rows, Sq, Sk, VISIBILITY)
-    first_key, last_key = _key_range(first, last, pid % tiles * BLOCK_Q + BLOCK_Q - 1, Sq, Sk, VISIBILITY)
-    for start in range(first_key, last_key, BLOCK_K):
-        keys = start + tl.arange(0, BLOCK_K)
-        k_tile = _load_rows(k_head, keys, keys < Sk, k_strides, HEAD_DIM, BLOCK_D)
-        v_tile = _load_rows(v_head, keys, keys < Sk, v_strides, HEAD_DIM, BLOCK_D)
-        s = _token_exponents(
-            q_tile, tl.trans(k_tile), rows[:, None], keys[None, :], first[:, None], last[:, None], bits[:, None],
-            field_ptr, padding_row, bias_head, Sq, Sk, scale_log2, padding_strides[1], bias_strides, VISIBILITY,
+    tokens = end - last_tile
+    for number in tl.range(0, tokens + P0 + P1, BLOCK_K, num_stages=1):  # one step as a rule: nothing to pipeline
+        numbers = number + tl.arange(0, BLOCK_K)
+        keys = last_tile + numbers
+        k_tile = _load_last(
+            k_head, _prefix_head(pk0_ptr, pk0_strides, batch, of_keys), _prefix_head(pk1_ptr, pk1_strides, batch, of_keys),
+            numbers, last_tile, tokens, P0, P1, k_strides, pk0_strides, pk1_strides, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
-        acc, row_max, row_sum = _accumulate(acc, row_max, row_sum, s, v_tile)
+        v_tile = _load_last(
+            v_head, _prefix_head(pv0_ptr, pv0_strides, batch, of_keys), _prefix_head(pv1_ptr, pv1_strides, batch, of_keys),
+            numbers, last_tile, tokens, P0, P1, v_strides, pv0_strides, pv1_strides, HEAD_DIM, BLOCK_D,
+        )  # fmt: skip
+        s = dot(q_tile, tl.trans(k_tile), None)
+        of_token = (numbers < tokens)[None, :]
+        s = _with_bias(s, rows[:, None], keys[None, :], of_token, bias_head, Sq, scale_log2, bias_strides)
+        s = _last_masked(
+            s, numbers[None, :], tokens, P0 + P1, keys[None, :], first[:, None], last[:, None], bits[:, None],
+            field_ptr, padding_row, Sk, padding_strides[1], VISIBILITY, MASKED_PREFIXES,
+        )  # fmt: skip
+        acc, row_max, row_sum = _accumulate(acc, row_max, row_sum, s, v_tile, scale_log2, bias_ptr)
 
     fully_masked = row_sum == 0.0
     row_sum = tl.where(fully_masked, 1.0, row_sum)
@@ -209,51 +349,73 @@ def attention_kernel(
 
 
 @triton.jit
-def _load_statistics(statistics_ptr, at, inside):
-    """Largest exponent and log of the sum of each row; outside as of a row that sees no key."""
+def _load_statistics(statistics_ptr, at, inside, dtype: tl.constexpr, bias_ptr):
+    """Largest exponent and log of the sum of each row; outside as of a row that sees no key.
+
+    Their sum and zero, which costs nothing to subtract, where its rounding is below that of the products' operands: exponents of
+    products alone are not large.
+    """
     row_max = tl.load(statistics_ptr + at * 2, mask=inside, other=0.0)
-    return row_max, tl.load(statistics_ptr + at * 2 + 1, mask=inside, other=float("inf"))
+    log_sum = tl.load(statistics_ptr + at * 2 + 1, mask=inside, other=float("inf"))
+    if dtype.primitive_bitwidth == 16 and bias_ptr is None:
+        row_max += log_sum
+        log_sum = tl.zeros_like(log_sum)
+    return row_max, log_sum
 
 
 @triton.jit
-def _logit_gradients(s, row_max, log_sum, g_dot_v, delta):
-    """p and ds, from s in base 2; whatever an unseen key holds, its ds is 0."""
-    p = tl.exp2((s - row_max) - log_sum)
-    return p, tl.where(s == float("-inf"), 0.0, p * (g_dot_v - delta))
+def _logit_gradients(s, row_max, log_sum, g_dot_v, delta, scale_log2, bias_ptr, MASKED: tl.constexpr):
+    """p and ds; whatever an unseen key holds, its ds is 0."""
+    p = tl.exp2(_less(s, row_max, scale_log2, bias_ptr) - log_sum)
+    ds = p * (g_dot_v - delta)
+    if MASKED:
+        ds = tl.where(s == float("-inf"), 0.0, ds)
+    return p, ds
 
 
 @triton.jit
-def _prefix_to_query_gradient(
-    grad, q_tile, g_tile, row_max, log_sum, delta, k_ptr, v_ptr, k_strides, v_strides, P, scale_log2,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
+def _query_gradient(
+    grad, q_tile, g_tile, row_max, log_sum, delta, k_ptr, v_ptr, rows, start, end, first, last, bits,
+    field_ptr, padding_ptr, bias_ptr, Sq, Sk, scale_log2, k_strides, v_strides, padding_stride, bias_strides,
+    VISIBILITY: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    for start in tl.range(0, P, BLOCK_P, num_stages=1):  # one step as a rule: nothing to pipeline
-        keys = start + tl.arange(0, BLOCK_P)
-        k_tile = _load_rows(k_ptr, keys, keys < P, k_strides, HEAD_DIM, BLOCK_D)
-        v_tile = _load_rows(v_ptr, keys, keys < P, v_strides, HEAD_DIM, BLOCK_D)
-        s = _prefix_exponents(q_tile, tl.trans(k_tile).to(q_tile.dtype), keys[None, :], P, scale_log2)
-        g_dot_v = dot(g_tile, tl.trans(v_tile).to(q_tile.dtype), None)
-        _, ds = _logit_gradients(s, row_max[:, None], log_sum[:, None], g_dot_v, delta[:, None])
-        grad = dot(ds, k_tile.to(q_tile.dtype), grad)
+    """Of whole tiles of tokens."""
+    MASKED: tl.constexpr = VISIBILITY != FULL or padding_ptr is not None or bias_ptr is not None
+    for at in range(start, end, BLOCK_K):
+        keys = at + tl.arange(0, BLOCK_K)
+        k_tile = _load_rows(k_ptr, keys, None, k_strides, HEAD_DIM, BLOCK_D)
+        v_tile = _load_rows(v_ptr, keys, None, v_strides, HEAD_DIM, BLOCK_D)
+        inside = (keys < Sk)[None, :]
+        s = dot(q_tile, tl.trans(k_tile), None)
+        s = _with_bias(s, rows[:, None], keys[None, :], inside, bias_ptr, Sq, scale_log2, bias_strides)
+        s = _masked(
+            s, keys[None, :], inside, first[:, None], last[:, None], bits[:, None], field_ptr, padding_ptr, Sk, padding_stride,
+            VISIBILITY,
+        )  # fmt: skip
+        g_dot_v = dot(g_tile, tl.trans(v_tile), None)
+        _, ds = _logit_gradients(s, row_max[:, None], log_sum[:, None], g_dot_v, delta[:, None], scale_log2, bias_ptr, MASKED)
+        grad = dot(ds, k_tile, grad)
     return grad
 
 
-@triton.jit(do_not_specialize=["H", "Sq", "Sk", "P0", "P1"])
+@triton.jit(do_not_specialize=["H", "Sq", "Sk", "P0", "P1", "left", "right"])
 def query_grads_kernel(
     grad_out_ptr, q_ptr, k_ptr, v_ptr, pk0_ptr, pv0_ptr, pk1_ptr, pv1_ptr, field_ptr, padding_ptr, bias_ptr,
     out_ptr, statistics_ptr, delta_ptr, grad_q_ptr,
-    H, Sq, Sk, P0, P1, scale, scale_log2,
+    H, Sq, Sk, P0, P1, left, right, scale, scale_log2,
     grad_out_strides, q_strides, k_strides, v_strides, pk0_strides, pv0_strides, pk1_strides, pv1_strides,
     padding_strides, bias_strides, out_strides, grad_q_strides,
-    VISIBILITY: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_P0: tl.constexpr, BLOCK_P1: tl.constexpr,
+    VISIBILITY: tl.constexpr, MASKED_PREFIXES: tl.constexpr, GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program: delta and, unless grad_q is None, d q of BLOCK_Q queries of one sample and head."""
     ACC: tl.constexpr = sum_type(q_ptr.dtype.element_ty)
     pid = tl.program_id(0)
     tiles = tl.cdiv(Sq, BLOCK_Q)
     batch, head = pid // tiles // H, pid // tiles % H
-    rows = pid % tiles * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    of_keys = head // GROUP
+    first_row = pid % tiles * BLOCK_Q
+    rows = first_row + tl.arange(0, BLOCK_Q)
     inside = rows < Sq
     g_tile = _load_rows(_head(grad_out_ptr, grad_out_strides, batch, head), rows, inside, grad_out_strides, HEAD_DIM, BLOCK_D)
     out_tile = _load_rows(_head(out_ptr, out_strides, batch, head), rows, inside, out_strides, HEAD_DIM, BLOCK_D)
@@ -262,71 +424,101 @@ def query_grads_kernel(
     tl.store(delta_ptr + at, row_delta, mask=inside)
     if grad_q_ptr is not None:
         q_tile = _load_rows(_head(q_ptr, q_strides, batch, head), rows, inside, q_strides, HEAD_DIM, BLOCK_D)
-        row_max, log_sum = _load_statistics(statistics_ptr, at, inside)
+        k_head, v_head = _head(k_ptr, k_strides, batch, of_keys), _head(v_ptr, v_strides, batch, of_keys)
+        padding_row = _padding_of_tokens(padding_ptr, padding_strides, batch, P0, P1, MASKED_PREFIXES)
+        bias_head = _prefix_head(bias_ptr, bias_strides, batch, head)
+        row_max, log_sum = _load_statistics(statistics_ptr, at, inside, q_ptr.dtype.element_ty, bias_ptr)
         grad = tl.zeros([BLOCK_Q, BLOCK_D], ACC)
-        if pk0_ptr is not None:
-            grad = _prefix_to_query_gradient(
-                grad, q_tile, g_tile, row_max, log_sum, row_delta,
-                _head(pk0_ptr, pk0_strides, batch, head), _head(pv0_ptr, pv0_strides, batch, head), pk0_strides, pv0_strides,
-                P0, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_P0,
+        first, last, bits = _visible_range(field_ptr, rows, Sq, Sk, left, right, VISIBILITY)
+        begin, whole_from, whole_to, last_tile, end = _key_range(
+            first, last, first_row, first_row + BLOCK_Q - 1, Sq, Sk, left, right, padding_ptr, VISIBILITY, BLOCK_K
+        )
+        if VISIBILITY >= WINDOW or padding_ptr is not None:
+            grad = _query_gradient(
+                grad, q_tile, g_tile, row_max, log_sum, row_delta, k_head, v_head, rows, begin, whole_from, first, last, bits,
+                field_ptr, padding_row, bias_head, Sq, Sk, scale_log2, k_strides, v_strides, padding_strides[1], bias_strides,
+                VISIBILITY, HEAD_DIM, BLOCK_D, BLOCK_K,
             )  # fmt: skip
-        if pk1_ptr is not None:
-            grad = _prefix_to_query_gradient(
-                grad, q_tile, g_tile, row_max, log_sum, row_delta,
-                _head(pk1_ptr, pk1_strides, batch, head), _head(pv1_ptr, pv1_strides, batch, head), pk1_strides, pv1_strides,
-                P1, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_P1,
+        if VISIBILITY <= WINDOW and padding_ptr is None:
+            grad = _query_gradient(
+                grad, q_tile, g_tile, row_max, log_sum, row_delta, k_head, v_head, rows, whole_from, whole_to, first, last, bits,
+                None, None, bias_head, Sq, Sk, scale_log2, k_strides, v_strides, 0, bias_strides, FULL, HEAD_DIM, BLOCK_D, BLOCK_K,
+            )  # fmt: skip
+        if VISIBILITY != FULL and VISIBILITY <= WINDOW and padding_ptr is None:
+            grad = _query_gradient(
+                grad, q_tile, g_tile, row_max, log_sum, row_delta, k_head, v_head, rows, whole_to, last_tile, first, last, bits,
+                None, None, bias_head, Sq, Sk, scale_log2, k_strides, v_strides, 0, bias_strides,
+                VISIBILITY, HEAD_DIM, BLOCK_D, BLOCK_K,
             )  # fmt: skip
 
-        k_head, v_head = _head(k_ptr, k_strides, batch, head), _head(v_ptr, v_strides, batch, head)
-        padding_row = padding_ptr + batch.to(tl.int64) * padding_strides[0] if padding_ptr is not None else None
-        bias_head = _head(bias_ptr, bias_strides, batch, head) if bias_ptr is not None else None
-        first, last, bits = _sight(field_ptr, rows, Sq, Sk, VISIBILITY)
-        first_key, last_key = _key_range(first, last, pid % tiles * BLOCK_Q + BLOCK_Q - 1, Sq, Sk, VISIBILITY)
-        for start in range(first_key, last_key, BLOCK_K):
-            keys = start + tl.arange(0, BLOCK_K)
-            k_tile = _load_rows(k_head, keys, keys < Sk, k_strides, HEAD_DIM, BLOCK_D)
-            v_tile = _load_rows(v_head, keys, keys < Sk, v_strides, HEAD_DIM, BLOCK_D)
-            s = _token_exponents(
-                q_tile, tl.trans(k_tile), rows[:, None], keys[None, :], first[:, None], last[:, None], bits[:, None],
-                field_ptr, padding_row, bias_head, Sq, Sk, scale_log2, padding_strides[1], bias_strides, VISIBILITY,
+        tokens = end - last_tile
+        for number in tl.range(0, tokens + P0 + P1, BLOCK_K, num_stages=1):  # one step as a rule: nothing to pipeline
+            numbers = number + tl.arange(0, BLOCK_K)
+            keys = last_tile + numbers
+            k_tile = _load_last(
+                k_head, _prefix_head(pk0_ptr, pk0_strides, batch, of_keys), _prefix_head(pk1_ptr, pk1_strides, batch, of_keys),
+                numbers, last_tile, tokens, P0, P1, k_strides, pk0_strides, pk1_strides, HEAD_DIM, BLOCK_D,
+            )  # fmt: skip
+            v_tile = _load_last(
+                v_head, _prefix_head(pv0_ptr, pv0_strides, batch, of_keys), _prefix_head(pv1_ptr, pv1_strides, batch, of_keys),
+                numbers, last_tile, tokens, P0, P1, v_strides, pv0_strides, pv1_strides, HEAD_DIM, BLOCK_D,
+            )  # fmt: skip
+            s = dot(q_tile, tl.trans(k_tile), None)
+            of_token = (numbers < tokens)[None, :]
+            s = _with_bias(s, rows[:, None], keys[None, :], of_token, bias_head, Sq, scale_log2, bias_strides)
+            s = _last_masked(
+                s, numbers[None, :], tokens, P0 + P1, keys[None, :], first[:, None], last[:, None], bits[:, None],
+                field_ptr, padding_row, Sk, padding_strides[1], VISIBILITY, MASKED_PREFIXES,
             )  # fmt: skip
             g_dot_v = dot(g_tile, tl.trans(v_tile), None)
-            _, ds = _logit_gradients(s, row_max[:, None], log_sum[:, None], g_dot_v, row_delta[:, None])
+            _, ds = _logit_gradients(
+                s, row_max[:, None], log_sum[:, None], g_dot_v, row_delta[:, None], scale_log2, bias_ptr, True
+            )  # fmt: skip
             grad = dot(ds, k_tile, grad)
         _store_rows(_head(grad_q_ptr, grad_q_strides, batch, head), rows, inside, grad_q_strides, grad * scale, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
 def _prefix_gradients(
-    part, q_ptr, grad_out_ptr, k_ptr, v_ptr, statistics_ptr, delta_ptr, grads_ptr, batch, head, H, Sq, P, scale, scale_log2,
-    q_strides, grad_out_strides, k_strides, v_strides, grads_strides,
-    SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr,
+    part, q_ptr, grad_out_ptr, k_ptr, v_ptr, padding_ptr, statistics_ptr, delta_ptr, grads_ptr,
+    batch, of_keys, H, Sq, P, scale, scale_log2, q_strides, grad_out_strides, k_strides, v_strides, padding_stride, bias_ptr,
+    grads_strides, splits, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """d k and d v of BLOCK_P keys of a prefix, over one of SPLITS parts of the queries: grads (2, B, SPLITS, H, P, Dh)."""
+    """d k and d v of BLOCK_P keys of a prefix, over one of ``splits`` parts of the queries: grads (2, B, splits, Hkv, P, Dh)."""
     ACC: tl.constexpr = sum_type(q_ptr.dtype.element_ty)
-    split = part % SPLITS
-    keys = part // SPLITS * BLOCK_P + tl.arange(0, BLOCK_P)
-    k_tile = _load_rows(_head(k_ptr, k_strides, batch, head), keys, keys < P, k_strides, HEAD_DIM, BLOCK_D)
-    v_tile = _load_rows(_head(v_ptr, v_strides, batch, head), keys, keys < P, v_strides, HEAD_DIM, BLOCK_D)
+    split = part % splits
+    keys = part // splits * BLOCK_P + tl.arange(0, BLOCK_P)
+    k_tile = _load_rows(_head(k_ptr, k_strides, batch, of_keys), keys, keys < P, k_strides, HEAD_DIM, BLOCK_D)
+    v_tile = _load_rows(_head(v_ptr, v_strides, batch, of_keys), keys, keys < P, v_strides, HEAD_DIM, BLOCK_D)
     k_tile, v_tile = k_tile.to(q_ptr.dtype.element_ty), v_tile.to(q_ptr.dtype.element_ty)
-    q_head, g_head = _head(q_ptr, q_strides, batch, head), _head(grad_out_ptr, grad_out_strides, batch, head)
-    first_row = (batch * H + head).to(tl.int64) * Sq
     grad_k = tl.zeros([BLOCK_P, BLOCK_D], ACC)
     grad_v = tl.zeros([BLOCK_P, BLOCK_D], ACC)
-    per_split = tl.cdiv(tl.cdiv(Sq, SPLITS), BLOCK_Q) * BLOCK_Q
-    for start in range(split * per_split, tl.minimum(Sq, (split + 1) * per_split), BLOCK_Q):
-        rows = start + tl.arange(0, BLOCK_Q)
-        inside = rows < Sq
-        q_tile = _load_rows(q_head, rows, inside, q_strides, HEAD_DIM, BLOCK_D)
-        g_tile = _load_rows(g_head, rows, inside, grad_out_strides, HEAD_DIM, BLOCK_D)
-        row_max, log_sum = _load_statistics(statistics_ptr, first_row + rows, inside)
-        row_delta = tl.load(delta_ptr + first_row + rows, mask=inside, other=0.0)
-        s = _prefix_exponents(k_tile, tl.trans(q_tile), keys[:, None], P, scale_log2)
-        v_dot_g = dot(v_tile, tl.trans(g_tile), None)
-        p, ds = _logit_gradients(s, row_max[None, :], log_sum[None, :], v_dot_g, row_delta[None, :])
-        grad_v = dot(p, g_tile, grad_v)
-        grad_k = dot(ds, q_tile, grad_k)
-    to_k = _head(grads_ptr, grads_strides[1:], batch, split) + head.to(tl.int64) * grads_strides[3]
+    per_split = tl.cdiv(tl.cdiv(Sq, splits), BLOCK_Q) * BLOCK_Q
+    for member in range(GROUP):
+        head = of_keys * GROUP + member
+        q_head, g_head = _head(q_ptr, q_strides, batch, head), _head(grad_out_ptr, grad_out_strides, batch, head)
+        statistics_row = (batch * H + head).to(tl.int64) * Sq
+        for start in range(split * per_split, tl.minimum(Sq, (split + 1) * per_split), BLOCK_Q):
+            rows = start + tl.arange(0, BLOCK_Q)
+            inside = rows < Sq
+            q_tile = _load_rows(q_head, rows, inside, q_strides, HEAD_DIM, BLOCK_D)
+            g_tile = _load_rows(g_head, rows, inside, grad_out_strides, HEAD_DIM, BLOCK_D)
+            row_max, log_sum = _load_statistics(statistics_ptr, statistics_row + rows, inside, q_ptr.dtype.element_ty, bias_ptr)
+            row_delta = tl.load(delta_ptr + statistics_row + rows, mask=inside, other=0.0)
+            s = dot(k_tile, tl.trans(q_tile), None)
+            if bias_ptr is not None:
+                s = s * scale_log2
+            if padding_ptr is not None:
+                s = tl.where(_is_there(padding_ptr, keys, keys < P, padding_stride)[:, None], s, float("-inf"))
+            v_dot_g = dot(v_tile, tl.trans(g_tile), None)
+            MASKED: tl.constexpr = padding_ptr is not None
+            p, ds = _logit_gradients(
+                s, row_max[None, :], log_sum[None, :], v_dot_g, row_delta[None, :], scale_log2, bias_ptr, MASKED
+            )  # fmt: skip
+            grad_v = dot(p, g_tile, grad_v)
+            grad_k = dot(ds, q_tile, grad_k)
+    to_k = _head(grads_ptr, grads_strides[1:], batch, split) + of_keys.to(tl.int64) * grads_strides[3]
     _store_rows(to_k, keys, keys < P, grads_strides[2:], grad_k * scale, HEAD_DIM, BLOCK_D)
     _store_rows(to_k + grads_strides[0], keys, keys < P, grads_strides[2:], grad_v, HEAD_DIM, BLOCK_D)
 
@@ -334,89 +526,107 @@ def _prefix_gradients(
 @triton.jit
 def _token_gradients(
     tile, q_ptr, k_ptr, v_ptr, grad_out_ptr, field_ptr, padding_ptr, bias_ptr, statistics_ptr, delta_ptr, grad_k_ptr, grad_v_ptr,
-    batch, head, H, Sq, Sk, scale, scale_log2,
-    q_strides, k_strides, v_strides, grad_out_strides, padding_strides, bias_strides, grad_k_strides, grad_v_strides,
-    VISIBILITY: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    batch, of_keys, H, Sq, Sk, left, right, scale, scale_log2,
+    q_strides, k_strides, v_strides, grad_out_strides, padding_stride, bias_strides, grad_k_strides, grad_v_strides,
+    VISIBILITY: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """d k and d v of BLOCK_K tokens of one sample and head, over the queries that see any of them."""
     ACC: tl.constexpr = sum_type(q_ptr.dtype.element_ty)
+    MASKED: tl.constexpr = VISIBILITY != FULL or padding_ptr is not None or bias_ptr is not None
     keys = tile * BLOCK_K + tl.arange(0, BLOCK_K)
-    k_tile = _load_rows(_head(k_ptr, k_strides, batch, head), keys, keys < Sk, k_strides, HEAD_DIM, BLOCK_D)
-    v_tile = _load_rows(_head(v_ptr, v_strides, batch, head), keys, keys < Sk, v_strides, HEAD_DIM, BLOCK_D)
-    q_head, g_head = _head(q_ptr, q_strides, batch, head), _head(grad_out_ptr, grad_out_strides, batch, head)
-    padding_row = padding_ptr + batch.to(tl.int64) * padding_strides[0] if padding_ptr is not None else None
-    bias_head = _head(bias_ptr, bias_strides, batch, head) if bias_ptr is not None else None
-    first_row = (batch * H + head).to(tl.int64) * Sq
+    k_tile = _load_rows(_head(k_ptr, k_strides, batch, of_keys), keys, keys < Sk, k_strides, HEAD_DIM, BLOCK_D)
+    v_tile = _load_rows(_head(v_ptr, v_strides, batch, of_keys), keys, keys < Sk, v_strides, HEAD_DIM, BLOCK_D)
     to_k = tl.zeros([BLOCK_K, BLOCK_D], ACC)
     to_v = tl.zeros([BLOCK_K, BLOCK_D], ACC)
-    first_query, last_query = _query_range(field_ptr, keys, tile * BLOCK_K, Sq, Sk, VISIBILITY)
-    for start in range(first_query, last_query, BLOCK_Q):
-        rows = start + tl.arange(0, BLOCK_Q)
-        inside = rows < Sq
-        q_tile = _load_rows(q_head, rows, inside, q_strides, HEAD_DIM, BLOCK_D)
-        g_tile = _load_rows(g_head, rows, inside, grad_out_strides, HEAD_DIM, BLOCK_D)
-        row_max, log_sum = _load_statistics(statistics_ptr, first_row + rows, inside)
-        row_delta = tl.load(delta_ptr + first_row + rows, mask=inside, other=0.0)
-        first, last, bits = _sight(field_ptr, rows, Sq, Sk, VISIBILITY)
-        s = _token_exponents(
-            k_tile, tl.trans(q_tile), rows[None, :], keys[:, None], first[None, :], last[None, :], bits[None, :],
-            field_ptr, padding_row, bias_head, Sq, Sk, scale_log2, padding_strides[1], bias_strides, VISIBILITY,
-        )  # fmt: skip
-        v_dot_g = dot(v_tile, tl.trans(g_tile), None)
-        p, ds = _logit_gradients(s, row_max[None, :], log_sum[None, :], v_dot_g, row_delta[None, :])
-        to_v = dot(p, g_tile, to_v)
-        to_k = dot(ds, q_tile, to_k)
-    _store_rows(_head(grad_k_ptr, grad_k_strides, batch, head), keys, keys < Sk, grad_k_strides, to_k * scale, HEAD_DIM, BLOCK_D)
-    _store_rows(_head(grad_v_ptr, grad_v_strides, batch, head), keys, keys < Sk, grad_v_strides, to_v, HEAD_DIM, BLOCK_D)
+    first_query, last_query = _query_range(
+        field_ptr, keys, tile * BLOCK_K, tile * BLOCK_K + BLOCK_K - 1, Sq, Sk, left, right, VISIBILITY
+    )
+    for member in range(GROUP):
+        head = of_keys * GROUP + member
+        q_head, g_head = _head(q_ptr, q_strides, batch, head), _head(grad_out_ptr, grad_out_strides, batch, head)
+        bias_head = _prefix_head(bias_ptr, bias_strides, batch, head)
+        statistics_row = (batch * H + head).to(tl.int64) * Sq
+        for start in range(first_query, last_query, BLOCK_Q):
+            rows = start + tl.arange(0, BLOCK_Q)
+            inside = rows < Sq
+            q_tile = _load_rows(q_head, rows, inside, q_strides, HEAD_DIM, BLOCK_D)
+            g_tile = _load_rows(g_head, rows, inside, grad_out_strides, HEAD_DIM, BLOCK_D)
+            row_max, log_sum = _load_statistics(statistics_ptr, statistics_row + rows, inside, q_ptr.dtype.element_ty, bias_ptr)
+            row_delta = tl.load(delta_ptr + statistics_row + rows, mask=inside, other=0.0)
+            first, last, bits = _visible_range(field_ptr, rows, Sq, Sk, left, right, VISIBILITY)
+            of_token = (keys < Sk)[:, None]
+            s = dot(k_tile, tl.trans(q_tile), None)
+            s = _with_bias(s, rows[None, :], keys[:, None], of_token, bias_head, Sq, scale_log2, bias_strides)
+            s = _masked(
+                s, keys[:, None], of_token, first[None, :], last[None, :], bits[None, :],
+                field_ptr, padding_ptr, Sk, padding_stride, VISIBILITY,
+            )  # fmt: skip
+            v_dot_g = dot(v_tile, tl.trans(g_tile), None)
+            p, ds = _logit_gradients(
+                s, row_max[None, :], log_sum[None, :], v_dot_g, row_delta[None, :], scale_log2, bias_ptr, MASKED
+            )  # fmt: skip
+            to_v = dot(p, g_tile, to_v)
+            to_k = dot(ds, q_tile, to_k)
+    _store_rows(_head(grad_k_ptr, grad_k_strides, batch, of_keys), keys, keys < Sk, grad_k_strides, to_k * scale, HEAD_DIM, BLOCK_D)
+    _store_rows(_head(grad_v_ptr, grad_v_strides, batch, of_keys), keys, keys < Sk, grad_v_strides, to_v, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["H", "Sq", "Sk", "P0", "P1", "token_tiles", "parts0", "parts1"])
+@triton.jit(do_not_specialize=["H", "Sq", "Sk", "P0", "P1", "left", "right", "token_tiles", "parts0", "parts1", "splits"])
 def key_grads_kernel(
     grad_out_ptr, q_ptr, k_ptr, v_ptr, pk0_ptr, pv0_ptr, pk1_ptr, pv1_ptr, field_ptr, padding_ptr, bias_ptr,
     statistics_ptr, delta_ptr, grad_k_ptr, grad_v_ptr, grads0_ptr, grads1_ptr,
-    H, Sq, Sk, P0, P1, token_tiles, parts0, parts1, scale, scale_log2,
+    H, Sq, Sk, P0, P1, left, right, token_tiles, parts0, parts1, splits, scale, scale_log2,
     grad_out_strides, q_strides, k_strides, v_strides, pk0_strides, pv0_strides, pk1_strides, pv1_strides,
     padding_strides, bias_strides, grad_k_strides, grad_v_strides, grads0_strides, grads1_strides,
-    VISIBILITY: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_P0: tl.constexpr, BLOCK_P1: tl.constexpr, SPLITS: tl.constexpr,
+    VISIBILITY: tl.constexpr, MASKED_PREFIXES: tl.constexpr, GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_P0: tl.constexpr, BLOCK_P1: tl.constexpr,
 ):  # fmt: skip
-    """One program: a tile of token keys, or a part of a prefix's work, of one sample and head.
+    """One program: a tile of token keys, or a part of a prefix's work, of one sample and head of keys.
 
     Of one sample and head there are token_tiles + parts0 + parts1 programs, in this order.
     """
     pid = tl.program_id(0)
     work = token_tiles + parts0 + parts1
-    batch, head, index = pid // work // H, pid // work % H, pid % work
+    key_heads = H // GROUP
+    batch, of_keys, index = pid // work // key_heads, pid // work % key_heads, pid % work
+    padding_row = _padding_of_tokens(padding_ptr, padding_strides, batch, P0, P1, MASKED_PREFIXES)
     if grad_k_ptr is not None:  # noqa: SIM102 - the outer condition is the compiler's
         if index < token_tiles:
             _token_gradients(
-                index, q_ptr, k_ptr, v_ptr, grad_out_ptr, field_ptr, padding_ptr, bias_ptr, statistics_ptr, delta_ptr,
-                grad_k_ptr, grad_v_ptr, batch, head, H, Sq, Sk, scale, scale_log2,
-                q_strides, k_strides, v_strides, grad_out_strides, padding_strides, bias_strides, grad_k_strides, grad_v_strides,
-                VISIBILITY, HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_K,
+                index, q_ptr, k_ptr, v_ptr, grad_out_ptr, field_ptr, padding_row, bias_ptr, statistics_ptr, delta_ptr,
+                grad_k_ptr, grad_v_ptr, batch, of_keys, H, Sq, Sk, left, right, scale, scale_log2,
+                q_strides, k_strides, v_strides, grad_out_strides, padding_strides[1], bias_strides, grad_k_strides, grad_v_strides,
+                VISIBILITY, GROUP, HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_K,
             )  # fmt: skip
     if grads0_ptr is not None:  # noqa: SIM102
         if (index >= token_tiles) & (index < token_tiles + parts0):
             _prefix_gradients(
-                index - token_tiles, q_ptr, grad_out_ptr, pk0_ptr, pv0_ptr, statistics_ptr, delta_ptr, grads0_ptr,
-                batch, head, H, Sq, P0, scale, scale_log2, q_strides, grad_out_strides, pk0_strides, pv0_strides, grads0_strides,
-                SPLITS, HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_P0,
+                index - token_tiles, q_ptr, grad_out_ptr, pk0_ptr, pv0_ptr,
+                _mask_of_prefix(padding_row, P0 + P1, padding_strides, MASKED_PREFIXES), statistics_ptr, delta_ptr, grads0_ptr,
+                batch, of_keys, H, Sq, P0, scale, scale_log2,
+                q_strides, grad_out_strides, pk0_strides, pv0_strides, padding_strides[1], bias_ptr, grads0_strides, splits,
+                GROUP, HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_P0,
             )  # fmt: skip
     if grads1_ptr is not None:  # noqa: SIM102
         if index >= token_tiles + parts0:
             _prefix_gradients(
-                index - token_tiles - parts0, q_ptr, grad_out_ptr, pk1_ptr, pv1_ptr, statistics_ptr, delta_ptr, grads1_ptr,
-                batch, head, H, Sq, P1, scale, scale_log2, q_strides, grad_out_strides, pk1_strides, pv1_strides, grads1_strides,
-                SPLITS, HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_P1,
+                index - token_tiles - parts0, q_ptr, grad_out_ptr, pk1_ptr, pv1_ptr,
+                _mask_of_prefix(padding_row, P1, padding_strides, MASKED_PREFIXES), statistics_ptr, delta_ptr, grads1_ptr,
+                batch, of_keys, H, Sq, P1, scale, scale_log2,
+                q_strides, grad_out_strides, pk1_strides, pv1_strides, padding_strides[1], bias_ptr, grads1_strides, splits,
+                GROUP, HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_P1,
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["H", "Sq", "Sk", "batches", "heads", "bias_heads"])
+@triton.jit(do_not_specialize=["H", "Sq", "Sk", "P0", "P1", "left", "right", "batches", "heads", "bias_heads"])
 def bias_grads_kernel(
     grad_out_ptr, q_ptr, k_ptr, v_ptr, field_ptr, padding_ptr, bias_ptr, statistics_ptr, delta_ptr, grad_bias_ptr,
-    H, Sq, Sk, batches, heads, bias_heads, scale_log2,
+    H, Sq, Sk, P0, P1, left, right, batches, heads, bias_heads, scale_log2,
     grad_out_strides, q_strides, k_strides, v_strides, padding_strides, bias_strides,
-    VISIBILITY: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    VISIBILITY: tl.constexpr, MASKED_PREFIXES: tl.constexpr, GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program: one tile of d bias, summed in order over the ``batches`` samples and ``heads`` heads that share it."""
     ACC: tl.constexpr = sum_type(q_ptr.dtype.element_ty)
@@ -426,27 +636,32 @@ def bias_grads_kernel(
     shared, tile = pid // tiles, pid % tiles
     rows = tile // k_tiles * BLOCK_Q + tl.arange(0, BLOCK_Q)
     keys = tile % k_tiles * BLOCK_K + tl.arange(0, BLOCK_K)
-    inside = rows < Sq
-    first, last, bits = _sight(field_ptr, rows, Sq, Sk, VISIBILITY)
+    inside, of_token = rows < Sq, keys < Sk
+    first, last, bits = _visible_range(field_ptr, rows, Sq, Sk, left, right, VISIBILITY)
     grad = tl.zeros([BLOCK_Q, BLOCK_K], ACC)
     for i in range(batches * heads):
         batch = shared // bias_heads + i // heads
         head = shared % bias_heads + i % heads
+        of_keys = head // GROUP
         q_tile = _load_rows(_head(q_ptr, q_strides, batch, head), rows, inside, q_strides, HEAD_DIM, BLOCK_D)
         g_tile = _load_rows(_head(grad_out_ptr, grad_out_strides, batch, head), rows, inside, grad_out_strides, HEAD_DIM, BLOCK_D)
-        k_tile = _load_rows(_head(k_ptr, k_strides, batch, head), keys, keys < Sk, k_strides, HEAD_DIM, BLOCK_D)
-        v_tile = _load_rows(_head(v_ptr, v_strides, batch, head), keys, keys < Sk, v_strides, HEAD_DIM, BLOCK_D)
+        k_tile = _load_rows(_head(k_ptr, k_strides, batch, of_keys), keys, of_token, k_strides, HEAD_DIM, BLOCK_D)
+        v_tile = _load_rows(_head(v_ptr, v_strides, batch, of_keys), keys, of_token, v_strides, HEAD_DIM, BLOCK_D)
         at = (batch * H + head).to(tl.int64) * Sq + rows
-        row_max, log_sum = _load_statistics(statistics_ptr, at, inside)
+        row_max, log_sum = _load_statistics(statistics_ptr, at, inside, q_ptr.dtype.element_ty, bias_ptr)
         row_delta = tl.load(delta_ptr + at, mask=inside, other=0.0)
-        padding_row = padding_ptr + batch.to(tl.int64) * padding_strides[0] if padding_ptr is not None else None
-        s = _token_exponents(
-            q_tile, tl.trans(k_tile), rows[:, None], keys[None, :], first[:, None], last[:, None], bits[:, None],
-            field_ptr, padding_row, _head(bias_ptr, bias_strides, batch, head), Sq, Sk, scale_log2, padding_strides[1],
-            bias_strides, VISIBILITY,
+        padding_row = _padding_of_tokens(padding_ptr, padding_strides, batch, P0, P1, MASKED_PREFIXES)
+        s = dot(q_tile, tl.trans(k_tile), None)
+        bias_head = _head(bias_ptr, bias_strides, batch, head)
+        s = _with_bias(s, rows[:, None], keys[None, :], of_token[None, :], bias_head, Sq, scale_log2, bias_strides)
+        s = _masked(
+            s, keys[None, :], of_token[None, :], first[:, None], last[:, None], bits[:, None], field_ptr, padding_row, Sk,
+            padding_strides[1], VISIBILITY,
         )  # fmt: skip
         g_dot_v = dot(g_tile, tl.trans(v_tile), None)
-        _, ds = _logit_gradients(s, row_max[:, None], log_sum[:, None], g_dot_v, row_delta[:, None])
+        _, ds = _logit_gradients(
+            s, row_max[:, None], log_sum[:, None], g_dot_v, row_delta[:, None], scale_log2, bias_ptr, True
+        )  # fmt: skip
         grad += ds
     to = grad_bias_ptr + (shared.to(tl.int64) * Sq + rows[:, None]) * Sk + keys[None, :]
-    tl.store(to, grad.to(grad_bias_ptr.dtype.element_ty), mask=inside[:, None] & (keys < Sk)[None, :])
+    tl.store(to, grad.to(grad_bias_ptr.dtype.element_ty), mask=inside[:, None] & of_token[None, :])

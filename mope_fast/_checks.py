@@ -119,14 +119,26 @@ def check_prompt_attention(
     bias: Tensor | None,
     scale: float | None,
     is_causal: bool,
+    window: object,
 ) -> None:
     """See :func:`mope_fast.functional.prompt_attention`."""
     _check_attention(q, k, v, key_padding_mask, bias, scale, is_causal)
-    check_prefixes(prefixes, q, "q", q.shape[0], q.shape[1], q.shape[3])
-    if is_causal and q.shape[2] > k.shape[2] and any(len(prefix) == 3 for prefix in prefixes):
-        raise ValueError(
-            f"is_causal with a masked prefix needs at least as many keys as queries, got {k.shape[2]} and {q.shape[2]}"
-        )
+    check_prefixes(prefixes, q, "q", q.shape[0], k.shape[1], q.shape[3])
+    check_window(window)
+
+
+def check_window(window: object) -> None:
+    """Raises TypeError or ValueError where it is neither None nor a pair (left, right)."""
+    if window is None:
+        return
+    if not isinstance(window, (list, tuple)) or len(window) != 2 or not all(map(_is_limit, window)):
+        raise TypeError(f"window must be a pair (left, right) of integers or None for no limit, got {_kind(window)}")
+    if any(limit is not None and limit < 0 for limit in window):
+        raise ValueError(f"window must have limits >= 0, or None for no limit, got {tuple(window)}")
+
+
+def _is_limit(value: object) -> bool:
+    return value is None or (isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool))
 
 
 def check_window_prompt_attention(
@@ -244,13 +256,13 @@ def _check_attention(
         _check_same_device("q", q, name, tensor)
     batch, heads, queries, head_dim = q.shape
     tokens = k.shape[2]
-    if k.shape[1] != heads or v.shape[1] != heads:
-        got = f"q has {heads} heads, k {k.shape[1]}, v {v.shape[1]}"
-        if k.shape[1] == v.shape[1] and k.shape[1] and heads % k.shape[1] == 0:
-            raise ValueError(f"grouped-query attention is not supported: {got}; repeat keys and values for each query head")
-        raise ValueError(f"q, k and v must have the same number of heads: {got}")
+    key_heads = k.shape[1]
+    if v.shape[1] != key_heads or (heads % key_heads if key_heads else heads):
+        raise ValueError(
+            f"k and v must have the heads of q, or a divisor of their number: q has {heads} heads, k {key_heads}, v {v.shape[1]}"
+        )
     if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != head_dim:
-        raise ValueError(f"k and v must be ({batch}, {heads}, Sk, {head_dim}) as q {_shape(q)}; got k {_shape(k)}, v {_shape(v)}")
+        raise ValueError(f"k and v must be ({batch}, Hkv, Sk, {head_dim}) as q {_shape(q)}; got k {_shape(k)}, v {_shape(v)}")
     _check_head_dim(head_dim)
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")

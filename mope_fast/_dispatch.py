@@ -7,7 +7,6 @@ import functools
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
@@ -19,6 +18,7 @@ from .ops.prompt_attention import prompt_attention as _prompt_attention_op
 from .ops.route_and_mix import route_and_mix as _route_and_mix_op
 from .ops.window_attention import window_prompt_attention as _window_prompt_attention_op
 from .receptive_field import ReceptiveField
+from .reference.attention import CAUSAL, UNLIMITED, Window, window_of
 
 Prefixes = Sequence[tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]]
 
@@ -64,6 +64,7 @@ def prompt_attention(
     prefixes: Prefixes = (),
     *,
     is_causal: bool = False,
+    window: Window | None = None,
     key_padding_mask: Tensor | None = None,
     bias: Tensor | None = None,
     scale: float | None = None,
@@ -71,22 +72,35 @@ def prompt_attention(
 ) -> Tensor:
     """See :func:`mope_fast.functional.prompt_attention`."""
     if any(len(prefix) == 3 for prefix in prefixes):
-        k, v, key_padding_mask, bias = _masked_prefixes_as_tokens(k, v, prefixes, key_padding_mask, bias)
-        prefixes = ()
+        tokens = (k, v) if key_padding_mask is None else (k, v, key_padding_mask)
+        key_padding_mask = sdpa_attention.prefix_mask_of([*prefixes, tokens], k)
+        prefixes = [prefix[:2] for prefix in prefixes]
+    window = window_of(window, is_causal)
+    if window != UNLIMITED:
+        window = _limiting(window, q.shape[2], k.shape[2])
     keys = k.shape[2] + sum([prefix[0].shape[2] for prefix in prefixes])
-    masked = key_padding_mask is not None or bias is not None or (is_causal and q.shape[2] != keys)
+    triangle = window == CAUSAL and q.shape[2] == keys
+    masked = key_padding_mask is not None or bias is not None or (window != UNLIMITED and not triangle)
     dtype = autocast_dtype(q)
     impl = choose("prompt_attention", impl, Problem(q.device, dtype, keys, masked))
-    masking = {"key_padding_mask": key_padding_mask, "bias": bias, "scale": scale}
+    masking = {"window": window, "key_padding_mask": key_padding_mask, "bias": bias, "scale": scale}
     if impl == "reference":
         with without_autocast(q.device.type):
-            out = reference.prompt_attention(q, k, v, prefixes, is_causal=is_causal, **masking)
+            out = reference.prompt_attention(q, k, v, prefixes, **masking)
         return out.to(dtype)
     q, k, v = cast(q, dtype), cast(k, dtype), cast(v, dtype)
     if impl == "triton":
-        return _prompt_attention_op(q, k, v, prefixes, field=None, is_causal=is_causal, **masking)
+        return _prompt_attention_op(q, k, v, prefixes, field=None, **masking)
     backend = sdpa_attention if impl == "sdpa" else xformers_attention
-    return backend.prompt_attention(q, k, v, prefixes, is_causal=is_causal, **masking)
+    return backend.prompt_attention(q, k, v, prefixes, **masking)
+
+
+def _limiting(window: Window, queries: int, tokens: int) -> Window:
+    """Without limits that hide nothing; a graph that holds for several lengths keeps them."""
+    if torch.compiler.is_compiling():
+        return window
+    left, right = window
+    return (None if left is None or left >= tokens - 1 else left, None if right is None or right >= queries - 1 else right)
 
 
 def receptive_field_attention(
@@ -110,7 +124,7 @@ def receptive_field_attention(
         return out.to(dtype)
     q, k, v = cast(q, dtype), cast(k, dtype), cast(v, dtype)
     if impl == "triton":
-        return _prompt_attention_op(q, k, v, (), field=field.lowered(q.device), is_causal=False, **masking)
+        return _prompt_attention_op(q, k, v, (), field=field.lowered(q.device), window=UNLIMITED, **masking)
     backend = sdpa_attention if impl == "sdpa" else xformers_attention
     return backend.receptive_field_attention(q, k, v, field, **masking)
 
@@ -141,13 +155,3 @@ def window_prompt_attention(
     if impl in ("triton", "cpu"):
         return _window_prompt_attention_op(qkv, prefixes, relative_position_bias, **settings)
     return sdpa_window_attention.window_prompt_attention(qkv, prefixes, relative_position_bias, **settings)
-
-
-def _masked_prefixes_as_tokens(
-    k: Tensor, v: Tensor, prefixes: Prefixes, key_padding_mask: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Prefixes before the tokens' keys, what is not there as padding; causality, aligned to the last key, stays as it was."""
-    tokens = (k, v) if key_padding_mask is None else (k, v, key_padding_mask)
-    mask = sdpa_attention.prefix_mask_of([*prefixes, tokens], k)
-    bias = None if bias is None else F.pad(bias, (sum(prefix[0].shape[2] for prefix in prefixes), 0))
-    return *sdpa_attention.concatenated(k, v, [prefix[:2] for prefix in prefixes]), mask, bias

@@ -110,6 +110,7 @@ def prompt_attention(
     prefixes: Sequence[tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]] = (),
     *,
     is_causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
     key_padding_mask: Tensor | None = None,
     bias: Tensor | None = None,
     scale: float | None = None,
@@ -117,16 +118,18 @@ def prompt_attention(
 ) -> Tensor:
     """Attention whose queries also see up to two key/value prefixes: prompts that are keys and values only.
 
-    Every query sees every prefix key; padding, causality and bias are about token keys. There is no attention dropout: frozen
-    encoders are in eval mode. Softmax and sums are taken in float32 (float64 for float64).
+    Every query sees every prefix key; padding, causality, windows and bias are about token keys. There is no attention dropout:
+    frozen encoders are in eval mode. Softmax and sums are taken in float32 (float64 for float64).
 
     Args:
         q: (B, H, Sq, Dh), Dh at most 256. Any strides, as everything here.
-        k, v: (B, H, Sk, Dh), in the dtype of q.
-        prefixes: up to two pairs of keys and values, each (B or 1, H, P, Dh), of any float dtype. Batch 1 is shared by all samples.
-            A third member (B or 1, P) bool says which of a sample's prefix keys are there (True); prefixes are then concatenated
-            with the tokens' keys.
-        is_causal: query i sees the token keys up to ``i + Sk - Sq``.
+        k, v: (B, Hkv, Sk, Dh), in the dtype of q. Hkv is H or a divisor of it: H / Hkv heads of q after each other share one
+            (grouped-query attention).
+        prefixes: up to two pairs of keys and values, each (B or 1, Hkv, P, Dh), of any float dtype. Batch 1 is shared by all
+            samples. A third member (B or 1, P) bool says which of a sample's prefix keys are there (True).
+        is_causal: query i sees the token keys up to its place, ``i + Sk - Sq``.
+        window: (left, right), both inclusive: of the token keys a query sees ``left`` before its place and ``right`` behind it;
+            None for no limit. With ``is_causal`` none behind it.
         key_padding_mask: (B, Sk) bool, True = a real token, in any positions.
         bias: (B or 1, H or 1, Sq, Sk), any float dtype, added to the scaled products with token keys; gets a gradient on
             request. To hide a key use -inf: where torch's kernels see -1e9 in a whole row, their gradients lose it.
@@ -140,8 +143,8 @@ def prompt_attention(
         TypeError, ValueError: an argument has a wrong type, rank, size or value.
         RuntimeError: ``impl`` can't run here.
     """
-    check_prompt_attention(q, k, v, prefixes, key_padding_mask, bias, scale, is_causal)
-    masking = {"key_padding_mask": key_padding_mask, "bias": bias, "scale": scale}
+    check_prompt_attention(q, k, v, prefixes, key_padding_mask, bias, scale, is_causal, window)
+    masking = {"window": window, "key_padding_mask": key_padding_mask, "bias": bias, "scale": scale}
     return _dispatch.prompt_attention(q, k, v, prefixes, is_causal=is_causal, impl=impl, **masking)
 
 
@@ -161,7 +164,8 @@ def receptive_field_attention(
     With ``impl="triton"`` no mask tensor is made; where every group sees consecutive positions, the work outside is skipped.
 
     Args:
-        q, k, v: (B, H, S, Dh) in one dtype, Dh at most 256, S the sum of the field's lengths; any strides.
+        q, k, v: (B, H, S, Dh) in one dtype, Dh at most 256, S the sum of the field's lengths; any strides. Heads of k and v as of
+            :func:`prompt_attention`.
         field: which group sees which.
         key_padding_mask: (B, S) bool, True = a real token, in any positions; on top of the field.
         bias: (B or 1, H or 1, S, S), any float dtype, added to the scaled products; gets a gradient on request.

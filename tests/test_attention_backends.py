@@ -46,6 +46,9 @@ class Case(NamedTuple):
     bias: tuple[int, int] | None = None
     field: ReceptiveField | None = None
     head_dim: int = HEAD_DIM
+    window: tuple[int | None, int | None] | None = None
+    key_heads: int = HEADS
+    masked_prefixes: bool = False
 
 
 CASES = {
@@ -78,6 +81,20 @@ CASES = {
     "gaps, bias": Case(field=GAPS, bias=(1, 1)),
     "gaps, padding, bias": Case(field=GAPS, padded=True, bias=(BATCH, HEADS)),
     "aligned": Case(16, 16, (1,), is_causal=True, padded=True, bias=(1, 1), head_dim=16),
+    "window": Case(window=(3, 1)),
+    "window, prefix": Case(window=(2, 3), prefixes=(1,)),
+    "window of one side, more tokens": Case(6, prefixes=(BATCH,), window=(None, 2)),
+    "causal window, more queries": Case(17, is_causal=True, window=(4, 4), prefixes=(1,)),
+    "window that hides nothing": Case(window=(TOKENS, TOKENS - 1), padded=True),
+    "window, masked prefixes": Case(window=(2, 2), prefixes=(1, BATCH), masked_prefixes=True),
+    "masked prefixes, causal, more queries": Case(17, is_causal=True, prefixes=(BATCH, 1), masked_prefixes=True, bias=(1, HEADS)),
+    "masked prefixes, padding, 31 keys": Case(23, 23, (1, BATCH), padded=True, masked_prefixes=True),
+    "shared keys": Case(key_heads=1),
+    "shared keys, window, padding, prefixes, bias": Case(
+        key_heads=1, window=(3, 2), padded=True, prefixes=(1, BATCH), bias=(BATCH, HEADS)
+    ),
+    "shared keys, causal": Case(key_heads=1, is_causal=True),
+    "shared keys, intervals": Case(key_heads=1, field=INTERVALS),
 }
 
 
@@ -87,11 +104,19 @@ def make_padding(tokens: int) -> Tensor:
     return torch.stack([(index % 5 != 2) & (index % 7 != 4), index < tokens - 3, index < 2])
 
 
+def make_masks(case: Case) -> list[Tensor]:
+    """Of each prefix which keys are there, (its batch, P); nothing of what the last sample alone has."""
+    masks = [(torch.arange(3 + 2 * i) + torch.arange(batch)[:, None]) % 3 > 0 for i, batch in enumerate(case.prefixes)]
+    for mask in masks:
+        mask[1:][-1:] = False
+    return masks
+
+
 def make_tensors(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     shapes = {"q": (BATCH, HEADS, case.queries, case.head_dim)}
-    shapes |= dict.fromkeys(("k", "v"), (BATCH, HEADS, case.tokens, case.head_dim))
+    shapes |= dict.fromkeys(("k", "v"), (BATCH, case.key_heads, case.tokens, case.head_dim))
     for i, batch in enumerate(case.prefixes):
-        shapes |= {f"prefix {i} {side}": (batch, HEADS, 3 + 2 * i, case.head_dim) for side in ("key", "value")}
+        shapes |= {f"prefix {i} {side}": (batch, case.key_heads, 3 + 2 * i, case.head_dim) for side in ("key", "value")}
     if case.bias is not None:
         shapes["bias"] = (*case.bias, case.queries, case.tokens)
     return {name: torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_() for name, shape in shapes.items()}
@@ -105,7 +130,9 @@ def visibility(case: Case, padding: Tensor | None) -> Tensor:
     sees = torch.ones(BATCH, case.queries, case.tokens, dtype=torch.bool)
     for i in range(case.queries):
         for j in range(case.tokens):
-            hidden = case.is_causal and j > i + case.tokens - case.queries
+            ahead = j - (i + case.tokens - case.queries)
+            left, right = case.window or (None, None)
+            hidden = (case.is_causal and ahead > 0) or (left is not None and ahead < -left) or (right is not None and ahead > right)
             if hidden or (case.field is not None and group[j] not in seen_by[group[i]]):
                 sees[:, i, j] = False
     return sees if padding is None else sees & padding[:, None]
@@ -126,11 +153,18 @@ def written_out(case: Case, tensors: dict[str, Tensor], padding: Tensor | None) 
         torch.cat([*(tensors[f"prefix {i} {side}"].expand(BATCH, -1, -1, -1) for i in prefixes), tensors[tokens]], dim=2)
         for side, tokens in (("key", "k"), ("value", "v"))
     )
+    keys, values = (
+        torch.stack([rows[:, head * case.key_heads // HEADS] for head in range(HEADS)], dim=1) for rows in (keys, values)
+    )
     prefix = (keys.shape[2] - case.tokens, 0)
     sees = visibility(case, padding)[:, None].expand(-1, HEADS, -1, -1)
     if (bias := tensors.get("bias")) is not None:
         sees, bias = sees & (bias > float("-inf")), F.pad(bias, prefix)
-    return Dense(keys, values, F.pad(sees, prefix, value=True), bias)
+    sees = F.pad(sees, prefix, value=True)
+    if case.masked_prefixes:
+        masks = torch.cat([mask.expand(BATCH, -1) for mask in make_masks(case)], dim=1)
+        sees = torch.cat([masks[:, None, None].expand(*sees.shape[:3], -1), sees[..., prefix[0] :]], dim=-1)
+    return Dense(keys, values, sees, bias)
 
 
 def dense(case: Case, tensors: dict[str, Tensor], padding: Tensor | None) -> Tensor:
@@ -168,7 +202,10 @@ class Backend(NamedTuple):
             out = functional.receptive_field_attention(t["q"], t["k"], t["v"], case.field, **masks, impl=self.impl)
         else:
             prefixes = [(t[f"prefix {i} key"], t[f"prefix {i} value"]) for i in range(len(case.prefixes))]
-            out = functional.prompt_attention(t["q"], t["k"], t["v"], prefixes, is_causal=case.is_causal, **masks, impl=self.impl)
+            if case.masked_prefixes:
+                prefixes = [(*pair, mask.to(self.device)) for pair, mask in zip(prefixes, make_masks(case), strict=True)]
+            masks |= {"is_causal": case.is_causal, "window": case.window}
+            out = functional.prompt_attention(t["q"], t["k"], t["v"], prefixes, **masks, impl=self.impl)
         return out.cpu()
 
     def takes(self, dtype: torch.dtype) -> bool:
@@ -507,6 +544,10 @@ STRUCTURED = "LowerTriangularFromBottomRightMask"
         (CASES["intervals, bias"], [(13, 13, "Tensor")]),
         (CASES["gaps"], [(13, 13, "Tensor")]),
         (CASES["gaps, padding"], [(13, 13, "Tensor")]),
+        (CASES["window"], [(13, 13, "Tensor")]),
+        (CASES["window, prefix"], [(13, 16, "Tensor")]),
+        (CASES["window that hides nothing"]._replace(padded=False), [(13, 13, None)]),
+        (CASES["shared keys, causal"], [(13, 13, STRUCTURED)]),
     ],
     ids=str,
 )  # fmt: skip
@@ -659,13 +700,13 @@ def call(function: str, **changes):
     [
         ({"q": lambda a: a["q"].half()}, TypeError, "q, k and v must have one dtype, got torch.float16, torch.float32"),
         ({"v": lambda a: a["v"].double()}, TypeError, "q, k and v must have one dtype, got torch.float32, torch.float32 and"),
-        ({"q": lambda a: a["q"][..., :8]}, ValueError, r"k and v must be \(3, 2, Sk, 8\) as q .*; got k \(3, 2, 13, 12\)"),
+        ({"q": lambda a: a["q"][..., :8]}, ValueError, r"k and v must be \(3, Hkv, Sk, 8\) as q .*; got k \(3, 2, 13, 12\)"),
         (
-            {"k": lambda a: a["k"][:, :1], "v": lambda a: a["v"][:, :1]},
+            {"k": lambda a: a["k"].repeat(1, 2, 1, 1), "v": lambda a: a["v"].repeat(1, 2, 1, 1)},
             ValueError,
-            "grouped-query attention is not supported: q has 2 heads, k 1, v 1; repeat",
+            "k and v must have the heads of q, or a divisor of their number: q has 2 heads, k 4, v 4",
         ),
-        ({"v": lambda a: a["v"][:, :1]}, ValueError, "q, k and v must have the same number of heads: q has 2 heads, k 2, v 1"),
+        ({"v": lambda a: a["v"][:, :1]}, ValueError, "a divisor of their number: q has 2 heads, k 2, v 1"),
         ({"key_padding_mask": [True] * 13}, TypeError, "key_padding_mask must be a bool tensor, got list"),
         ({"scale": torch.tensor(0.5)}, TypeError, "scale must be a Python float, got a tensor"),
         ({"scale": float("nan")}, ValueError, "scale must be finite in float32, got nan"),

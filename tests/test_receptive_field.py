@@ -243,7 +243,7 @@ def test_fake_tensors_get_a_fake_one_that_is_not_kept(used_before):
         fake = field.lowered(CPU)
         assert isinstance(fake, FakeTensor)
         out, _ = ops.prompt_attention_forward(
-            *(torch.empty(1, 2, 10, 4) for _ in range(3)), None, None, None, None, fake, None, None, 0.5, False
+            *(torch.empty(1, 2, 10, 4) for _ in range(3)), None, None, None, None, fake, None, None, 0.5, None, None
         )
         assert out.shape == (1, 2, 10, 4)
     assert type(field.lowered(CPU)) is torch.Tensor
@@ -256,7 +256,7 @@ def test_a_field_first_used_in_inference_mode_can_be_saved_for_a_gradient():
         field.lowered(CPU)
     assert not field.lowered(CPU).is_inference()
     q, k, v = (torch.randn(1, 2, 10, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    settings = {"is_causal": False, "key_padding_mask": None, "bias": None, "scale": None}
+    settings = {"window": (None, None), "key_padding_mask": None, "bias": None, "scale": None}
     out = ops.prompt_attention(q, k, v, (), field=field.lowered(CPU), **settings)
     upstream = torch.randn_like(out)
     grads = torch.autograd.grad(out, (q, k, v), upstream)

@@ -26,7 +26,7 @@ class PromptedLayer:
         width: D.
         norm: the norm between the layer's input and its keys and values; None for a post-norm layer.
         k_proj, v_proj: affine maps D -> num_heads * Dh. With ``v_proj`` None, ``k_proj`` gives keys and values side by side.
-        num_heads: H.
+        num_heads: of keys and values.
         key_norm: a norm of keys behind the projection, or None.
     """
 

@@ -85,7 +85,7 @@ def _attention(attention: PromptAttention, x: Tensor, attn_mask: Tensor | None =
     if attn_mask is None and type(attention).forward is PromptAttention.forward:
         # prefixes were checked where they came in
         q, k, v = attention.queries_keys_values(x)
-        out = prompt_attention(q, k, v, prefixes_of(attention), is_causal=is_causal, impl=attention.impl)
+        out = prompt_attention(q, k, v, prefixes_of(attention), is_causal=is_causal, window=attention.window, impl=attention.impl)
         return attention.output(out, x)
     return type(attention).forward(attention, x, prefixes_of(attention), attn_mask=attn_mask, is_causal=is_causal)
 

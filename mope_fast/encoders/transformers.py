@@ -1,14 +1,15 @@
 """transformers' encoders: prompts enter through its own attention interface, no model is changed.
 
 ``AttentionInterface`` gets our attention, ``AttentionMaskInterface`` a mask function that hands the (B, S) padding mask through
-untouched: without one transformers passes no mask at all, and the stock ones build a 4-D mask and wait for the device.
+untouched, with a layer's window beside it: without one transformers passes no mask at all, and the stock ones build a 4-D mask and
+wait for the device.
 """
 
 import copy
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from .._dispatch import prompt_attention
+from ..reference.attention import CAUSAL, UNLIMITED, Window
 from .attachment import prefixes_of
 from .families import EncoderFamily, Inputs, PromptedLayer, keys_and_values, register_encoder
 from .pooling import Pool, first_token, last_real_token, masked_mean, patch_mean, token_at, token_mean
@@ -23,8 +25,15 @@ from .pooling import Pool, first_token, last_real_token, masked_mean, patch_mean
 NAME = "mope_fast"
 
 
+class _Mask(NamedTuple):
+    """What the tokens of a layer that attends within a window see."""
+
+    padding: Tensor | None
+    """(B, S) bool, True = real."""
+    window: Window
+
+
 _OTHER_ATTENTION = {
-    "sliding_window": "attention within a window",
     "softcap": "a cap on its products",
     "s_aux": "attention sinks",
     "position_bias": "a bias by position",
@@ -39,11 +48,19 @@ def _attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | _Mask | None,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention signature: (B, H, S, Dh) in, (B, S, H, Dh) out."""
+    """transformers' attention signature: (B, H, S, Dh) in, (B, S, H, Dh) out; keys and values may have fewer heads."""
+    window, prefixes = None, prefixes_of(module)
+    if isinstance(attention_mask, _Mask):
+        attention_mask, window = attention_mask
+    elif kwargs.get("sliding_window") is not None:
+        raise ValueError(
+            f"{type(module).__name__} attends within a window of {kwargs['sliding_window']} tokens, but the mask that it was given "
+            "has none: what it sees can't be told"
+        )
     for name, meaning in _OTHER_ATTENTION.items():
         if kwargs.get(name) is not None:
             raise ValueError(f"{type(module).__name__} asks for {name}, {meaning}, which attention with prompts does not have")
@@ -52,36 +69,78 @@ def _attention(
     is_causal = kwargs.get("is_causal")
     is_causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
     # what fits needs no check; the public function says what doesn't
-    fits = query.shape[1] == key.shape[1] and (
+    fits = all(prefix[0].shape[1] == key.shape[1] and prefix[0].shape[3] == key.shape[3] for prefix in prefixes) and (
         attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape == (key.shape[0], key.shape[2]))
     )
     attend = prompt_attention if fits else functional.prompt_attention
-    out = attend(query, key, value, prefixes_of(module), is_causal=is_causal, key_padding_mask=attention_mask, scale=scaling)
-    return out.transpose(1, 2), None
+    masking = {"is_causal": is_causal, "window": window, "key_padding_mask": attention_mask}
+    return attend(query, key, value, prefixes, scale=scaling, **masking).transpose(1, 2), None
 
 
-def _padding_mask(
+def _mask(
     *args: Any,
     attention_mask: Tensor | None = None,
     mask_function: Callable[..., Any] | None = None,
     q_length: int = 0,
     kv_length: int = 0,
     q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
     **kwargs: Any,
-) -> Tensor | None:
-    """The (B, S) mask as it is: causality is read from the module, and nothing else can be said here."""
-    if (window := kwargs.get("local_size")) is not None:
-        raise ValueError(f"a layer of this encoder sees a window of {window} tokens, which attention with prompts does not have")
-    kind = getattr(mask_function, "__name__", "")
-    # while it compiles transformers takes any position_ids for packed ones
-    if kind not in ("", "causal_mask_function", "bidirectional_mask_function") and not torch.compiler.is_compiling():
+) -> Tensor | _Mask | None:
+    """The (B, S) mask as it is, with the window that transformers' function of places leaves, if it leaves one."""
+    kind = "" if mask_function is None else mask_function.__qualname__
+    if kind in ("", "bidirectional_mask_function"):
+        return attention_mask
+    if isinstance(q_offset, Tensor) or kv_offset + kv_length != q_offset + q_length:
+        raise ValueError("an encoder that takes prompts can't fill a static cache: unwrap() it first, or use a dynamic one")
+    if kind == "causal_mask_function":  # the module says so too
+        return attention_mask
+    return _Mask(attention_mask, _window_of(mask_function))
+
+
+def _window_of(function: Callable[..., Any]) -> Window:
+    """(left, right) of one of transformers' functions of places.
+
+    Raises:
+        ValueError: it is none of those that are known to leave a window.
+    """
+    name = function.__qualname__.removesuffix(".<locals>.inner_mask")
+    if name == "causal_mask_function":
+        return CAUSAL
+    if name == "bidirectional_mask_function":
+        return UNLIMITED
+    inside = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    if name in ("and_masks.<locals>.and_mask", "or_masks.<locals>.or_mask"):
+        limits = zip(*map(_window_of, inside["mask_functions"].cell_contents), strict=True)
+        return tuple(_strictest(each) if name.startswith("and") else _widest(each) for each in limits)
+    if name == "Gemma3TextModel.forward.<locals>.<lambda>":  # joined to the causal one it lets all be seen
+        return UNLIMITED
+    if name in _WINDOWS:
+        return _WINDOWS[name](inside["sliding_window"].cell_contents)
+    if "packed_sequence" in name:
+        if torch.compiler.is_compiling():  # then transformers takes any position_ids for packed ones
+            return _window_of(inside["mask_function"].cell_contents) if "mask_function" in inside else UNLIMITED
         raise ValueError(
             "position_ids jump and there is no attention_mask: transformers takes that for several sequences packed into one, "
             "which can't have prompts of their own; pass an attention_mask"
         )
-    if kind == "causal_mask_function" and (isinstance(q_offset, Tensor) or kv_length != q_offset + q_length):
-        raise ValueError("an encoder that takes prompts can't fill a static cache: unwrap() it first, or use a dynamic one")
-    return attention_mask
+    raise ValueError(f"a layer of this encoder has a mask by {name}, which attention with prompts does not have")
+
+
+_WINDOWS: dict[str, Callable[[int], Window]] = {
+    "sliding_window_overlay": lambda size: (size - 1, None),
+    "sliding_window_bidirectional_overlay": lambda size: (size, size),
+    "_bidirectional_window_overlay": lambda size: (size - 1, size - 1),
+}
+"""transformers' functions of places, by the name of what makes them, and how far each lets a token see."""
+
+
+def _strictest(limits: Sequence[int | None]) -> int | None:
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _widest(limits: Sequence[int | None]) -> int | None:
+    return None if None in limits else max(limits)
 
 
 def _replace_config(old: Any, new: Any, encoder: nn.Module) -> None:
@@ -95,16 +154,10 @@ def _register_interfaces() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, _padding_mask)
+    AttentionMaskInterface.register(NAME, _mask)
 
 
 def _attach(encoder: nn.Module) -> Callable[[nn.Module], None]:
-    for name, part in encoder.named_modules():
-        if (window := getattr(part, "sliding_window", None)) is not None:
-            raise TypeError(
-                f"this {type(encoder).__name__} can't take prompts: its {name} sees a window of {window} tokens; take one that "
-                "attends to all tokens, or pass this one's features"
-            )
     # a config of its own: the user's may be a decoder's or another encoder's too
     config, ours = encoder.config, copy.copy(encoder.config)
     undo = functools.partial(_replace_config, ours, config)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from .._autocast import cast
-from .._checks import MAX_HEAD_DIM
+from .._checks import MAX_HEAD_DIM, check_window
 from .._settings import checked
 from ..receptive_field import ReceptiveField
 from .tables import Prefix
@@ -39,9 +39,14 @@ class PromptAttention(nn.Module):
         norm_layer: width -> norm, for ``qk_norm`` and ``scale_norm``.
         device, dtype: of the parameters.
         impl: "auto", or an implementation of :func:`mope_fast.functional.prompt_attention`.
+        num_kv_heads: Hkv, heads of keys and values, a divisor of H; default H. ``qkv`` gives H heads of queries, then Hkv of keys
+            and Hkv of values.
+        window: (left, right), how many tokens before and behind it each token sees, None for no limit; None sees all.
 
     Raises:
-        ValueError: D is no multiple of H, Dh is above 256, a norm is asked for without ``norm_layer``, or a dropout is not 0.
+        TypeError: ``window`` is no pair of integers or None.
+        ValueError: D is no multiple of H or H none of Hkv, Dh is above 256, a norm is asked for without ``norm_layer``, a dropout
+            is not 0, or a limit of the window is below 0.
 
     Example:
         >>> for block in vit.blocks:                                          # a timm VisionTransformer
@@ -71,6 +76,8 @@ class PromptAttention(nn.Module):
         dtype: torch.dtype | None = None,
         *,
         impl: str = "auto",
+        num_kv_heads: int | None = None,
+        window: tuple[int | None, int | None] | None = None,
     ):
         super().__init__()
         if num_heads < 1:
@@ -83,12 +90,16 @@ class PromptAttention(nn.Module):
             raise ValueError(
                 f"PromptAttention has no dropout, got attn_drop={attn_drop} and proj_drop={proj_drop}: leave them at 0"
             )
-        self.num_heads = num_heads
+        self.num_heads, self.num_kv_heads = num_heads, num_heads if num_kv_heads is None else num_kv_heads
+        if self.num_kv_heads < 1 or num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads must be a divisor of num_heads={num_heads}, got {num_kv_heads}")
+        check_window(window)
+        self.window = window
         self.head_dim = _checked_head_dim(dim // num_heads if attn_head_dim is None else attn_head_dim)
         self.impl = impl
         factory = {"device": device, "dtype": dtype}
         width = self.num_heads * self.head_dim
-        self.qkv = nn.Linear(dim, 3 * width, bias=qkv_bias, **factory)
+        self.qkv = nn.Linear(dim, width + 2 * self.num_kv_heads * self.head_dim, bias=qkv_bias, **factory)
         self.q_norm = norm_layer(self.head_dim, **factory) if qk_norm else nn.Identity()
         self.k_norm = norm_layer(self.head_dim, **factory) if qk_norm else nn.Identity()
         self.norm = norm_layer(width, **factory) if scale_norm else nn.Identity()
@@ -136,7 +147,8 @@ class PromptAttention(nn.Module):
 
         module = cls.__new__(cls)
         nn.Module.__init__(module)
-        module.num_heads, module.head_dim, module.impl = attention.num_heads, head_dim, impl
+        module.num_heads = module.num_kv_heads = attention.num_heads
+        module.head_dim, module.impl, module.window = head_dim, impl, None
         module.qkv, module.q_norm, module.k_norm = attention.qkv, attention.q_norm, attention.k_norm
         module.norm = getattr(attention, "norm", nn.Identity())
         module.gate = getattr(attention, "gate", None)
@@ -150,15 +162,15 @@ class PromptAttention(nn.Module):
         return None if isinstance(self.k_norm, nn.Identity) else self.k_norm
 
     def k_proj(self, rows: Tensor) -> Tensor:
-        """Keys (..., H * Dh) of rows (..., D), before ``k_norm``. Like ``v_proj``, all of ``qkv``: that may be any module."""
-        return self.qkv(rows).chunk(3, dim=-1)[1]
+        """Keys (..., Hkv * Dh) of rows (..., D), before ``k_norm``. Like ``v_proj``, all of ``qkv``: that may be any module."""
+        return self._split(rows)[1]
 
     def v_proj(self, rows: Tensor) -> Tensor:
-        """Values (..., H * Dh) of rows (..., D)."""
-        return self.qkv(rows).chunk(3, dim=-1)[2]
+        """Values (..., Hkv * Dh) of rows (..., D)."""
+        return self._split(rows)[2]
 
     def prefix(self, prompts: Tensor) -> Prefix:
-        """Prompts as a prefix of this attention: their key and value, (B or 1, H, P, Dh) each.
+        """Prompts as a prefix of this attention: their key and value, (B or 1, Hkv, P, Dh) each.
 
         Args:
             prompts: (B or 1, P, D), through the norm before the attention, as its input is.
@@ -181,19 +193,21 @@ class PromptAttention(nn.Module):
 
         Args:
             x: (B, S, D).
-            prefixes: up to two (key, value) pairs (B or 1, H, P, Dh), see :meth:`prefix`.
+            prefixes: up to two (key, value) pairs (B or 1, Hkv, P, Dh), see :meth:`prefix`.
             attn_mask: as torch's ``scaled_dot_product_attention`` takes it, in place of ``key_padding_mask`` and ``bias``:
                 whatever broadcasts to (B, H, S, S), bool with True = visible, or float to be added. Timm's blocks pass it.
             is_causal: query i sees the tokens up to i, of those that masks leave visible.
             key_padding_mask: (B, S) bool, True = a real token.
             bias: (B or 1, H or 1, S, S), added to the scaled products.
-            field: which tokens see which; not with prefixes or ``is_causal``.
+            field: which tokens see which; not with prefixes, ``is_causal`` or a window.
 
         Returns:
             (B, S, dim_out). A token that sees nothing attends to zeros.
         """
-        if field is not None and (is_causal or len(prefixes)):
-            raise ValueError("field takes neither prefixes nor is_causal: put the prompts into the sequence as groups of the field")
+        if field is not None and (is_causal or len(prefixes) or self.window is not None):
+            raise ValueError(
+                "field takes no prefixes, is_causal or window: put the prompts into the sequence as groups of the field"
+            )
         q, k, v = self.queries_keys_values(x)
         if attn_mask is not None:
             if key_padding_mask is not None or bias is not None:
@@ -201,13 +215,13 @@ class PromptAttention(nn.Module):
             key_padding_mask, bias = _split_attn_mask(attn_mask, q)
         masking = {"key_padding_mask": key_padding_mask, "bias": bias, "impl": self.impl}
         if field is None:
-            out = functional.prompt_attention(q, k, v, prefixes, is_causal=is_causal, **masking)
+            out = functional.prompt_attention(q, k, v, prefixes, is_causal=is_causal, window=self.window, **masking)
         else:
             out = functional.receptive_field_attention(q, k, v, field, **masking)
         return self.output(out, x)
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, S, D) -> what attention takes, (B, H, S, Dh) each, normed."""
+        """(B, S, D) -> what attention takes, q (B, H, S, Dh), k and v (B, Hkv, S, Dh), normed."""
         q, k, v = self._heads("x", x)
         # under autocast a norm may answer in float32
         return cast(self.q_norm(q), v.dtype), cast(self.k_norm(k), v.dtype), v
@@ -218,14 +232,19 @@ class PromptAttention(nn.Module):
         return self.proj(out if self.gate is None else out * self.gate(x).sigmoid())
 
     def _heads(self, name: str, rows: Tensor) -> tuple[Tensor, ...]:
-        """(B, S, D) -> query, key, value (B, H, S, Dh), before their norms."""
+        """(B, S, D) -> query (B, H, S, Dh), key and value (B, Hkv, S, Dh), before their norms."""
         if rows.dim() != 3:
             raise ValueError(f"{name} must be (B, {'P' if name == 'prompts' else 'S'}, D), got {tuple(rows.shape)}")
-        batch, length, _ = rows.shape
-        return self.qkv(rows).reshape(batch, length, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind()
+        return tuple(part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in self._split(rows))
+
+    def _split(self, rows: Tensor) -> tuple[Tensor, ...]:
+        key_width = self.num_kv_heads * self.head_dim
+        return self.qkv(rows).split([self.num_heads * self.head_dim, key_width, key_width], dim=-1)
 
     def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}, head_dim={self.head_dim}, impl={self.impl!r}"
+        heads = f"num_heads={self.num_heads}" + f", num_kv_heads={self.num_kv_heads}" * (self.num_kv_heads != self.num_heads)
+        window = "" if self.window is None else f", window={self.window}"
+        return f"{heads}, head_dim={self.head_dim}, impl={self.impl!r}{window}"
 
 
 def _checked_head_dim(head_dim: int) -> int:

@@ -1,6 +1,8 @@
 """``mope_fast::prompt_attention`` and its backward: CPU maths, Triton launches and the autograd function on top.
 
-One op for prefixes, causality, padding, bias and receptive fields. ``field`` is ``ReceptiveField.lowered``.
+One op for prefixes, windows, padding, bias and receptive fields. ``field`` is ``ReceptiveField.lowered``; ``left`` and ``right``
+are a window's, None for no limit (a causal one has none on the left and 0 on the right). ``key_padding_mask`` is about tokens, or
+about both prefixes and tokens. ``scale`` is not negative.
 """
 
 import math
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .._autocast import without_autocast
-from ..reference.attention import all_values, causal_mask, masked_weights, softmax_or_zero
+from ..reference.attention import UNLIMITED, Window, all_rows, masked_weights, softmax_or_zero, window_mask
 from ._registration import apply, define, once_differentiable
 from ._triton import INTERPRETED, castable, not_empty, prefix_targets, strides, sum_parts
 
@@ -20,9 +22,10 @@ if TYPE_CHECKING:
 
 LOG2_E = math.log2(math.e)
 _PREFIX_ARGUMENTS = {
-    "pk0_ptr", "pv0_ptr", "pk1_ptr", "pv1_ptr", "pk0_strides", "pv0_strides", "pk1_strides", "pv1_strides",
-    "P0", "P1", "BLOCK_P0", "BLOCK_P1",
+    "pk0_ptr", "pv0_ptr", "pk1_ptr", "pv1_ptr", "pk0_strides", "pv0_strides", "pk1_strides", "pv1_strides"
 }  # fmt: skip
+_LEAST_SCALE = 1e-30
+"""Exponents are multiplied by it where scale is 0: 0 times -inf is no number."""
 
 
 class _Tensors(NamedTuple):
@@ -71,7 +74,7 @@ def _statistics_dtype(q: Tensor) -> torch.dtype:
     return torch.promote_types(q.dtype, torch.float32)
 
 
-def _fake_forward(given: _Tensors, scale: float, is_causal: bool) -> tuple[Tensor, Tensor]:
+def _fake_forward(given: _Tensors, scale: float, left: int | None, right: int | None) -> tuple[Tensor, Tensor]:
     q = given.q
     return _empty_tokens(q), q.new_empty((*q.shape[:3], 2), dtype=_statistics_dtype(q))
 
@@ -96,7 +99,7 @@ def _empty_grads(given: _Tensors, needs: list[bool]) -> list[Tensor]:
     ]
 
 
-def _fake_backward(grad_out, given: _Tensors, out, statistics, scale, is_causal, needs):
+def _fake_backward(grad_out, given: _Tensors, out, statistics, scale, left, right, needs):
     return tuple(_empty_grads(given, needs))
 
 
@@ -105,11 +108,11 @@ def _flops(given: _Tensors, products: int) -> int:
     return 2 * products * batch * heads * queries * keys * head_dim
 
 
-def _visible(given: _Tensors, is_causal: bool) -> Tensor | None:
+def _visible(given: _Tensors, window: Window) -> Tensor | None:
     """bool (Sq, Sk) or None for all."""
     q, k, field = given.q, given.k, given.field
-    if is_causal:
-        return causal_mask(q.shape[2], k.shape[2], q.device)
+    if window != UNLIMITED:
+        return window_mask(q.shape[2], k.shape[2], window, q.device)
     if field is None:
         return None
     index = torch.arange(k.shape[2], device=q.device)
@@ -119,16 +122,16 @@ def _visible(given: _Tensors, is_causal: bool) -> Tensor | None:
     return visible
 
 
-def _reference_weights(given: _Tensors, scale: float, is_causal: bool) -> Tensor:
-    masking = {"visible": _visible(given, is_causal), "key_padding_mask": given.padding, "bias": given.bias}
+def _reference_weights(given: _Tensors, scale: float, window: Window) -> Tensor:
+    masking = {"visible": _visible(given, window), "key_padding_mask": given.padding, "bias": given.bias}
     return masked_weights(given.q, given.k, given.prefix_keys, scale=scale, **masking)
 
 
-def _reference_forward(given: _Tensors, scale: float, is_causal: bool) -> tuple[Tensor, Tensor]:
+def _reference_forward(given: _Tensors, scale: float, left: int | None, right: int | None) -> tuple[Tensor, Tensor]:
     q = given.q
-    out, statistics = _fake_forward(given, scale, is_causal)
-    weights = _reference_weights(given, scale, is_causal)
-    out.copy_(softmax_or_zero(weights) @ all_values(given.v, given.prefix_values, weights.dtype))
+    out, statistics = _fake_forward(given, scale, left, right)
+    weights = _reference_weights(given, scale, (left, right))
+    out.copy_(softmax_or_zero(weights) @ all_rows(given.v, given.prefix_values, q, weights.dtype))
     fully_masked = (weights == float("-inf")).all(-1)
     largest = weights.amax(-1) if weights.shape[-1] else weights.new_zeros(q.shape[:3])
     largest = largest.masked_fill(fully_masked, 0.0)
@@ -138,19 +141,21 @@ def _reference_forward(given: _Tensors, scale: float, is_causal: bool) -> tuple[
     return out, statistics
 
 
-def _reference_backward(grad_out, given: _Tensors, out, statistics, scale, is_causal, needs):
+def _reference_backward(grad_out, given: _Tensors, out, statistics, scale, left, right, needs):
     """The formulas in the docstring of ``kernels/prompt_attention.py``, line by line."""
     q, bias = given.q, given.bias
     grad_q, grad_k, grad_v, grads0, grads1, grad_bias = grads = _empty_grads(given, needs)
-    weights = _reference_weights(given, scale, is_causal)
+    weights = _reference_weights(given, scale, (left, right))
     dtype = weights.dtype
     p = softmax_or_zero(weights)
-    keys, values = all_values(given.k, given.prefix_keys, dtype), all_values(given.v, given.prefix_values, dtype)
+    keys = all_rows(given.k, given.prefix_keys, q, dtype)
+    values = all_rows(given.v, given.prefix_values, q, dtype)
     g = grad_out.to(dtype)
     ds = p * (g @ values.mT - (g * out).sum(-1, keepdim=True))
     if needs[0]:
         grad_q.copy_(scale * ds @ keys)
-    to_keys, to_values = scale * ds.mT @ q.to(dtype), p.mT @ g
+    key_heads = (given.k.shape[1], q.shape[1] // max(given.k.shape[1], 1))
+    to_keys, to_values = (t.unflatten(1, key_heads).sum(2) for t in (scale * ds.mT @ q.to(dtype), p.mT @ g))
     start = 0
     for pk, grad, need in ((given.pk0, grads0, needs[3]), (given.pk1, grads1, needs[4])):
         if pk is not None:
@@ -172,17 +177,19 @@ def _for_each_sample(tensor: Tensor | None, batch: int, heads: int) -> Tensor | 
     return tensor if tensor is None or tensor.shape[:2] == (batch, heads) else tensor.expand(batch, heads, -1, -1)
 
 
-def _common_arguments(given: _Tensors, is_causal: bool) -> dict[str, Any]:
+def _common_arguments(given: _Tensors, scale: float, left: int | None, right: int | None) -> dict[str, Any]:
     """What the kernels share, by the names of their parameters."""
     from ..kernels import launch
     from ..kernels import prompt_attention as kernels
 
     q, k, v, pk0, pv0, pk1, pv1, field, padding, bias = given
-    batch, heads, queries, head_dim = q.shape
+    (batch, heads, queries, head_dim), (_, key_heads, keys, _) = q.shape, k.shape
     lengths = [0 if pk is None else pk.shape[2] for pk in (pk0, pk1)]
-    pk0, pv0, pk1, pv1 = (not_empty(_for_each_sample(t, batch, heads)) for t in (pk0, pv0, pk1, pv1))
+    pk0, pv0, pk1, pv1 = (not_empty(_for_each_sample(t, batch, key_heads)) for t in (pk0, pv0, pk1, pv1))
     bias = _for_each_sample(bias, batch, heads)
-    by_rows = {0: kernels.CAUSAL if is_causal else kernels.FULL, 4: kernels.INTERVALS, 6: kernels.GROUPS}
+    by_tokens = kernels.WINDOW if left is not None else kernels.FULL if right is None else kernels.CAUSAL
+    by_rows = {0: by_tokens, 4: kernels.INTERVALS, 6: kernels.GROUPS}
+    no_limit = queries + keys
     return {
         "q_ptr": q, "k_ptr": k, "v_ptr": v, "pk0_ptr": pk0, "pv0_ptr": pv0, "pk1_ptr": pk1, "pv1_ptr": pv1,
         "field_ptr": field, "padding_ptr": padding, "bias_ptr": bias,
@@ -190,10 +197,12 @@ def _common_arguments(given: _Tensors, is_causal: bool) -> dict[str, Any]:
         "pk0_strides": strides(pk0, 4), "pv0_strides": strides(pv0, 4),
         "pk1_strides": strides(pk1, 4), "pv1_strides": strides(pv1, 4),
         "padding_strides": strides(padding, 2), "bias_strides": strides(bias, 4),
-        "H": heads, "Sq": queries, "Sk": k.shape[2], "P0": lengths[0], "P1": lengths[1],
+        "H": heads, "Sq": queries, "Sk": keys, "P0": lengths[0], "P1": lengths[1],
+        "left": no_limit if left is None else min(left, no_limit), "right": no_limit if right is None else min(right, no_limit),
+        "scale_log2": max(scale, _LEAST_SCALE) * LOG2_E,
         "VISIBILITY": by_rows[0 if field is None else field.shape[0]].value,
+        "MASKED_PREFIXES": padding is not None and padding.shape[1] > keys, "GROUP": heads // max(key_heads, 1),
         "HEAD_DIM": head_dim, "BLOCK_D": launch.padded_head_dim(head_dim),
-        "BLOCK_P0": launch.prefix_block(lengths[0]), "BLOCK_P1": launch.prefix_block(lengths[1]),
     }  # fmt: skip
 
 
@@ -202,23 +211,23 @@ def _tiles(launch: "AttentionLaunch") -> dict[str, int]:
     return {"BLOCK_Q": block_q, "BLOCK_K": block_k, "num_warps": num_warps, "num_stages": num_stages}
 
 
-def _triton_forward(given: _Tensors, scale: float, is_causal: bool) -> tuple[Tensor, Tensor]:
+def _triton_forward(given: _Tensors, scale: float, left: int | None, right: int | None) -> tuple[Tensor, Tensor]:
     from ..kernels import launch
     from ..kernels import prompt_attention as kernels
 
     q = given.q
-    out, statistics = _fake_forward(given, scale, is_causal)
+    out, statistics = _fake_forward(given, scale, left, right)
     if out.numel() == 0:
         return out, statistics
-    tiles = launch.attention_launch(q.shape[2], given.k.shape[2], q.shape[3], q.element_size())
+    tiles = launch.attention_launch(q.shape[2], q.shape[3], q.element_size())
     kernels.attention_kernel[(-(-q.shape[2] // tiles.block_q) * q.shape[0] * q.shape[1],)](
-        **_common_arguments(given, is_causal),
-        out_ptr=out, statistics_ptr=statistics, scale_log2=scale * LOG2_E, out_strides=out.stride(), **_tiles(tiles),
+        **_common_arguments(given, scale, left, right),
+        out_ptr=out, statistics_ptr=statistics, out_strides=out.stride(), **_tiles(tiles),
     )  # fmt: skip
     return out, statistics
 
 
-def _triton_backward(grad_out, given: _Tensors, out, statistics, scale, is_causal, needs):
+def _triton_backward(grad_out, given: _Tensors, out, statistics, scale, left, right, needs):
     from ..kernels import launch
     from ..kernels import prompt_attention as kernels
 
@@ -229,11 +238,10 @@ def _triton_backward(grad_out, given: _Tensors, out, statistics, scale, is_causa
         return tuple(grad.zero_() for grad in grads)
     delta = statistics.new_empty(statistics.shape[:3])
     arguments = {
-        **_common_arguments(given, is_causal),
-        "grad_out_ptr": grad_out, "grad_out_strides": grad_out.stride(),
-        "statistics_ptr": statistics, "delta_ptr": delta, "scale_log2": scale * LOG2_E,
+        **_common_arguments(given, scale, left, right),
+        "grad_out_ptr": grad_out, "grad_out_strides": grad_out.stride(), "statistics_ptr": statistics, "delta_ptr": delta,
     }  # fmt: skip
-    tiles = launch.query_grads_launch(queries, keys, head_dim, q.element_size())
+    tiles = launch.query_grads_launch(head_dim, q.element_size())
     kernels.query_grads_kernel[(-(-queries // tiles.block_q) * batch * heads,)](
         **arguments, out_ptr=out, grad_q_ptr=not_empty(grad_q), scale=scale,
         out_strides=out.stride(), grad_q_strides=strides(not_empty(grad_q), 4), **_tiles(tiles),
@@ -258,19 +266,21 @@ def _key_gradients(
 
     q, keys = arguments["q_ptr"], arguments["Sk"]
     batch, heads, queries, head_dim = q.shape
-    tiles = launch.key_grads_launch(queries, keys, head_dim, q.element_size())
+    tiles = launch.key_grads_launch(head_dim, q.element_size())
     token_tiles = -(-keys // tiles.block_k) if grad_k is not None else 0
     splits = launch.prefix_splits(queries)
     targets = prefix_targets(grads, batch, splits, arguments["statistics_ptr"].dtype)
     lengths = [0 if target is None else target.shape[4] for target in targets]
-    parts = [-(-length // launch.prefix_block(length)) * splits if length else 0 for length in lengths]
-    programs = (token_tiles + sum(parts)) * batch * heads
+    blocks = [launch.prefix_block(length) for length in (arguments["P0"], arguments["P1"])]
+    parts = [-(-length // block) * splits if length else 0 for length, block in zip(lengths, blocks, strict=True)]
+    programs = (token_tiles + sum(parts)) * batch * (heads // arguments["GROUP"])
     if programs:
         kernels.key_grads_kernel[(programs,)](
             **arguments, grad_k_ptr=grad_k, grad_v_ptr=grad_v, grads0_ptr=targets[0], grads1_ptr=targets[1],
-            token_tiles=token_tiles, parts0=parts[0], parts1=parts[1], scale=scale,
+            token_tiles=token_tiles, parts0=parts[0], parts1=parts[1], splits=splits, scale=scale,
             grad_k_strides=strides(grad_k, 4), grad_v_strides=strides(grad_v, 4),
-            grads0_strides=strides(targets[0], 6), grads1_strides=strides(targets[1], 6), SPLITS=splits, **_tiles(tiles),
+            grads0_strides=strides(targets[0], 6), grads1_strides=strides(targets[1], 6),
+            BLOCK_P0=blocks[0], BLOCK_P1=blocks[1], **_tiles(tiles),
         )  # fmt: skip
     sum_parts(grads, targets)
 
@@ -278,7 +288,7 @@ def _key_gradients(
 _PREFIXES = "Tensor? prefix_k0, Tensor? prefix_v0, Tensor? prefix_k1, Tensor? prefix_v1"
 prompt_attention_forward = define(
     f"prompt_attention(Tensor q, Tensor k, Tensor v, {_PREFIXES}, Tensor? field, Tensor? key_padding_mask, Tensor? bias, "
-    "float scale, bool is_causal) -> (Tensor out, Tensor statistics)",
+    "float scale, SymInt? left, SymInt? right) -> (Tensor out, Tensor statistics)",
     cpu=_of_forward(_triton_forward if INTERPRETED else _reference_forward),
     cuda=_of_forward(_triton_forward),
     fake=_of_forward(_fake_forward),
@@ -287,7 +297,8 @@ prompt_attention_forward = define(
 )
 prompt_attention_backward = define(
     f"prompt_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, {_PREFIXES}, Tensor? field, "
-    "Tensor? key_padding_mask, Tensor? bias, Tensor out, Tensor statistics, float scale, bool is_causal, bool[] needs) "
+    "Tensor? key_padding_mask, Tensor? bias, Tensor out, Tensor statistics, float scale, SymInt? left, SymInt? right, "
+    "bool[] needs) "
     "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_prefix0, Tensor grad_prefix1, Tensor grad_bias)",
     cpu=_of_backward(_triton_backward if INTERPRETED else _reference_backward),
     cuda=_of_backward(_triton_backward),
@@ -306,7 +317,7 @@ class _PromptAttention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.scale, ctx.is_causal = inputs
+        *tensors, ctx.scale, ctx.left, ctx.right = inputs
         ctx.save_for_backward(*tensors, *output)
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
@@ -315,15 +326,15 @@ class _PromptAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_out, _):
         if grad_out is None:
-            return (None,) * 12
+            return (None,) * 13
         asked = ctx.needs_input_grad
         needs = [*asked[:3], asked[3] or asked[4], asked[5] or asked[6], asked[9]]
         with without_autocast(grad_out.device.type):
             grad_q, grad_k, grad_v, grads0, grads1, grad_bias = prompt_attention_backward(
-                grad_out, *ctx.saved_tensors, ctx.scale, ctx.is_causal, needs
+                grad_out, *ctx.saved_tensors, ctx.scale, ctx.left, ctx.right, needs
             )
         both = [grads.unbind(0) if need else (None, None) for grads, need in ((grads0, needs[3]), (grads1, needs[4]))]
-        grads = (grad_q, grad_k, grad_v, *both[0], *both[1], None, None, grad_bias, None, None)
+        grads = (grad_q, grad_k, grad_v, *both[0], *both[1], None, None, grad_bias, None, None, None)
         return tuple(grad if need else None for grad, need in zip(grads, asked, strict=True))
 
 
@@ -334,7 +345,7 @@ def prompt_attention(
     prefixes: Sequence[tuple[Tensor, Tensor]],
     *,
     field: Tensor | None,
-    is_causal: bool,
+    window: Window,
     key_padding_mask: Tensor | None,
     bias: Tensor | None,
     scale: float | None,
@@ -344,4 +355,6 @@ def prompt_attention(
     if INTERPRETED:
         *flat, bias = castable(q.dtype, *flat, bias)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return apply(_PromptAttention, q, k, v, *flat, field, key_padding_mask, bias, scale, is_causal)[0]
+    if scale < 0:
+        q, scale = -q, -scale
+    return apply(_PromptAttention, q, k, v, *flat, field, key_padding_mask, bias, scale, *window)[0]

@@ -9,7 +9,7 @@ from torch import Tensor
 from .._autocast import cast
 from .._values import can_be_looked_at
 from ..receptive_field import ReceptiveField
-from ..reference.attention import causal_mask
+from ..reference.attention import CAUSAL, UNLIMITED, Window, window_mask
 
 
 def prompt_attention(
@@ -18,7 +18,7 @@ def prompt_attention(
     v: Tensor,
     prefixes: Sequence[tuple[Tensor, Tensor]],
     *,
-    is_causal: bool,
+    window: Window,
     key_padding_mask: Tensor | None,
     bias: Tensor | None,
     scale: float | None,
@@ -26,31 +26,41 @@ def prompt_attention(
     """scaled_dot_product_attention on concatenated keys; a mask tensor only where one is needed."""
     if prefixes and q.requires_grad and _is_part(q):
         q = q.contiguous()  # else the whole packed projection is kept for the backward pass, beside keys and values
-    if not is_causal and key_padding_mask is None and bias is None:
+    if window == UNLIMITED and key_padding_mask is None and bias is None:
         return _attended(q, *concatenated(k, v, prefixes), scale, fresh=len(prefixes) > 0)
     queries, tokens = q.shape[2], k.shape[2]
     prefix_length = sum(pk.shape[2] for pk, _ in prefixes)
     # torch's own triangle gives NaN for scales that are not positive
     plain = key_padding_mask is None and bias is None and (scale is None or scale > 0)
-    if is_causal and queries == tokens and not prefix_length and plain:
-        return F.scaled_dot_product_attention(*readable(q, k, v), is_causal=True, scale=scale)
+    if window == CAUSAL and queries == tokens and not prefix_length and plain:
+        return F.scaled_dot_product_attention(*readable(q, k, v), is_causal=True, scale=scale, **_sharing(q, k))
     hidden = _hidden_keys(k, prefix_length + tokens) if prefix_length else 0
     if hidden:
         rows = k.new_zeros(1, k.shape[1], hidden, k.shape[3])
         prefixes = [(rows, rows), *prefixes]
     k, v = concatenated(k, v, prefixes)
-    if not is_causal and bias is None and prefix_length:
-        mask = _behind(key_padding_mask[:, None, None, :], prefix_length, hidden, seen=True, unseen=False)
-        return _attended(q, k, v, scale, mask, fresh=True)
     # a triangle aligned to the last key would do for prefixes too, but torch's object for it (CausalBias) doesn't compile in 2.15
-    visible = causal_mask(queries, tokens, q.device) if is_causal else None
+    visible = None if window == UNLIMITED else window_mask(queries, tokens, window, q.device)
     return _attention(q, k, v, visible, key_padding_mask, bias, prefix_length, scale, hidden)
+
+
+def _sharing(q: Tensor, k: Tensor) -> dict[str, bool]:
+    return {} if q.shape[1] == k.shape[1] else {"enable_gqa": True}
+
+
+def repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values with a head for each of q's."""
+    if q.shape[1] == k.shape[1]:
+        return k, v
+    return tuple(t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
 
 
 def _attended(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None = None, *, fresh: bool) -> Tensor:
     """``fresh``: keys and values are concatenations, whose rows don't overlap."""
+    if mask is not None:
+        k, v = repeated(q, k, v)  # torch's kernels that take a mask and shared heads keep all products
     q, k, v = (*readable(q), k, v) if fresh else readable(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, **_sharing(q, k))
 
 
 def _is_part(tensor: Tensor) -> bool:
@@ -133,26 +143,38 @@ def in_range(bias: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(bias.isinf(), bias, bias.clamp(limits.min, limits.max)).to(dtype)
 
 
-def visible_and_fully_masked(
-    visible: Tensor | None, key_padding_mask: Tensor | None, bias: Tensor | None, prefix_length: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """Which token keys a query sees (None: all), and which queries see nothing at all (None: there is none)."""
+def over_all_keys(
+    visible: Tensor | None, key_padding_mask: Tensor | None, bias: Tensor | None, prefix_length: int, tokens: int, hidden: int = 0
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Which keys a query sees (None: all), the bias, and which queries see nothing at all (None: there is none).
+
+    ``visible`` and ``bias`` are about tokens, ``key_padding_mask`` about tokens or all keys but the hidden ones. Keys are: hidden
+    ones, which nobody sees; those of prefixes, which everybody sees; those of tokens.
+    """
+    padding, is_sure = None, prefix_length > 0
     if key_padding_mask is not None:
-        padding = key_padding_mask[:, None, None, :]
-        visible = padding if visible is None else visible & padding
-    if prefix_length or (visible is None and bias is None):
-        return visible, None
+        masked_prefixes = key_padding_mask.shape[1] > tokens
+        is_sure = is_sure and not masked_prefixes
+        padding = _behind(key_padding_mask, 0 if masked_prefixes else prefix_length, hidden, seen=True, unseen=False)
+        padding = padding[:, None, None, :]
+    if bias is not None:
+        bias = _behind(bias, prefix_length, hidden, seen=0.0, unseen=float("-inf"))
+    if visible is not None:
+        visible = _behind(visible, prefix_length, hidden, seen=True, unseen=False)
+    visible = padding if visible is None else visible if padding is None else visible & padding
+    if is_sure or (visible is None and bias is None):
+        return visible, bias, None
     seen = True if visible is None else visible
     if bias is not None:
         seen = seen & (bias != float("-inf"))
     fully_masked = ~seen.any(-1, keepdim=True)
     # where looking costs no wait for a device, it saves a pass over the output
-    return visible, None if can_be_looked_at(fully_masked) and not fully_masked.any() else fully_masked
+    return visible, bias, None if can_be_looked_at(fully_masked) and not fully_masked.any() else fully_masked
 
 
 def _behind(mask: Tensor, prefix_length: int, hidden: int, *, seen: float, unseen: float) -> Tensor:
-    """A mask of token keys behind what ``prefix_length`` and ``hidden`` keys before them have in it."""
-    mask = F.pad(mask, (prefix_length, 0), value=seen)
+    """A mask behind what ``prefix_length`` and ``hidden`` keys before it have in it."""
+    mask = F.pad(mask, (prefix_length, 0), value=seen) if prefix_length else mask
     return F.pad(mask, (hidden, 0), value=unseen) if hidden else mask
 
 
@@ -167,16 +189,15 @@ def _attention(
     scale: float | None,
     hidden: int = 0,
 ) -> Tensor:
-    """Masks are about token keys, the last of k and v; before them is the prefix, and before that are hidden keys."""
+    """See :func:`over_all_keys`, for the order of keys in k and v too."""
     bias = None if bias is None else in_range(bias, q.dtype)
-    visible, fully_masked = visible_and_fully_masked(visible, key_padding_mask, bias, prefix_length)
+    tokens = k.shape[2] - prefix_length - hidden
+    visible, bias, fully_masked = over_all_keys(visible, key_padding_mask, bias, prefix_length, tokens, hidden)
     if bias is not None:
         mask = bias if visible is None else bias.masked_fill(~visible, float("-inf"))
-        mask = _behind(mask, prefix_length, hidden, seen=0.0, unseen=float("-inf"))
         # a softmax over nothing is undefined: let such a query see everything, then take its output away
         mask = mask if fully_masked is None else mask.masked_fill(fully_masked, 0.0)
     else:
-        mask = None if visible is None else _behind(visible, prefix_length, hidden, seen=True, unseen=False)
-        mask = mask if fully_masked is None else mask | fully_masked
-    out = F.scaled_dot_product_attention(*readable(q, k, v), attn_mask=mask, scale=scale)
+        mask = visible if fully_masked is None else visible | fully_masked
+    out = _attended(q, k, v, scale, mask, fresh=prefix_length + hidden > 0)
     return out if fully_masked is None else out.masked_fill(fully_masked, 0.0)

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..receptive_field import ReceptiveField
-from ..reference.attention import causal_mask
-from .sdpa_attention import concatenated, in_range, visible_and_fully_masked
+from ..reference.attention import CAUSAL, UNLIMITED, Window, window_mask
+from .sdpa_attention import concatenated, in_range, over_all_keys, repeated
 
 ALIGNMENT = 8
 _RUNTIME = "libcudart.so.12"
@@ -54,21 +54,22 @@ def prompt_attention(
     v: Tensor,
     prefixes: Sequence[tuple[Tensor, Tensor]],
     *,
-    is_causal: bool,
+    window: Window,
     key_padding_mask: Tensor | None,
     bias: Tensor | None,
     scale: float | None,
 ) -> Tensor:
-    """memory_efficient_attention on concatenated keys; a tensor bias only for padding or a bias."""
+    """memory_efficient_attention on concatenated keys; a tensor bias only for padding, a window or a bias."""
     from xformers.ops.fmha.attn_bias import LowerTriangularFromBottomRightMask
 
     queries, tokens = q.shape[2], k.shape[2]
     prefix_length = sum(pk.shape[2] for pk, _ in prefixes)
     k, v = concatenated(k, v, prefixes)
     # aligned to the last key, the triangle leaves every prefix key visible; with fewer tokens than queries it doesn't
-    if is_causal and key_padding_mask is None and bias is None and queries <= tokens:
+    if window == CAUSAL and key_padding_mask is None and bias is None and queries <= tokens:
         return _attention(q, k, v, LowerTriangularFromBottomRightMask(), scale)
-    visible = causal_mask(queries, tokens, q.device) if is_causal else None
+    # xformers' own window would hide prefixes too, and of its operators those for CUDA that come with it don't take it
+    visible = None if window == UNLIMITED else window_mask(queries, tokens, window, q.device)
     return _with_tensor_bias(q, k, v, visible, key_padding_mask, bias, prefix_length, scale)
 
 
@@ -104,15 +105,15 @@ def _with_tensor_bias(
     scale: float | None,
 ) -> Tensor:
     bias = None if bias is None else in_range(bias, q.dtype)
-    visible, fully_masked = visible_and_fully_masked(visible, key_padding_mask, bias, prefix_length)
+    visible, bias, fully_masked = over_all_keys(visible, key_padding_mask, bias, prefix_length, k.shape[2] - prefix_length)
     if visible is None and bias is None:
         return _attention(q, k, v, None, scale)
     (batch, heads, queries, _), keys = q.shape, k.shape[2]
-    tensor = q.new_zeros(1, 1, queries, keys - prefix_length) if bias is None else bias
+    tensor = q.new_zeros(1, 1, queries, keys) if bias is None else bias
     tensor = tensor if visible is None else tensor.masked_fill(~visible, float("-inf"))
     tensor = tensor if fully_masked is None else tensor.masked_fill(fully_masked, 0.0)
     # rows of the storage are a multiple of the alignment, the tensor is a view of their beginning
-    tensor = F.pad(tensor, (prefix_length, -keys % ALIGNMENT)).contiguous()[..., :keys].expand(batch, heads, -1, -1)
+    tensor = F.pad(tensor, (0, -keys % ALIGNMENT)).contiguous()[..., :keys].expand(batch, heads, -1, -1)
     if torch.is_grad_enabled() and tensor.requires_grad and not any(t.requires_grad for t in (q, k, v)):
         q = q.detach().requires_grad_()  # xformers asks only q, k and v whether there will be a backward
     out = _attention(q, k, v, tensor, scale)
@@ -123,6 +124,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Any, scale: float | None) 
     """(B, H, S, Dh) in and out; xformers has tokens before heads."""
     from xformers.ops import memory_efficient_attention
 
+    k, v = repeated(q, k, v)
     if q.numel() == 0 or k.shape[2] == 0:
         return q @ k.mT @ v  # zeros that know where they come from
     head_dim = q.shape[-1]

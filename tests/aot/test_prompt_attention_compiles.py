@@ -1,4 +1,4 @@
-"""Every launch-table entry of prompt_attention compiles for sm_80, sm_86 and sm_90, fits, and moves its data in wide words."""
+"""Every launch-table entry of prompt_attention compiles for sm_80 to sm_120, fits, and moves its data in wide words."""
 
 import re
 from dataclasses import dataclass
@@ -32,12 +32,14 @@ class Case:
     tokens: int = 197
     prefixes: tuple[tuple[int, int], ...] = ()
     """(batch, length) of each."""
-    is_causal: bool = False
+    window: tuple[int | None, int | None] = (None, None)
     padding: bool = False
     bias: bool = False
     field: ReceptiveField | None = None
     batch: int = 2
     heads: int = 4
+    key_heads: int = 4
+    masked_prefixes: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -61,7 +63,8 @@ COMMON = [
     Case("Dh=32", head_dim=32, prefixes=BOTH),
     Case("Dh=80", head_dim=80, prefixes=BOTH),
     Case("Dh=64 padded", prefixes=BOTH, padding=True),
-    Case("Dh=64 causal", prefixes=BOTH, is_causal=True),
+    Case("Dh=64 causal", prefixes=BOTH, window=(None, 0)),
+    Case("Dh=64 window, shared keys", prefixes=BOTH, window=(64, 64), key_heads=2),
     Case("Dh=64 intervals", field=INTERVALS),
     Case("Dh=64 fp16, one prefix", dtype=FP16, prefixes=((2, 32),)),
 ]
@@ -69,15 +72,16 @@ OTHERS = [
     Case("Dh=64 groups", field=GAPS),
     Case("Dh=34 intervals, padded", head_dim=34, field=INTERVALS, padding=True),
     Case("Dh=34 with prefixes", head_dim=34, prefixes=BOTH),
-    Case("Dh=64 everything", prefixes=BOTH, padding=True, bias=True, is_causal=True),
+    Case("Dh=64 everything", prefixes=BOTH, padding=True, bias=True, window=(None, 0), masked_prefixes=True),
+    Case("Dh=256 window, shared keys, padded", head_dim=256, prefixes=BOTH, padding=True, window=(511, 0), key_heads=1),
     Case("Dh=64 groups, padded, bias", field=GAPS, padding=True, bias=True),
-    Case("Dh=16, one token", head_dim=16, tokens=1, prefixes=((2, 1),), batch=2, heads=1),
+    Case("Dh=16, one token", head_dim=16, tokens=1, prefixes=((2, 1),), batch=2, heads=1, key_heads=1),
     Case("Dh=256 fp32 everything", dtype=FP32, head_dim=256, prefixes=BOTH, padding=True, bias=True),
     Case("Dh=64 long, prefix split over queries", tokens=2305, prefixes=((1, 32),)),
 ]
 
 
-QUICK = [case for case in COMMON if case.name in ("Dh=64", "Dh=64 causal", "Dh=64 intervals")]
+QUICK = [case for case in COMMON if case.name in ("Dh=64", "Dh=64 window, shared keys", "Dh=64 intervals")]
 
 
 @pytest.fixture
@@ -99,16 +103,18 @@ def record(monkeypatch):
         def empty(*shape: int) -> torch.Tensor:
             return view(torch.empty(shape, dtype=case.dtype))
 
-        q, k, v = empty(batch, tokens, 3, heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        packed = empty(batch, tokens, heads + 2 * case.key_heads, head_dim).transpose(1, 2)
+        q, k, v = packed.split([heads, case.key_heads, case.key_heads], dim=1)
         pairs = [(b, length) for b, length in case.prefixes for _ in range(2)]
-        prefixes = [empty(b, length, heads, head_dim).transpose(1, 2) for b, length in pairs] + [None] * (4 - len(pairs))
+        prefixes = [empty(b, length, case.key_heads, head_dim).transpose(1, 2) for b, length in pairs] + [None] * (4 - len(pairs))
         field = case.field.lowered(q.device) if case.field else None
-        padding = torch.empty(batch, tokens, dtype=torch.bool) if case.padding else None
+        masked = tokens + sum(length for _, length in case.prefixes) * case.masked_prefixes
+        padding = torch.empty(batch, masked, dtype=torch.bool) if case.padding else None
         bias = empty(1, heads, tokens, tokens) if case.bias else None
         inputs = (q, k, v, *prefixes, field, padding, bias)
-        out, lse = ops._triton_forward(ops._Tensors(*inputs), 0.125, case.is_causal)
+        out, lse = ops._triton_forward(ops._Tensors(*inputs), 0.125, *case.window)
         needs = [True] * 5 + [case.bias]
-        ops._triton_backward(view(torch.empty_like(out)), ops._Tensors(*inputs), out, lse, 0.125, case.is_causal, needs)
+        ops._triton_backward(view(torch.empty_like(out)), ops._Tensors(*inputs), out, lse, 0.125, *case.window, needs)
         assert [launch.kernel.fn.__name__ for launch in launches] == list(KERNELS[: 3 + case.bias])
         return list(launches)
 

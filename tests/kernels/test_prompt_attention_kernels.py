@@ -84,9 +84,11 @@ def make_inputs(
     prefixes=(),
     padding=False,
     bias=None,
+    key_heads=None,
+    masked_prefixes=False,
     seed=0,
 ) -> dict[str, Tensor | None]:
-    """Random leaves, rounded to dtype: q, k, v, pk0 to pv1, padding, bias. ``prefixes`` has (batch, length) pairs.
+    """Random leaves, rounded to dtype: q, k, v, pk0 to pv1, bias; and masks. ``prefixes``: (batch, length) pairs.
 
     Logits have a standard deviation of 1/2. Sharper ones make the largest error of every online softmax (torch's, too) a matter of
     luck beside eager's: p comes back from a rounded logarithm, and <g, out> cancels with an output that was rounded.
@@ -97,27 +99,34 @@ def make_inputs(
         return (scale * torch.randn(shape, generator=generator)).to(dtype).to(device).requires_grad_()
 
     inputs = {"q": normal(batch, heads, queries, head_dim, scale=0.5)}
-    inputs |= {name: normal(batch, heads, keys, head_dim) for name in ("k", "v")}
+    key_heads = heads if key_heads is None else key_heads
+    inputs |= {name: normal(batch, key_heads, keys, head_dim) for name in ("k", "v")}
     for i in range(2):
         for side in ("pk", "pv"):
-            shape = None if i >= len(prefixes) else (prefixes[i][0], heads, prefixes[i][1], head_dim)
+            shape = None if i >= len(prefixes) else (prefixes[i][0], key_heads, prefixes[i][1], head_dim)
             inputs[f"{side}{i}"] = None if shape is None else normal(*shape)
     inputs["bias"] = None if bias is None else normal(*bias, queries, keys, scale=0.5)
     inputs["padding"] = make_padding(batch, keys, device) if padding else None
+    for i, (_, length) in enumerate(prefixes if masked_prefixes else ()):
+        # of another sample each a key is there, of the last of several none
+        inputs[f"mask{i}"] = (torch.arange(length) + torch.arange(batch)[:, None]) % 3 > 0
+        inputs[f"mask{i}"][1:][-1:] = False
+        inputs[f"mask{i}"] = inputs[f"mask{i}"].to(device)
     return inputs
 
 
-def attend(inputs, impl, *, field=None, is_causal=False, scale=None) -> Tensor:
+def attend(inputs, impl, *, field=None, is_causal=False, window=None, scale=None) -> Tensor:
     q, k, v = (inputs[name] for name in ("q", "k", "v"))
     masking = {"key_padding_mask": inputs["padding"], "bias": inputs["bias"], "scale": scale, "impl": impl}
     if field is not None:
         return receptive_field_attention(q, k, v, field, **masking)
-    prefixes = [(inputs[f"pk{i}"], inputs[f"pv{i}"]) for i in range(2) if inputs[f"pk{i}"] is not None]
-    return prompt_attention(q, k, v, prefixes, is_causal=is_causal, **masking)
+    members = [[inputs.get(f"{name}{i}") for name in ("pk", "pv", "mask")] for i in range(2)]
+    prefixes = [tuple(t for t in prefix if t is not None) for prefix in members if prefix[0] is not None]
+    return prompt_attention(q, k, v, prefixes, is_causal=is_causal, window=window, **masking)
 
 
 def leaves(inputs) -> dict[str, Tensor]:
-    return {name: t for name, t in inputs.items() if t is not None and name != "padding"}
+    return {name: t for name, t in inputs.items() if t is not None and t.is_floating_point()}
 
 
 def run(inputs, upstream, impl="triton", **settings) -> dict[str, Tensor]:
@@ -133,7 +142,7 @@ def random_upstream(inputs) -> Tensor:
 
 def one_head(sizes):
     """A cheaper form of the same problem."""
-    return {**sizes, "heads": 1, "bias": (sizes["bias"][0], 1)}
+    return {**sizes, "heads": 1, "key_heads": 1, "bias": (sizes["bias"][0], 1)}
 
 
 def many_rows(sizes, settings):
@@ -145,7 +154,9 @@ def many_rows(sizes, settings):
         field = settings["field"]
         lengths = {group: 5 * length for group, length in zip(field.groups, field.lengths, strict=True)}
         settings = {**settings, "field": ReceptiveField(lengths, dict(zip(field.groups, field.visible, strict=True)))}
-    keys = 110 if "is_causal" in settings else 90
+    keys = 110 if {"is_causal", "window"} & set(settings) else 90
+    if "window" in settings:
+        settings = {**settings, "window": tuple(None if limit is None else 9 * limit for limit in settings["window"])}
     return {**sizes, "queries": 90, "keys": keys, "head_dim": 32}, settings
 
 
@@ -199,6 +210,17 @@ PROBLEMS = {
         {"prefixes": [(1, 6), (2, 7)], "padding": True, "bias": (1, 2)},
         {"is_causal": True, "scale": 0.5},
     ),
+    "a window": ({}, {"window": (3, 2)}),
+    "a window behind": ({"prefixes": [(1, 6)]}, {"window": (None, 2)}),
+    "shared keys, a causal window, masked prefixes, bias, negative scale": (
+        {"heads": 4, "key_heads": 2, "prefixes": [(1, 6), (2, 7)], "masked_prefixes": True, "bias": (2, 1)},
+        {"is_causal": True, "window": (5, 2), "scale": -0.5},
+    ),
+    "shared keys, padding, masked prefixes": (
+        {"heads": 2, "key_heads": 1, "prefixes": [(2, 17)], "padding": True, "masked_prefixes": True},
+        {"window": (4, 3)},
+    ),
+    "shared keys, gaps": ({"heads": 2, "key_heads": 1}, {"field": GAPS}),
     "intervals": ({}, {"field": INTERVALS}),
     "gaps": ({}, {"field": GAPS}),
     "intervals, padding": ({"padding": True}, {"field": INTERVALS}),
@@ -207,7 +229,12 @@ PROBLEMS = {
 }
 EVERYTHING = {
     name: PROBLEMS[name]
-    for name in ("prefixes, padding, bias, causal, scale", "intervals, padding, bias, scale", "gaps, padding, bias")
+    for name in (
+        "prefixes, padding, bias, causal, scale",
+        "intervals, padding, bias, scale",
+        "gaps, padding, bias",
+        "shared keys, a causal window, masked prefixes, bias, negative scale",
+    )
 }
 IN_OTHERS = ("a prefix for each sample", "bias for each head", "bias for each sample and head", "intervals", "gaps")
 """What another problem has too."""
@@ -244,7 +271,9 @@ def test_the_float32_tiles_of_the_launch_tables_equal_the_reference(sizes, setti
 
 @pytest.mark.parametrize(("block_q", "block_k"), [(16, 16), (16, 32), (32, 16)])
 @pytest.mark.parametrize(
-    "settings", [{"is_causal": True}, {"field": GAPS}, {"field": INTERVALS}], ids=["causal", "gaps", "intervals"]
+    "settings",
+    [{"is_causal": True}, {"window": (9, 4)}, {"window": (0, 38)}, {"field": GAPS}, {"field": INTERVALS}],
+    ids=["causal", "window", "window ahead", "gaps", "intervals"],
 )
 def test_any_tiles_equal_the_reference(block_q, block_k, settings, device, monkeypatch):
     set_tiles(monkeypatch, block_q, block_k)
@@ -288,7 +317,7 @@ def test_queries_are_split_and_added_in_float32(batch, queries, dtype, device, s
     inputs = make_inputs(dtype, device, batch=batch, queries=queries, keys=5, head_dim=32, prefixes=[(1, 35), (batch, 3)])
     check_against_truth(inputs, dtype)
     arguments = dict(launches)["key_grads_kernel"]
-    assert (arguments["SPLITS"], arguments["parts0"], arguments["parts1"]) == (3, 6, 3)
+    assert (arguments["splits"], arguments["parts0"], arguments["parts1"]) == (3, 6, 3)
     assert arguments["grads0_ptr"].dtype == arguments["grads1_ptr"].dtype == torch.float32
     assert arguments["grads0_ptr"].shape == (2, batch, 3, 2, 35, 32)
 
@@ -370,9 +399,10 @@ def test_views_inside_nan_give_the_same_bits(sizes, settings, device):
 
 
 def packed(inputs):
-    """q, k and v as slices of one projection's output (B, S, 3, H, Dh)."""
-    rows = torch.stack([inputs[name].detach().transpose(1, 2) for name in ("q", "k", "v")], dim=2).contiguous()
-    return {**inputs, **{name: rows[:, :, i].transpose(1, 2).requires_grad_() for i, name in enumerate(("q", "k", "v"))}}
+    """q, k and v as slices of one projection's output (B, S, heads of all, Dh)."""
+    parts = [inputs[name].detach().transpose(1, 2) for name in ("q", "k", "v")]
+    slices = torch.cat(parts, dim=2).split([part.shape[2] for part in parts], dim=2)
+    return {**inputs, **{name: rows.transpose(1, 2).requires_grad_() for name, rows in zip(("q", "k", "v"), slices, strict=True)}}
 
 
 @everything
@@ -452,6 +482,7 @@ def test_only_asked_for_gradients_are_computed(needs, device, monkeypatch):
     [
         ({}, {}, ("FULL", False, False, 0, 0)),
         ({"prefixes": [(1, 6), (2, 17)]}, {"is_causal": True}, ("CAUSAL", False, False, 16, 32)),
+        ({}, {"is_causal": True, "window": (3, 3)}, ("WINDOW", False, False, 0, 0)),
         ({"prefixes": [(1, 70)], "padding": True}, {}, ("FULL", True, False, 32, 0)),
         ({"prefixes": [(1, 0), (2, 3)]}, {}, ("FULL", False, False, 0, 16)),
         ({"bias": (1, 1)}, {"field": INTERVALS}, ("INTERVALS", False, True, 0, 0)),
@@ -472,10 +503,12 @@ def test_what_is_absent_is_compiled_away(sizes, settings, constants, device, mon
         if name != "bias_grads_kernel":
             assert (arguments["bias_ptr"] is not None) == has_bias
             assert (arguments["pk0_ptr"] is not None, arguments["pk1_ptr"] is not None) == (block_p0 > 0, block_p1 > 0)
+        if name == "key_grads_kernel":
             assert (arguments["BLOCK_P0"], arguments["BLOCK_P1"]) == (block_p0, block_p1)
 
 
 BLIND = {
+    "a window beyond the keys": ({"keys": 5, "bias": (1, 1)}, {"window": (1, 2)}),
     "padding": ({"padding": True, "bias": (2, 1)}, {}),
     "causal with fewer keys": ({"keys": 5, "bias": (1, 1)}, {"is_causal": True}),
     "intervals": ({}, {"field": INTERVALS}),
@@ -491,6 +524,9 @@ def test_a_query_without_a_key_gives_zeros_and_zero_gradients(sizes, settings, d
     visible = torch.ones(2, queries, keys, dtype=torch.bool, device=device)
     if settings.get("is_causal"):
         visible = visible.tril(keys - queries)
+    if "window" in settings:
+        left, right = settings["window"]
+        visible = visible.tril(keys - queries + right).triu(keys - queries - left)
     if "field" in settings:
         visible = visible & settings["field"].mask(device)
     if inputs["padding"] is not None:
@@ -517,7 +553,7 @@ def test_statistics_are_in_base_2_and_infinite_without_a_key(device, small_tiles
     inputs = make_inputs(torch.float32, device, prefixes=[(1, 0)], padding=True, bias=(1, 2))
     arguments = [None if t is None else t.detach() for t in (inputs[n] for n in ("q", "k", "v", "pk0", "pv0", "pk1", "pv1"))]
     bias = inputs["bias"].detach()
-    _, statistics = prompt_attention_forward(*arguments, None, inputs["padding"], bias, 0.5, False)
+    _, statistics = prompt_attention_forward(*arguments, None, inputs["padding"], bias, 0.5, None, None)
     weights = (0.5 * arguments[0].double() @ arguments[1].double().mT + bias).masked_fill(
         ~inputs["padding"][:, None, None, :], float("-inf")
     )
@@ -692,7 +728,7 @@ def op(inputs, upstream, field: Tensor) -> dict[str, Tensor]:
 
     names = leaves(inputs)
     out = op(
-        *(inputs[name] for name in ("q", "k", "v")), (), field=field, is_causal=False, key_padding_mask=inputs["padding"],
+        *(inputs[name] for name in ("q", "k", "v")), (), field=field, window=(None, None), key_padding_mask=inputs["padding"],
         bias=inputs["bias"], scale=None,
     )  # fmt: skip
     return {"out": out, **dict(zip(names, torch.autograd.grad(out, names.values(), upstream), strict=True))}
@@ -750,16 +786,25 @@ def test_a_field_is_its_mask(name, device, small_tiles):
     torch.testing.assert_close(got["v"].double(), truth, rtol=1e-5, atol=1e-5)
 
 
-def test_keys_that_no_query_of_a_tile_sees_are_skipped(device, monkeypatch):
-    """Garbage that would turn products into NaN: an interval field never reads what is outside."""
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"field": ReceptiveField({"a": 16, "b": 16, "c": 16}, {"a": ["a"], "b": ["b"], "c": ["a", "b"]})},
+        {"window": (None, 0)},
+        {"window": (7, 0)},
+    ],
+    ids=["intervals", "causal", "window"],
+)
+def test_keys_that_no_query_of_a_tile_sees_are_skipped(settings, device, monkeypatch):
+    """Garbage that would turn products into NaN is never read."""
     set_tiles(monkeypatch, 16, 16)
-    field = ReceptiveField({"a": 16, "b": 16, "c": 16}, {"a": ["a"], "b": ["b"], "c": ["a", "b"]})
     inputs = make_inputs(torch.float32, device, batch=1, queries=48, keys=48)
-    clean = attend(inputs, "triton", field=field)
+    clean = attend(inputs, "triton", **settings)
     with torch.no_grad():
         for name in ("k", "v"):
             inputs[name][:, :, 32:] = float("nan")
-    assert torch.equal(attend(inputs, "triton", field=field), clean)
+    rows = slice(None) if "field" in settings else slice(0, 32)
+    assert torch.equal(attend(inputs, "triton", **settings)[:, :, rows], clean[:, :, rows])
 
 
 @pytest.mark.parametrize(("padded", "dtype"), [(40, torch.float32), (64, torch.bfloat16)], ids=str)

@@ -404,8 +404,8 @@ def test_constructor_refuses_what_can_not_run(arguments, message):
     ("arguments", "error", "message"),
     [
         (lambda x, p: {"x": x[0]}, ValueError, r"x must be \(B, S, D\), got \(7, 32\)"),
-        (lambda x, p: {"x": x, "prefixes": [p], "field": FIELD}, ValueError, "field takes neither prefixes nor is_causal"),
-        (lambda x, p: {"x": x, "is_causal": True, "field": FIELD}, ValueError, "field takes neither prefixes nor is_causal"),
+        (lambda x, p: {"x": x, "prefixes": [p], "field": FIELD}, ValueError, "field takes no prefixes, is_causal or window"),
+        (lambda x, p: {"x": x, "is_causal": True, "field": FIELD}, ValueError, "field takes no prefixes, is_causal or window"),
         (lambda x, p: {"x": x[:, :5], "field": FIELD}, ValueError, r"the field has 2 \+ 4 \+ 1 = 7 positions, but q has 5"),
         (lambda x, p: {"x": x, "prefixes": [p] * 3}, ValueError, r"at most two \(key, value\) pairs, got 3"),
         (lambda x, p: {"x": x, "prefixes": x}, TypeError, r"prefixes must be a sequence of \(key, value\) pairs"),

@@ -20,7 +20,7 @@ def random(*shape):
 def attention():
     prefix = [random(1, HEADS, 2, HEAD_DIM) for _ in range(2)], [random(BATCH, HEADS, 4, HEAD_DIM) for _ in range(2)]
     q, k, v = random(BATCH, HEADS, QUERIES, HEAD_DIM), random(BATCH, HEADS, KEYS, HEAD_DIM), random(BATCH, HEADS, KEYS, HEAD_DIM)
-    return prompt_attention(q, k, v, prefix, field=None, is_causal=False, key_padding_mask=None, bias=None, scale=None)
+    return prompt_attention(q, k, v, prefix, field=None, window=(None, None), key_padding_mask=None, bias=None, scale=None)
 
 
 def windows():

@@ -31,7 +31,16 @@ PROBLEMS = {
     "a shared prefix": {"prefixes": [1]},
     "both prefixes": {"prefixes": [1, BATCH]},
     "both prefixes the other way round, bias": {"prefixes": [BATCH, 1], "bias": (1, HEADS)},
-    "everything": {"prefixes": [1, BATCH], "padding": True, "bias": (BATCH, 1), "is_causal": True},
+    "everything": {"prefixes": [1, BATCH], "padding": True, "bias": (BATCH, 1), "window": (None, 0)},
+    "a window": {"window": (2, 1)},
+    "shared keys, a window, masked prefixes, bias": {
+        "key_heads": 1,
+        "prefixes": [BATCH, 1],
+        "padding": "all",
+        "window": (1, 2),
+        "bias": (1, HEADS),
+    },
+    "shared keys, gaps": {"key_heads": 1, "field": GAPS},
     "padding, bias": {"padding": True, "bias": (1, 1)},
     "intervals": {"field": INTERVALS},
     "gaps, padding, bias": {"field": GAPS, "padding": True, "bias": (BATCH, HEADS)},
@@ -40,9 +49,18 @@ problems = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
 
 
 def make_inputs(
-    dtype=torch.float64, *, prefixes=(), padding=False, bias=None, field=None, is_causal=False, permuted=False, batch=BATCH
+    dtype=torch.float64,
+    *,
+    prefixes=(),
+    padding=False,
+    bias=None,
+    field=None,
+    window=None,
+    permuted=False,
+    batch=BATCH,
+    key_heads=HEADS,
 ) -> dict[str, Tensor | None]:
-    """Leaves by the names of the op's arguments, without ``is_causal``: a problem can be unpacked whole."""
+    """Leaves by the names of the op's arguments, without ``window``: a problem can be unpacked whole."""
 
     def normal(*shape):
         values = torch.randn(*reversed(shape)).permute(*reversed(range(len(shape)))) if permuted else torch.randn(*shape)
@@ -50,15 +68,18 @@ def make_inputs(
 
     queries = KEYS if field is not None else QUERIES
     inputs = {"q": normal(batch, HEADS, queries, HEAD_DIM)}
-    inputs |= {name: normal(batch, HEADS, KEYS, HEAD_DIM) for name in ("k", "v")}
+    inputs |= {name: normal(batch, key_heads, KEYS, HEAD_DIM) for name in ("k", "v")}
     for i in range(2):
         for side in ("pk", "pv"):
-            inputs[f"{side}{i}"] = normal(prefixes[i], HEADS, i + 2, HEAD_DIM) if i < len(prefixes) else None
+            inputs[f"{side}{i}"] = normal(prefixes[i], key_heads, i + 2, HEAD_DIM) if i < len(prefixes) else None
     inputs["field"] = None if field is None else field.lowered(CPU)
     inputs["padding"] = None
     if padding:  # a hole in the middle of the first sample, nothing but padding in the last
         inputs["padding"] = torch.arange(KEYS) < torch.tensor([KEYS, 4, 0])[:, None]
         inputs["padding"][0, 3] = False
+    if padding == "all":  # of all keys: nothing is there for the last sample
+        there = torch.tensor([[True, False, True, True, False], [False] * 2 + [True] * 3, [False] * 5])
+        inputs["padding"] = torch.cat([there, inputs["padding"]], dim=1)
     inputs["bias"] = None if bias is None else normal(*bias, queries, KEYS)
     return inputs
 
@@ -71,12 +92,14 @@ def detached(inputs) -> list[Tensor | None]:
     return [None if t is None else t.detach() for t in inputs.values()]
 
 
-def through_op(inputs, is_causal=False, scale=None) -> Tensor:
+def limits(problem):
+    return problem.get("window", (None, None))
+
+
+def through_op(inputs, window=(None, None), scale=None) -> Tensor:
     q, k, v, pk0, pv0, pk1, pv1, field, padding, bias = inputs.values()
     prefixes = [pair for pair in ((pk0, pv0), (pk1, pv1)) if pair[0] is not None]
-    return ops.prompt_attention(
-        q, k, v, prefixes, field=field, is_causal=is_causal, key_padding_mask=padding, bias=bias, scale=scale
-    )
+    return ops.prompt_attention(q, k, v, prefixes, field=field, window=window, key_padding_mask=padding, bias=bias, scale=scale)
 
 
 def through_functional(inputs, problem, impl, scale=None) -> Tensor:
@@ -85,14 +108,18 @@ def through_functional(inputs, problem, impl, scale=None) -> Tensor:
     if "field" in problem:
         return functional.receptive_field_attention(q, k, v, problem["field"], **masking)
     prefixes = [pair for pair in ((pk0, pv0), (pk1, pv1)) if pair[0] is not None]
-    return functional.prompt_attention(q, k, v, prefixes, is_causal=problem.get("is_causal", False), **masking)
+    if problem.get("padding") == "all":
+        of_prefixes, masking["key_padding_mask"] = padding.split([padding.shape[1] - KEYS, KEYS], dim=1)
+        lengths = [keys.shape[2] for keys, _ in prefixes]
+        prefixes = [(*pair, mask) for pair, mask in zip(prefixes, of_prefixes.split(lengths, dim=1), strict=True)]
+    return functional.prompt_attention(q, k, v, prefixes, window=problem.get("window"), **masking)
 
 
 @problems
 @pytest.mark.parametrize("scale", [None, 0.7])
 def test_op_and_its_backward_equal_the_differentiated_reference(problem, scale):
     inputs = make_inputs(**problem)
-    got = through_op(inputs, problem.get("is_causal", False), scale)
+    got = through_op(inputs, limits(problem), scale)
     expected = through_functional(inputs, problem, "reference", scale)
     torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
     upstream = torch.randn_like(expected)
@@ -104,19 +131,19 @@ def test_op_and_its_backward_equal_the_differentiated_reference(problem, scale):
 def test_results_have_the_dtypes_and_layout_of_their_inputs(dtype):
     inputs = make_inputs(dtype, **PROBLEMS["everything"])
     inputs["pk0"], inputs["pv0"], inputs["bias"] = (inputs[n].detach().float().requires_grad_() for n in ("pk0", "pv0", "bias"))
-    out = through_op(inputs, is_causal=True)
+    out = through_op(inputs, (None, 0))
     assert out.dtype == dtype
     assert out.transpose(1, 2).is_contiguous()
     grads = torch.autograd.grad(out, leaves(inputs), torch.randn_like(out))
     for leaf, grad in zip(leaves(inputs), grads, strict=True):
         assert (grad.shape, grad.dtype) == (leaf.shape, leaf.dtype)
-    _, statistics = ops.prompt_attention_forward(*detached(inputs), 0.5, True)
+    _, statistics = ops.prompt_attention_forward(*detached(inputs), 0.5, None, 0)
     assert statistics.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
 def test_statistics_are_the_largest_exponent_and_the_log_of_the_sum_in_base_2_infinite_where_nothing_is_seen():
     inputs = make_inputs(**PROBLEMS["padding, bias"])
-    _, statistics = ops.prompt_attention_forward(*detached(inputs), 0.5, False)
+    _, statistics = ops.prompt_attention_forward(*detached(inputs), 0.5, None, None)
     weights = (0.5 * inputs["q"] @ inputs["k"].mT + inputs["bias"]).masked_fill(~inputs["padding"][:, None, None, :], float("-inf"))
     exact = {"rtol": 1e-12, "atol": 1e-12}
     torch.testing.assert_close(statistics[:2].sum(-1), weights[:2].exp().sum(-1).log2(), **exact)
@@ -129,10 +156,12 @@ def test_statistics_are_the_largest_exponent_and_the_log_of_the_sum_in_base_2_in
 @pytest.mark.parametrize(("dtype", "permuted"), [(torch.float32, True), (torch.bfloat16, False)], ids=str)
 def test_opcheck_of_the_forward_op(problem, permuted, dtype):
     inputs = detached(make_inputs(dtype, **problem, permuted=permuted))
-    torch.library.opcheck(ops.prompt_attention_forward, (*inputs, 0.4, problem.get("is_causal", False)))
+    torch.library.opcheck(ops.prompt_attention_forward, (*inputs, 0.4, *limits(problem)))
 
 
-@pytest.mark.parametrize("name", ["a shared prefix", "everything", "gaps, padding, bias"])
+@pytest.mark.parametrize(
+    "name", ["a shared prefix", "everything", "gaps, padding, bias", "shared keys, a window, masked prefixes, bias"]
+)
 @pytest.mark.parametrize(("dtype", "permuted"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)
 @pytest.mark.parametrize(
     "needs",
@@ -148,10 +177,10 @@ def test_opcheck_of_the_forward_op(problem, permuted, dtype):
 def test_opcheck_of_the_backward_op(name, permuted, dtype, needs):
     problem = PROBLEMS[name]
     inputs = detached(make_inputs(dtype, **problem, permuted=permuted))
-    is_causal = problem.get("is_causal", False)
-    out, statistics = ops.prompt_attention_forward(*inputs, 0.4, is_causal)
+    window = limits(problem)
+    out, statistics = ops.prompt_attention_forward(*inputs, 0.4, *window)
     grad_out = torch.randn(HEAD_DIM, *inputs[0].shape[:3]).permute(1, 2, 3, 0).to(dtype) if permuted else torch.randn_like(out)
-    torch.library.opcheck(ops.prompt_attention_backward, (grad_out, *inputs, out, statistics, 0.4, is_causal, needs))
+    torch.library.opcheck(ops.prompt_attention_backward, (grad_out, *inputs, out, statistics, 0.4, *window, needs))
 
 
 @problems
@@ -160,7 +189,7 @@ def test_gradcheck(problem):
     names = [name for name, t in inputs.items() if t is not None and name not in ("field", "padding")]
 
     def function(*values):
-        return through_op({**inputs, **dict(zip(names, values, strict=True))}, problem.get("is_causal", False))
+        return through_op({**inputs, **dict(zip(names, values, strict=True))}, limits(problem))
 
     assert torch.autograd.gradcheck(function, leaves(inputs), fast_mode=True)
 
@@ -208,7 +237,7 @@ def step(function, batch, problem=None):
     torch.manual_seed(batch)
     problem = problem or {}
     sizes = {"batch": batch, "prefixes": [1, batch], **problem}
-    inputs = make_inputs(torch.float32, **{name: value for name, value in sizes.items() if name != "is_causal"})
+    inputs = make_inputs(torch.float32, **{name: value for name, value in sizes.items() if name != "window"})
     inputs["padding"] = torch.rand(batch, KEYS) < 0.7
     out = function(inputs)
     return [out, *torch.autograd.grad(out, leaves(inputs), torch.randn_like(out))]
@@ -224,9 +253,9 @@ def check_compiled(function, problem):
                 torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_the_op_compiles_in_one_graph_without_recompiling_for_a_new_batch(is_causal):
-    check_compiled(lambda inputs: through_op(inputs, is_causal), {"bias": (1, HEADS), "is_causal": is_causal})
+@pytest.mark.parametrize("window", [(None, None), (2, 1)])
+def test_the_op_compiles_in_one_graph_without_recompiling_for_a_new_batch(window):
+    check_compiled(lambda inputs: through_op(inputs, window), {"bias": (1, HEADS), "window": window})
 
 
 @pytest.mark.parametrize("field", [INTERVALS, GAPS], ids=["intervals", "gaps"])
@@ -242,8 +271,8 @@ def test_the_op_compiles_with_a_field(field):
     slow_but([("auto", (1, HEADS))], [("auto", (1, HEADS)), ("sdpa", None), ("reference", (1, HEADS))]),
 )
 def test_prompt_attention_compiles_in_one_graph_without_recompiling_for_a_new_batch(impl, bias):
-    for is_causal in (False, True):
-        problem = {"bias": bias, "is_causal": is_causal}
+    for window in (None, (None, 0), (2, 1)):
+        problem = {"bias": bias, "window": window}
         check_compiled(lambda inputs, problem=problem: through_functional(inputs, problem, impl), problem)
 
 
@@ -278,17 +307,17 @@ def test_raw_ops_refuse_inputs_that_require_grad():
             leaf.requires_grad_(False)
         inputs[name].requires_grad_(True)
         with pytest.raises(RuntimeError, match=r"raw op has no gradient: call mope_fast\.functional\.prompt_attention"):
-            ops.prompt_attention_forward(*inputs.values(), 0.5, True)
+            ops.prompt_attention_forward(*inputs.values(), 0.5, None, 0)
         with torch.no_grad():
-            out, statistics = ops.prompt_attention_forward(*inputs.values(), 0.5, True)
+            out, statistics = ops.prompt_attention_forward(*inputs.values(), 0.5, None, 0)
         with pytest.raises(RuntimeError, match=r"prompt_attention_backward got an input that requires grad"):
-            ops.prompt_attention_backward(torch.randn_like(out), *inputs.values(), out, statistics, 0.5, True, [True] * 6)
+            ops.prompt_attention_backward(torch.randn_like(out), *inputs.values(), out, statistics, 0.5, None, 0, [True] * 6)
 
 
 @pytest.mark.parametrize("upstream", ["constant", "of the output"])
 def test_a_second_derivative_raises(upstream):
     inputs = make_inputs(**PROBLEMS["everything"])
-    out = through_op(inputs, is_causal=True)
+    out = through_op(inputs, (None, 0))
     out = out if upstream == "constant" else out.square()
     (grad,) = torch.autograd.grad(out, inputs["q"], torch.randn_like(out), create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):

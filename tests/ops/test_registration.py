@@ -15,7 +15,7 @@ def mix(x, weight):
 
 def attend(x, weight):
     q = (x @ weight)[None, None]
-    masking = {"field": None, "is_causal": False, "key_padding_mask": None, "bias": None, "scale": None}
+    masking = {"field": None, "window": (None, None), "key_padding_mask": None, "bias": None, "scale": None}
     return prompt_attention.prompt_attention(q, q, q, [], **masking)
 
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from mope_fast import ReceptiveField
@@ -52,8 +52,9 @@ def generators(draw):
 
 def tokens(draw, generator, queries, keys):
     """q, k, v in float32, as the kernels take it."""
-    batch, heads, head_dim = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.sampled_from([2, 5, 16, 34]))
-    return [normal(generator, batch, heads, n, head_dim) for n in (queries, keys, keys)]
+    batch, heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.sampled_from([1, 1, 3]))
+    head_dim = draw(st.sampled_from([2, 5, 16, 34]))
+    return [normal(generator, batch, n, length, head_dim) for n, length in ((heads * group, queries), (heads, keys), (heads, keys))]
 
 
 @st.composite
@@ -63,13 +64,18 @@ def field_problems(draw):
     return field, *tokens(draw, draw(generators()), field.size, field.size)
 
 
+def windows():
+    limit = st.none() | st.integers(0, 8)
+    return st.none() | st.tuples(limit, limit)
+
+
 @st.composite
 def prompt_problems(draw, max_prefixes=2, causal=True):
-    """(q, k, v, prefixes, settings); causal only where no query is before the first key."""
+    """(q, k, v, prefixes, settings); causal or a window only where no query is before the first key."""
     queries, keys = draw(st.integers(1, 20)), draw(st.integers(0, 20))
     generator = draw(generators())
     q, k, v = tokens(draw, generator, queries, keys)
-    batch, heads, _, head_dim = q.shape
+    batch, heads, _, head_dim = k.shape
     prefixes = []
     for _ in range(draw(st.integers(0, max_prefixes))):
         shape = (draw(st.sampled_from([1, batch])), heads, draw(st.integers(0, 6)), head_dim)
@@ -77,6 +83,7 @@ def prompt_problems(draw, max_prefixes=2, causal=True):
     padding = torch.rand(batch, keys, generator=generator).to(DEVICE) < draw(st.sampled_from([0.0, 0.6, 0.9]))
     options = {
         "is_causal": causal and queries <= keys and draw(st.booleans()),
+        "window": draw(windows()) if causal and queries <= keys else None,
         "key_padding_mask": padding if draw(st.booleans()) else None,
     }
     return q, k, v, prefixes, options
@@ -149,6 +156,7 @@ def test_a_gradient_reaches_exactly_the_groups_that_are_seen(problem, data, impl
 @given(problem=field_problems())
 def test_a_field_equals_its_mask_in_double(problem, impl):
     field, q, k, v = problem
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
     weights = q.double() @ k.double().mT * q.shape[-1] ** -0.5
     weights = weights.masked_fill(~field.mask(DEVICE), float("-inf"))
     # rows without a key are 0 / 0
@@ -175,12 +183,16 @@ def test_an_output_lies_between_the_values_that_its_query_sees(problem, impl):
     out = prompt_attention(q, k, v, prefixes, **options, impl=impl)
     (batch, _, queries, _), keys = q.shape, k.shape[2]
     visible = torch.ones(batch, queries, keys, dtype=torch.bool, device=DEVICE)
-    if options["is_causal"]:
-        visible &= torch.arange(keys, device=DEVICE) <= torch.arange(queries, device=DEVICE)[:, None] + keys - queries
+    left, right = options["window"] or (None, None)
+    right = 0 if options["is_causal"] else right
+    ahead = torch.arange(keys, device=DEVICE) - torch.arange(queries, device=DEVICE)[:, None] - keys + queries
+    far = keys + queries
+    visible &= (ahead >= -(far if left is None else left)) & (ahead <= (far if right is None else right))
     if options["key_padding_mask"] is not None:
         visible &= options["key_padding_mask"][:, None, :]
     values = torch.cat([*(pv.expand(batch, -1, -1, -1) for _, pv in prefixes), v], dim=2)
     visible = torch.cat([visible.new_ones(batch, queries, values.shape[2] - keys), visible], dim=2)
+    values = values.repeat_interleave(q.shape[1] // values.shape[1], dim=1)
     for b in range(batch):
         for i in range(queries):
             hull = values[b][:, visible[b, i]]
@@ -216,6 +228,7 @@ def reversed_pairs(prefixes):
 @given(problem=prompt_problems())
 def test_a_prefix_is_tokens_before_the_first(problem, impl):
     q, k, v, prefixes, options = problem
+    assume(options["window"] is None or options["window"][0] is None)  # a limit on that side would hide such tokens
     batch = q.shape[0]
     keys, values = (torch.cat([*(p[side].expand(batch, -1, -1, -1) for p in prefixes), t], dim=2) for side, t in ((0, k), (1, v)))
     mask = options["key_padding_mask"]
