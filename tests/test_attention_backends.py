@@ -71,6 +71,7 @@ CASES = {
     "everything": Case(bias=(BATCH, 1), prefixes=(BATCH, 1), is_causal=True, padded=True),
     "padding, 31 keys": Case(tokens=23, queries=23, prefixes=(1, BATCH), padded=True),
     "causal, 26 keys": Case(tokens=23, queries=23, prefixes=(BATCH,), is_causal=True),
+    "bias, 31 keys": Case(23, 23, (BATCH, 1), bias=(1, HEADS)),
     "everything, 31 keys": Case(23, 23, (BATCH, 1), is_causal=True, padded=True, bias=(BATCH, 1)),
     "intervals": Case(field=INTERVALS),
     "intervals, padding": Case(field=INTERVALS, padded=True),

@@ -277,7 +277,7 @@ ATTENTION = (
         'bias = _behind(bias, prefix_length, hidden, seen=0.0, unseen=float("-inf"))',
         "bias = _behind(bias, prefix_length, hidden, seen=0.0, unseen=0.0)",
         "On a CPU with a bias keys of zeros, there to fill a vector, take part of the attention.",
-        f"{_DENSE}[sdpa-everything, 31 keys-torch.float32]",
+        f"{_DENSE}[sdpa-bias, 31 keys-torch.float32]",
     ),
     _fault(
         "sdpa-takes-padding-or-causality",
