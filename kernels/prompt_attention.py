@@ -38,6 +38,9 @@ WINDOW: tl.constexpr = tl.constexpr(2)
 INTERVALS: tl.constexpr = tl.constexpr(3)
 GROUPS: tl.constexpr = tl.constexpr(4)
 
+_SIZES = ("H", "Sq", "Sk", "P0", "P1", "left", "right", "padding_row", "padding_stride")
+"""No kernel of its own for those that are 1 or a multiple of 16."""
+
 
 @triton.jit
 def _head(tensor_ptr, strides, batch, head):
@@ -97,22 +100,22 @@ def _store_rows(head_ptr, rows, inside, strides, tile, HEAD_DIM: tl.constexpr, B
 
 
 @triton.jit
-def _padding_of_tokens(padding_ptr, strides, batch, P0, P1, MASKED_PREFIXES: tl.constexpr):
+def _padding_of_tokens(padding_ptr, padding_row, padding_stride, batch, P0, P1, MASKED_PREFIXES: tl.constexpr):
     """Where one sample's mask of tokens begins, behind that of its prefixes; None without a mask."""
     row = padding_ptr
     if padding_ptr is not None:
-        row = padding_ptr + batch.to(tl.int64) * strides[0]
+        row = padding_ptr + batch.to(tl.int64) * padding_row
     if MASKED_PREFIXES:
-        row += (P0 + P1).to(tl.int64) * strides[1]
+        row += (P0 + P1).to(tl.int64) * padding_stride
     return row
 
 
 @triton.jit
-def _mask_of_prefix(tokens_ptr, before, strides, MASKED_PREFIXES: tl.constexpr):
+def _mask_of_prefix(tokens_ptr, before, padding_stride, MASKED_PREFIXES: tl.constexpr):
     """Where the mask of a prefix begins, ``before`` that of tokens; None of prefixes that are all there."""
     first = None
     if MASKED_PREFIXES:
-        first = tokens_ptr - before.to(tl.int64) * strides[1]
+        first = tokens_ptr - before.to(tl.int64) * padding_stride
     return first
 
 
@@ -273,11 +276,11 @@ def _attend_to_tokens(
     return acc, row_max, row_sum
 
 
-@triton.jit(do_not_specialize=["H", "Sq", "Sk", "P0", "P1", "left", "right"])
+@triton.jit(do_not_specialize=[*_SIZES])
 def attention_kernel(
     q_ptr, k_ptr, v_ptr, pk0_ptr, pv0_ptr, pk1_ptr, pv1_ptr, field_ptr, padding_ptr, bias_ptr, out_ptr, statistics_ptr,
-    H, Sq, Sk, P0, P1, left, right, scale_log2,
-    q_strides, k_strides, v_strides, pk0_strides, pv0_strides, pk1_strides, pv1_strides, padding_strides, bias_strides, out_strides,
+    H, Sq, Sk, P0, P1, left, right, padding_row, padding_stride, scale_log2,
+    q_strides, k_strides, v_strides, pk0_strides, pv0_strides, pk1_strides, pv1_strides, bias_strides, out_strides,
     VISIBILITY: tl.constexpr, MASKED_PREFIXES: tl.constexpr, GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -292,7 +295,7 @@ def attention_kernel(
     inside = rows < Sq
     q_tile = _load_rows(_head(q_ptr, q_strides, batch, head), rows, inside, q_strides, HEAD_DIM, BLOCK_D)
     k_head, v_head = _head(k_ptr, k_strides, batch, of_keys), _head(v_ptr, v_strides, batch, of_keys)
-    padding_row = _padding_of_tokens(padding_ptr, padding_strides, batch, P0, P1, MASKED_PREFIXES)
+    token_padding_ptr = _padding_of_tokens(padding_ptr, padding_row, padding_stride, batch, P0, P1, MASKED_PREFIXES)
     bias_head = _prefix_head(bias_ptr, bias_strides, batch, head)
 
     acc = tl.zeros([BLOCK_Q, BLOCK_D], ACC)
@@ -304,8 +307,8 @@ def attention_kernel(
     )
     if VISIBILITY >= WINDOW or padding_ptr is not None:
         acc, row_max, row_sum = _attend_to_tokens(
-            acc, row_max, row_sum, q_tile, k_head, v_head, rows, begin, whole_from, first, last, bits, field_ptr, padding_row,
-            bias_head, Sq, Sk, scale_log2, k_strides, v_strides, padding_strides[1], bias_strides,
+            acc, row_max, row_sum, q_tile, k_head, v_head, rows, begin, whole_from, first, last, bits, field_ptr, token_padding_ptr,
+            bias_head, Sq, Sk, scale_log2, k_strides, v_strides, padding_stride, bias_strides,
             VISIBILITY, HEAD_DIM, BLOCK_D, BLOCK_K,
         )  # fmt: skip
     if VISIBILITY <= WINDOW and padding_ptr is None:
@@ -336,7 +339,7 @@ def attention_kernel(
         s = _with_bias(s, rows[:, None], keys[None, :], of_token, bias_head, Sq, scale_log2, bias_strides)
         s = _last_masked(
             s, numbers[None, :], tokens, P0 + P1, keys[None, :], first[:, None], last[:, None], bits[:, None],
-            field_ptr, padding_row, Sk, padding_strides[1], VISIBILITY, MASKED_PREFIXES,
+            field_ptr, token_padding_ptr, Sk, padding_stride, VISIBILITY, MASKED_PREFIXES,
         )  # fmt: skip
         acc, row_max, row_sum = _accumulate(acc, row_max, row_sum, s, v_tile, scale_log2, bias_ptr)
 
@@ -398,13 +401,13 @@ def _query_gradient(
     return grad
 
 
-@triton.jit(do_not_specialize=["H", "Sq", "Sk", "P0", "P1", "left", "right"])
+@triton.jit(do_not_specialize=[*_SIZES])
 def query_grads_kernel(
     grad_out_ptr, q_ptr, k_ptr, v_ptr, pk0_ptr, pv0_ptr, pk1_ptr, pv1_ptr, field_ptr, padding_ptr, bias_ptr,
     out_ptr, statistics_ptr, delta_ptr, grad_q_ptr,
-    H, Sq, Sk, P0, P1, left, right, scale, scale_log2,
+    H, Sq, Sk, P0, P1, left, right, padding_row, padding_stride, scale, scale_log2,
     grad_out_strides, q_strides, k_strides, v_strides, pk0_strides, pv0_strides, pk1_strides, pv1_strides,
-    padding_strides, bias_strides, out_strides, grad_q_strides,
+    bias_strides, out_strides, grad_q_strides,
     VISIBILITY: tl.constexpr, MASKED_PREFIXES: tl.constexpr, GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -425,7 +428,7 @@ def query_grads_kernel(
     if grad_q_ptr is not None:
         q_tile = _load_rows(_head(q_ptr, q_strides, batch, head), rows, inside, q_strides, HEAD_DIM, BLOCK_D)
         k_head, v_head = _head(k_ptr, k_strides, batch, of_keys), _head(v_ptr, v_strides, batch, of_keys)
-        padding_row = _padding_of_tokens(padding_ptr, padding_strides, batch, P0, P1, MASKED_PREFIXES)
+        token_padding_ptr = _padding_of_tokens(padding_ptr, padding_row, padding_stride, batch, P0, P1, MASKED_PREFIXES)
         bias_head = _prefix_head(bias_ptr, bias_strides, batch, head)
         row_max, log_sum = _load_statistics(statistics_ptr, at, inside, q_ptr.dtype.element_ty, bias_ptr)
         grad = tl.zeros([BLOCK_Q, BLOCK_D], ACC)
@@ -436,7 +439,7 @@ def query_grads_kernel(
         if VISIBILITY >= WINDOW or padding_ptr is not None:
             grad = _query_gradient(
                 grad, q_tile, g_tile, row_max, log_sum, row_delta, k_head, v_head, rows, begin, whole_from, first, last, bits,
-                field_ptr, padding_row, bias_head, Sq, Sk, scale_log2, k_strides, v_strides, padding_strides[1], bias_strides,
+                field_ptr, token_padding_ptr, bias_head, Sq, Sk, scale_log2, k_strides, v_strides, padding_stride, bias_strides,
                 VISIBILITY, HEAD_DIM, BLOCK_D, BLOCK_K,
             )  # fmt: skip
         if VISIBILITY <= WINDOW and padding_ptr is None:
@@ -468,7 +471,7 @@ def query_grads_kernel(
             s = _with_bias(s, rows[:, None], keys[None, :], of_token, bias_head, Sq, scale_log2, bias_strides)
             s = _last_masked(
                 s, numbers[None, :], tokens, P0 + P1, keys[None, :], first[:, None], last[:, None], bits[:, None],
-                field_ptr, padding_row, Sk, padding_strides[1], VISIBILITY, MASKED_PREFIXES,
+                field_ptr, token_padding_ptr, Sk, padding_stride, VISIBILITY, MASKED_PREFIXES,
             )  # fmt: skip
             g_dot_v = dot(g_tile, tl.trans(v_tile), None)
             _, ds = _logit_gradients(
@@ -572,13 +575,29 @@ def _token_gradients(
     _store_rows(_head(grad_v_ptr, grad_v_strides, batch, of_keys), keys, keys < Sk, grad_v_strides, to_v, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["H", "Sq", "Sk", "P0", "P1", "left", "right", "token_tiles", "parts0", "parts1", "splits"])
+@triton.jit(
+    do_not_specialize=[
+        "H",
+        "Sq",
+        "Sk",
+        "P0",
+        "P1",
+        "left",
+        "right",
+        "padding_row",
+        "padding_stride",
+        "token_tiles",
+        "parts0",
+        "parts1",
+        "splits",
+    ]
+)
 def key_grads_kernel(
     grad_out_ptr, q_ptr, k_ptr, v_ptr, pk0_ptr, pv0_ptr, pk1_ptr, pv1_ptr, field_ptr, padding_ptr, bias_ptr,
     statistics_ptr, delta_ptr, grad_k_ptr, grad_v_ptr, grads0_ptr, grads1_ptr,
-    H, Sq, Sk, P0, P1, left, right, token_tiles, parts0, parts1, splits, scale, scale_log2,
+    H, Sq, Sk, P0, P1, left, right, padding_row, padding_stride, token_tiles, parts0, parts1, splits, scale, scale_log2,
     grad_out_strides, q_strides, k_strides, v_strides, pk0_strides, pv0_strides, pk1_strides, pv1_strides,
-    padding_strides, bias_strides, grad_k_strides, grad_v_strides, grads0_strides, grads1_strides,
+    bias_strides, grad_k_strides, grad_v_strides, grads0_strides, grads1_strides,
     VISIBILITY: tl.constexpr, MASKED_PREFIXES: tl.constexpr, GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_P0: tl.constexpr, BLOCK_P1: tl.constexpr,
@@ -591,40 +610,55 @@ def key_grads_kernel(
     work = token_tiles + parts0 + parts1
     key_heads = H // GROUP
     batch, of_keys, index = pid // work // key_heads, pid // work % key_heads, pid % work
-    padding_row = _padding_of_tokens(padding_ptr, padding_strides, batch, P0, P1, MASKED_PREFIXES)
+    token_padding_ptr = _padding_of_tokens(padding_ptr, padding_row, padding_stride, batch, P0, P1, MASKED_PREFIXES)
     if grad_k_ptr is not None:  # noqa: SIM102 - the outer condition is the compiler's
         if index < token_tiles:
             _token_gradients(
-                index, q_ptr, k_ptr, v_ptr, grad_out_ptr, field_ptr, padding_row, bias_ptr, statistics_ptr, delta_ptr,
+                index, q_ptr, k_ptr, v_ptr, grad_out_ptr, field_ptr, token_padding_ptr, bias_ptr, statistics_ptr, delta_ptr,
                 grad_k_ptr, grad_v_ptr, batch, of_keys, H, Sq, Sk, left, right, scale, scale_log2,
-                q_strides, k_strides, v_strides, grad_out_strides, padding_strides[1], bias_strides, grad_k_strides, grad_v_strides,
+                q_strides, k_strides, v_strides, grad_out_strides, padding_stride, bias_strides, grad_k_strides, grad_v_strides,
                 VISIBILITY, GROUP, HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_K,
             )  # fmt: skip
     if grads0_ptr is not None:  # noqa: SIM102
         if (index >= token_tiles) & (index < token_tiles + parts0):
             _prefix_gradients(
                 index - token_tiles, q_ptr, grad_out_ptr, pk0_ptr, pv0_ptr,
-                _mask_of_prefix(padding_row, P0 + P1, padding_strides, MASKED_PREFIXES), statistics_ptr, delta_ptr, grads0_ptr,
+                _mask_of_prefix(token_padding_ptr, P0 + P1, padding_stride, MASKED_PREFIXES), statistics_ptr, delta_ptr, grads0_ptr,
                 batch, of_keys, H, Sq, P0, scale, scale_log2,
-                q_strides, grad_out_strides, pk0_strides, pv0_strides, padding_strides[1], bias_ptr, grads0_strides, splits,
+                q_strides, grad_out_strides, pk0_strides, pv0_strides, padding_stride, bias_ptr, grads0_strides, splits,
                 GROUP, HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_P0,
             )  # fmt: skip
     if grads1_ptr is not None:  # noqa: SIM102
         if index >= token_tiles + parts0:
             _prefix_gradients(
                 index - token_tiles - parts0, q_ptr, grad_out_ptr, pk1_ptr, pv1_ptr,
-                _mask_of_prefix(padding_row, P1, padding_strides, MASKED_PREFIXES), statistics_ptr, delta_ptr, grads1_ptr,
+                _mask_of_prefix(token_padding_ptr, P1, padding_stride, MASKED_PREFIXES), statistics_ptr, delta_ptr, grads1_ptr,
                 batch, of_keys, H, Sq, P1, scale, scale_log2,
-                q_strides, grad_out_strides, pk1_strides, pv1_strides, padding_strides[1], bias_ptr, grads1_strides, splits,
+                q_strides, grad_out_strides, pk1_strides, pv1_strides, padding_stride, bias_ptr, grads1_strides, splits,
                 GROUP, HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_P1,
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["H", "Sq", "Sk", "P0", "P1", "left", "right", "batches", "heads", "bias_heads"])
+@triton.jit(
+    do_not_specialize=[
+        "H",
+        "Sq",
+        "Sk",
+        "P0",
+        "P1",
+        "left",
+        "right",
+        "padding_row",
+        "padding_stride",
+        "batches",
+        "heads",
+        "bias_heads",
+    ]
+)
 def bias_grads_kernel(
     grad_out_ptr, q_ptr, k_ptr, v_ptr, field_ptr, padding_ptr, bias_ptr, statistics_ptr, delta_ptr, grad_bias_ptr,
-    H, Sq, Sk, P0, P1, left, right, batches, heads, bias_heads, scale_log2,
-    grad_out_strides, q_strides, k_strides, v_strides, padding_strides, bias_strides,
+    H, Sq, Sk, P0, P1, left, right, padding_row, padding_stride, batches, heads, bias_heads, scale_log2,
+    grad_out_strides, q_strides, k_strides, v_strides, bias_strides,
     VISIBILITY: tl.constexpr, MASKED_PREFIXES: tl.constexpr, GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -650,13 +684,13 @@ def bias_grads_kernel(
         at = (batch * H + head).to(tl.int64) * Sq + rows
         row_max, log_sum = _load_statistics(statistics_ptr, at, inside, q_ptr.dtype.element_ty, bias_ptr)
         row_delta = tl.load(delta_ptr + at, mask=inside, other=0.0)
-        padding_row = _padding_of_tokens(padding_ptr, padding_strides, batch, P0, P1, MASKED_PREFIXES)
+        token_padding_ptr = _padding_of_tokens(padding_ptr, padding_row, padding_stride, batch, P0, P1, MASKED_PREFIXES)
         s = dot(q_tile, tl.trans(k_tile), None)
         bias_head = _head(bias_ptr, bias_strides, batch, head)
         s = _with_bias(s, rows[:, None], keys[None, :], of_token[None, :], bias_head, Sq, scale_log2, bias_strides)
         s = _masked(
-            s, keys[None, :], of_token[None, :], first[:, None], last[:, None], bits[:, None], field_ptr, padding_row, Sk,
-            padding_strides[1], VISIBILITY,
+            s, keys[None, :], of_token[None, :], first[:, None], last[:, None], bits[:, None], field_ptr, token_padding_ptr, Sk,
+            padding_stride, VISIBILITY,
         )  # fmt: skip
         g_dot_v = dot(g_tile, tl.trans(v_tile), None)
         _, ds = _logit_gradients(

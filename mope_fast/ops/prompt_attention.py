@@ -196,9 +196,11 @@ def _common_arguments(given: _Tensors, scale: float, left: int | None, right: in
         "q_strides": q.stride(), "k_strides": k.stride(), "v_strides": v.stride(),
         "pk0_strides": strides(pk0, 4), "pv0_strides": strides(pv0, 4),
         "pk1_strides": strides(pk1, 4), "pv1_strides": strides(pv1, 4),
-        "padding_strides": strides(padding, 2), "bias_strides": strides(bias, 4),
+        "bias_strides": strides(bias, 4),
         "H": heads, "Sq": queries, "Sk": keys, "P0": lengths[0], "P1": lengths[1],
         "left": no_limit if left is None else min(left, no_limit), "right": no_limit if right is None else min(right, no_limit),
+        # not as a tuple: Triton would specialise its members, and a length of 16 would be another kernel
+        "padding_row": strides(padding, 2)[0], "padding_stride": strides(padding, 2)[1],
         "scale_log2": max(scale, _LEAST_SCALE) * LOG2_E,
         "VISIBILITY": by_rows[0 if field is None else field.shape[0]].value,
         "MASKED_PREFIXES": padding is not None and padding.shape[1] > keys, "GROUP": heads // max(key_heads, 1),
