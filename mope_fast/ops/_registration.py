@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 library = torch.library.Library("mope_fast", "DEF")
@@ -35,10 +36,25 @@ def _on_their_device(launch: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(launch)
     def call(*args: Any) -> Any:
-        with torch.cuda.device(next(a.device for a in args if isinstance(a, Tensor))):
-            return launch(*args)
+        device = next(a.device for a in args if isinstance(a, Tensor))
+        if device.index == torch.cuda.current_device():
+            return _launched(launch, args)
+        with torch.cuda.device(device):
+            return _launched(launch, args)
 
     return call
+
+
+def _launched(launch: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    try:
+        return launch(*args)
+    except Exception as error:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a kernel could not be launched while a CUDA graph was captured: its first call compiles it, which a capture does "
+                "not allow; call mope_fast.warmup(model, *inputs) before, with inputs of the same shapes"
+            ) from error
+        raise
 
 
 def define(
@@ -119,7 +135,8 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 @functools.cache
 def _context_form(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
     def forward(ctx: Any, *args: Any) -> Any:
-        output = function.forward(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            output = function.forward(*args)
         function.setup_context(ctx, args, output)
         return output
 
@@ -130,10 +147,14 @@ def _context_form(function: type[torch.autograd.Function]) -> type[torch.autogra
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """Call an autograd function that has ``setup_context``; where no transform needs that, by its cheaper form without.
 
-    With it torch binds the arguments to forward's signature at every call, ten times the cost of the call.
+    With it torch binds the arguments to forward's signature at every call, ten times the cost of the call. Without gradients its
+    forward alone is called.
     """
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
         return function.apply(*args)
     if _uncounted and _COUNTER in sys.modules:
         _tell_the_counter()
+    if not torch.is_grad_enabled() and forward_ad._current_level < 0:
+        with torch._C._AutoDispatchBelowAutograd():
+            return function.forward(*args)
     return _context_form(function).apply(*args)

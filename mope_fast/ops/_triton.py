@@ -1,13 +1,22 @@
 """What launches of Triton kernels share."""
 
+import functools
+import importlib
 import os
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Triton's own interpreter runs the kernels on CPU tensors; it must be chosen before triton is imported."""
+
+
+@functools.cache
+def kernels_of(name: str) -> ModuleType:
+    """A module of device code. Imported when it is first needed, because that imports Triton."""
+    return importlib.import_module(f"..kernels.{name}", __package__)
 
 
 def castable(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
@@ -19,9 +28,9 @@ def castable(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]
     return [tensor if tensor is None or {tensor.dtype, dtype} != pair else tensor.to(wide) for tensor in tensors]
 
 
-def strides(tensor: Tensor | None, rank: int) -> tuple[int, ...]:
-    """Zeros for a tensor that isn't there."""
-    return (0,) * rank if tensor is None else tensor.stride()
+def strides(tensor: Tensor | None) -> tuple[int, ...] | None:
+    """None for a tensor that isn't there."""
+    return None if tensor is None else tensor.stride()
 
 
 def not_empty(tensor: Tensor | None) -> Tensor | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from .._autocast import without_autocast
 from ..reference.attention import UNLIMITED, Window, all_rows, masked_weights, softmax_or_zero, window_mask
 from ._registration import apply, define, once_differentiable
-from ._triton import INTERPRETED, castable, not_empty, prefix_targets, strides, sum_parts
+from ._triton import INTERPRETED, castable, kernels_of, not_empty, prefix_targets, strides, sum_parts
 
 if TYPE_CHECKING:
     from ..kernels.launch import AttentionLaunch
@@ -179,8 +179,7 @@ def _for_each_sample(tensor: Tensor | None, batch: int, heads: int) -> Tensor | 
 
 def _common_arguments(given: _Tensors, scale: float, left: int | None, right: int | None) -> dict[str, Any]:
     """What the kernels share, by the names of their parameters."""
-    from ..kernels import launch
-    from ..kernels import prompt_attention as kernels
+    kernels, launch = kernels_of("prompt_attention"), kernels_of("launch")
 
     q, k, v, pk0, pv0, pk1, pv1, field, padding, bias = given
     (batch, heads, queries, head_dim), (_, key_heads, keys, _) = q.shape, k.shape
@@ -194,13 +193,13 @@ def _common_arguments(given: _Tensors, scale: float, left: int | None, right: in
         "q_ptr": q, "k_ptr": k, "v_ptr": v, "pk0_ptr": pk0, "pv0_ptr": pv0, "pk1_ptr": pk1, "pv1_ptr": pv1,
         "field_ptr": field, "padding_ptr": padding, "bias_ptr": bias,
         "q_strides": q.stride(), "k_strides": k.stride(), "v_strides": v.stride(),
-        "pk0_strides": strides(pk0, 4), "pv0_strides": strides(pv0, 4),
-        "pk1_strides": strides(pk1, 4), "pv1_strides": strides(pv1, 4),
-        "bias_strides": strides(bias, 4),
+        "pk0_strides": strides(pk0), "pv0_strides": strides(pv0),
+        "pk1_strides": strides(pk1), "pv1_strides": strides(pv1),
+        "bias_strides": strides(bias),
         "H": heads, "Sq": queries, "Sk": keys, "P0": lengths[0], "P1": lengths[1],
         "left": no_limit if left is None else min(left, no_limit), "right": no_limit if right is None else min(right, no_limit),
         # not as a tuple: Triton would specialise its members, and a length of 16 would be another kernel
-        "padding_row": strides(padding, 2)[0], "padding_stride": strides(padding, 2)[1],
+        "padding_row": 0 if padding is None else padding.stride(0), "padding_stride": 0 if padding is None else padding.stride(1),
         "scale_log2": max(scale, _LEAST_SCALE) * LOG2_E,
         "VISIBILITY": by_rows[0 if field is None else field.shape[0]].value,
         "MASKED_PREFIXES": padding is not None and padding.shape[1] > keys, "GROUP": heads // max(key_heads, 1),
@@ -214,8 +213,7 @@ def _tiles(launch: "AttentionLaunch") -> dict[str, int]:
 
 
 def _triton_forward(given: _Tensors, scale: float, left: int | None, right: int | None) -> tuple[Tensor, Tensor]:
-    from ..kernels import launch
-    from ..kernels import prompt_attention as kernels
+    kernels, launch = kernels_of("prompt_attention"), kernels_of("launch")
 
     q = given.q
     out, statistics = _fake_forward(given, scale, left, right)
@@ -230,8 +228,7 @@ def _triton_forward(given: _Tensors, scale: float, left: int | None, right: int 
 
 
 def _triton_backward(grad_out, given: _Tensors, out, statistics, scale, left, right, needs):
-    from ..kernels import launch
-    from ..kernels import prompt_attention as kernels
+    kernels, launch = kernels_of("prompt_attention"), kernels_of("launch")
 
     q, bias = given.q, given.bias
     grad_q, grad_k, grad_v, grads0, grads1, grad_bias = grads = _empty_grads(given, needs)
@@ -246,7 +243,7 @@ def _triton_backward(grad_out, given: _Tensors, out, statistics, scale, left, ri
     tiles = launch.query_grads_launch(head_dim, q.element_size())
     kernels.query_grads_kernel[(-(-queries // tiles.block_q) * batch * heads,)](
         **arguments, out_ptr=out, grad_q_ptr=not_empty(grad_q), scale=scale,
-        out_strides=out.stride(), grad_q_strides=strides(not_empty(grad_q), 4), **_tiles(tiles),
+        out_strides=out.stride(), grad_q_strides=strides(not_empty(grad_q)), **_tiles(tiles),
     )  # fmt: skip
     _key_gradients(arguments, not_empty(grad_k), not_empty(grad_v), (grads0, grads1), scale)
     if bias is not None and needs[5]:
@@ -263,8 +260,7 @@ def _key_gradients(
     arguments: dict[str, Any], grad_k: Tensor | None, grad_v: Tensor | None, grads: tuple[Tensor, Tensor], scale: float
 ) -> None:
     """Gradients of token keys and values and of both prefixes, those asked for, in one launch."""
-    from ..kernels import launch
-    from ..kernels import prompt_attention as kernels
+    kernels, launch = kernels_of("prompt_attention"), kernels_of("launch")
 
     q, keys = arguments["q_ptr"], arguments["Sk"]
     batch, heads, queries, head_dim = q.shape
@@ -280,8 +276,8 @@ def _key_gradients(
         kernels.key_grads_kernel[(programs,)](
             **arguments, grad_k_ptr=grad_k, grad_v_ptr=grad_v, grads0_ptr=targets[0], grads1_ptr=targets[1],
             token_tiles=token_tiles, parts0=parts[0], parts1=parts[1], splits=splits, scale=scale,
-            grad_k_strides=strides(grad_k, 4), grad_v_strides=strides(grad_v, 4),
-            grads0_strides=strides(targets[0], 6), grads1_strides=strides(targets[1], 6),
+            grad_k_strides=strides(grad_k), grad_v_strides=strides(grad_v),
+            grads0_strides=strides(targets[0]), grads1_strides=strides(targets[1]),
             BLOCK_P0=blocks[0], BLOCK_P1=blocks[1], **_tiles(tiles),
         )  # fmt: skip
     sum_parts(grads, targets)

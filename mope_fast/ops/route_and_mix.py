@@ -7,7 +7,7 @@ from .._autocast import cast, without_autocast
 from ..reference.route_and_mix import accumulator_dtype, gated_softmax, routing_logits, squared_norm
 from ..reference.route_and_mix import route_and_mix as reference_route_and_mix
 from ._registration import apply, define, once_differentiable
-from ._triton import INTERPRETED, castable, not_empty, strides
+from ._triton import INTERPRETED, castable, kernels_of, not_empty, strides
 
 
 def _empty_rstd(logits: Tensor, experts: Tensor, gram: Tensor | None) -> Tensor:
@@ -102,21 +102,20 @@ def _reference_backward(
 
 
 def _triton_forward(logits, experts, noise, gram, temperature, top_k, renormalize, eps, out_dtype):
-    from ..kernels import route_and_mix as kernels
-    from ..kernels.launch import mix_launch
+    kernels, launches = kernels_of("route_and_mix"), kernels_of("launch")
 
     mixed, scores, rstd = _empty_outputs(logits, experts, gram, out_dtype)
     (batch, num_experts), (_, rows, width) = logits.shape, experts.shape
     if batch == 0:
         return mixed, scores, rstd
-    launch = mix_launch(batch, num_experts, width, experts.element_size(), gram=gram is not None)
+    launch = launches.mix_launch(batch, num_experts, width, experts.element_size(), gram=gram is not None)
     tiles = rows * -(-width // launch.block_m)
     kernels.mix_kernel[(-(-batch // launch.block_b) * tiles,)](
         logits_ptr=logits, noise_ptr=noise, experts_ptr=experts, gram_ptr=gram,
         mixed_ptr=mixed, scores_ptr=scores, rstd_ptr=not_empty(rstd),
         B=batch, K=num_experts, L=rows, M=width, inv_temperature=1.0 / temperature, eps=eps,
-        logits_strides=logits.stride(), noise_strides=strides(noise, 2),
-        experts_strides=experts.stride(), gram_strides=strides(gram, 3),
+        logits_strides=logits.stride(), noise_strides=strides(noise),
+        experts_strides=experts.stride(), gram_strides=strides(gram),
         TOP_K=top_k or 0, RENORMALIZE=renormalize,
         BLOCK_B=launch.block_b, BLOCK_K=launch.block_k, BLOCK_M=launch.block_m, K_PADDED=launch.k_padded,
         num_warps=launch.num_warps,
@@ -127,8 +126,7 @@ def _triton_forward(logits, experts, noise, gram, temperature, top_k, renormaliz
 def _triton_backward(
     grad_mixed, grad_scores, logits, experts, noise, gram, scores, rstd, temperature, top_k, renormalize, eps, needs
 ):
-    from ..kernels import route_and_mix as kernels
-    from ..kernels.launch import expert_grads_launch, router_grads_launch
+    kernels, launches = kernels_of("route_and_mix"), kernels_of("launch")
 
     grad_logits, grad_experts, grad_gram = _empty_grads(logits, experts, gram, needs)
     (batch, num_experts), (_, rows, width) = logits.shape, experts.shape
@@ -142,7 +140,7 @@ def _triton_backward(
     needs_partials = grad_mixed is not None and (needs[0] or needs_gram)
     m_tiles, partials = 0, None
     if grad_mixed is not None and (needs_partials or needs[1]):
-        launch = expert_grads_launch(batch, num_experts, rows, width, experts.element_size())
+        launch = launches.expert_grads_launch(batch, num_experts, rows, width, experts.element_size())
         m_tiles = -(-width // launch.block_m)
         if needs_partials:
             partials = scores.new_empty((rows, m_tiles, batch, num_experts))
@@ -163,13 +161,13 @@ def _triton_backward(
 
     if needs[0] or needs_partials:
         grad_norm_sq = scores.new_empty((batch, rows)) if gram is not None and needs_partials else None
-        launch = router_grads_launch(num_experts, m_tiles)
+        launch = launches.router_grads_launch(num_experts, m_tiles)
         kernels.router_grads_kernel[(batch,)](
             partials_ptr=partials, grad_scores_ptr=grad_scores, logits_ptr=logits, noise_ptr=noise, scores_ptr=scores,
             rstd_ptr=not_empty(rstd), gram_ptr=gram, grad_logits_ptr=not_empty(grad_logits), grad_norm_sq_ptr=grad_norm_sq,
             B=batch, K=num_experts, L=rows, M_TILES=m_tiles, inv_temperature=1.0 / temperature,
-            grad_scores_strides=strides(grad_scores, 2), logits_strides=logits.stride(),
-            noise_strides=strides(noise, 2), gram_strides=strides(gram, 3),
+            grad_scores_strides=strides(grad_scores), logits_strides=logits.stride(),
+            noise_strides=strides(noise), gram_strides=strides(gram),
             RECOMPUTE_SOFTMAX=top_k is not None and not renormalize,
             BLOCK_P=launch.block_p, BLOCK_I=launch.block_i, K_PADDED=launch.k_padded, num_warps=launch.num_warps,
         )  # fmt: skip

@@ -10,7 +10,7 @@ from torch import Tensor
 from .._autocast import without_autocast
 from . import cpu_window_attention
 from ._registration import apply, define, once_differentiable
-from ._triton import INTERPRETED, castable, not_empty, prefix_targets, strides, sum_parts
+from ._triton import INTERPRETED, castable, kernels_of, not_empty, prefix_targets, strides, sum_parts
 from .sdpa_attention import prefix_mask_of
 
 LOG2_E = math.log2(math.e)
@@ -107,13 +107,13 @@ def _in_tiles(bias: Tensor, rows: int, keys: int) -> Tensor:
 
 def _common_arguments(given: _Arguments) -> tuple[dict[str, Any], int]:
     """What the kernels share, by the names of their parameters, and how many windows a program takes."""
-    from ..kernels.launch import padded_head_dim, window_launch
+    launches = kernels_of("launch")
 
     qkv, pk0, pv0, pk1, pv1, prefix_mask, bias, pad_qkv, window_size, shift_size, scale = given
     batch, height, width, _, heads, head_dim = qkv.shape
     area, windows = window_size[0] * window_size[1], -(-height // window_size[0]) * -(-width // window_size[1])
     lengths = tuple(0 if pk is None else pk.shape[2] for pk in (pk0, pk1))
-    launch = window_launch(area, area + sum(lengths), windows, head_dim, qkv.element_size())
+    launch = launches.window_launch(area, area + sum(lengths), windows, head_dim, qkv.element_size())
     rows, keys = -(-area // launch.block_q) * launch.block_q, sum(launch.tiles[-1])
     pk0, pv0, pk1, pv1, prefix_mask = (not_empty(_for_each_image(t, batch)) for t in (pk0, pv0, pk1, pv1, prefix_mask))
     padded = height % window_size[0] or width % window_size[1]
@@ -124,11 +124,11 @@ def _common_arguments(given: _Arguments) -> tuple[dict[str, Any], int]:
         "H": heads, "windows": windows,
         "image_size": (height, width), "shift": tuple(shift_size), "lengths": lengths,
         "roll": (shift_size[0] % height, shift_size[1] % width), "scale_log2": scale * LOG2_E,
-        "qkv_strides": qkv.stride(), "pk0_strides": strides(pk0, 4), "pv0_strides": strides(pv0, 4),
-        "pk1_strides": strides(pk1, 4), "pv1_strides": strides(pv1, 4), "mask_strides": strides(prefix_mask, 2),
-        "pad_strides": strides(pad_qkv, 3),
+        "qkv_strides": qkv.stride(), "pk0_strides": strides(pk0), "pv0_strides": strides(pv0),
+        "pk1_strides": strides(pk1), "pv1_strides": strides(pv1), "mask_strides": strides(prefix_mask),
+        "pad_strides": strides(pad_qkv),
         "WINDOW": tuple(window_size), "AREA": area, "SHIFTED": any(shift_size),
-        "HEAD_DIM": head_dim, "BLOCK_D": padded_head_dim(head_dim),
+        "HEAD_DIM": head_dim, "BLOCK_D": launches.padded_head_dim(head_dim),
         "BLOCK_Q": launch.block_q, "ROWS": rows, "KEYS": keys, "TILES": launch.tiles,
         "num_warps": launch.num_warps, "num_stages": launch.num_stages,
     }  # fmt: skip
@@ -136,15 +136,14 @@ def _common_arguments(given: _Arguments) -> tuple[dict[str, Any], int]:
 
 
 def _triton_forward(*arguments: Any) -> Tensor:
-    from ..kernels import window_attention as kernels
-    from ..kernels.launch import forward_windows
+    kernels, launches = kernels_of("window_attention"), kernels_of("launch")
 
     given, out = _Arguments(*arguments), _fake_forward(*arguments)
     if out.numel() == 0:
         return out
     arguments, per_chunk = _common_arguments(given)
     windows, images_and_heads = arguments["windows"], given.qkv.shape[0] * arguments["H"]
-    per_chunk = forward_windows(per_chunk, images_and_heads * windows)
+    per_chunk = launches.forward_windows(per_chunk, images_and_heads * windows)
     chunks = -(-windows // per_chunk)
     kernels.window_attention_kernel[(chunks * images_and_heads,)](
         **arguments, out_ptr=out, out_strides=out.stride(), chunks=chunks, per_chunk=per_chunk
@@ -153,7 +152,7 @@ def _triton_forward(*arguments: Any) -> Tensor:
 
 
 def _triton_backward(grad_out: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    from ..kernels import window_attention as kernels
+    kernels = kernels_of("window_attention")
 
     *given, needs = arguments
     given = _Arguments(*given)
@@ -173,8 +172,8 @@ def _triton_backward(grad_out: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     if needs[0] or targets[0] is not None or targets[1] is not None or padding is not None:
         kernels.window_grads_kernel[(chunks * heads * batch,)](
             **arguments, grad_qkv_ptr=not_empty(grad_qkv), grads0_ptr=targets[0], grads1_ptr=targets[1], grad_pad_ptr=padding,
-            chunks=chunks, per_chunk=per_chunk, scale=scale, grad_qkv_strides=strides(not_empty(grad_qkv), 6),
-            grads0_strides=strides(targets[0], 6), grads1_strides=strides(targets[1], 6),
+            chunks=chunks, per_chunk=per_chunk, scale=scale, grad_qkv_strides=strides(not_empty(grad_qkv)),
+            grads0_strides=strides(targets[0]), grads1_strides=strides(targets[1]),
         )  # fmt: skip
     sum_parts((grads0, grads1), targets)
     if needs[4]:
@@ -188,12 +187,11 @@ def _triton_backward(grad_out: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 def _bias_gradient(arguments: dict[str, Any], units: int, grad_bias: Tensor) -> None:
     """Of all ``units`` windows of all images, parts of the sum side by side."""
-    from ..kernels import window_attention as kernels
-    from ..kernels.launch import window_splits
+    kernels, launches = kernels_of("window_attention"), kernels_of("launch")
 
     qkv, (heads, rows, keys) = arguments["qkv_ptr"], arguments["bias_ptr"].shape
     programs = heads * rows // arguments["BLOCK_Q"]
-    splits = window_splits(units, programs)
+    splits = launches.window_splits(units, programs)
     parts = qkv.new_empty((splits, heads, rows, keys), dtype=torch.promote_types(qkv.dtype, torch.float32))
     kernels.window_bias_grads_kernel[(splits * programs,)](
         **arguments, grad_bias_ptr=parts, units=units, per_split=-(-units // splits)

@@ -40,7 +40,7 @@ class _Counting:
 
 
 def count_variants(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
-    """By kernel the cache keys of launches to come: whatever a model on the CPU computes goes the way of a GPU, with any numbers."""
+    """By kernel the cache keys of launches to come: what a model on the CPU computes goes the way of a GPU, without numbers."""
     keys: dict[str, set[str]] = defaultdict(set)
     for module, names in KERNELS.items():
         for name in names:
