@@ -5,6 +5,7 @@ import importlib
 import os
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,12 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def kernels_of(name: str) -> ModuleType:
     """A module of device code. Imported when it is first needed, because that imports Triton."""
     return importlib.import_module(f"..kernels.{name}", __package__)
+
+
+def launch_kernel(kernel: Any, programs: int, **arguments: Any) -> None:
+    """Launch with arguments by name, of which a kernel takes what it has parameters for; Triton binds them faster in order."""
+    options = {name: arguments[name] for name in ("num_warps", "num_stages") if name in arguments}
+    kernel[(programs,)](*[arguments[name] for name in kernel.arg_names], **options)
 
 
 def castable(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:

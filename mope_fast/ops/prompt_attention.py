@@ -15,15 +15,12 @@ from torch import Tensor
 from .._autocast import without_autocast
 from ..reference.attention import UNLIMITED, Window, all_rows, masked_weights, softmax_or_zero, window_mask
 from ._registration import apply, define, once_differentiable
-from ._triton import INTERPRETED, castable, kernels_of, not_empty, prefix_targets, strides, sum_parts
+from ._triton import INTERPRETED, castable, kernels_of, launch_kernel, not_empty, prefix_targets, strides, sum_parts
 
 if TYPE_CHECKING:
     from ..kernels.launch import AttentionLaunch
 
 LOG2_E = math.log2(math.e)
-_PREFIX_ARGUMENTS = {
-    "pk0_ptr", "pv0_ptr", "pk1_ptr", "pv1_ptr", "pk0_strides", "pv0_strides", "pk1_strides", "pv1_strides"
-}  # fmt: skip
 _LEAST_SCALE = 1e-30
 """Exponents are multiplied by it where scale is 0: 0 times -inf is no number."""
 
@@ -179,8 +176,7 @@ def _for_each_sample(tensor: Tensor | None, batch: int, heads: int) -> Tensor | 
 
 def _common_arguments(given: _Tensors, scale: float, left: int | None, right: int | None) -> dict[str, Any]:
     """What the kernels share, by the names of their parameters."""
-    kernels, launch = kernels_of("prompt_attention"), kernels_of("launch")
-
+    kernels, launches = kernels_of("prompt_attention"), kernels_of("launch")
     q, k, v, pk0, pv0, pk1, pv1, field, padding, bias = given
     (batch, heads, queries, head_dim), (_, key_heads, keys, _) = q.shape, k.shape
     lengths = [0 if pk is None else pk.shape[2] for pk in (pk0, pk1)]
@@ -203,7 +199,7 @@ def _common_arguments(given: _Tensors, scale: float, left: int | None, right: in
         "scale_log2": max(scale, _LEAST_SCALE) * LOG2_E,
         "VISIBILITY": by_rows[0 if field is None else field.shape[0]].value,
         "MASKED_PREFIXES": padding is not None and padding.shape[1] > keys, "GROUP": heads // max(key_heads, 1),
-        "HEAD_DIM": head_dim, "BLOCK_D": launch.padded_head_dim(head_dim),
+        "HEAD_DIM": head_dim, "BLOCK_D": launches.padded_head_dim(head_dim),
     }  # fmt: skip
 
 
@@ -213,14 +209,14 @@ def _tiles(launch: "AttentionLaunch") -> dict[str, int]:
 
 
 def _triton_forward(given: _Tensors, scale: float, left: int | None, right: int | None) -> tuple[Tensor, Tensor]:
-    kernels, launch = kernels_of("prompt_attention"), kernels_of("launch")
-
+    kernels, launches = kernels_of("prompt_attention"), kernels_of("launch")
     q = given.q
     out, statistics = _fake_forward(given, scale, left, right)
     if out.numel() == 0:
         return out, statistics
-    tiles = launch.attention_launch(q.shape[2], q.shape[3], q.element_size())
-    kernels.attention_kernel[(-(-q.shape[2] // tiles.block_q) * q.shape[0] * q.shape[1],)](
+    tiles = launches.attention_launch(q.shape[2], q.shape[3], q.element_size())
+    launch_kernel(
+        kernels.attention_kernel, -(-q.shape[2] // tiles.block_q) * q.shape[0] * q.shape[1],
         **_common_arguments(given, scale, left, right),
         out_ptr=out, statistics_ptr=statistics, out_strides=out.stride(), **_tiles(tiles),
     )  # fmt: skip
@@ -228,8 +224,7 @@ def _triton_forward(given: _Tensors, scale: float, left: int | None, right: int 
 
 
 def _triton_backward(grad_out, given: _Tensors, out, statistics, scale, left, right, needs):
-    kernels, launch = kernels_of("prompt_attention"), kernels_of("launch")
-
+    kernels, launches = kernels_of("prompt_attention"), kernels_of("launch")
     q, bias = given.q, given.bias
     grad_q, grad_k, grad_v, grads0, grads1, grad_bias = grads = _empty_grads(given, needs)
     (batch, heads, queries, head_dim), keys = q.shape, given.k.shape[2]
@@ -240,8 +235,9 @@ def _triton_backward(grad_out, given: _Tensors, out, statistics, scale, left, ri
         **_common_arguments(given, scale, left, right),
         "grad_out_ptr": grad_out, "grad_out_strides": grad_out.stride(), "statistics_ptr": statistics, "delta_ptr": delta,
     }  # fmt: skip
-    tiles = launch.query_grads_launch(head_dim, q.element_size())
-    kernels.query_grads_kernel[(-(-queries // tiles.block_q) * batch * heads,)](
+    tiles = launches.query_grads_launch(head_dim, q.element_size())
+    launch_kernel(
+        kernels.query_grads_kernel, -(-queries // tiles.block_q) * batch * heads,
         **arguments, out_ptr=out, grad_q_ptr=not_empty(grad_q), scale=scale,
         out_strides=out.stride(), grad_q_strides=strides(not_empty(grad_q)), **_tiles(tiles),
     )  # fmt: skip
@@ -249,8 +245,9 @@ def _triton_backward(grad_out, given: _Tensors, out, statistics, scale, left, ri
     if bias is not None and needs[5]:
         bias_batch, bias_heads = bias.shape[:2]
         programs = bias_batch * bias_heads * -(-queries // tiles.block_q) * -(-keys // tiles.block_k)
-        kernels.bias_grads_kernel[(programs,)](
-            **{name: value for name, value in arguments.items() if name not in _PREFIX_ARGUMENTS}, grad_bias_ptr=grad_bias,
+        launch_kernel(
+            kernels.bias_grads_kernel, programs,
+            **arguments, grad_bias_ptr=grad_bias,
             batches=batch // bias_batch, heads=heads // bias_heads, bias_heads=bias_heads, **_tiles(tiles),
         )  # fmt: skip
     return tuple(grads)
@@ -260,20 +257,20 @@ def _key_gradients(
     arguments: dict[str, Any], grad_k: Tensor | None, grad_v: Tensor | None, grads: tuple[Tensor, Tensor], scale: float
 ) -> None:
     """Gradients of token keys and values and of both prefixes, those asked for, in one launch."""
-    kernels, launch = kernels_of("prompt_attention"), kernels_of("launch")
-
+    kernels, launches = kernels_of("prompt_attention"), kernels_of("launch")
     q, keys = arguments["q_ptr"], arguments["Sk"]
     batch, heads, queries, head_dim = q.shape
-    tiles = launch.key_grads_launch(head_dim, q.element_size())
+    tiles = launches.key_grads_launch(head_dim, q.element_size())
     token_tiles = -(-keys // tiles.block_k) if grad_k is not None else 0
-    splits = launch.prefix_splits(queries)
+    splits = launches.prefix_splits(queries)
     targets = prefix_targets(grads, batch, splits, arguments["statistics_ptr"].dtype)
     lengths = [0 if target is None else target.shape[4] for target in targets]
-    blocks = [launch.prefix_block(length) for length in (arguments["P0"], arguments["P1"])]
+    blocks = [launches.prefix_block(length) for length in (arguments["P0"], arguments["P1"])]
     parts = [-(-length // block) * splits if length else 0 for length, block in zip(lengths, blocks, strict=True)]
     programs = (token_tiles + sum(parts)) * batch * (heads // arguments["GROUP"])
     if programs:
-        kernels.key_grads_kernel[(programs,)](
+        launch_kernel(
+            kernels.key_grads_kernel, programs,
             **arguments, grad_k_ptr=grad_k, grad_v_ptr=grad_v, grads0_ptr=targets[0], grads1_ptr=targets[1],
             token_tiles=token_tiles, parts0=parts[0], parts1=parts[1], splits=splits, scale=scale,
             grad_k_strides=strides(grad_k), grad_v_strides=strides(grad_v),

@@ -7,7 +7,7 @@ from .._autocast import cast, without_autocast
 from ..reference.route_and_mix import accumulator_dtype, gated_softmax, routing_logits, squared_norm
 from ..reference.route_and_mix import route_and_mix as reference_route_and_mix
 from ._registration import apply, define, once_differentiable
-from ._triton import INTERPRETED, castable, kernels_of, not_empty, strides
+from ._triton import INTERPRETED, castable, kernels_of, launch_kernel, not_empty, strides
 
 
 def _empty_rstd(logits: Tensor, experts: Tensor, gram: Tensor | None) -> Tensor:
@@ -103,14 +103,14 @@ def _reference_backward(
 
 def _triton_forward(logits, experts, noise, gram, temperature, top_k, renormalize, eps, out_dtype):
     kernels, launches = kernels_of("route_and_mix"), kernels_of("launch")
-
     mixed, scores, rstd = _empty_outputs(logits, experts, gram, out_dtype)
     (batch, num_experts), (_, rows, width) = logits.shape, experts.shape
     if batch == 0:
         return mixed, scores, rstd
     launch = launches.mix_launch(batch, num_experts, width, experts.element_size(), gram=gram is not None)
     tiles = rows * -(-width // launch.block_m)
-    kernels.mix_kernel[(-(-batch // launch.block_b) * tiles,)](
+    launch_kernel(
+        kernels.mix_kernel, -(-batch // launch.block_b) * tiles,
         logits_ptr=logits, noise_ptr=noise, experts_ptr=experts, gram_ptr=gram,
         mixed_ptr=mixed, scores_ptr=scores, rstd_ptr=not_empty(rstd),
         B=batch, K=num_experts, L=rows, M=width, inv_temperature=1.0 / temperature, eps=eps,
@@ -127,7 +127,6 @@ def _triton_backward(
     grad_mixed, grad_scores, logits, experts, noise, gram, scores, rstd, temperature, top_k, renormalize, eps, needs
 ):
     kernels, launches = kernels_of("route_and_mix"), kernels_of("launch")
-
     grad_logits, grad_experts, grad_gram = _empty_grads(logits, experts, gram, needs)
     (batch, num_experts), (_, rows, width) = logits.shape, experts.shape
     if batch == 0 or grad_mixed is None:
@@ -147,8 +146,9 @@ def _triton_backward(
         split_grads = grad_experts
         if needs[1] and launch.splits > 1:
             split_grads = scores.new_empty((launch.splits, *experts.shape))
-        grid = (rows * m_tiles * -(-num_experts // launch.block_k) * launch.splits,)
-        kernels.expert_grads_kernel[grid](
+        programs = rows * m_tiles * -(-num_experts // launch.block_k) * launch.splits
+        launch_kernel(
+            kernels.expert_grads_kernel, programs,
             grad_mixed_ptr=grad_mixed, scores_ptr=scores, rstd_ptr=not_empty(rstd), experts_ptr=experts,
             grad_experts_ptr=not_empty(split_grads), partials_ptr=partials,
             B=batch, K=num_experts, L=rows, M=width,
@@ -162,7 +162,8 @@ def _triton_backward(
     if needs[0] or needs_partials:
         grad_norm_sq = scores.new_empty((batch, rows)) if gram is not None and needs_partials else None
         launch = launches.router_grads_launch(num_experts, m_tiles)
-        kernels.router_grads_kernel[(batch,)](
+        launch_kernel(
+            kernels.router_grads_kernel, batch,
             partials_ptr=partials, grad_scores_ptr=grad_scores, logits_ptr=logits, noise_ptr=noise, scores_ptr=scores,
             rstd_ptr=not_empty(rstd), gram_ptr=gram, grad_logits_ptr=not_empty(grad_logits), grad_norm_sq_ptr=grad_norm_sq,
             B=batch, K=num_experts, L=rows, M_TILES=m_tiles, inv_temperature=1.0 / temperature,

@@ -10,7 +10,7 @@ from torch import Tensor
 from .._autocast import without_autocast
 from . import cpu_window_attention
 from ._registration import apply, define, once_differentiable
-from ._triton import INTERPRETED, castable, kernels_of, not_empty, prefix_targets, strides, sum_parts
+from ._triton import INTERPRETED, castable, kernels_of, launch_kernel, not_empty, prefix_targets, strides, sum_parts
 from .sdpa_attention import prefix_mask_of
 
 LOG2_E = math.log2(math.e)
@@ -137,7 +137,6 @@ def _common_arguments(given: _Arguments) -> tuple[dict[str, Any], int]:
 
 def _triton_forward(*arguments: Any) -> Tensor:
     kernels, launches = kernels_of("window_attention"), kernels_of("launch")
-
     given, out = _Arguments(*arguments), _fake_forward(*arguments)
     if out.numel() == 0:
         return out
@@ -145,15 +144,20 @@ def _triton_forward(*arguments: Any) -> Tensor:
     windows, images_and_heads = arguments["windows"], given.qkv.shape[0] * arguments["H"]
     per_chunk = launches.forward_windows(per_chunk, images_and_heads * windows)
     chunks = -(-windows // per_chunk)
-    kernels.window_attention_kernel[(chunks * images_and_heads,)](
-        **arguments, out_ptr=out, out_strides=out.stride(), chunks=chunks, per_chunk=per_chunk
+    launch_kernel(
+        kernels.window_attention_kernel,
+        chunks * images_and_heads,
+        **arguments,
+        out_ptr=out,
+        out_strides=out.stride(),
+        chunks=chunks,
+        per_chunk=per_chunk,
     )
     return out
 
 
 def _triton_backward(grad_out: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     kernels = kernels_of("window_attention")
-
     *given, needs = arguments
     given = _Arguments(*given)
     grad_qkv, grads0, grads1, grad_bias, grad_pad = grads = _empty_grads(given, needs)
@@ -170,7 +174,8 @@ def _triton_backward(grad_out: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     if needs[4]:
         padding = qkv.new_empty((batch * chunks, heads, 2, block_d), dtype=acc) if arguments["pad_ptr"] is not None else None
     if needs[0] or targets[0] is not None or targets[1] is not None or padding is not None:
-        kernels.window_grads_kernel[(chunks * heads * batch,)](
+        launch_kernel(
+            kernels.window_grads_kernel, chunks * heads * batch,
             **arguments, grad_qkv_ptr=not_empty(grad_qkv), grads0_ptr=targets[0], grads1_ptr=targets[1], grad_pad_ptr=padding,
             chunks=chunks, per_chunk=per_chunk, scale=scale, grad_qkv_strides=strides(not_empty(grad_qkv)),
             grads0_strides=strides(targets[0]), grads1_strides=strides(targets[1]),
@@ -188,13 +193,17 @@ def _triton_backward(grad_out: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 def _bias_gradient(arguments: dict[str, Any], units: int, grad_bias: Tensor) -> None:
     """Of all ``units`` windows of all images, parts of the sum side by side."""
     kernels, launches = kernels_of("window_attention"), kernels_of("launch")
-
     qkv, (heads, rows, keys) = arguments["qkv_ptr"], arguments["bias_ptr"].shape
     programs = heads * rows // arguments["BLOCK_Q"]
     splits = launches.window_splits(units, programs)
     parts = qkv.new_empty((splits, heads, rows, keys), dtype=torch.promote_types(qkv.dtype, torch.float32))
-    kernels.window_bias_grads_kernel[(splits * programs,)](
-        **arguments, grad_bias_ptr=parts, units=units, per_split=-(-units // splits)
+    launch_kernel(
+        kernels.window_bias_grads_kernel,
+        splits * programs,
+        **arguments,
+        grad_bias_ptr=parts,
+        units=units,
+        per_split=-(-units // splits),
     )
     area = arguments["AREA"]
     grad_bias.copy_(parts.sum(0)[:, :area, :area])

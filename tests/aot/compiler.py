@@ -32,7 +32,7 @@ class Recorder:
     """Stands in for a kernel: keeps its launches in ``launches``."""
 
     def __init__(self, kernel: Any, launches: list[Launch]):
-        self.kernel, self.launches = kernel, launches
+        self.kernel, self.launches, self.arg_names = kernel, launches, kernel.arg_names
 
     def __getitem__(self, grid):
         def record(*args, **kwargs):

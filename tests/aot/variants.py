@@ -27,7 +27,7 @@ class _Counting:
     """Stands in for a kernel: keeps the cache keys of its launches."""
 
     def __init__(self, kernel: Any, keys: set[str]):
-        self.fn, self.keys = kernel.fn, keys
+        self.arg_names, self.keys = kernel.arg_names, keys
         self.bind = create_function_from_signature(kernel.signature, kernel.params, BACKEND)
         self.known: dict[Any, str] = {}
 

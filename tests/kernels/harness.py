@@ -80,10 +80,11 @@ class _Recording:
 
     def __init__(self, kernel, name: str, launches: list[tuple[str, dict]]):
         self.kernel, self.name, self.launches = kernel, name, launches
+        self.arg_names = kernel.arg_names
 
     def __getitem__(self, grid):
         def launch(*args, **kwargs):
-            self.launches.append((self.name, {**kwargs, "grid": grid}))
+            self.launches.append((self.name, {**dict(zip(self.arg_names, args, strict=True)), **kwargs, "grid": grid}))
             return self.kernel[grid](*args, **kwargs)
 
         return launch
