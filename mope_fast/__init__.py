@@ -25,6 +25,7 @@ from .models import (
     VLMoProcessor,
     fit_head,
     start_prompts,
+    warmup,
 )
 from .modules import MoPEConfig, MoPELayer, MoPEOutput, PromptAttention, PromptBank, PromptMapper
 from .prediction import Prediction, Predictor
@@ -60,4 +61,5 @@ __all__ = [
     "start_prompts",
     "supported_encoders",
     "unwrap_encoder",
+    "warmup",
 ]

@@ -9,6 +9,7 @@ from .output import FusionOutput
 from .prompt_tuned import PromptTuned
 from .start_prompts import start_prompts
 from .vlmo import VLMo, VLMoConfig, VLMoOutput, VLMoProcessor
+from .warmup import warmup
 
 __all__ = [
     "BAFConfig",
@@ -24,4 +25,5 @@ __all__ = [
     "VLMoProcessor",
     "fit_head",
     "start_prompts",
+    "warmup",
 ]

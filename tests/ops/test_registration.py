@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mope_fast.ops import prompt_attention, route_and_mix, window_attention
+from mope_fast.ops import _registration, prompt_attention, route_and_mix, window_attention
 
 X = torch.randn(6, 6, dtype=torch.float64)
 
@@ -62,3 +62,14 @@ def test_a_first_derivative_with_a_graph_is_the_one_without(op):
     for truth, *others in zip(expected, got, functional, strict=True):
         for other in others:
             torch.testing.assert_close(other, truth)
+
+
+@pytest.mark.parametrize("capturing", [True, False])
+def test_a_first_launch_within_a_capture_says_what_to_do(capturing, monkeypatch):
+    def launch(tensor):
+        raise RuntimeError("Triton Error [CUDA]: operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    with pytest.raises(RuntimeError, match=r"call mope_fast\.warmup\(model, \*inputs\) before" if capturing else "Triton Error"):
+        _registration._on_their_device(launch)(torch.zeros(1))

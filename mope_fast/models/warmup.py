@@ -1,0 +1,79 @@
+"""Compile a model's kernels before they are needed."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .classifier import Classifier
+
+
+def warmup(model: nn.Module, *inputs: Any, **named: Any) -> None:
+    """Run a model once as it is used, so that its Triton kernels are compiled now and not in a first step; leave it as it was.
+
+    In eval mode that is a forward without gradients; in training mode a forward and a backward too. Kernels depend on dtypes, head
+    dimension, kinds of masks, and whether there are up to 64 queries or more, but not on batches and lengths beyond that: one call
+    for a short and one for a long text do. Call it under the autocast that training has, and before a CUDA graph is captured,
+    which allows no compilation.
+
+    Parameters, their gradients, buffers, modes, and the state of random numbers are afterwards what they were. Of several processes
+    each calls it, with inputs of the same shapes.
+
+    Args:
+        model: what has prompts of this library; it may be a part of the module.
+        inputs, named: as of the model's forward.
+
+    Raises:
+        Whatever the model's forward or backward does.
+
+    Example:
+        >>> warmup(model.train(), images, text, labels=labels)
+    """
+    with _left_as_it_was(model):
+        if model.training:
+            with torch.enable_grad():
+                output = model(*inputs, **named)
+                # gradients laid out as a step's: those of a mere sum would have strides of zero
+                results = [output.loss] if getattr(output, "loss", None) is not None else tree_leaves(output)
+                results += [part._auxiliary for part in _classifiers(model)]
+                taken = [result for result in results if isinstance(result, Tensor) and result.requires_grad]
+                if taken:
+                    torch.autograd.backward([result.square().sum() for result in taken])
+                for part in _classifiers(model):
+                    part._auxiliary = None
+        model.eval()
+        with torch.no_grad():
+            model(*inputs, **named)
+
+
+def _classifiers(model: nn.Module) -> list[Classifier]:
+    return [part for part in model.modules() if isinstance(part, Classifier)]
+
+
+@contextmanager
+def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    grads = [(parameter, parameter.grad) for parameter in model.parameters()]
+    auxiliary = [(part, part._auxiliary) for part in _classifiers(model)]
+    devices = {parameter.device.index for parameter, _ in grads if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(sorted(devices)):
+        try:
+            for parameter, _ in grads:
+                parameter.grad = None
+            for part, _ in auxiliary:
+                part._auxiliary = None
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+            for parameter, grad in grads:
+                parameter.grad = grad
+            for part, loss in auxiliary:
+                part._auxiliary = loss
+            for module, mode in modes:
+                module.training = mode
