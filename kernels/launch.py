@@ -80,6 +80,15 @@ def mix_launch(batch: int, experts: int, width: int, itemsize: int, *, gram: boo
     return MixLaunch(block_b, block_k, block_m, _round_up(experts, block_k), num_warps)
 
 
+FEATURE_BLOCK = 64
+"""Of a layer's own feature, that go into its router's query at a time."""
+
+
+def own_padded(own: int) -> int:
+    """Numbers of a router's own query, as matrix products take them."""
+    return _power_of_2_in(own, 16, 1024)
+
+
 def expert_grads_launch(batch: int, experts: int, rows: int, width: int, itemsize: int) -> ExpertGradsLaunch:
     """Tile sizes of the experts' gradient and of its share of the scores' gradient.
 

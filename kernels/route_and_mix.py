@@ -5,6 +5,10 @@
     mixed  = sum_k scores[:, k] * experts[k] / norm              (B, L, M)
     norm   = sqrt(max(scores' gram[l] scores, 0) + eps), or 1    (B, L)
 
+Of a whole layer ``mix_kernel`` makes all prompts, [before | mixed + shift | after], and routes by the layer's own feature:
+
+    x      = logits + feature weight' keys                       (B, K), with logits all that doesn't depend on the feature
+
 Backward, with g the gradient of ``mixed``, du[b, l, k] = <g[b, l], experts[k, l]> and r = 1 / norm:
 
     d experts[k, l] = sum_b scores[b, k] r[b, l] g[b, l]
@@ -26,17 +30,49 @@ from .products import dot, operand_type, sum_type
 
 
 @triton.jit
-def _load_logits(logits_ptr, rows, cols, in_batch, K, strides, ACC: tl.constexpr):
-    """logits [rows, cols]; columns past K are -inf, rows outside the batch are finite."""
+def _own_query(
+    feature_ptr, weight_ptr, rows, in_batch, D, OWN, feature_strides, weight_strides,
+    BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, OWN_PADDED: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """feature weight' [rows, OWN_PADDED], zeros from OWN on; None without a feature."""
+    query = None
+    if feature_ptr is not None:
+        own = tl.arange(0, OWN_PADDED)
+        query = tl.zeros([BLOCK_B, OWN_PADDED], ACC)
+        for d0 in range(0, D, BLOCK_D):
+            d = d0 + tl.arange(0, BLOCK_D)
+            at = feature_ptr + rows[:, None] * feature_strides[0] + d[None, :].to(tl.int64) * feature_strides[1]
+            x = tl.load(at, mask=in_batch[:, None] & (d < D)[None, :], other=0.0).to(ACC)
+            at = weight_ptr + own[None, :].to(tl.int64) * weight_strides[0] + d[:, None].to(tl.int64) * weight_strides[1]
+            w = tl.load(at, mask=(own < OWN)[None, :] & (d < D)[:, None], other=0.0).to(ACC)
+            query = dot(x, w, query)
+    return query
+
+
+@triton.jit
+def _load_logits(
+    logits_ptr, query, keys_ptr, rows, cols, in_batch, K, OWN, strides, keys_strides, OWN_PADDED: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    """logits [rows, cols], with what the query gives; columns past K are -inf, rows outside the batch are finite."""
     mask = in_batch[:, None] & (cols < K)[None, :]
     x = tl.load(logits_ptr + rows[:, None] * strides[0] + cols[None, :].to(tl.int64) * strides[1], mask=mask, other=0.0).to(ACC)
+    if query is not None:
+        own = tl.arange(0, OWN_PADDED)
+        at = keys_ptr + own[:, None].to(tl.int64) * keys_strides[0] + cols[None, :].to(tl.int64) * keys_strides[1]
+        x = dot(query, tl.load(at, mask=(own < OWN)[:, None] & (cols < K)[None, :], other=0.0).to(ACC), x)
     return tl.where((cols < K)[None, :], x, float("-inf"))
 
 
 @triton.jit
-def _router_input(logits_ptr, noise_ptr, rows, cols, in_batch, top, K, inv_temperature, logits_strides, noise_strides):
+def _router_input(
+    logits_ptr, noise_ptr, query, keys_ptr, rows, cols, in_batch, top, K, OWN, inv_temperature,
+    logits_strides, noise_strides, keys_strides, OWN_PADDED: tl.constexpr,
+):  # fmt: skip
     """x [rows, cols] less the row's largest logit / temperature: what decides the softmax then has small, exact numbers."""
-    x = (_load_logits(logits_ptr, rows, cols, in_batch, K, logits_strides, top.dtype) - top[:, None]) * inv_temperature
+    x = _load_logits(
+        logits_ptr, query, keys_ptr, rows, cols, in_batch, K, OWN, logits_strides, keys_strides, OWN_PADDED, top.dtype
+    )  # fmt: skip
+    x = (x - top[:, None]) * inv_temperature
     if noise_ptr is not None:
         mask = in_batch[:, None] & (cols < K)[None, :]
         at = noise_ptr + rows[:, None] * noise_strides[0] + cols[None, :].to(tl.int64) * noise_strides[1]
@@ -52,19 +88,23 @@ def _dropped(x, cols, kth_value, kth_index):
 
 @triton.jit
 def _row_statistics(
-    logits_ptr, noise_ptr, rows, in_batch, K, inv_temperature, logits_strides, noise_strides,
-    TOP_K: tl.constexpr, RENORMALIZE: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, K_PADDED: tl.constexpr, ACC: tl.constexpr,
+    logits_ptr, noise_ptr, query, keys_ptr, rows, in_batch, K, OWN, inv_temperature,
+    logits_strides, noise_strides, keys_strides, TOP_K: tl.constexpr, RENORMALIZE: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, K_PADDED: tl.constexpr, OWN_PADDED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Largest logit, largest x, softmax denominator, and (value, index) of the last kept entry of each row, all [BLOCK_B]."""
     top = tl.full([BLOCK_B], float("-inf"), ACC)
     for k0 in range(0, K_PADDED, BLOCK_K):
-        x = _load_logits(logits_ptr, rows, k0 + tl.arange(0, BLOCK_K), in_batch, K, logits_strides, ACC)
+        cols = k0 + tl.arange(0, BLOCK_K)
+        x = _load_logits(logits_ptr, query, keys_ptr, rows, cols, in_batch, K, OWN, logits_strides, keys_strides, OWN_PADDED, ACC)
         top = tl.maximum(top, tl.max(x, 1))
     row_max = tl.full([BLOCK_B], float("-inf"), ACC)
     for k0 in range(0, K_PADDED, BLOCK_K):
         cols = k0 + tl.arange(0, BLOCK_K)
-        x = _router_input(logits_ptr, noise_ptr, rows, cols, in_batch, top, K, inv_temperature, logits_strides, noise_strides)
+        x = _router_input(
+            logits_ptr, noise_ptr, query, keys_ptr, rows, cols, in_batch, top, K, OWN, inv_temperature,
+            logits_strides, noise_strides, keys_strides, OWN_PADDED,
+        )  # fmt: skip
         row_max = tl.maximum(row_max, tl.max(x, 1))
 
     kth_value = tl.full([BLOCK_B], float("inf"), ACC)
@@ -76,7 +116,8 @@ def _row_statistics(
             for k0 in range(0, K_PADDED, BLOCK_K):
                 cols = k0 + tl.arange(0, BLOCK_K)
                 x = _router_input(
-                    logits_ptr, noise_ptr, rows, cols, in_batch, top, K, inv_temperature, logits_strides, noise_strides
+                    logits_ptr, noise_ptr, query, keys_ptr, rows, cols, in_batch, top, K, OWN, inv_temperature,
+                    logits_strides, noise_strides, keys_strides, OWN_PADDED,
                 )  # fmt: skip
                 behind = _dropped(x, cols, kth_value, kth_index) & (cols < K)[None, :]
                 value = tl.max(tl.where(behind, x, float("-inf")), 1)
@@ -90,7 +131,10 @@ def _row_statistics(
     row_sum = tl.zeros([BLOCK_B], ACC)
     for k0 in range(0, K_PADDED, BLOCK_K):
         cols = k0 + tl.arange(0, BLOCK_K)
-        x = _router_input(logits_ptr, noise_ptr, rows, cols, in_batch, top, K, inv_temperature, logits_strides, noise_strides)
+        x = _router_input(
+            logits_ptr, noise_ptr, query, keys_ptr, rows, cols, in_batch, top, K, OWN, inv_temperature,
+            logits_strides, noise_strides, keys_strides, OWN_PADDED,
+        )  # fmt: skip
         p = tl.exp(x - row_max[:, None])
         if RENORMALIZE:
             p = tl.where(_dropped(x, cols, kth_value, kth_index), 0.0, p)
@@ -114,47 +158,43 @@ def _load_experts(experts_ptr, cols, row, columns, K, M, strides):
     return tl.load(at, mask=(cols < K)[:, None] & (columns < M)[None, :], other=0.0)
 
 
-@triton.jit(do_not_specialize=["B"])
-def mix_kernel(
-    logits_ptr, noise_ptr, experts_ptr, gram_ptr, mixed_ptr, scores_ptr, rstd_ptr,
-    B, K, L, M, inv_temperature, eps,
-    logits_strides, noise_strides, experts_strides, gram_strides,
+@triton.jit
+def _mix_prompt(
+    row, m_tile, to, logits_ptr, noise_ptr, feature_ptr, weight_ptr, keys_ptr, experts_ptr, gram_ptr, shift_ptr, scores_ptr, rstd_ptr,
+    rows, columns, in_batch, K, L, M, D, OWN, inv_temperature, eps,
+    logits_strides, noise_strides, feature_strides, weight_strides, keys_strides, experts_strides, gram_strides, shift_stride,
     TOP_K: tl.constexpr, RENORMALIZE: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, K_PADDED: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    K_PADDED: tl.constexpr, OWN_PADDED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_B samples of one prompt row l, BLOCK_M of its columns.
-
-    Every program redoes the softmax of its samples: K numbers each, cheaper than a second launch.
-    """
-    ACC: tl.constexpr = sum_type(scores_ptr.dtype.element_ty)
-    OPERANDS: tl.constexpr = operand_type(mixed_ptr.dtype.element_ty, ACC)
-    pid = tl.program_id(0)
-    m_tiles = tl.cdiv(M, BLOCK_M)
-    tile = pid % (L * m_tiles)
-    row = (tile // m_tiles).to(tl.int64)
-    rows = (pid // (L * m_tiles)).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    columns = (tile % m_tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    in_batch = rows < B
-
+    """One routed prompt, of each sample, to ``to`` [rows, columns]; its first program writes scores, and of each row's norm."""
+    OPERANDS: tl.constexpr = operand_type(to.dtype.element_ty, ACC)
+    query = _own_query(
+        feature_ptr, weight_ptr, rows, in_batch, D, OWN, feature_strides, weight_strides, BLOCK_B, BLOCK_D, OWN_PADDED, ACC
+    )
     top, row_max, row_sum, kth_value, kth_index = _row_statistics(
-        logits_ptr, noise_ptr, rows, in_batch, K, inv_temperature, logits_strides, noise_strides,
-        TOP_K, RENORMALIZE, BLOCK_B, BLOCK_K, K_PADDED, ACC,
+        logits_ptr, noise_ptr, query, keys_ptr, rows, in_batch, K, OWN, inv_temperature, logits_strides, noise_strides, keys_strides,
+        TOP_K, RENORMALIZE, BLOCK_B, BLOCK_K, K_PADDED, OWN_PADDED, ACC,
     )  # fmt: skip
 
     acc = tl.zeros([BLOCK_B, BLOCK_M], ACC)
     norm_sq = tl.zeros([BLOCK_B], ACC)
     for k0 in range(0, K_PADDED, BLOCK_K):
         cols = k0 + tl.arange(0, BLOCK_K)
-        x = _router_input(logits_ptr, noise_ptr, rows, cols, in_batch, top, K, inv_temperature, logits_strides, noise_strides)
+        x = _router_input(
+            logits_ptr, noise_ptr, query, keys_ptr, rows, cols, in_batch, top, K, OWN, inv_temperature,
+            logits_strides, noise_strides, keys_strides, OWN_PADDED,
+        )  # fmt: skip
         s = _scores(x, cols, row_max, row_sum, kth_value, kth_index, TOP_K)
-        if tile == 0:
+        if (row == 0) & (m_tile == 0):
             tl.store(scores_ptr + rows[:, None] * K + cols[None, :], s, mask=in_batch[:, None] & (cols < K)[None, :])
         acc = dot(s, _load_experts(experts_ptr, cols, row, columns, K, M, experts_strides).to(OPERANDS), acc)
         if gram_ptr is not None:
             for j0 in range(0, K, BLOCK_K):
                 others = j0 + tl.arange(0, BLOCK_K)
                 x_other = _router_input(
-                    logits_ptr, noise_ptr, rows, others, in_batch, top, K, inv_temperature, logits_strides, noise_strides
+                    logits_ptr, noise_ptr, query, keys_ptr, rows, others, in_batch, top, K, OWN, inv_temperature,
+                    logits_strides, noise_strides, keys_strides, OWN_PADDED,
                 )  # fmt: skip
                 s_other = _scores(x_other, others, row_max, row_sum, kth_value, kth_index, TOP_K)
                 at = gram_ptr + row * gram_strides[0] + cols[:, None].to(tl.int64) * gram_strides[1]
@@ -167,10 +207,59 @@ def mix_kernel(
         below = norm_sq < 0.0
         inv_norm = 1.0 / tl.sqrt(tl.where(below, 0.0, norm_sq) + eps)
         acc *= inv_norm[:, None]
-        if tile % m_tiles == 0:
+        if m_tile == 0:
             tl.store(rstd_ptr + rows * L + row, tl.where(below, -inv_norm, inv_norm), mask=in_batch)
-    at = mixed_ptr + (rows[:, None] * L + row) * M + columns[None, :]
-    tl.store(at, acc.to(mixed_ptr.dtype.element_ty), mask=in_batch[:, None] & (columns < M)[None, :])
+    if shift_ptr is not None:
+        acc += tl.load(shift_ptr + columns * shift_stride, mask=columns < M, other=0.0).to(ACC)[None, :]
+    tl.store(to, acc.to(to.dtype.element_ty), mask=in_batch[:, None] & (columns < M)[None, :])
+
+
+@triton.jit
+def _copy_prompt(from_ptr, to, rows, row, columns, in_batch, M, strides):
+    """One prompt that isn't routed, of each sample, to ``to`` [rows, columns]."""
+    mask = in_batch[:, None] & (columns < M)[None, :]
+    at = from_ptr + rows[:, None] * strides[0] + row * strides[1] + columns[None, :] * strides[2]
+    tl.store(to, tl.load(at, mask=mask, other=0.0).to(to.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["B"])
+def mix_kernel(
+    logits_ptr, noise_ptr, feature_ptr, weight_ptr, keys_ptr, experts_ptr, before_ptr, after_ptr, gram_ptr, shift_ptr,
+    mixed_ptr, scores_ptr, rstd_ptr,
+    B, K, L, M, D, OWN, P_BEFORE, P_AFTER, inv_temperature, eps,
+    logits_strides, noise_strides, feature_strides, weight_strides, keys_strides, experts_strides, before_strides, after_strides,
+    gram_strides, shift_stride,
+    TOP_K: tl.constexpr, RENORMALIZE: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    K_PADDED: tl.constexpr, OWN_PADDED: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_B samples of one prompt, BLOCK_M of its columns; first the P_BEFORE prompts, then L routed ones.
+
+    Every program of a routed prompt redoes the router of its samples, and what makes its logits: cheaper than a second launch.
+    """
+    ACC: tl.constexpr = sum_type(scores_ptr.dtype.element_ty)
+    pid = tl.program_id(0)
+    m_tiles = tl.cdiv(M, BLOCK_M)
+    prompts = P_BEFORE + L + P_AFTER
+    tile = pid % (prompts * m_tiles)
+    prompt = (tile // m_tiles).to(tl.int64)
+    rows = (pid // (prompts * m_tiles)).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    columns = (tile % m_tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    in_batch = rows < B
+    to = mixed_ptr + (rows[:, None] * prompts + prompt) * M + columns[None, :]
+    if before_ptr is not None:  # noqa: SIM102 - the outer condition is the compiler's
+        if prompt < P_BEFORE:
+            _copy_prompt(before_ptr, to, rows, prompt, columns, in_batch, M, before_strides)
+    if after_ptr is not None:  # noqa: SIM102
+        if prompt >= P_BEFORE + L:
+            _copy_prompt(after_ptr, to, rows, prompt - P_BEFORE - L, columns, in_batch, M, after_strides)
+    if (prompt >= P_BEFORE) & (prompt < P_BEFORE + L):
+        _mix_prompt(
+            prompt - P_BEFORE, tile % m_tiles, to, logits_ptr, noise_ptr, feature_ptr, weight_ptr, keys_ptr, experts_ptr, gram_ptr,
+            shift_ptr, scores_ptr, rstd_ptr, rows, columns, in_batch, K, L, M, D, OWN, inv_temperature, eps,
+            logits_strides, noise_strides, feature_strides, weight_strides, keys_strides, experts_strides, gram_strides, shift_stride,
+            TOP_K, RENORMALIZE, BLOCK_B, BLOCK_K, BLOCK_M, BLOCK_D, K_PADDED, OWN_PADDED, ACC,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["B"])

@@ -8,7 +8,7 @@ from ..reference.layer_prompts import router_logits
 from ..reference.route_and_mix import accumulator_dtype
 from . import route_and_mix as mixing
 from ._registration import apply, define, once_differentiable
-from ._triton import INTERPRETED, castable
+from ._triton import INTERPRETED, castable, not_empty
 
 
 def _lengths(before: Tensor | None, experts: Tensor, after: Tensor | None) -> tuple[int, int, int]:
@@ -35,16 +35,21 @@ def _assembled(mixed, before, after, shift, out_dtype):
     return torch.cat([cast(part, out_dtype).expand(mixed.shape[0], -1, -1) for part in parts], dim=1)
 
 
-def _forward(mix):
-    """By a forward of ``mope_fast::route_and_mix``."""
+def _reference_forward(feature, cross, weight, keys, experts, before, after, gram, shift, top_k, renormalize, eps, out_dtype):
+    logits = router_logits(feature, cross, weight, keys, accumulator_dtype(cross, experts))
+    by_row = None if gram is None else gram.transpose(0, 1)
+    mixed, scores, rstd = mixing._reference_forward(logits, experts, None, by_row, 1.0, top_k, renormalize, eps, out_dtype)
+    return _assembled(mixed, before, after, shift, out_dtype), scores, rstd
 
-    def forward(feature, cross, weight, keys, experts, before, after, gram, shift, top_k, renormalize, eps, out_dtype):
-        logits = router_logits(feature, cross, weight, keys, accumulator_dtype(cross, experts))
-        by_row = None if gram is None else gram.transpose(0, 1)
-        mixed, scores, rstd = mix(logits, experts, None, by_row, 1.0, top_k, renormalize, eps, out_dtype)
-        return _assembled(mixed, before, after, shift, out_dtype), scores, rstd
 
-    return forward
+def _triton_forward(feature, cross, weight, keys, experts, before, after, gram, shift, top_k, renormalize, eps, out_dtype):
+    arguments = (feature, cross, weight, keys, experts, before, after, gram, shift)
+    rows, scores, rstd = _fake_forward(*arguments, top_k, renormalize, eps, out_dtype)
+    by_row = None if gram is None else gram.transpose(0, 1)
+    layer = mixing.LayerInputs(feature, weight, keys, not_empty(before), not_empty(after), shift)
+    settings = {"temperature": 1.0, "top_k": top_k, "renormalize": renormalize, "eps": eps}
+    mixing.launch_mixture(cross, experts, None, by_row, layer, rows, scores, rstd, **settings)
+    return rows, scores, rstd
 
 
 def _fake_backward(
@@ -117,8 +122,8 @@ _ARGUMENTS = (
 layer_prompts_forward = define(
     f"layer_prompts({_ARGUMENTS}, SymInt? top_k, bool renormalize, float eps, ScalarType out_dtype) "
     "-> (Tensor rows, Tensor scores, Tensor rstd)",
-    cpu=_forward(mixing._triton_forward if INTERPRETED else mixing._reference_forward),
-    cuda=_forward(mixing._triton_forward),
+    cpu=_triton_forward if INTERPRETED else _reference_forward,
+    cuda=_triton_forward,
     fake=_fake_forward,
     flops=lambda *arguments: _flops(*arguments[:5]),
     use="MoPELayer or PromptBank",

@@ -1,5 +1,7 @@
 """``mope_fast::route_and_mix`` and its backward: CPU maths, Triton launches and the autograd function on top."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -101,26 +103,66 @@ def _reference_backward(
     return grad_logits, grad_experts, grad_gram
 
 
+class LayerInputs(NamedTuple):
+    """What a layer has beside its logits and experts, see :func:`mope_fast.reference.layer_prompts`."""
+
+    feature: Tensor | None = None
+    weight: Tensor | None = None
+    keys: Tensor | None = None
+    before: Tensor | None = None
+    after: Tensor | None = None
+    shift: Tensor | None = None
+
+
 def _triton_forward(logits, experts, noise, gram, temperature, top_k, renormalize, eps, out_dtype):
-    kernels, launches = kernels_of("route_and_mix"), kernels_of("launch")
     mixed, scores, rstd = _empty_outputs(logits, experts, gram, out_dtype)
-    (batch, num_experts), (_, rows, width) = logits.shape, experts.shape
-    if batch == 0:
-        return mixed, scores, rstd
-    launch = launches.mix_launch(batch, num_experts, width, experts.element_size(), gram=gram is not None)
-    tiles = rows * -(-width // launch.block_m)
-    launch_kernel(
-        kernels.mix_kernel, -(-batch // launch.block_b) * tiles,
-        logits_ptr=logits, noise_ptr=noise, experts_ptr=experts, gram_ptr=gram,
-        mixed_ptr=mixed, scores_ptr=scores, rstd_ptr=not_empty(rstd),
-        B=batch, K=num_experts, L=rows, M=width, inv_temperature=1.0 / temperature, eps=eps,
-        logits_strides=logits.stride(), noise_strides=strides(noise),
-        experts_strides=experts.stride(), gram_strides=strides(gram),
-        TOP_K=top_k or 0, RENORMALIZE=renormalize,
-        BLOCK_B=launch.block_b, BLOCK_K=launch.block_k, BLOCK_M=launch.block_m, K_PADDED=launch.k_padded,
-        num_warps=launch.num_warps,
+    launch_mixture(
+        logits, experts, noise, gram, LayerInputs(), mixed, scores, rstd,
+        temperature=temperature, top_k=top_k, renormalize=renormalize, eps=eps,
     )  # fmt: skip
     return mixed, scores, rstd
+
+
+def launch_mixture(
+    logits: Tensor,
+    experts: Tensor,
+    noise: Tensor | None,
+    gram: Tensor | None,
+    layer: LayerInputs,
+    mixed: Tensor,
+    scores: Tensor,
+    rstd: Tensor,
+    *,
+    temperature: float,
+    top_k: int | None,
+    renormalize: bool,
+    eps: float,
+) -> None:
+    """Write all prompts (B, P, M), scores (B, K) and, with ``gram``, ``rstd`` (B, L), in one launch."""
+    kernels, launches = kernels_of("route_and_mix"), kernels_of("launch")
+    (batch, num_experts), (_, rows, width) = logits.shape, experts.shape
+    if batch == 0:
+        return
+    own, feature_width = (1, 1) if layer.weight is None else layer.weight.shape
+    before, after = (t if t is None or t.shape[0] == batch else t.expand(batch, -1, -1) for t in (layer.before, layer.after))
+    launch = launches.mix_launch(batch, num_experts, width, experts.element_size(), gram=gram is not None)
+    programs = -(-batch // launch.block_b) * mixed.shape[1] * -(-width // launch.block_m)
+    launch_kernel(
+        kernels.mix_kernel, programs,
+        logits_ptr=logits, noise_ptr=noise, feature_ptr=layer.feature, weight_ptr=layer.weight, keys_ptr=layer.keys,
+        experts_ptr=experts, before_ptr=before, after_ptr=after, gram_ptr=gram, shift_ptr=layer.shift,
+        mixed_ptr=mixed, scores_ptr=scores, rstd_ptr=not_empty(rstd),
+        B=batch, K=num_experts, L=rows, M=width, D=feature_width, OWN=own,
+        P_BEFORE=0 if before is None else before.shape[1], P_AFTER=0 if after is None else after.shape[1],
+        inv_temperature=1.0 / temperature, eps=eps,
+        logits_strides=logits.stride(), noise_strides=strides(noise), feature_strides=strides(layer.feature),
+        weight_strides=strides(layer.weight), keys_strides=strides(layer.keys), experts_strides=experts.stride(),
+        before_strides=strides(before), after_strides=strides(after), gram_strides=strides(gram),
+        shift_stride=None if layer.shift is None else layer.shift.stride(0),
+        TOP_K=top_k or 0, RENORMALIZE=renormalize,
+        BLOCK_B=launch.block_b, BLOCK_K=launch.block_k, BLOCK_M=launch.block_m, BLOCK_D=launches.FEATURE_BLOCK,
+        K_PADDED=launch.k_padded, OWN_PADDED=launches.own_padded(own), num_warps=launch.num_warps,
+    )  # fmt: skip
 
 
 def _triton_backward(

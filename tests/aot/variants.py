@@ -54,7 +54,7 @@ def count_variants(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
             prompt_attention._of_backward(prompt_attention._triton_backward),
         ),
         layer_prompts: (
-            layer_prompts._forward(route_and_mix._triton_forward),
+            layer_prompts._triton_forward,
             layer_prompts._backward(route_and_mix._triton_backward),
         ),
         route_and_mix: (route_and_mix._triton_forward, route_and_mix._triton_backward),
