@@ -66,8 +66,8 @@ def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def mix_launch(batch: int, experts: int, width: int, itemsize: int, *, gram: bool) -> MixLaunch:
-    """Tile sizes of the forward kernel.
+def mix_launch(batch: int, experts: int, width: int, itemsize: int, *, gram: bool, layer: bool = False) -> MixLaunch:
+    """Tile sizes of the forward kernel; a whole layer has the same for every batch, and spills with more rows.
 
     block_b stays below 64 for every batch: the same matrix instruction, so a sample's bits don't depend on its neighbours.
     float32 products (the Gram form's always are) run on FMA units and hold operands in registers: smaller tiles, or they spill.
@@ -75,7 +75,7 @@ def mix_launch(batch: int, experts: int, width: int, itemsize: int, *, gram: boo
     """
     block_k = _power_of_2_in(experts, 16, 64 if itemsize == 2 and not gram else 32)
     block_m = _power_of_2_in(width, 16, 128 if itemsize == 2 else 64)
-    block_b = 16 if batch <= 256 else 32
+    block_b = 16 if batch <= 256 or layer else 32
     num_warps = 8 if itemsize > 2 and not gram and block_b * block_k == 1024 else 4
     return MixLaunch(block_b, block_k, block_m, _round_up(experts, block_k), num_warps)
 

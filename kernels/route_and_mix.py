@@ -160,8 +160,8 @@ def _load_experts(experts_ptr, cols, row, columns, K, M, strides):
 
 @triton.jit
 def _mix_prompt(
-    row, m_tile, to, logits_ptr, noise_ptr, feature_ptr, weight_ptr, keys_ptr, experts_ptr, gram_ptr, shift_ptr, scores_ptr, rstd_ptr,
-    rows, columns, in_batch, K, L, M, D, OWN, inv_temperature, eps,
+    row, m_tile, to, logits_ptr, noise_ptr, feature_ptr, weight_ptr, keys_ptr, experts_ptr, gram_ptr, shift_ptr,
+    scores_ptr, rstd_ptr, rows, columns, in_batch, K, L, M, D, OWN, inv_temperature, eps,
     logits_strides, noise_strides, feature_strides, weight_strides, keys_strides, experts_strides, gram_strides, shift_stride,
     TOP_K: tl.constexpr, RENORMALIZE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -173,8 +173,8 @@ def _mix_prompt(
         feature_ptr, weight_ptr, rows, in_batch, D, OWN, feature_strides, weight_strides, BLOCK_B, BLOCK_D, OWN_PADDED, ACC
     )
     top, row_max, row_sum, kth_value, kth_index = _row_statistics(
-        logits_ptr, noise_ptr, query, keys_ptr, rows, in_batch, K, OWN, inv_temperature, logits_strides, noise_strides, keys_strides,
-        TOP_K, RENORMALIZE, BLOCK_B, BLOCK_K, K_PADDED, OWN_PADDED, ACC,
+        logits_ptr, noise_ptr, query, keys_ptr, rows, in_batch, K, OWN, inv_temperature,
+        logits_strides, noise_strides, keys_strides, TOP_K, RENORMALIZE, BLOCK_B, BLOCK_K, K_PADDED, OWN_PADDED, ACC,
     )  # fmt: skip
 
     acc = tl.zeros([BLOCK_B, BLOCK_M], ACC)
@@ -250,28 +250,29 @@ def mix_kernel(
     if before_ptr is not None:  # noqa: SIM102 - the outer condition is the compiler's
         if prompt < P_BEFORE:
             _copy_prompt(before_ptr, to, rows, prompt, columns, in_batch, M, before_strides)
+            return
     if after_ptr is not None:  # noqa: SIM102
         if prompt >= P_BEFORE + L:
             _copy_prompt(after_ptr, to, rows, prompt - P_BEFORE - L, columns, in_batch, M, after_strides)
-    if (prompt >= P_BEFORE) & (prompt < P_BEFORE + L):
-        _mix_prompt(
-            prompt - P_BEFORE, tile % m_tiles, to, logits_ptr, noise_ptr, feature_ptr, weight_ptr, keys_ptr, experts_ptr, gram_ptr,
-            shift_ptr, scores_ptr, rstd_ptr, rows, columns, in_batch, K, L, M, D, OWN, inv_temperature, eps,
-            logits_strides, noise_strides, feature_strides, weight_strides, keys_strides, experts_strides, gram_strides, shift_stride,
-            TOP_K, RENORMALIZE, BLOCK_B, BLOCK_K, BLOCK_M, BLOCK_D, K_PADDED, OWN_PADDED, ACC,
-        )  # fmt: skip
+            return
+    _mix_prompt(
+        prompt - P_BEFORE, tile % m_tiles, to, logits_ptr, noise_ptr, feature_ptr, weight_ptr, keys_ptr, experts_ptr, gram_ptr,
+        shift_ptr, scores_ptr, rstd_ptr, rows, columns, in_batch, K, L, M, D, OWN, inv_temperature, eps,
+        logits_strides, noise_strides, feature_strides, weight_strides, keys_strides, experts_strides, gram_strides, shift_stride,
+        TOP_K, RENORMALIZE, BLOCK_B, BLOCK_K, BLOCK_M, BLOCK_D, K_PADDED, OWN_PADDED, ACC,
+    )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=["B", "splits"])
 def expert_grads_kernel(
     grad_mixed_ptr, scores_ptr, rstd_ptr, experts_ptr, grad_experts_ptr, partials_ptr,
-    B, K, L, M,
+    B, K, L, M, splits,
     grad_mixed_strides, experts_strides,
-    SPLITS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """One program: one tile of one prompt row's experts against one of SPLITS parts of the batch.
+    """One program: one tile of one prompt row's experts against one of splits parts of the batch.
 
-    Writes its part of d experts to grad_experts (SPLITS, K, L, M) and du over its columns to partials (L, m_tiles, B, K).
+    Writes its part of d experts to grad_experts (splits, K, L, M) and du over its columns to partials (L, m_tiles, B, K).
     """
     ACC: tl.constexpr = sum_type(scores_ptr.dtype.element_ty)
     OPERANDS: tl.constexpr = operand_type(grad_mixed_ptr.dtype.element_ty, ACC)
@@ -287,7 +288,7 @@ def expert_grads_kernel(
     if partials_ptr is not None:
         e = _load_experts(experts_ptr, cols, row, columns, K, M, experts_strides)
     grad = tl.zeros([BLOCK_K, BLOCK_M], ACC)
-    per_split = tl.cdiv(tl.cdiv(B, SPLITS), BLOCK_B) * BLOCK_B
+    per_split = tl.cdiv(tl.cdiv(B, splits), BLOCK_B) * BLOCK_B
     first = split * per_split
     for b0 in range(first, tl.minimum(first + per_split, B), BLOCK_B):
         rows = b0 + tl.arange(0, BLOCK_B).to(tl.int64)

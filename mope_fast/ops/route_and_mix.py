@@ -145,7 +145,8 @@ def launch_mixture(
         return
     own, feature_width = (1, 1) if layer.weight is None else layer.weight.shape
     before, after = (t if t is None or t.shape[0] == batch else t.expand(batch, -1, -1) for t in (layer.before, layer.after))
-    launch = launches.mix_launch(batch, num_experts, width, experts.element_size(), gram=gram is not None)
+    kind = {"gram": gram is not None, "layer": layer.feature is not None}
+    launch = launches.mix_launch(batch, num_experts, width, experts.element_size(), **kind)
     programs = -(-batch // launch.block_b) * mixed.shape[1] * -(-width // launch.block_m)
     launch_kernel(
         kernels.mix_kernel, programs,
@@ -193,9 +194,9 @@ def _triton_backward(
             kernels.expert_grads_kernel, programs,
             grad_mixed_ptr=grad_mixed, scores_ptr=scores, rstd_ptr=not_empty(rstd), experts_ptr=experts,
             grad_experts_ptr=not_empty(split_grads), partials_ptr=partials,
-            B=batch, K=num_experts, L=rows, M=width,
+            B=batch, K=num_experts, L=rows, M=width, splits=launch.splits,
             grad_mixed_strides=grad_mixed.stride(), experts_strides=experts.stride(),
-            SPLITS=launch.splits, BLOCK_B=launch.block_b, BLOCK_K=launch.block_k, BLOCK_M=launch.block_m,
+            BLOCK_B=launch.block_b, BLOCK_K=launch.block_k, BLOCK_M=launch.block_m,
             num_warps=launch.num_warps,
         )  # fmt: skip
         if split_grads is not grad_experts:

@@ -64,7 +64,8 @@ COMMON = [
     Case("Dh=80", head_dim=80, prefixes=BOTH),
     Case("Dh=64 padded", prefixes=BOTH, padding=True),
     Case("Dh=64 causal", prefixes=BOTH, window=(None, 0)),
-    Case("Dh=64 window, shared keys", prefixes=BOTH, window=(64, 64), key_heads=2),
+    Case("Dh=64 window", prefixes=BOTH, window=(64, 64)),
+    Case("Dh=64 shared keys", prefixes=BOTH, key_heads=2),
     Case("Dh=64 intervals", field=INTERVALS),
     Case("Dh=64 fp16, one prefix", dtype=FP16, prefixes=((2, 32),)),
 ]
@@ -73,6 +74,8 @@ OTHERS = [
     Case("Dh=34 intervals, padded", head_dim=34, field=INTERVALS, padding=True),
     Case("Dh=34 with prefixes", head_dim=34, prefixes=BOTH),
     Case("Dh=64 everything", prefixes=BOTH, padding=True, bias=True, window=(None, 0), masked_prefixes=True),
+    # Triton 3.6 spills 16 bytes in the gradients of its keys
+    Case("Dh=64 window, shared keys", prefixes=BOTH, window=(64, 64), key_heads=2),
     Case("Dh=256 window, shared keys, padded", head_dim=256, prefixes=BOTH, padding=True, window=(511, 0), key_heads=1),
     Case("Dh=64 groups, padded, bias", field=GAPS, padding=True, bias=True),
     Case("Dh=16, one token", head_dim=16, tokens=1, prefixes=((2, 1),), batch=2, heads=1, key_heads=1),
@@ -81,7 +84,7 @@ OTHERS = [
 ]
 
 
-QUICK = [case for case in COMMON if case.name in ("Dh=64", "Dh=64 window, shared keys", "Dh=64 intervals")]
+QUICK = [case for case in COMMON if case.name in ("Dh=64", "Dh=64 window", "Dh=64 intervals")]
 
 
 @pytest.fixture

@@ -87,3 +87,35 @@ def test_spills_nothing_on_sm_90(case, record):
 def test_tables_and_results_move_in_words_of_16_bytes_on_sm_90(case, record):
     for launch in record(*case)[:2]:  # the router's gradients are few numbers
         assert_wide_words(compile_launch(launch, 90), reads=r"ld\.global", narrow=(".b16", ".b8"))
+
+
+LAYERS = [
+    (8, 16, 6, 1536, BF16, True),
+    (64, 16, 6, 1536, BF16, True),
+    (512, 64, 6, 1536, BF16, True),
+    (8, 256, 6, 768, FP32, False),
+    (1, 4, 2, 128, BF16, False),
+]
+
+
+@pytest.mark.parametrize("case", LAYERS, ids=str)
+def test_a_whole_layer_is_one_launch_that_fits_and_spills_nothing(case, monkeypatch):
+    """ViT-B's and smaller: feature, router, experts in K/V space or as prompts, static prompts before, mapped ones behind."""
+    from mope_fast.kernels import route_and_mix as kernels
+
+    from mope_fast.ops import layer_prompts as ops
+
+    launches = []
+    monkeypatch.setattr(kernels, "mix_kernel", Recorder(kernels.mix_kernel, launches))
+    batch, experts, rows, width, dtype, in_kv_space = case
+    table = torch.empty(experts, rows, width, dtype=dtype)
+    before, after = (table.new_empty(size, rows if size == 1 else 1, width) for size in (1, batch))
+    gram = torch.empty(experts, rows, experts) if in_kv_space else None
+    shift = table.new_empty(width) if in_kv_space else None
+    tensors = (table.new_empty(batch, 197, 768)[:, 0], torch.empty(batch, experts), torch.empty(2, 768), torch.empty(2, experts))
+    ops._triton_forward(*tensors, table, before, after, gram, shift, None, False, 1e-5, dtype)
+    [launch] = launches
+    for capability in (80, 90):
+        compiled = compile_launch(launch, capability)
+        assert_fits(compiled, capability)
+    assert compiled.spills == 0, f"{compiled.spills} bytes of local memory"

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch import nn
 from transformers import BertConfig, BertModel
 from variants import count_variants
 
-from mope_fast import MoPEConfig, MoPEFusion, warmup
+from mope_fast import MoPEConfig, MoPEFusion, PromptBank, warmup
+from mope_fast.encoders import PromptedLayer
 
 pytestmark = pytest.mark.aot
 
@@ -45,3 +47,18 @@ def test_behind_a_warm_up_a_step_compiles_nothing(variants):
     with torch.no_grad():
         model.eval()({"input_ids": ids[:5]}, features[:5])
     assert variants == known
+
+
+def test_a_layer_of_any_batch_takes_four_kernels(variants):
+    bank = PromptBank([128] * 2, 16, MoPEConfig(num_experts=4, prompt_length=4, mapper_norm="layer")).bfloat16().eval()
+    norms = [nn.LayerNorm(128).bfloat16() for _ in range(2)]
+    layers = [PromptedLayer(norm, norm, 128, norm, nn.Linear(128, 256).bfloat16(), None, 2) for norm in norms]
+    for batch in (1, 2, 3, 5, 8, 15, 16, 17, 64, 100, 255, 256, 257, 500, 512, 513, 1000, 1024, 2000, 4096, 5000, 8192):
+        context = bank.prepare(torch.randn(batch, 16).bfloat16(), layers, torch.bfloat16)
+        for index in range(2):
+            [(keys, values)], scores = context.prefixes(index, torch.randn(batch, 128).bfloat16())
+            (keys.sum() + values.sum() + scores.sum()).backward(retain_graph=True)
+    # mixed as prompts or in K/V space, where experts are few beside the batch; gradients in small tiles and in large ones
+    assert {name: len(keys) for name, keys in variants.items() if keys} == {
+        "mix_kernel": 2, "expert_grads_kernel": 4, "router_grads_kernel": 3
+    }  # fmt: skip

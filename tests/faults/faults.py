@@ -36,6 +36,7 @@ def _fault(name: str, file: str, text: str, replacement: str, harm: str, *tests:
 _MIX, _ATTEND, _WINDOWS = (
     f"tests/kernels/test_{name}_kernels.py::" for name in ("route_and_mix", "prompt_attention", "window_attention")
 )
+_LAYER = "tests/kernels/test_layer_prompts_kernels.py::"
 _MIX_EAGER = f"{_MIX}test_outputs_and_gradients_are_as_good_as_eager"
 _TIES = "tests/properties/test_route_and_mix_properties.py::test_among_equal_logits_the_lower_index_is_kept"
 _ATTEND_EAGER = f"{_ATTEND}test_float32_output_and_gradients_are_as_good_as_eager"
@@ -137,6 +138,30 @@ ATTENTION = (
         "256: (AttentionLaunch(128, 128, 8, 3)",
         "With head dim 256 attention doesn't start on any GPU.",
         (f"{_ATTEND_COMPILES}[Dh=256-86]",),
+    ),
+    _kernel(
+        "layer-routes-by-the-other-modality-alone",
+        "route_and_mix.py",
+        "x = dot(query, tl.load(at, mask=(own < OWN)[:, None] & (cols < K)[None, :], other=0.0).to(ACC), x)",
+        "x += 0.0 * tl.sum(query)",
+        "On a GPU routing ignores the layer's own feature.",
+        f"{_LAYER}test_rows_scores_and_gradients_are_those_of_the_reference[no norm-all]",
+    ),
+    _kernel(
+        "layer-copies-the-first-prompt",
+        "route_and_mix.py",
+        "at = from_ptr + rows[:, None] * strides[0] + row * strides[1] + columns[None, :] * strides[2]",
+        "at = from_ptr + rows[:, None] * strides[0] + columns[None, :] * strides[2]",
+        "On a GPU all static prompts of a layer are its first one.",
+        f"{_LAYER}test_rows_scores_and_gradients_are_those_of_the_reference[nothing behind-all]",
+    ),
+    _kernel(
+        "layer-shift-of-the-wrong-columns",
+        "route_and_mix.py",
+        "acc += tl.load(shift_ptr + columns * shift_stride, mask=columns < M, other=0.0).to(ACC)[None, :]",
+        "acc += tl.load(shift_ptr + tl.arange(0, BLOCK_M) * shift_stride, mask=columns < M, other=0.0).to(ACC)[None, :]",
+        "Behind its first tile a mixture has another part of the projection's bias.",
+        f"{_LAYER}test_any_sizes_are_those_of_the_reference[width dim]",
     ),
     _kernel(
         "causal-off-by-one",

@@ -13,6 +13,8 @@ from mope_fast.modules.router import Router
 from mope_fast.modules.tables import Tables
 from mope_fast.ops import layer_prompts as ops
 
+pytestmark = pytest.mark.skipif(ops.INTERPRETED, reason="the plain CPU implementation; the interpreter's kernels have their own")
+
 BATCH, EXPERTS, LENGTH, WIDTH, DIM, OWN = 4, 5, 2, 6, 7, 3
 TENSORS = ("feature", "cross", "weight", "keys", "experts", "before", "after", "gram", "shift")
 FORMS = {
