@@ -38,7 +38,7 @@ WINDOW: tl.constexpr = tl.constexpr(2)
 INTERVALS: tl.constexpr = tl.constexpr(3)
 GROUPS: tl.constexpr = tl.constexpr(4)
 
-_SIZES = ("H", "Sq", "Sk", "P0", "P1", "left", "right", "padding_row", "padding_stride")
+_SIZES = ("H", "Sq", "Sk", "P0", "P1", "left", "right", "padding_row")
 """No kernel of its own for those that are 1 or a multiple of 16."""
 
 
@@ -80,15 +80,19 @@ def _load_last(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Rows by their numbers: ``tokens`` of them from ``start`` on, then those of both prefixes; zeros behind these."""
-    tile = _load_rows(tokens_ptr, start + numbers, numbers < tokens, token_strides, HEAD_DIM, BLOCK_D)
-    # each row has one source and zeros from the others: a sum is cheaper than a choice
+    columns = tl.arange(0, BLOCK_D)
+    at = tokens_ptr + (start + numbers)[:, None].to(tl.int64) * token_strides[2] + columns[None, :].to(tl.int64) * token_strides[3]
+    # a choice of addresses: of loaded tiles it would be one of numbers, in registers
     if prefix0_ptr is not None:
-        inside = (numbers >= tokens) & (numbers < tokens + P0)
-        tile += _load_rows(prefix0_ptr, numbers - tokens, inside, strides0, HEAD_DIM, BLOCK_D).to(tile.dtype)
+        row = (numbers - tokens)[:, None]
+        at = tl.where(row >= 0, prefix0_ptr + row.to(tl.int64) * strides0[2] + columns[None, :].to(tl.int64) * strides0[3], at)
     if prefix1_ptr is not None:
-        inside = (numbers >= tokens + P0) & (numbers < tokens + P0 + P1)
-        tile += _load_rows(prefix1_ptr, numbers - tokens - P0, inside, strides1, HEAD_DIM, BLOCK_D).to(tile.dtype)
-    return tile
+        row = (numbers - tokens - P0)[:, None]
+        at = tl.where(row >= 0, prefix1_ptr + row.to(tl.int64) * strides1[2] + columns[None, :].to(tl.int64) * strides1[3], at)
+    mask = (numbers < tokens + P0 + P1)[:, None]
+    if HEAD_DIM < BLOCK_D:
+        mask = mask & (columns < HEAD_DIM)[None, :]
+    return tl.load(at, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -100,28 +104,28 @@ def _store_rows(head_ptr, rows, inside, strides, tile, HEAD_DIM: tl.constexpr, B
 
 
 @triton.jit
-def _padding_of_tokens(padding_ptr, padding_row, padding_stride, batch, P0, P1, MASKED_PREFIXES: tl.constexpr):
+def _padding_of_tokens(padding_ptr, padding_row, batch, P0, P1, MASKED_PREFIXES: tl.constexpr):
     """Where one sample's mask of tokens begins, behind that of its prefixes; None without a mask."""
     row = padding_ptr
     if padding_ptr is not None:
         row = padding_ptr + batch.to(tl.int64) * padding_row
     if MASKED_PREFIXES:
-        row += (P0 + P1).to(tl.int64) * padding_stride
+        row += P0 + P1
     return row
 
 
 @triton.jit
-def _mask_of_prefix(tokens_ptr, before, padding_stride, MASKED_PREFIXES: tl.constexpr):
+def _mask_of_prefix(tokens_ptr, before, MASKED_PREFIXES: tl.constexpr):
     """Where the mask of a prefix begins, ``before`` that of tokens; None of prefixes that are all there."""
     first = None
     if MASKED_PREFIXES:
-        first = tokens_ptr - before.to(tl.int64) * padding_stride
+        first = tokens_ptr - before
     return first
 
 
 @triton.jit
-def _is_there(padding_ptr, keys, inside, stride):
-    return tl.load(padding_ptr + keys.to(tl.int64) * stride, mask=inside, other=0).to(tl.int1)
+def _is_there(padding_ptr, keys, inside):
+    return tl.load(padding_ptr + keys, mask=inside, other=0).to(tl.int1)
 
 
 @triton.jit
@@ -206,7 +210,7 @@ def _with_bias(s, rows, keys, inside, bias_ptr, Sq, scale_log2, bias_strides):
 
 @triton.jit
 def _masked(
-    s, keys, inside, first, last, bits, field_ptr, padding_ptr, Sk, padding_stride, VISIBILITY: tl.constexpr
+    s, keys, inside, first, last, bits, field_ptr, padding_ptr, Sk, VISIBILITY: tl.constexpr
 ):  # fmt: skip
     """-inf where a row doesn't see a token, of keys ``inside`` the tokens. Either way round.
 
@@ -221,13 +225,13 @@ def _masked(
             seen = seen & (((bits >> group) & 1) != 0)
         s = tl.where(seen, s, float("-inf"))
     if padding_ptr is not None:
-        s = tl.where(_is_there(padding_ptr, keys, inside, padding_stride), s, float("-inf"))
+        s = tl.where(_is_there(padding_ptr, keys, inside), s, float("-inf"))
     return s
 
 
 @triton.jit
 def _last_masked(
-    s, numbers, tokens, prefixes, keys, first, last, bits, field_ptr, padding_ptr, Sk, padding_stride,
+    s, numbers, tokens, prefixes, keys, first, last, bits, field_ptr, padding_ptr, Sk,
     VISIBILITY: tl.constexpr, MASKED_PREFIXES: tl.constexpr,
 ):  # fmt: skip
     """As :func:`_masked`, for what :func:`_load_last` gives: of ``tokens`` and then ``prefixes`` keys."""
@@ -235,8 +239,8 @@ def _last_masked(
     there = numbers < tokens + prefixes
     if MASKED_PREFIXES:
         in_prefix = (numbers >= tokens) & there
-        there = of_token | (in_prefix & _is_there(padding_ptr, numbers - tokens - prefixes, in_prefix, padding_stride))
-    masked = _masked(s, keys, of_token, first, last, bits, field_ptr, padding_ptr, Sk, padding_stride, VISIBILITY)
+        there = of_token | (in_prefix & _is_there(padding_ptr, numbers - tokens - prefixes, in_prefix))
+    masked = _masked(s, keys, of_token, first, last, bits, field_ptr, padding_ptr, Sk, VISIBILITY)
     return tl.where(there, tl.where(of_token, masked, s), float("-inf"))
 
 
@@ -257,7 +261,7 @@ def _accumulate(acc, row_max, row_sum, s, v, scale_log2, bias_ptr):
 @triton.jit
 def _attend_to_tokens(
     acc, row_max, row_sum, q_tile, k_ptr, v_ptr, rows, start, end, first, last, bits, field_ptr, padding_ptr, bias_ptr,
-    Sq, Sk, scale_log2, k_strides, v_strides, padding_stride, bias_strides,
+    Sq, Sk, scale_log2, k_strides, v_strides, bias_strides,
     VISIBILITY: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Whole tiles of tokens."""
@@ -269,7 +273,7 @@ def _attend_to_tokens(
         s = dot(q_tile, tl.trans(k_tile), None)
         s = _with_bias(s, rows[:, None], keys[None, :], inside, bias_ptr, Sq, scale_log2, bias_strides)
         s = _masked(
-            s, keys[None, :], inside, first[:, None], last[:, None], bits[:, None], field_ptr, padding_ptr, Sk, padding_stride,
+            s, keys[None, :], inside, first[:, None], last[:, None], bits[:, None], field_ptr, padding_ptr, Sk,
             VISIBILITY,
         )  # fmt: skip
         acc, row_max, row_sum = _accumulate(acc, row_max, row_sum, s, v_tile, scale_log2, bias_ptr)
@@ -279,7 +283,7 @@ def _attend_to_tokens(
 @triton.jit(do_not_specialize=[*_SIZES])
 def attention_kernel(
     q_ptr, k_ptr, v_ptr, pk0_ptr, pv0_ptr, pk1_ptr, pv1_ptr, field_ptr, padding_ptr, bias_ptr, out_ptr, statistics_ptr,
-    H, Sq, Sk, P0, P1, left, right, padding_row, padding_stride, scale_log2,
+    H, Sq, Sk, P0, P1, left, right, padding_row, scale_log2,
     q_strides, k_strides, v_strides, pk0_strides, pv0_strides, pk1_strides, pv1_strides, bias_strides, out_strides,
     VISIBILITY: tl.constexpr, MASKED_PREFIXES: tl.constexpr, GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -295,7 +299,7 @@ def attention_kernel(
     inside = rows < Sq
     q_tile = _load_rows(_head(q_ptr, q_strides, batch, head), rows, inside, q_strides, HEAD_DIM, BLOCK_D)
     k_head, v_head = _head(k_ptr, k_strides, batch, of_keys), _head(v_ptr, v_strides, batch, of_keys)
-    token_padding_ptr = _padding_of_tokens(padding_ptr, padding_row, padding_stride, batch, P0, P1, MASKED_PREFIXES)
+    token_padding_ptr = _padding_of_tokens(padding_ptr, padding_row, batch, P0, P1, MASKED_PREFIXES)
     bias_head = _prefix_head(bias_ptr, bias_strides, batch, head)
 
     acc = tl.zeros([BLOCK_Q, BLOCK_D], ACC)
@@ -308,18 +312,18 @@ def attention_kernel(
     if VISIBILITY >= WINDOW or padding_ptr is not None:
         acc, row_max, row_sum = _attend_to_tokens(
             acc, row_max, row_sum, q_tile, k_head, v_head, rows, begin, whole_from, first, last, bits, field_ptr, token_padding_ptr,
-            bias_head, Sq, Sk, scale_log2, k_strides, v_strides, padding_stride, bias_strides,
+            bias_head, Sq, Sk, scale_log2, k_strides, v_strides, bias_strides,
             VISIBILITY, HEAD_DIM, BLOCK_D, BLOCK_K,
         )  # fmt: skip
     if VISIBILITY <= WINDOW and padding_ptr is None:
         acc, row_max, row_sum = _attend_to_tokens(
             acc, row_max, row_sum, q_tile, k_head, v_head, rows, whole_from, whole_to, first, last, bits, None, None, bias_head,
-            Sq, Sk, scale_log2, k_strides, v_strides, 0, bias_strides, FULL, HEAD_DIM, BLOCK_D, BLOCK_K,
+            Sq, Sk, scale_log2, k_strides, v_strides, bias_strides, FULL, HEAD_DIM, BLOCK_D, BLOCK_K,
         )  # fmt: skip
     if VISIBILITY != FULL and VISIBILITY <= WINDOW and padding_ptr is None:
         acc, row_max, row_sum = _attend_to_tokens(
             acc, row_max, row_sum, q_tile, k_head, v_head, rows, whole_to, last_tile, first, last, bits, None, None, bias_head,
-            Sq, Sk, scale_log2, k_strides, v_strides, 0, bias_strides, VISIBILITY, HEAD_DIM, BLOCK_D, BLOCK_K,
+            Sq, Sk, scale_log2, k_strides, v_strides, bias_strides, VISIBILITY, HEAD_DIM, BLOCK_D, BLOCK_K,
         )  # fmt: skip
 
     tokens = end - last_tile
@@ -330,16 +334,16 @@ def attention_kernel(
             k_head, _prefix_head(pk0_ptr, pk0_strides, batch, of_keys), _prefix_head(pk1_ptr, pk1_strides, batch, of_keys),
             numbers, last_tile, tokens, P0, P1, k_strides, pk0_strides, pk1_strides, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
-        v_tile = _load_last(
-            v_head, _prefix_head(pv0_ptr, pv0_strides, batch, of_keys), _prefix_head(pv1_ptr, pv1_strides, batch, of_keys),
-            numbers, last_tile, tokens, P0, P1, v_strides, pv0_strides, pv1_strides, HEAD_DIM, BLOCK_D,
-        )  # fmt: skip
         s = dot(q_tile, tl.trans(k_tile), None)
         of_token = (numbers < tokens)[None, :]
         s = _with_bias(s, rows[:, None], keys[None, :], of_token, bias_head, Sq, scale_log2, bias_strides)
         s = _last_masked(
             s, numbers[None, :], tokens, P0 + P1, keys[None, :], first[:, None], last[:, None], bits[:, None],
-            field_ptr, token_padding_ptr, Sk, padding_stride, VISIBILITY, MASKED_PREFIXES,
+            field_ptr, token_padding_ptr, Sk, VISIBILITY, MASKED_PREFIXES,
+        )  # fmt: skip
+        v_tile = _load_last(
+            v_head, _prefix_head(pv0_ptr, pv0_strides, batch, of_keys), _prefix_head(pv1_ptr, pv1_strides, batch, of_keys),
+            numbers, last_tile, tokens, P0, P1, v_strides, pv0_strides, pv1_strides, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
         acc, row_max, row_sum = _accumulate(acc, row_max, row_sum, s, v_tile, scale_log2, bias_ptr)
 
@@ -379,7 +383,7 @@ def _logit_gradients(s, row_max, log_sum, g_dot_v, delta, scale_log2, bias_ptr, 
 @triton.jit
 def _query_gradient(
     grad, q_tile, g_tile, row_max, log_sum, delta, k_ptr, v_ptr, rows, start, end, first, last, bits,
-    field_ptr, padding_ptr, bias_ptr, Sq, Sk, scale_log2, k_strides, v_strides, padding_stride, bias_strides,
+    field_ptr, padding_ptr, bias_ptr, Sq, Sk, scale_log2, k_strides, v_strides, bias_strides,
     VISIBILITY: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Of whole tiles of tokens."""
@@ -392,7 +396,7 @@ def _query_gradient(
         s = dot(q_tile, tl.trans(k_tile), None)
         s = _with_bias(s, rows[:, None], keys[None, :], inside, bias_ptr, Sq, scale_log2, bias_strides)
         s = _masked(
-            s, keys[None, :], inside, first[:, None], last[:, None], bits[:, None], field_ptr, padding_ptr, Sk, padding_stride,
+            s, keys[None, :], inside, first[:, None], last[:, None], bits[:, None], field_ptr, padding_ptr, Sk,
             VISIBILITY,
         )  # fmt: skip
         g_dot_v = dot(g_tile, tl.trans(v_tile), None)
@@ -405,7 +409,7 @@ def _query_gradient(
 def query_grads_kernel(
     grad_out_ptr, q_ptr, k_ptr, v_ptr, pk0_ptr, pv0_ptr, pk1_ptr, pv1_ptr, field_ptr, padding_ptr, bias_ptr,
     out_ptr, statistics_ptr, delta_ptr, grad_q_ptr,
-    H, Sq, Sk, P0, P1, left, right, padding_row, padding_stride, scale, scale_log2,
+    H, Sq, Sk, P0, P1, left, right, padding_row, scale, scale_log2,
     grad_out_strides, q_strides, k_strides, v_strides, pk0_strides, pv0_strides, pk1_strides, pv1_strides,
     bias_strides, out_strides, grad_q_strides,
     VISIBILITY: tl.constexpr, MASKED_PREFIXES: tl.constexpr, GROUP: tl.constexpr,
@@ -428,7 +432,7 @@ def query_grads_kernel(
     if grad_q_ptr is not None:
         q_tile = _load_rows(_head(q_ptr, q_strides, batch, head), rows, inside, q_strides, HEAD_DIM, BLOCK_D)
         k_head, v_head = _head(k_ptr, k_strides, batch, of_keys), _head(v_ptr, v_strides, batch, of_keys)
-        token_padding_ptr = _padding_of_tokens(padding_ptr, padding_row, padding_stride, batch, P0, P1, MASKED_PREFIXES)
+        token_padding_ptr = _padding_of_tokens(padding_ptr, padding_row, batch, P0, P1, MASKED_PREFIXES)
         bias_head = _prefix_head(bias_ptr, bias_strides, batch, head)
         row_max, log_sum = _load_statistics(statistics_ptr, at, inside, q_ptr.dtype.element_ty, bias_ptr)
         grad = tl.zeros([BLOCK_Q, BLOCK_D], ACC)
@@ -439,18 +443,18 @@ def query_grads_kernel(
         if VISIBILITY >= WINDOW or padding_ptr is not None:
             grad = _query_gradient(
                 grad, q_tile, g_tile, row_max, log_sum, row_delta, k_head, v_head, rows, begin, whole_from, first, last, bits,
-                field_ptr, token_padding_ptr, bias_head, Sq, Sk, scale_log2, k_strides, v_strides, padding_stride, bias_strides,
+                field_ptr, token_padding_ptr, bias_head, Sq, Sk, scale_log2, k_strides, v_strides, bias_strides,
                 VISIBILITY, HEAD_DIM, BLOCK_D, BLOCK_K,
             )  # fmt: skip
         if VISIBILITY <= WINDOW and padding_ptr is None:
             grad = _query_gradient(
                 grad, q_tile, g_tile, row_max, log_sum, row_delta, k_head, v_head, rows, whole_from, whole_to, first, last, bits,
-                None, None, bias_head, Sq, Sk, scale_log2, k_strides, v_strides, 0, bias_strides, FULL, HEAD_DIM, BLOCK_D, BLOCK_K,
+                None, None, bias_head, Sq, Sk, scale_log2, k_strides, v_strides, bias_strides, FULL, HEAD_DIM, BLOCK_D, BLOCK_K,
             )  # fmt: skip
         if VISIBILITY != FULL and VISIBILITY <= WINDOW and padding_ptr is None:
             grad = _query_gradient(
                 grad, q_tile, g_tile, row_max, log_sum, row_delta, k_head, v_head, rows, whole_to, last_tile, first, last, bits,
-                None, None, bias_head, Sq, Sk, scale_log2, k_strides, v_strides, 0, bias_strides,
+                None, None, bias_head, Sq, Sk, scale_log2, k_strides, v_strides, bias_strides,
                 VISIBILITY, HEAD_DIM, BLOCK_D, BLOCK_K,
             )  # fmt: skip
 
@@ -471,7 +475,7 @@ def query_grads_kernel(
             s = _with_bias(s, rows[:, None], keys[None, :], of_token, bias_head, Sq, scale_log2, bias_strides)
             s = _last_masked(
                 s, numbers[None, :], tokens, P0 + P1, keys[None, :], first[:, None], last[:, None], bits[:, None],
-                field_ptr, token_padding_ptr, Sk, padding_stride, VISIBILITY, MASKED_PREFIXES,
+                field_ptr, token_padding_ptr, Sk, VISIBILITY, MASKED_PREFIXES,
             )  # fmt: skip
             g_dot_v = dot(g_tile, tl.trans(v_tile), None)
             _, ds = _logit_gradients(
@@ -484,7 +488,7 @@ def query_grads_kernel(
 @triton.jit
 def _prefix_gradients(
     part, q_ptr, grad_out_ptr, k_ptr, v_ptr, padding_ptr, statistics_ptr, delta_ptr, grads_ptr,
-    batch, of_keys, H, Sq, P, scale, scale_log2, q_strides, grad_out_strides, k_strides, v_strides, padding_stride, bias_ptr,
+    batch, of_keys, H, Sq, P, scale, scale_log2, q_strides, grad_out_strides, k_strides, v_strides, bias_ptr,
     grads_strides, splits, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):  # fmt: skip
@@ -513,7 +517,7 @@ def _prefix_gradients(
             if bias_ptr is not None:
                 s = s * scale_log2
             if padding_ptr is not None:
-                s = tl.where(_is_there(padding_ptr, keys, keys < P, padding_stride)[:, None], s, float("-inf"))
+                s = tl.where(_is_there(padding_ptr, keys, keys < P)[:, None], s, float("-inf"))
             v_dot_g = dot(v_tile, tl.trans(g_tile), None)
             MASKED: tl.constexpr = padding_ptr is not None
             p, ds = _logit_gradients(
@@ -530,7 +534,7 @@ def _prefix_gradients(
 def _token_gradients(
     tile, q_ptr, k_ptr, v_ptr, grad_out_ptr, field_ptr, padding_ptr, bias_ptr, statistics_ptr, delta_ptr, grad_k_ptr, grad_v_ptr,
     batch, of_keys, H, Sq, Sk, left, right, scale, scale_log2,
-    q_strides, k_strides, v_strides, grad_out_strides, padding_stride, bias_strides, grad_k_strides, grad_v_strides,
+    q_strides, k_strides, v_strides, grad_out_strides, bias_strides, grad_k_strides, grad_v_strides,
     VISIBILITY: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -563,7 +567,7 @@ def _token_gradients(
             s = _with_bias(s, rows[None, :], keys[:, None], of_token, bias_head, Sq, scale_log2, bias_strides)
             s = _masked(
                 s, keys[:, None], of_token, first[None, :], last[None, :], bits[None, :],
-                field_ptr, padding_ptr, Sk, padding_stride, VISIBILITY,
+                field_ptr, padding_ptr, Sk, VISIBILITY,
             )  # fmt: skip
             v_dot_g = dot(v_tile, tl.trans(g_tile), None)
             p, ds = _logit_gradients(
@@ -575,27 +579,11 @@ def _token_gradients(
     _store_rows(_head(grad_v_ptr, grad_v_strides, batch, of_keys), keys, keys < Sk, grad_v_strides, to_v, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "H",
-        "Sq",
-        "Sk",
-        "P0",
-        "P1",
-        "left",
-        "right",
-        "padding_row",
-        "padding_stride",
-        "token_tiles",
-        "parts0",
-        "parts1",
-        "splits",
-    ]
-)
+@triton.jit(do_not_specialize=[*_SIZES, "token_tiles", "parts0", "parts1", "splits"])
 def key_grads_kernel(
     grad_out_ptr, q_ptr, k_ptr, v_ptr, pk0_ptr, pv0_ptr, pk1_ptr, pv1_ptr, field_ptr, padding_ptr, bias_ptr,
     statistics_ptr, delta_ptr, grad_k_ptr, grad_v_ptr, grads0_ptr, grads1_ptr,
-    H, Sq, Sk, P0, P1, left, right, padding_row, padding_stride, token_tiles, parts0, parts1, splits, scale, scale_log2,
+    H, Sq, Sk, P0, P1, left, right, padding_row, token_tiles, parts0, parts1, splits, scale, scale_log2,
     grad_out_strides, q_strides, k_strides, v_strides, pk0_strides, pv0_strides, pk1_strides, pv1_strides,
     bias_strides, grad_k_strides, grad_v_strides, grads0_strides, grads1_strides,
     VISIBILITY: tl.constexpr, MASKED_PREFIXES: tl.constexpr, GROUP: tl.constexpr,
@@ -610,54 +598,39 @@ def key_grads_kernel(
     work = token_tiles + parts0 + parts1
     key_heads = H // GROUP
     batch, of_keys, index = pid // work // key_heads, pid // work % key_heads, pid % work
-    token_padding_ptr = _padding_of_tokens(padding_ptr, padding_row, padding_stride, batch, P0, P1, MASKED_PREFIXES)
+    token_padding_ptr = _padding_of_tokens(padding_ptr, padding_row, batch, P0, P1, MASKED_PREFIXES)
     if grad_k_ptr is not None:  # noqa: SIM102 - the outer condition is the compiler's
         if index < token_tiles:
             _token_gradients(
                 index, q_ptr, k_ptr, v_ptr, grad_out_ptr, field_ptr, token_padding_ptr, bias_ptr, statistics_ptr, delta_ptr,
                 grad_k_ptr, grad_v_ptr, batch, of_keys, H, Sq, Sk, left, right, scale, scale_log2,
-                q_strides, k_strides, v_strides, grad_out_strides, padding_stride, bias_strides, grad_k_strides, grad_v_strides,
+                q_strides, k_strides, v_strides, grad_out_strides, bias_strides, grad_k_strides, grad_v_strides,
                 VISIBILITY, GROUP, HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_K,
             )  # fmt: skip
     if grads0_ptr is not None:  # noqa: SIM102
         if (index >= token_tiles) & (index < token_tiles + parts0):
             _prefix_gradients(
                 index - token_tiles, q_ptr, grad_out_ptr, pk0_ptr, pv0_ptr,
-                _mask_of_prefix(token_padding_ptr, P0 + P1, padding_stride, MASKED_PREFIXES), statistics_ptr, delta_ptr, grads0_ptr,
+                _mask_of_prefix(token_padding_ptr, P0 + P1, MASKED_PREFIXES), statistics_ptr, delta_ptr, grads0_ptr,
                 batch, of_keys, H, Sq, P0, scale, scale_log2,
-                q_strides, grad_out_strides, pk0_strides, pv0_strides, padding_stride, bias_ptr, grads0_strides, splits,
+                q_strides, grad_out_strides, pk0_strides, pv0_strides, bias_ptr, grads0_strides, splits,
                 GROUP, HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_P0,
             )  # fmt: skip
     if grads1_ptr is not None:  # noqa: SIM102
         if index >= token_tiles + parts0:
             _prefix_gradients(
                 index - token_tiles - parts0, q_ptr, grad_out_ptr, pk1_ptr, pv1_ptr,
-                _mask_of_prefix(token_padding_ptr, P1, padding_stride, MASKED_PREFIXES), statistics_ptr, delta_ptr, grads1_ptr,
+                _mask_of_prefix(token_padding_ptr, P1, MASKED_PREFIXES), statistics_ptr, delta_ptr, grads1_ptr,
                 batch, of_keys, H, Sq, P1, scale, scale_log2,
-                q_strides, grad_out_strides, pk1_strides, pv1_strides, padding_stride, bias_ptr, grads1_strides, splits,
+                q_strides, grad_out_strides, pk1_strides, pv1_strides, bias_ptr, grads1_strides, splits,
                 GROUP, HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_P1,
             )  # fmt: skip
 
 
-@triton.jit(
-    do_not_specialize=[
-        "H",
-        "Sq",
-        "Sk",
-        "P0",
-        "P1",
-        "left",
-        "right",
-        "padding_row",
-        "padding_stride",
-        "batches",
-        "heads",
-        "bias_heads",
-    ]
-)
+@triton.jit(do_not_specialize=[*_SIZES, "batches", "heads", "bias_heads"])
 def bias_grads_kernel(
     grad_out_ptr, q_ptr, k_ptr, v_ptr, field_ptr, padding_ptr, bias_ptr, statistics_ptr, delta_ptr, grad_bias_ptr,
-    H, Sq, Sk, P0, P1, left, right, padding_row, padding_stride, batches, heads, bias_heads, scale_log2,
+    H, Sq, Sk, P0, P1, left, right, padding_row, batches, heads, bias_heads, scale_log2,
     grad_out_strides, q_strides, k_strides, v_strides, bias_strides,
     VISIBILITY: tl.constexpr, MASKED_PREFIXES: tl.constexpr, GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -684,13 +657,13 @@ def bias_grads_kernel(
         at = (batch * H + head).to(tl.int64) * Sq + rows
         row_max, log_sum = _load_statistics(statistics_ptr, at, inside, q_ptr.dtype.element_ty, bias_ptr)
         row_delta = tl.load(delta_ptr + at, mask=inside, other=0.0)
-        token_padding_ptr = _padding_of_tokens(padding_ptr, padding_row, padding_stride, batch, P0, P1, MASKED_PREFIXES)
+        token_padding_ptr = _padding_of_tokens(padding_ptr, padding_row, batch, P0, P1, MASKED_PREFIXES)
         s = dot(q_tile, tl.trans(k_tile), None)
         bias_head = _head(bias_ptr, bias_strides, batch, head)
         s = _with_bias(s, rows[:, None], keys[None, :], of_token[None, :], bias_head, Sq, scale_log2, bias_strides)
         s = _masked(
             s, keys[None, :], of_token[None, :], first[:, None], last[:, None], bits[:, None], field_ptr, token_padding_ptr, Sk,
-            padding_stride, VISIBILITY,
+            VISIBILITY,
         )  # fmt: skip
         g_dot_v = dot(g_tile, tl.trans(v_tile), None)
         _, ds = _logit_gradients(

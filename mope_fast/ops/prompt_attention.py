@@ -182,6 +182,9 @@ def _common_arguments(given: _Tensors, scale: float, left: int | None, right: in
     lengths = [0 if pk is None else pk.shape[2] for pk in (pk0, pk1)]
     pk0, pv0, pk1, pv1 = (not_empty(_for_each_sample(t, batch, key_heads)) for t in (pk0, pv0, pk1, pv1))
     bias = _for_each_sample(bias, batch, heads)
+    pk0, pv0, pk1, pv1 = (rows if rows is None or rows.dtype == q.dtype else rows.to(q.dtype) for rows in (pk0, pv0, pk1, pv1))
+    if padding is not None and padding.stride(1) != 1:
+        padding = padding.contiguous()
     by_tokens = kernels.WINDOW if left is not None else kernels.FULL if right is None else kernels.CAUSAL
     by_rows = {0: by_tokens, 4: kernels.INTERVALS, 6: kernels.GROUPS}
     no_limit = queries + keys
@@ -194,8 +197,7 @@ def _common_arguments(given: _Tensors, scale: float, left: int | None, right: in
         "bias_strides": strides(bias),
         "H": heads, "Sq": queries, "Sk": keys, "P0": lengths[0], "P1": lengths[1],
         "left": no_limit if left is None else min(left, no_limit), "right": no_limit if right is None else min(right, no_limit),
-        # not as a tuple: Triton would specialise its members, and a length of 16 would be another kernel
-        "padding_row": 0 if padding is None else padding.stride(0), "padding_stride": 0 if padding is None else padding.stride(1),
+        "padding_row": 0 if padding is None else padding.stride(0),
         "scale_log2": max(scale, _LEAST_SCALE) * LOG2_E,
         "VISIBILITY": by_rows[0 if field is None else field.shape[0]].value,
         "MASKED_PREFIXES": padding is not None and padding.shape[1] > keys, "GROUP": heads // max(key_heads, 1),

@@ -198,7 +198,7 @@ ATTENTION = (
     _kernel(
         "masked-prefix-seen",
         "prompt_attention.py",
-        "there = of_token | (in_prefix & _is_there(padding_ptr, numbers - tokens - prefixes, in_prefix, padding_stride))",
+        "there = of_token | (in_prefix & _is_there(padding_ptr, numbers - tokens - prefixes, in_prefix))",
         "there = of_token | in_prefix",
         "A prompt that a sample does not have takes part of its attention.",
         f"{_ATTEND_EAGER}[shared keys, padding, masked prefixes]",
@@ -206,7 +206,7 @@ ATTENTION = (
     _kernel(
         "masked-prefix-gets-a-gradient",
         "prompt_attention.py",
-        "                _mask_of_prefix(padding_row, P0 + P1, padding_strides, MASKED_PREFIXES), statistics_ptr",
+        "                _mask_of_prefix(token_padding_ptr, P0 + P1, MASKED_PREFIXES), statistics_ptr",
         "                None, statistics_ptr",
         "A prompt that a sample does not have is trained by it.",
         f"{_ATTEND_EAGER}[shared keys, padding, masked prefixes]",
