@@ -85,6 +85,7 @@ OTHERS = [
 ]
 
 
+ELSEWHERE = [case for case in (*COMMON, *OTHERS) if case.name in ("Dh=64", "Dh=64 padded", "Dh=64 window, shared keys")]
 QUICK = [case for case in COMMON if case.name in ("Dh=64", "Dh=64 window", "Dh=64 intervals")]
 
 
@@ -130,7 +131,11 @@ def record(monkeypatch):
     slow_but(
         # sm_86 has the least shared memory, and head dim 256 takes the most
         [*((case, 86) for case in (COMMON[0], ENTRIES[4])), *((case, 90) for case in QUICK)],
-        [(COMMON[0], 80), *((case, 86) for case in ENTRIES), *((case, 90) for case in (*ENTRIES, *COMMON[4:], *OTHERS))],
+        [
+            *((case, capability) for capability in (80, 89, 100, 120) for case in ELSEWHERE),
+            *((case, 86) for case in ENTRIES),
+            *((case, 90) for case in (*ENTRIES, *COMMON[4:], *OTHERS)),
+        ],
     ),
     ids=str,
 )
