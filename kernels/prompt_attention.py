@@ -49,11 +49,11 @@ def _head(tensor_ptr, strides, batch, head):
 
 
 @triton.jit
-def _prefix_head(prefix_ptr, strides, batch, head):
-    """As :func:`_head`; None of a prefix that isn't there."""
-    first = prefix_ptr
-    if prefix_ptr is not None:
-        first = _head(prefix_ptr, strides, batch, head)
+def _head_if_there(tensor_ptr, strides, batch, head):
+    """As :func:`_head`; None of a tensor that isn't there."""
+    first = tensor_ptr
+    if tensor_ptr is not None:
+        first = _head(tensor_ptr, strides, batch, head)
     return first
 
 
@@ -209,9 +209,7 @@ def _with_bias(s, rows, keys, inside, bias_ptr, Sq, scale_log2, bias_strides):
 
 
 @triton.jit
-def _masked(
-    s, keys, inside, first, last, bits, field_ptr, padding_ptr, Sk, VISIBILITY: tl.constexpr
-):  # fmt: skip
+def _masked(s, keys, inside, first, last, bits, field_ptr, padding_ptr, Sk, VISIBILITY: tl.constexpr):
     """-inf where a row doesn't see a token, of keys ``inside`` the tokens. Either way round.
 
     What belongs to rows and to keys comes as [rows, 1] and [1, keys], or as [1, rows] and [keys, 1].
@@ -300,7 +298,7 @@ def attention_kernel(
     q_tile = _load_rows(_head(q_ptr, q_strides, batch, head), rows, inside, q_strides, HEAD_DIM, BLOCK_D)
     k_head, v_head = _head(k_ptr, k_strides, batch, of_keys), _head(v_ptr, v_strides, batch, of_keys)
     token_padding_ptr = _padding_of_tokens(padding_ptr, padding_row, batch, P0, P1, MASKED_PREFIXES)
-    bias_head = _prefix_head(bias_ptr, bias_strides, batch, head)
+    bias_head = _head_if_there(bias_ptr, bias_strides, batch, head)
 
     acc = tl.zeros([BLOCK_Q, BLOCK_D], ACC)
     row_max = tl.full([BLOCK_Q], float("-inf"), ACC)
@@ -331,7 +329,7 @@ def attention_kernel(
         numbers = number + tl.arange(0, BLOCK_K)
         keys = last_tile + numbers
         k_tile = _load_last(
-            k_head, _prefix_head(pk0_ptr, pk0_strides, batch, of_keys), _prefix_head(pk1_ptr, pk1_strides, batch, of_keys),
+            k_head, _head_if_there(pk0_ptr, pk0_strides, batch, of_keys), _head_if_there(pk1_ptr, pk1_strides, batch, of_keys),
             numbers, last_tile, tokens, P0, P1, k_strides, pk0_strides, pk1_strides, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
         s = dot(q_tile, tl.trans(k_tile), None)
@@ -342,7 +340,7 @@ def attention_kernel(
             field_ptr, token_padding_ptr, Sk, VISIBILITY, MASKED_PREFIXES,
         )  # fmt: skip
         v_tile = _load_last(
-            v_head, _prefix_head(pv0_ptr, pv0_strides, batch, of_keys), _prefix_head(pv1_ptr, pv1_strides, batch, of_keys),
+            v_head, _head_if_there(pv0_ptr, pv0_strides, batch, of_keys), _head_if_there(pv1_ptr, pv1_strides, batch, of_keys),
             numbers, last_tile, tokens, P0, P1, v_strides, pv0_strides, pv1_strides, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
         acc, row_max, row_sum = _accumulate(acc, row_max, row_sum, s, v_tile, scale_log2, bias_ptr)
@@ -433,7 +431,7 @@ def query_grads_kernel(
         q_tile = _load_rows(_head(q_ptr, q_strides, batch, head), rows, inside, q_strides, HEAD_DIM, BLOCK_D)
         k_head, v_head = _head(k_ptr, k_strides, batch, of_keys), _head(v_ptr, v_strides, batch, of_keys)
         token_padding_ptr = _padding_of_tokens(padding_ptr, padding_row, batch, P0, P1, MASKED_PREFIXES)
-        bias_head = _prefix_head(bias_ptr, bias_strides, batch, head)
+        bias_head = _head_if_there(bias_ptr, bias_strides, batch, head)
         row_max, log_sum = _load_statistics(statistics_ptr, at, inside, q_ptr.dtype.element_ty, bias_ptr)
         grad = tl.zeros([BLOCK_Q, BLOCK_D], ACC)
         first, last, bits = _visible_range(field_ptr, rows, Sq, Sk, left, right, VISIBILITY)
@@ -463,11 +461,11 @@ def query_grads_kernel(
             numbers = number + tl.arange(0, BLOCK_K)
             keys = last_tile + numbers
             k_tile = _load_last(
-                k_head, _prefix_head(pk0_ptr, pk0_strides, batch, of_keys), _prefix_head(pk1_ptr, pk1_strides, batch, of_keys),
+                k_head, _head_if_there(pk0_ptr, pk0_strides, batch, of_keys), _head_if_there(pk1_ptr, pk1_strides, batch, of_keys),
                 numbers, last_tile, tokens, P0, P1, k_strides, pk0_strides, pk1_strides, HEAD_DIM, BLOCK_D,
             )  # fmt: skip
             v_tile = _load_last(
-                v_head, _prefix_head(pv0_ptr, pv0_strides, batch, of_keys), _prefix_head(pv1_ptr, pv1_strides, batch, of_keys),
+                v_head, _head_if_there(pv0_ptr, pv0_strides, batch, of_keys), _head_if_there(pv1_ptr, pv1_strides, batch, of_keys),
                 numbers, last_tile, tokens, P0, P1, v_strides, pv0_strides, pv1_strides, HEAD_DIM, BLOCK_D,
             )  # fmt: skip
             s = dot(q_tile, tl.trans(k_tile), None)
@@ -552,7 +550,7 @@ def _token_gradients(
     for member in range(GROUP):
         head = of_keys * GROUP + member
         q_head, g_head = _head(q_ptr, q_strides, batch, head), _head(grad_out_ptr, grad_out_strides, batch, head)
-        bias_head = _prefix_head(bias_ptr, bias_strides, batch, head)
+        bias_head = _head_if_there(bias_ptr, bias_strides, batch, head)
         statistics_row = (batch * H + head).to(tl.int64) * Sq
         for start in range(first_query, last_query, BLOCK_Q):
             rows = start + tl.arange(0, BLOCK_Q)
