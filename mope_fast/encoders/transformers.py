@@ -68,6 +68,7 @@ def _attention(
         raise ValueError(f"attention_mask must be (B, S), True = real; got {tuple(attention_mask.shape)}")
     is_causal = kwargs.get("is_causal")
     is_causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
+    is_causal = is_causal and window is None  # a mask with a window says all of it
     # what fits needs no check; the public function says what doesn't
     fits = all(prefix[0].shape[1] == key.shape[1] and prefix[0].shape[3] == key.shape[3] for prefix in prefixes) and (
         attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape == (key.shape[0], key.shape[2]))
@@ -88,8 +89,9 @@ def _mask(
     **kwargs: Any,
 ) -> Tensor | _Mask | None:
     """The (B, S) mask as it is, with the window that transformers' function of places leaves, if it leaves one."""
-    kind = "" if mask_function is None else mask_function.__qualname__
-    if kind in ("", "bidirectional_mask_function"):
+    # not getattr with a default, which Dynamo gives for every function within a function
+    kind = "" if mask_function is None or isinstance(mask_function, functools.partial) else mask_function.__qualname__
+    if mask_function is None or kind == "bidirectional_mask_function":
         return attention_mask
     if isinstance(q_offset, Tensor) or kv_offset + kv_length != q_offset + q_length:
         raise ValueError("an encoder that takes prompts can't fill a static cache: unwrap() it first, or use a dynamic one")
@@ -98,12 +100,17 @@ def _mask(
     return _Mask(attention_mask, _window_of(mask_function))
 
 
+_UNKNOWN = "a layer of this encoder has a mask by {}, which attention with prompts does not have"
+
+
 def _window_of(function: Callable[..., Any]) -> Window:
     """(left, right) of one of transformers' functions of places.
 
     Raises:
         ValueError: it is none of those that are known to leave a window.
     """
+    if isinstance(function, functools.partial):
+        raise ValueError(_UNKNOWN.format("partial"))
     name = function.__qualname__.removesuffix(".<locals>.inner_mask")
     if name == "causal_mask_function":
         return CAUSAL
@@ -124,7 +131,7 @@ def _window_of(function: Callable[..., Any]) -> Window:
             "position_ids jump and there is no attention_mask: transformers takes that for several sequences packed into one, "
             "which can't have prompts of their own; pass an attention_mask"
         )
-    raise ValueError(f"a layer of this encoder has a mask by {name}, which attention with prompts does not have")
+    raise ValueError(_UNKNOWN.format(name))
 
 
 _WINDOWS: dict[str, Callable[[int], Window]] = {

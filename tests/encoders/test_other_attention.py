@@ -23,6 +23,7 @@ from mope_fast import PromptTuned, register_encoder
 from mope_fast.encoders import PromptedLayer, families
 from mope_fast.encoders import transformers as adapters
 from mope_fast.encoders.families import keys_and_values
+from mope_fast.functional import prompt_attention
 
 IDS = {"vocab_size": 50, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 40, **IDS}
@@ -175,6 +176,16 @@ def test_masks_of_other_kinds_are_refused():
     chunks = chunked_causal_mask_function(4, torch.zeros(2, dtype=torch.long))
     with pytest.raises(ValueError, match="a layer of this encoder has a mask by chunked_overlay, which attention with prompts"):
         adapters._mask(mask_function=chunks, q_length=5, kv_length=5)
+    with pytest.raises(ValueError, match="has a mask by partial"):
+        adapters._mask(mask_function=functools.partial(chunks, 0), q_length=5, kv_length=5)
+
+
+def test_a_mask_with_a_window_says_all_whatever_the_module_says():
+    module = nn.Identity()
+    module.is_causal = True
+    q = torch.randn(2, 4, 5, 8)
+    got, _ = adapters._attention(module, q, q, q, adapters._Mask(None, (1, 1)), sliding_window=2)
+    torch.testing.assert_close(got, prompt_attention(q, q, q, window=(1, 1)).transpose(1, 2))
 
 
 def test_an_attention_that_asks_for_a_window_which_its_mask_lacks_is_refused():
