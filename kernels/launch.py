@@ -19,8 +19,8 @@ class MixLaunch(NamedTuple):
     num_warps: int
 
 
-class ExpertGradsLaunch(NamedTuple):
-    """``expert_grads_kernel``: tile sizes, parts of the batch, warps."""
+class MixtureGradsLaunch(NamedTuple):
+    """``mixture_grads_kernel``: parts of the batch, tile sizes, warps."""
 
     splits: int
     block_b: int
@@ -49,9 +49,9 @@ class WindowLaunch(NamedTuple):
 
 
 class RouterGradsLaunch(NamedTuple):
-    """``router_grads_kernel``: partial sums and Gram rows a step, warps."""
+    """``router_grads_kernel``: parts of the batch, Gram rows a step, warps."""
 
-    block_p: int
+    splits: int
     block_i: int
     k_padded: int
     num_warps: int
@@ -82,34 +82,29 @@ def mix_launch(batch: int, experts: int, width: int, itemsize: int, *, gram: boo
 
 FEATURE_BLOCK = 64
 """Of a layer's own feature, that go into its router's query at a time."""
+GRADS_BLOCK = 32
+"""Of its gradient, and that of the weight it meets, at a time."""
+SAMPLES = 16
+"""At a time, where the batch must not change a sample's bits."""
+SUMMED = 64
+"""Rows that are summed at a time."""
+MAX_OWN = 16
+"""Numbers of a router's own query that its kernels hold."""
 
 
-def own_padded(own: int) -> int:
-    """Numbers of a router's own query, as matrix products take them."""
-    return _power_of_2_in(own, 16, 1024)
-
-
-def expert_grads_launch(batch: int, experts: int, rows: int, width: int, itemsize: int) -> ExpertGradsLaunch:
-    """Tile sizes of the experts' gradient and of its share of the scores' gradient.
-
-    Small batches take narrow tiles, so that one launch fills the GPU; large ones take wide tiles: fewer partial sums to write.
-    The batch is split where tiles alone don't fill it.
-    """
-    small = batch <= 512
+def mixture_grads_launch(batch: int, experts: int, rows: int, width: int, itemsize: int) -> MixtureGradsLaunch:
+    """Tile sizes, the same for every batch, of which parts are summed side by side where tiles alone don't fill the GPU."""
     block_k = _power_of_2_in(experts, 16, 64 if itemsize == 2 else 16)
-    block_m = _power_of_2_in(width, 16, 32 if small else (64 if itemsize > 2 else 256 if block_k == 16 else 128))
+    block_m = _power_of_2_in(width, 16, 64 if itemsize == 2 else 32)
     tiles = rows * -(-width // block_m) * -(-experts // block_k)
     splits = max(1, min(-(-TARGET_PROGRAMS // tiles), batch // 128))
-    # two warps where a tile has 512 elements: 16 bytes for each thread
-    return ExpertGradsLaunch(splits, 16 if small or itemsize > 2 else 32, block_k, block_m, 2 if small and itemsize == 2 else 4)
+    return MixtureGradsLaunch(splits, 32 if itemsize == 2 else 16, block_k, block_m, 4)
 
 
-def router_grads_launch(experts: int, m_tiles: int) -> RouterGradsLaunch:
+def router_grads_launch(batch: int, experts: int) -> RouterGradsLaunch:
     """Tile sizes of the softmax backward: the whole row of experts in one tile."""
     k_padded = _power_of_2_in(experts, 16, 1024)
-    block_p = _power_of_2_in(m_tiles, 1, max(1, min(64, 4096 // k_padded)))
-    block_i = min(k_padded, max(2, 4096 // k_padded))
-    return RouterGradsLaunch(block_p, block_i, k_padded, 1 if k_padded <= 64 else 8)
+    return RouterGradsLaunch(max(1, min(batch // 64, 64)), 16, k_padded, _power_of_2_in(k_padded // 32, 4, 16))
 
 
 # by padded head dim: 16-bit, then 32-bit. float32 products run on FMA units and hold their operands in registers: small tiles

@@ -20,7 +20,7 @@ int32 (4 or 6, S): the first and last key of each query and the first and last q
 uses atomics: sums over the batch or over parts of the queries are written apart and added later.
 
 Pointers are ``*_ptr``, their strides tuples. A tensor that isn't there is None, and so is a gradient that nobody asked for.
-``ACC`` is what sums are in; queries, keys, values and g have one type, which tiles of prefixes take too: see ``products.py``.
+``ACC`` is what sums are in; queries, keys, values, prefixes and g have one type: see ``products.py``.
 
 Of a query's keys those tiles that all rows of a program see whole are masked nowhere. The last tile has prefixes behind its tokens.
 Where there is no bias, exponents are products not yet scaled: the scale goes with the subtraction of the largest into one fused
@@ -496,7 +496,6 @@ def _prefix_gradients(
     keys = part // splits * BLOCK_P + tl.arange(0, BLOCK_P)
     k_tile = _load_rows(_head(k_ptr, k_strides, batch, of_keys), keys, keys < P, k_strides, HEAD_DIM, BLOCK_D)
     v_tile = _load_rows(_head(v_ptr, v_strides, batch, of_keys), keys, keys < P, v_strides, HEAD_DIM, BLOCK_D)
-    k_tile, v_tile = k_tile.to(q_ptr.dtype.element_ty), v_tile.to(q_ptr.dtype.element_ty)
     grad_k = tl.zeros([BLOCK_P, BLOCK_D], ACC)
     grad_v = tl.zeros([BLOCK_P, BLOCK_D], ACC)
     per_split = tl.cdiv(tl.cdiv(Sq, splits), BLOCK_Q) * BLOCK_Q

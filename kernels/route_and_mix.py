@@ -16,8 +16,13 @@ Backward, with g the gradient of ``mixed``, du[b, l, k] = <g[b, l], experts[k, l
     d scores        = d scores(given) + sum_l r du + d norm_sq (gram + gram') scores
     d gram[l]       = sum_b d norm_sq[b, l] scores[b] scores[b]'
 
-``expert_grads_kernel`` reads g once for both of its products; ``router_grads_kernel`` adds its partial sums in a fixed order.
-No kernel uses atomics.
+and of a layer's own router, with query = feature weight' and d x what the gate and the softmax make of d scores:
+
+    d feature = d x keys' weight,   d weight = sum_b (keys d x[b]) feature[b]',   d keys = sum_b query[b] d x[b]'
+
+``mixture_grads_kernel`` makes du and all that is a sum of g, ``router_grads_kernel`` all that comes behind du. Who sums over the
+batch makes d x of all its samples again: cheaper than a third launch. No kernel uses atomics: parts of a batch are written apart
+and added later.
 
 Pointers are ``*_ptr``, their strides tuples. A tensor that isn't there is None, and so is a gradient that nobody asked for.
 ``ACC`` is what sums are in, as the scores are; products are of ``OPERANDS``, which follow from ``mixed`` or g: see ``products.py``.
@@ -161,13 +166,13 @@ def _load_experts(experts_ptr, cols, row, columns, K, M, strides):
 @triton.jit
 def _mix_prompt(
     row, m_tile, to, logits_ptr, noise_ptr, feature_ptr, weight_ptr, keys_ptr, experts_ptr, gram_ptr, shift_ptr,
-    scores_ptr, rstd_ptr, rows, columns, in_batch, K, L, M, D, OWN, inv_temperature, eps,
+    scores_ptr, rstd_ptr, query_ptr, rows, columns, in_batch, K, L, M, D, OWN, inv_temperature, eps,
     logits_strides, noise_strides, feature_strides, weight_strides, keys_strides, experts_strides, gram_strides, shift_stride,
     TOP_K: tl.constexpr, RENORMALIZE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     K_PADDED: tl.constexpr, OWN_PADDED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """One routed prompt, of each sample, to ``to`` [rows, columns]; its first program writes scores, and of each row's norm."""
+    """One routed prompt, of each sample, to ``to`` [rows, columns]; the first writes scores and query, each its norm."""
     OPERANDS: tl.constexpr = operand_type(to.dtype.element_ty, ACC)
     query = _own_query(
         feature_ptr, weight_ptr, rows, in_batch, D, OWN, feature_strides, weight_strides, BLOCK_B, BLOCK_D, OWN_PADDED, ACC
@@ -176,6 +181,10 @@ def _mix_prompt(
         logits_ptr, noise_ptr, query, keys_ptr, rows, in_batch, K, OWN, inv_temperature,
         logits_strides, noise_strides, keys_strides, TOP_K, RENORMALIZE, BLOCK_B, BLOCK_K, K_PADDED, OWN_PADDED, ACC,
     )  # fmt: skip
+    if query_ptr is not None:  # noqa: SIM102 - the outer condition is the compiler's
+        if (row == 0) & (m_tile == 0):
+            own = tl.arange(0, OWN_PADDED)
+            tl.store(query_ptr + rows[:, None] * OWN + own[None, :], query, mask=in_batch[:, None] & (own < OWN)[None, :])
 
     acc = tl.zeros([BLOCK_B, BLOCK_M], ACC)
     norm_sq = tl.zeros([BLOCK_B], ACC)
@@ -225,7 +234,7 @@ def _copy_prompt(from_ptr, to, rows, row, columns, in_batch, M, strides):
 @triton.jit(do_not_specialize=["B"])
 def mix_kernel(
     logits_ptr, noise_ptr, feature_ptr, weight_ptr, keys_ptr, experts_ptr, before_ptr, after_ptr, gram_ptr, shift_ptr,
-    mixed_ptr, scores_ptr, rstd_ptr,
+    mixed_ptr, scores_ptr, rstd_ptr, query_ptr,
     B, K, L, M, D, OWN, P_BEFORE, P_AFTER, inv_temperature, eps,
     logits_strides, noise_strides, feature_strides, weight_strides, keys_strides, experts_strides, before_strides, after_strides,
     gram_strides, shift_stride,
@@ -257,123 +266,314 @@ def mix_kernel(
             return
     _mix_prompt(
         prompt - P_BEFORE, tile % m_tiles, to, logits_ptr, noise_ptr, feature_ptr, weight_ptr, keys_ptr, experts_ptr, gram_ptr,
-        shift_ptr, scores_ptr, rstd_ptr, rows, columns, in_batch, K, L, M, D, OWN, inv_temperature, eps,
+        shift_ptr, scores_ptr, rstd_ptr, query_ptr, rows, columns, in_batch, K, L, M, D, OWN, inv_temperature, eps,
         logits_strides, noise_strides, feature_strides, weight_strides, keys_strides, experts_strides, gram_strides, shift_stride,
         TOP_K, RENORMALIZE, BLOCK_B, BLOCK_K, BLOCK_M, BLOCK_D, K_PADDED, OWN_PADDED, ACC,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["B", "splits"])
-def expert_grads_kernel(
-    grad_mixed_ptr, scores_ptr, rstd_ptr, experts_ptr, grad_experts_ptr, partials_ptr,
-    B, K, L, M, splits,
-    grad_mixed_strides, experts_strides,
-    BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
-):  # fmt: skip
-    """One program: one tile of one prompt row's experts against one of splits parts of the batch.
+@triton.jit
+def _load_grads(grad_ptr, rows, prompts, columns, B, M, strides):
+    """g [rows, columns] of prompts by their places; zeros outside."""
+    at = grad_ptr + rows[:, None] * strides[0] + prompts * strides[1] + columns[None, :] * strides[2]
+    return tl.load(at, mask=(rows < B)[:, None] & (columns < M)[None, :], other=0.0)
 
-    Writes its part of d experts to grad_experts (splits, K, L, M) and du over its columns to partials (L, m_tiles, B, K).
-    """
-    ACC: tl.constexpr = sum_type(scores_ptr.dtype.element_ty)
-    OPERANDS: tl.constexpr = operand_type(grad_mixed_ptr.dtype.element_ty, ACC)
-    pid = tl.program_id(0)
-    m_tiles = tl.cdiv(M, BLOCK_M)
+
+@triton.jit
+def _part_of_batch(split, splits, B, BLOCK_B: tl.constexpr):
+    """The samples [first, last) of one part."""
+    size = tl.cdiv(tl.cdiv(B, splits), BLOCK_B) * BLOCK_B
+    return split * size, tl.minimum(split * size + size, B)
+
+
+@triton.jit
+def _grads_by_experts(
+    index, grad_ptr, experts_ptr, du_ptr, B, K, L, M, P_BEFORE, grad_strides, experts_strides,
+    BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, ACC: tl.constexpr, OPERANDS: tl.constexpr,
+):  # fmt: skip
+    """du (L, B, K) of BLOCK_B samples, one prompt and BLOCK_K experts."""
     k_tiles = tl.cdiv(K, BLOCK_K)
-    tile = pid % (L * m_tiles)
-    row = (tile // m_tiles).to(tl.int64)
-    split = (pid // (L * m_tiles * k_tiles)).to(tl.int64)
-    cols = (pid // (L * m_tiles)) % k_tiles * BLOCK_K + tl.arange(0, BLOCK_K)
-    columns = (tile % m_tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-
-    if partials_ptr is not None:
-        e = _load_experts(experts_ptr, cols, row, columns, K, M, experts_strides)
-    grad = tl.zeros([BLOCK_K, BLOCK_M], ACC)
-    per_split = tl.cdiv(tl.cdiv(B, splits), BLOCK_B) * BLOCK_B
-    first = split * per_split
-    for b0 in range(first, tl.minimum(first + per_split, B), BLOCK_B):
-        rows = b0 + tl.arange(0, BLOCK_B).to(tl.int64)
-        in_batch = rows < B
-        at = grad_mixed_ptr + rows[:, None] * grad_mixed_strides[0] + row * grad_mixed_strides[1]
-        at += columns[None, :] * grad_mixed_strides[2]
-        g = tl.load(at, mask=in_batch[:, None] & (columns < M)[None, :], other=0.0).to(OPERANDS)  # [BLOCK_B, BLOCK_M]
-        if partials_ptr is not None:
-            du = dot(g, tl.trans(e).to(OPERANDS), tl.zeros([BLOCK_B, BLOCK_K], ACC))
-            at = partials_ptr + (tile.to(tl.int64) * B + rows[:, None]) * K + cols[None, :]
-            tl.store(at, du, mask=in_batch[:, None] & (cols < K)[None, :])
-        if grad_experts_ptr is not None:
-            s = tl.load(scores_ptr + rows[:, None] * K + cols[None, :], mask=in_batch[:, None] & (cols < K)[None, :], other=0.0)
-            if rstd_ptr is not None:
-                s *= tl.abs(tl.load(rstd_ptr + rows * L + row, mask=in_batch, other=0.0))[:, None]
-            grad = dot(tl.trans(s), g, grad)
-    if grad_experts_ptr is not None:
-        at = grad_experts_ptr + ((split * K + cols[:, None]) * L + row) * M + columns[None, :]
-        tl.store(at, grad.to(grad_experts_ptr.dtype.element_ty), mask=(cols < K)[:, None] & (columns < M)[None, :])
+    row = (index % L).to(tl.int64)
+    cols = index // L % k_tiles * BLOCK_K + tl.arange(0, BLOCK_K)
+    rows = (index // L // k_tiles).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    du = tl.zeros([BLOCK_B, BLOCK_K], ACC)
+    for m0 in range(0, M, BLOCK_M):
+        columns = m0 + tl.arange(0, BLOCK_M).to(tl.int64)
+        g = _load_grads(grad_ptr, rows, P_BEFORE + row, columns, B, M, grad_strides).to(OPERANDS)
+        e = _load_experts(experts_ptr, cols, row, columns, K, M, experts_strides).to(OPERANDS)
+        du = dot(g, tl.trans(e), du)
+    tl.store(du_ptr + (row * B + rows[:, None]) * K + cols[None, :], du, mask=(rows < B)[:, None] & (cols < K)[None, :])
 
 
-@triton.jit(do_not_specialize=["B"])
-def router_grads_kernel(
-    partials_ptr, grad_scores_ptr, logits_ptr, noise_ptr, scores_ptr, rstd_ptr, gram_ptr, grad_logits_ptr, grad_norm_sq_ptr,
-    B, K, L, M_TILES, inv_temperature,
-    grad_scores_strides, logits_strides, noise_strides, gram_strides,
-    RECOMPUTE_SOFTMAX: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_I: tl.constexpr, K_PADDED: tl.constexpr,
+@triton.jit
+def _experts_grads(
+    index, grad_ptr, scores_ptr, rstd_ptr, grad_experts_ptr, B, K, L, M, P_BEFORE, splits, grad_strides,
+    BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, ACC: tl.constexpr, OPERANDS: tl.constexpr,
 ):  # fmt: skip
-    """One program: one sample. Adds the partial sums, then goes back through the norm, the gate and the softmax.
+    """d experts (splits, K, L, M) of one prompt, BLOCK_M of its columns and BLOCK_K experts, over a part of the batch."""
+    m_tiles, k_tiles = tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K)
+    row = (index // m_tiles % L).to(tl.int64)
+    columns = (index % m_tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = index // (L * m_tiles) % k_tiles * BLOCK_K + tl.arange(0, BLOCK_K)
+    split = (index // (L * m_tiles * k_tiles)).to(tl.int64)
+    grad = tl.zeros([BLOCK_K, BLOCK_M], ACC)
+    first, last = _part_of_batch(split, splits, B, BLOCK_B)
+    for b0 in range(first, last, BLOCK_B):
+        rows = b0 + tl.arange(0, BLOCK_B).to(tl.int64)
+        g = _load_grads(grad_ptr, rows, P_BEFORE + row, columns, B, M, grad_strides).to(OPERANDS)
+        s = tl.load(scores_ptr + rows[:, None] * K + cols[None, :], mask=(rows < B)[:, None] & (cols < K)[None, :], other=0.0)
+        if rstd_ptr is not None:
+            s *= tl.abs(tl.load(rstd_ptr + rows * L + row, mask=rows < B, other=0.0))[:, None]
+        grad = dot(tl.trans(s), g, grad)
+    at = grad_experts_ptr + ((split * K + cols[:, None]) * L + row) * M + columns[None, :]
+    tl.store(at, grad.to(grad_experts_ptr.dtype.element_ty), mask=(cols < K)[:, None] & (columns < M)[None, :])
+
+
+@triton.jit
+def _sum_grads(
+    index, to_ptr, grad_ptr, first_prompt, prompts, count, B, M, splits, grad_strides,
+    BLOCK_M: tl.constexpr, SUMMED: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Sum of g over a part of the batch, and over groups of ``count`` prompts: (splits, prompts / count, M)."""
+    m_tiles, groups = tl.cdiv(M, BLOCK_M), prompts // count
+    columns = (index % m_tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    group = index // m_tiles % groups
+    split = (index // m_tiles // groups).to(tl.int64)
+    first, last = _part_of_batch(split, splits, B, SUMMED)
+    acc = tl.zeros([BLOCK_M], ACC)
+    for at in range(first * count, last * count, SUMMED):
+        each = at + tl.arange(0, SUMMED)
+        prompt = first_prompt + group * count + each % count
+        rows = (each // count).to(tl.int64)
+        acc += tl.sum(_load_grads(grad_ptr, rows, prompt[:, None], columns, B, M, grad_strides).to(ACC), 0)
+    to = to_ptr + (split * groups + group) * M + columns
+    tl.store(to, acc.to(to_ptr.dtype.element_ty), mask=columns < M)
+
+
+@triton.jit(do_not_specialize=["B", "splits", "du_programs", "experts_programs", "before_programs", "after_programs"])
+def mixture_grads_kernel(
+    grad_ptr, scores_ptr, rstd_ptr, experts_ptr, du_ptr, grad_experts_ptr, grad_before_ptr, grad_after_ptr, grad_shift_ptr,
+    B, K, L, M, P_BEFORE, P_AFTER, splits, du_programs, experts_programs, before_programs, after_programs,
+    grad_strides, experts_strides,
+    BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, SAMPLES: tl.constexpr, SUMMED: tl.constexpr,
+):  # fmt: skip
+    """One program: a tile of du, of d experts, of d before or d after (of all samples together), or of d shift; in this order."""
+    ACC: tl.constexpr = sum_type(scores_ptr.dtype.element_ty)
+    OPERANDS: tl.constexpr = operand_type(grad_ptr.dtype.element_ty, ACC)
+    index = tl.program_id(0)
+    if du_ptr is not None:
+        if index < du_programs:
+            _grads_by_experts(
+                index, grad_ptr, experts_ptr, du_ptr, B, K, L, M, P_BEFORE, grad_strides, experts_strides,
+                SAMPLES, BLOCK_K, BLOCK_M, ACC, OPERANDS,
+            )  # fmt: skip
+            return
+        index -= du_programs
+    if grad_experts_ptr is not None:
+        if index < experts_programs:
+            _experts_grads(
+                index, grad_ptr, scores_ptr, rstd_ptr, grad_experts_ptr, B, K, L, M, P_BEFORE, splits, grad_strides,
+                BLOCK_B, BLOCK_K, BLOCK_M, ACC, OPERANDS,
+            )  # fmt: skip
+            return
+        index -= experts_programs
+    if grad_before_ptr is not None:
+        if index < before_programs:
+            _sum_grads(index, grad_before_ptr, grad_ptr, 0, P_BEFORE, 1, B, M, splits, grad_strides, BLOCK_M, SUMMED, ACC)
+            return
+        index -= before_programs
+    if grad_after_ptr is not None:
+        if index < after_programs:
+            first = P_BEFORE + L
+            _sum_grads(index, grad_after_ptr, grad_ptr, first, P_AFTER, 1, B, M, splits, grad_strides, BLOCK_M, SUMMED, ACC)
+            return
+        index -= after_programs
+    if grad_shift_ptr is not None:
+        _sum_grads(index, grad_shift_ptr, grad_ptr, P_BEFORE, L, L, B, M, splits, grad_strides, BLOCK_M, SUMMED, ACC)
+
+
+@triton.jit
+def _load_2d(tensor_ptr, rows, columns, row_end, column_end, strides, ACC: tl.constexpr):
+    """[rows, columns]; zeros outside."""
+    at = tensor_ptr + rows[:, None].to(tl.int64) * strides[0] + columns[None, :].to(tl.int64) * strides[1]
+    return tl.load(at, mask=(rows < row_end)[:, None] & (columns < column_end)[None, :], other=0.0).to(ACC)
+
+
+@triton.jit
+def _store_2d(tensor_ptr, tile, rows, columns, row_end, column_end):
+    """As :func:`_load_2d`, to a contiguous tensor."""
+    at = tensor_ptr + rows[:, None].to(tl.int64) * column_end + columns[None, :]
+    tl.store(at, tile.to(tensor_ptr.dtype.element_ty), mask=(rows < row_end)[:, None] & (columns < column_end)[None, :])
+
+
+@triton.jit
+def _norm_grads(du, s, rstd_ptr, rows, row, L, B):
+    """d norm_sq and r of each sample [BLOCK_B]; 0 where the root's argument was held at 0, NaN stays."""
+    r = tl.load(rstd_ptr + rows * L + row, mask=rows < B, other=0.0)
+    return tl.where(r < 0.0, 0.0, -0.5 * r * r * r * tl.sum(s * du, 1)), tl.abs(r)
+
+
+@triton.jit
+def _logits_grads(
+    rows, du_ptr, grad_scores_ptr, logits_ptr, noise_ptr, query, keys_ptr, scores_ptr, rstd_ptr, gram_ptr,
+    B, K, L, OWN, inv_temperature, grad_scores_strides, logits_strides, noise_strides, keys_strides, gram_strides,
+    RECOMPUTE_SOFTMAX: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_I: tl.constexpr, K_PADDED: tl.constexpr,
+    OWN_PADDED: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """d logits [rows, K_PADDED], zeros outside: d scores, back through the norm, the gate and the softmax.
 
     RECOMPUTE_SOFTMAX: a gate that doesn't renormalise also moves dropped logits, whose probability is not in ``scores``.
     """
-    ACC: tl.constexpr = sum_type(scores_ptr.dtype.element_ty)
-    b = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, K_PADDED)
-    wide_cols = cols.to(tl.int64)
-    in_row = cols < K
-    s = tl.load(scores_ptr + b * K + cols, mask=in_row, other=0.0)
-    ds = tl.zeros([K_PADDED], ACC)
+    mask = (rows < B)[:, None] & (cols < K)[None, :]
+    wide = cols[None, :].to(tl.int64)
+    s = tl.load(scores_ptr + rows[:, None] * K + wide, mask=mask, other=0.0)
+    ds = tl.zeros([BLOCK_B, K_PADDED], ACC)
     if grad_scores_ptr is not None:
-        source = grad_scores_ptr + b * grad_scores_strides[0] + wide_cols * grad_scores_strides[1]
-        ds += tl.load(source, mask=in_row, other=0.0).to(ACC)
-    if partials_ptr is not None:
-        if gram_ptr is not None:
-            gram_row = gram_ptr
+        at = grad_scores_ptr + rows[:, None] * grad_scores_strides[0] + wide * grad_scores_strides[1]
+        ds += tl.load(at, mask=mask, other=0.0).to(ACC)
+    if du_ptr is not None:
         for row in range(L):
-            du = tl.zeros([K_PADDED], ACC)
-            for p0 in range(0, M_TILES, BLOCK_P):
-                p = p0 + tl.arange(0, BLOCK_P)
-                at = partials_ptr + ((row * M_TILES + p).to(tl.int64)[:, None] * B + b) * K + cols[None, :]
-                du += tl.sum(tl.load(at, mask=(p < M_TILES)[:, None] & in_row[None, :], other=0.0), 0)
+            du = tl.load(du_ptr + (tl.cast(row, tl.int64) * B + rows[:, None]) * K + wide, mask=mask, other=0.0)
             if gram_ptr is not None:
-                r = tl.load(rstd_ptr + b * L + row)
-                # 0 where the root's argument was held at 0; NaN stays
-                d_norm_sq = tl.where(r < 0.0, 0.0, -0.5 * r * r * r * tl.sum(s * du, 0))
-                r = tl.abs(r)
-                tl.store(grad_norm_sq_ptr + b * L + row, d_norm_sq)
-                ds += r * du
+                d_norm_sq, r = _norm_grads(du, s, rstd_ptr, rows, row, L, B)
+                ds += r[:, None] * du
+                gram_row = gram_ptr + tl.cast(row, tl.int64) * gram_strides[0]
                 for i0 in range(0, K, BLOCK_I):
                     i = i0 + tl.arange(0, BLOCK_I)
-                    wide_i = i.to(tl.int64)
-                    mask = (i < K)[:, None] & in_row[None, :]
-                    at = gram_row + wide_i[:, None] * gram_strides[1] + wide_cols[None, :] * gram_strides[2]
-                    g = tl.load(at, mask=mask, other=0.0).to(ACC)
-                    at = gram_row + wide_cols[None, :] * gram_strides[1] + wide_i[:, None] * gram_strides[2]
-                    g += tl.load(at, mask=mask, other=0.0).to(ACC)
-                    s_i = tl.load(scores_ptr + b * K + i, mask=i < K, other=0.0)
-                    ds += d_norm_sq * tl.sum(g * s_i[:, None], 0)
-                gram_row += gram_strides[0]
+                    g = _load_2d(gram_row, i, cols, K, K, (gram_strides[1], gram_strides[2]), ACC)
+                    g += _load_2d(gram_row, i, cols, K, K, (gram_strides[2], gram_strides[1]), ACC)
+                    ds = dot(_load_2d(scores_ptr, rows, i, B, K, (K, 1), ACC) * d_norm_sq[:, None], g, ds)
             else:
                 ds += du
+    total = tl.sum(s * ds, 1)[:, None]
+    if RECOMPUTE_SOFTMAX:
+        x = _load_logits(
+            logits_ptr, query, keys_ptr, rows, cols, rows < B, K, OWN, logits_strides, keys_strides, OWN_PADDED, ACC
+        )  # fmt: skip
+        x = (x - tl.max(x, 1)[:, None]) * inv_temperature
+        if noise_ptr is not None:
+            x += tl.load(noise_ptr + rows[:, None] * noise_strides[0] + wide * noise_strides[1], mask=mask, other=0.0).to(ACC)
+        p = tl.exp(x - tl.max(x, 1)[:, None])
+        dx = p / tl.sum(p, 1)[:, None] * (tl.where(s == 0.0, 0.0, ds) - total)
+    else:
+        dx = s * (ds - total)
+    return dx * inv_temperature
 
-    if grad_logits_ptr is not None:
-        total = tl.sum(s * ds, 0)
-        if RECOMPUTE_SOFTMAX:
-            at = logits_ptr + b * logits_strides[0] + wide_cols * logits_strides[1]
-            x = tl.load(at, mask=in_row, other=float("-inf")).to(ACC)
-            x = (x - tl.max(x, 0)) * inv_temperature
-            if noise_ptr is not None:
-                at = noise_ptr + b * noise_strides[0] + wide_cols * noise_strides[1]
-                x += tl.load(at, mask=in_row, other=0.0).to(ACC)
-            p = tl.exp(x - tl.max(x, 0))
-            p = p / tl.sum(p, 0)
-            dx = p * (tl.where(s == 0.0, 0.0, ds) - total)
-        else:
-            dx = s * (ds - total)
-        grad = (dx * inv_temperature).to(grad_logits_ptr.dtype.element_ty)
-        tl.store(grad_logits_ptr + b * K + cols, grad, mask=in_row)
+
+@triton.jit
+def _load_query(query_ptr, rows, B, OWN, OWN_PADDED: tl.constexpr, ACC: tl.constexpr):
+    """Of a layer's own router [rows, OWN_PADDED]; None without one."""
+    query = None
+    if query_ptr is not None:
+        query = _load_2d(query_ptr, rows, tl.arange(0, OWN_PADDED), B, OWN, (OWN, 1), ACC)
+    return query
+
+
+@triton.jit
+def _router_grads(
+    index, du_ptr, grad_scores_ptr, logits_ptr, noise_ptr, scores_ptr, rstd_ptr, gram_ptr, feature_ptr, weight_ptr, keys_ptr,
+    query_ptr, grad_logits_ptr, grad_feature_ptr, grad_weight_ptr, grad_keys_ptr,
+    B, K, L, D, OWN, splits, sample_programs, weight_programs, inv_temperature,
+    grad_scores_strides, logits_strides, noise_strides, gram_strides, feature_strides, weight_strides, keys_strides,
+    RECOMPUTE_SOFTMAX: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_I: tl.constexpr, K_PADDED: tl.constexpr,
+    OWN_PADDED: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """What d logits lead to: those of BLOCK_B samples and d feature, or d weight or d keys of a part of the batch."""
+    d_tiles, sample_tiles = tl.cdiv(D, BLOCK_D), tl.cdiv(B, BLOCK_B)
+    own, cols = tl.arange(0, OWN_PADDED), tl.arange(0, K_PADDED)
+    of_part = index - sample_programs
+    of_samples, of_weight = of_part < 0, (of_part >= 0) & (of_part < weight_programs)
+    d_tile = tl.where(of_samples, index // sample_tiles, of_part % d_tiles)
+    first, last = _part_of_batch(tl.where(of_weight, of_part // d_tiles, of_part - weight_programs), splits, B, BLOCK_B)
+    if of_samples:
+        first = index % sample_tiles * BLOCK_B
+        last = first + 1
+    columns = d_tile * BLOCK_D + tl.arange(0, BLOCK_D)
+    if keys_ptr is not None:
+        keys = _load_2d(keys_ptr, own, cols, OWN, K, keys_strides, ACC)
+        to_weight = tl.zeros([OWN_PADDED, BLOCK_D], ACC)
+        to_keys = tl.zeros([OWN_PADDED, K_PADDED], ACC)
+    for b0 in range(first, last, BLOCK_B):
+        rows = b0 + tl.arange(0, BLOCK_B).to(tl.int64)
+        query = _load_query(query_ptr, rows, B, OWN, OWN_PADDED, ACC)
+        grad = _logits_grads(
+            rows, du_ptr, grad_scores_ptr, logits_ptr, noise_ptr, query, keys_ptr, scores_ptr, rstd_ptr, gram_ptr,
+            B, K, L, OWN, inv_temperature, grad_scores_strides, logits_strides, noise_strides, keys_strides, gram_strides,
+            RECOMPUTE_SOFTMAX, BLOCK_B, BLOCK_I, K_PADDED, OWN_PADDED, ACC,
+        )  # fmt: skip
+        if grad_logits_ptr is not None:  # noqa: SIM102 - the outer condition is the compiler's
+            if of_samples & (d_tile == 0):
+                _store_2d(grad_logits_ptr, grad, rows, cols, B, K)
+        if grad_feature_ptr is not None:  # noqa: SIM102
+            if of_samples:
+                to_query = dot(grad, tl.trans(keys), None)
+                to_feature = dot(to_query, _load_2d(weight_ptr, own, columns, OWN, D, weight_strides, ACC), None)
+                _store_2d(grad_feature_ptr, to_feature, rows, columns, B, D)
+        if grad_weight_ptr is not None:  # noqa: SIM102
+            if of_weight:
+                to_query = dot(keys, tl.trans(grad), None)
+                to_weight = dot(to_query, _load_2d(feature_ptr, rows, columns, B, D, feature_strides, ACC), to_weight)
+        if grad_keys_ptr is not None:  # noqa: SIM102
+            if of_part >= weight_programs:
+                to_keys = dot(tl.trans(query), grad, to_keys)
+    if grad_weight_ptr is not None:  # noqa: SIM102
+        if of_weight:
+            _store_2d(grad_weight_ptr + (of_part // d_tiles).to(tl.int64) * OWN * D, to_weight, own, columns, OWN, D)
+    if grad_keys_ptr is not None:  # noqa: SIM102
+        if of_part >= weight_programs:
+            _store_2d(grad_keys_ptr + (of_part - weight_programs).to(tl.int64) * OWN * K, to_keys, own, cols, OWN, K)
+
+
+@triton.jit
+def _gram_grads(
+    index, du_ptr, scores_ptr, rstd_ptr, grad_gram_ptr, B, K, L, splits, grad_gram_strides,
+    BLOCK_B: tl.constexpr, BLOCK_I: tl.constexpr, K_PADDED: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """d gram (splits, L, K, K), by its strides, of one prompt and BLOCK_I experts, over a part of the batch."""
+    i_tiles = tl.cdiv(K, BLOCK_I)
+    row, split = (index // i_tiles % L).to(tl.int64), index // i_tiles // L
+    i, cols = index % i_tiles * BLOCK_I + tl.arange(0, BLOCK_I), tl.arange(0, K_PADDED)
+    to_gram = tl.zeros([BLOCK_I, K_PADDED], ACC)
+    first, last = _part_of_batch(split, splits, B, BLOCK_B)
+    for b0 in range(first, last, BLOCK_B):
+        rows = b0 + tl.arange(0, BLOCK_B).to(tl.int64)
+        s = _load_2d(scores_ptr, rows, cols, B, K, (K, 1), ACC)
+        du = _load_2d(du_ptr + row * B * K, rows, cols, B, K, (K, 1), ACC)
+        d_norm_sq, _ = _norm_grads(du, s, rstd_ptr, rows, row, L, B)
+        s_i = _load_2d(scores_ptr, rows, i, B, K, (K, 1), ACC)
+        to_gram = dot(tl.trans(s_i * d_norm_sq[:, None]), s, to_gram)
+    at = grad_gram_ptr + split.to(tl.int64) * grad_gram_strides[0] + row * grad_gram_strides[1]
+    at += i[:, None].to(tl.int64) * grad_gram_strides[2] + cols[None, :].to(tl.int64) * grad_gram_strides[3]
+    tl.store(at, to_gram.to(grad_gram_ptr.dtype.element_ty), mask=(i < K)[:, None] & (cols < K)[None, :])
+
+
+@triton.jit(do_not_specialize=["B", "splits", "sample_programs", "weight_programs", "keys_programs"])
+def router_grads_kernel(
+    du_ptr, grad_scores_ptr, logits_ptr, noise_ptr, scores_ptr, rstd_ptr, gram_ptr, feature_ptr, weight_ptr, keys_ptr, query_ptr,
+    grad_logits_ptr, grad_gram_ptr, grad_feature_ptr, grad_weight_ptr, grad_keys_ptr,
+    B, K, L, D, OWN, splits, sample_programs, weight_programs, keys_programs, inv_temperature,
+    grad_scores_strides, logits_strides, noise_strides, gram_strides, feature_strides, weight_strides, keys_strides,
+    grad_gram_strides,
+    RECOMPUTE_SOFTMAX: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_I: tl.constexpr, K_PADDED: tl.constexpr,
+    OWN_PADDED: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_B samples, with a tile of d feature; or a tile of d weight, d keys or d gram over a part of the batch.
+
+    In this order. What is summed over the batch is (splits, ...) in memory, d gram by its strides.
+    """
+    ACC: tl.constexpr = sum_type(scores_ptr.dtype.element_ty)
+    index = tl.program_id(0)
+    if index < sample_programs + weight_programs + keys_programs:
+        _router_grads(
+            index, du_ptr, grad_scores_ptr, logits_ptr, noise_ptr, scores_ptr, rstd_ptr, gram_ptr, feature_ptr, weight_ptr,
+            keys_ptr, query_ptr, grad_logits_ptr, grad_feature_ptr, grad_weight_ptr, grad_keys_ptr,
+            B, K, L, D, OWN, splits, sample_programs, weight_programs, inv_temperature,
+            grad_scores_strides, logits_strides, noise_strides, gram_strides, feature_strides, weight_strides, keys_strides,
+            RECOMPUTE_SOFTMAX, BLOCK_B, BLOCK_D, BLOCK_I, K_PADDED, OWN_PADDED, ACC,
+        )  # fmt: skip
+    elif grad_gram_ptr is not None:
+        _gram_grads(
+            index - sample_programs - weight_programs - keys_programs, du_ptr, scores_ptr, rstd_ptr, grad_gram_ptr,
+            B, K, L, splits, grad_gram_strides, BLOCK_B, BLOCK_I, K_PADDED, ACC,
+        )  # fmt: skip

@@ -97,7 +97,7 @@ def prompt_attention(
 
 def _limiting(window: Window, queries: int, tokens: int) -> Window:
     """Without limits that hide nothing; a graph that holds for several lengths keeps them."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return window
     left, right = window
     return (None if left is None or left >= tokens - 1 else left, None if right is None or right >= queries - 1 else right)

@@ -40,14 +40,17 @@ class PromptedLayer:
     key_norm: Callable[[Tensor], Tensor] | None = None
 
 
-def keys_and_values(qkv: nn.Module, rows: Tensor) -> Tensor:
-    """(..., 2 * H * Dh), side by side, of a projection to queries, keys and values: a ``k_proj`` without ``v_proj``."""
+def keys_and_values(qkv: nn.Module, rows: Tensor, *, group: int = 1) -> Tensor:
+    """(..., 2 * Hkv * Dh), side by side, of a projection to queries, keys and values: a ``k_proj`` without ``v_proj``.
+
+    ``group`` heads of queries share a head of keys and values.
+    """
     if type(qkv) is nn.Linear and type(qkv.weight) is nn.Parameter and is_plain(qkv):
-        width = qkv.out_features // 3
+        width = qkv.out_features * group // (group + 2)
         return F.linear(rows, qkv.weight[width:], None if qkv.bias is None else qkv.bias[width:])
     # whatever else it is (quantised, sharded, with a LoRA) is called, and its queries are dropped
     packed = qkv(rows)
-    return packed[..., packed.shape[-1] // 3 :]
+    return packed[..., packed.shape[-1] * group // (group + 2) :]
 
 
 def _call(encoder: nn.Module, inputs: Inputs) -> Any:

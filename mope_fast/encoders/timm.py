@@ -17,10 +17,10 @@ from .pooling import Pool, first_token, patch_mean, token_mean
 
 def _layer(block: nn.Module, width: int) -> PromptedLayer:
     attention = block.attn
-    key_norm = getattr(attention, "k_norm", None)
+    key_norm, key_heads = getattr(attention, "k_norm", None), getattr(attention, "num_kv_heads", attention.num_heads)
     return PromptedLayer(
         block, attention, width, block.norm1,
-        functools.partial(keys_and_values, attention.qkv), None, attention.num_heads,
+        functools.partial(keys_and_values, attention.qkv, group=attention.num_heads // key_heads), None, key_heads,
         None if isinstance(key_norm, nn.Identity) else key_norm,
     )  # fmt: skip
 

@@ -95,8 +95,6 @@ def _mask(
         return attention_mask
     if isinstance(q_offset, Tensor) or kv_offset + kv_length != q_offset + q_length:
         raise ValueError("an encoder that takes prompts can't fill a static cache: unwrap() it first, or use a dynamic one")
-    if kind == "causal_mask_function":  # the module says so too
-        return attention_mask
     return _Mask(attention_mask, _window_of(mask_function))
 
 
@@ -125,7 +123,7 @@ def _window_of(function: Callable[..., Any]) -> Window:
     if name in _WINDOWS:
         return _WINDOWS[name](inside["sliding_window"].cell_contents)
     if "packed_sequence" in name:
-        if torch.compiler.is_compiling():  # then transformers takes any position_ids for packed ones
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # then transformers takes any position_ids for packed ones
             return _window_of(inside["mask_function"].cell_contents) if "mask_function" in inside else UNLIMITED
         raise ValueError(
             "position_ids jump and there is no attention_mask: transformers takes that for several sequences packed into one, "

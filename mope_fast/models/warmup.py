@@ -19,8 +19,8 @@ def warmup(model: nn.Module, *inputs: Any, **named: Any) -> None:
     for a short and one for a long text do. Call it under the autocast that training has, and before a CUDA graph is captured,
     which allows no compilation.
 
-    Parameters, their gradients, buffers, modes, and the state of random numbers are afterwards what they were. Of several processes
-    each calls it, with inputs of the same shapes.
+    Parameters, their gradients, buffers, modes, and the state of random numbers are afterwards what they were, and hooks that wait
+    for a parameter's gradient don't run. Of a DistributedDataParallel its module runs. Warm up before parameters are sharded.
 
     Args:
         model: what has prompts of this library; it may be a part of the module.
@@ -32,6 +32,8 @@ def warmup(model: nn.Module, *inputs: Any, **named: Any) -> None:
     Example:
         >>> warmup(model.train(), images, text, labels=labels)
     """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
     with _left_as_it_was(model):
         if model.training:
             with torch.enable_grad():
@@ -40,8 +42,10 @@ def warmup(model: nn.Module, *inputs: Any, **named: Any) -> None:
                 results = [output.loss] if getattr(output, "loss", None) is not None else tree_leaves(output)
                 results += [part._auxiliary for part in _classifiers(model)]
                 taken = [result for result in results if isinstance(result, Tensor) and result.requires_grad]
-                if taken:
-                    torch.autograd.backward([result.square().sum() for result in taken])
+                leaves = (*model.parameters(), *tree_leaves((inputs, named)))
+                wanted = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+                if taken and wanted:
+                    torch.autograd.grad([result.square().sum() for result in taken], wanted, allow_unused=True)
                 for part in _classifiers(model):
                     part._auxiliary = None
         model.eval()
@@ -56,24 +60,26 @@ def _classifiers(model: nn.Module) -> list[Classifier]:
 @contextmanager
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    grads = [(parameter, parameter.grad) for parameter in model.parameters()]
+    buffers = [
+        (module._buffers, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     auxiliary = [(part, part._auxiliary) for part in _classifiers(model)]
-    devices = {parameter.device.index for parameter, _ in grads if parameter.device.type == "cuda"}
+    devices = {parameter.device.index for parameter in model.parameters() if parameter.device.type == "cuda"}
     with torch.random.fork_rng(sorted(devices)):
         try:
-            for parameter, _ in grads:
-                parameter.grad = None
             for part, _ in auxiliary:
                 part._auxiliary = None
             yield
         finally:
-            with torch.no_grad():
-                for buffer, value in buffers:
-                    buffer.copy_(value)
-            for parameter, grad in grads:
-                parameter.grad = grad
-            for part, loss in auxiliary:
-                part._auxiliary = loss
             for module, mode in modes:
                 module.training = mode
+            for part, loss in auxiliary:
+                part._auxiliary = loss
+            for holder, name, buffer, value in buffers:
+                holder[name] = buffer
+                if not torch.equal(buffer, value):  # who hasn't changed may be saved by a graph, or can't be written to
+                    with torch.no_grad():
+                        buffer.copy_(value)

@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ class PromptAttention(nn.Module):
         ...     block.attn = PromptAttention.from_attention(block.attn)       # same parameters, same output
         >>> attention, norm = vit.blocks[0].attn, vit.blocks[0].norm1
         >>> y = attention(norm(x), [attention.prefix(norm(prompts))])         # x (B, S, D), prompts (1 or B, P, D)
-        >>> prefixes = out.key_value(norm, attention.k_proj, attention.v_proj, attention.num_heads, key_norm=attention.key_norm)
+        >>> prefixes = out.key_value(norm, attention.k_proj, attention.v_proj, attention.num_kv_heads, key_norm=attention.key_norm)
         >>> y = attention(norm(x), prefixes)                                  # out is a MoPEOutput
     """
 
@@ -94,7 +95,7 @@ class PromptAttention(nn.Module):
         if self.num_kv_heads < 1 or num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads must be a divisor of num_heads={num_heads}, got {num_kv_heads}")
         check_window(window)
-        self.window = window
+        self.window = None if window is None else tuple(window)
         self.head_dim = _checked_head_dim(dim // num_heads if attn_head_dim is None else attn_head_dim)
         self.impl = impl
         factory = {"device": device, "dtype": dtype}
@@ -147,14 +148,19 @@ class PromptAttention(nn.Module):
 
         module = cls.__new__(cls)
         nn.Module.__init__(module)
-        module.num_heads = module.num_kv_heads = attention.num_heads
-        module.head_dim, module.impl, module.window = head_dim, impl, None
+        module.num_heads, module.head_dim, module.impl = attention.num_heads, head_dim, impl
+        ours = isinstance(attention, PromptAttention)
+        module.num_kv_heads, module.window = (attention.num_kv_heads, attention.window) if ours else (attention.num_heads, None)
         module.qkv, module.q_norm, module.k_norm = attention.qkv, attention.q_norm, attention.k_norm
         module.norm = getattr(attention, "norm", nn.Identity())
         module.gate = getattr(attention, "gate", None)
         module.proj = attention.proj
         module.training = attention.training
         return module
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a pickle from before windows and shared keys, too."""
+        super().__setstate__({"num_kv_heads": state["num_heads"], "window": None, **state})
 
     @property
     def key_norm(self) -> nn.Module | None:

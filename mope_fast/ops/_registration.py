@@ -51,8 +51,8 @@ def _launched(launch: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     except Exception as error:
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                "a kernel could not be launched while a CUDA graph was captured: its first call compiles it, which a capture does "
-                "not allow; call mope_fast.warmup(model, *inputs) before, with inputs of the same shapes"
+                f"a kernel could not be launched while a CUDA graph was captured ({type(error).__name__}): a first call compiles, "
+                "which a capture does not allow; call mope_fast.warmup(model, *inputs) before, with inputs of the same shapes"
             ) from error
         raise
 

@@ -8,7 +8,7 @@ from ..reference.layer_prompts import router_logits
 from ..reference.route_and_mix import accumulator_dtype
 from . import route_and_mix as mixing
 from ._registration import apply, define, once_differentiable
-from ._triton import INTERPRETED, castable, not_empty
+from ._triton import INTERPRETED, castable, kernels_of, not_empty
 
 
 def _lengths(before: Tensor | None, experts: Tensor, after: Tensor | None) -> tuple[int, int, int]:
@@ -19,7 +19,7 @@ def _fake_forward(feature, cross, weight, keys, experts, before, after, gram, sh
     batch, dtype = feature.shape[0], accumulator_dtype(cross, experts)
     rows = experts.new_empty((batch, sum(_lengths(before, experts, after)), experts.shape[2]), dtype=out_dtype)
     rstd = cross.new_empty((0,) if gram is None else (batch, experts.shape[1]), dtype=dtype)
-    return rows, cross.new_empty(cross.shape, dtype=dtype), rstd
+    return rows, cross.new_empty(cross.shape, dtype=dtype), rstd, cross.new_empty((batch, weight.shape[0]), dtype=dtype)
 
 
 def _flops(feature, cross, weight, keys, experts):
@@ -36,83 +36,105 @@ def _assembled(mixed, before, after, shift, out_dtype):
 
 
 def _reference_forward(feature, cross, weight, keys, experts, before, after, gram, shift, top_k, renormalize, eps, out_dtype):
-    logits = router_logits(feature, cross, weight, keys, accumulator_dtype(cross, experts))
-    by_row = None if gram is None else gram.transpose(0, 1)
-    mixed, scores, rstd = mixing._reference_forward(logits, experts, None, by_row, 1.0, top_k, renormalize, eps, out_dtype)
-    return _assembled(mixed, before, after, shift, out_dtype), scores, rstd
+    logits, query = router_logits(feature, cross, weight, keys, accumulator_dtype(cross, experts))
+    mixed, scores, rstd = mixing._reference_forward(logits, experts, None, _by_row(gram), 1.0, top_k, renormalize, eps, out_dtype)
+    return _assembled(mixed, before, after, shift, out_dtype), scores, rstd, query
 
 
 def _triton_forward(feature, cross, weight, keys, experts, before, after, gram, shift, top_k, renormalize, eps, out_dtype):
     arguments = (feature, cross, weight, keys, experts, before, after, gram, shift)
-    rows, scores, rstd = _fake_forward(*arguments, top_k, renormalize, eps, out_dtype)
-    by_row = None if gram is None else gram.transpose(0, 1)
-    layer = mixing.LayerInputs(feature, weight, keys, not_empty(before), not_empty(after), shift)
+    rows, scores, rstd, query = _fake_forward(*arguments, top_k, renormalize, eps, out_dtype)
+    layer = mixing.LayerInputs(feature, weight, keys, query, not_empty(before), not_empty(after), shift)
+    if weight.shape[0] > kernels_of("launch").MAX_OWN:
+        cross, query = router_logits(feature, cross, weight, keys, scores.dtype)
+        layer = layer._replace(feature=None, weight=None, keys=None, query=None)
     settings = {"temperature": 1.0, "top_k": top_k, "renormalize": renormalize, "eps": eps}
-    mixing.launch_mixture(cross, experts, None, by_row, layer, rows, scores, rstd, **settings)
-    return rows, scores, rstd
+    mixing.launch_mixture(cross, experts, None, _by_row(gram), layer, rows, scores, rstd, **settings)
+    return rows, scores, rstd, query
+
+
+def _by_row(gram: Tensor | None) -> Tensor | None:
+    """(K, L, K), or a gradient of that, as ``route_and_mix`` has it."""
+    return None if gram is None else gram.transpose(0, 1)
+
+
+def _of_each_sample(part: Tensor | None, cross: Tensor) -> bool:
+    """Whether a gradient of prompts is a part of that of the rows, which the autograd function takes; else it is a sum."""
+    return part is not None and part.shape[0] == cross.shape[0]
 
 
 def _fake_backward(
-    grad_rows, grad_scores, feature, cross, weight, keys, experts, before, after, gram, shift, scores, rstd,
+    grad_rows, grad_scores, feature, cross, weight, keys, experts, before, after, gram, shift, scores, rstd, query,
     top_k, renormalize, eps, needs,
 ):  # fmt: skip
     tensors = (feature, cross, weight, keys, experts, before, after, gram, shift)
+    skipped = (*[False] * 5, _of_each_sample(before, cross), _of_each_sample(after, cross), False, False)
     return tuple(
-        scores.new_empty((0,)) if tensor is None or not need else torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        for tensor, need in zip(tensors, needs, strict=True)
+        torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        if tensor is not None and need and not skip
+        else scores.new_empty((0,))
+        for tensor, need, skip in zip(tensors, needs, skipped, strict=True)
     )
 
 
+def _triton_backward(
+    grad_rows, grad_scores, feature, cross, weight, keys, experts, before, after, gram, shift, scores, rstd, query,
+    top_k, renormalize, eps, needs,
+):  # fmt: skip
+    given = (feature, cross, weight, keys, experts, before, after, gram, shift, scores, rstd, query, top_k, renormalize, eps, needs)
+    if weight.shape[0] > kernels_of("launch").MAX_OWN:
+        return _backward(mixing._triton_backward)(grad_rows, grad_scores, *given)
+    grads = _fake_backward(grad_rows, grad_scores, *given)
+    to_feature, to_cross, to_weight, to_keys, to_experts, to_before, to_after, to_gram, to_shift = map(not_empty, grads)
+    mixing.launch_gradients(
+        grad_rows, grad_scores, cross, experts, None, _by_row(gram), scores, rstd,
+        mixing.LayerInputs(feature, weight, keys, query, before, after, shift),
+        mixing.Gradients(
+            to_cross, to_experts, _by_row(to_gram), to_feature, to_weight, to_keys, to_before, to_after, to_shift
+        ),
+        temperature=1.0, recompute_softmax=top_k is not None and not renormalize,
+    )  # fmt: skip
+    return grads
+
+
 def _backward(mix_backward):
-    """By a backward of ``mope_fast::route_and_mix``."""
+    """By a backward of ``mope_fast::route_and_mix`` and products."""
 
     def backward(
-        grad_rows, grad_scores, feature, cross, weight, keys, experts, before, after, gram, shift, scores, rstd,
+        grad_rows, grad_scores, feature, cross, weight, keys, experts, before, after, gram, shift, scores, rstd, query,
         top_k, renormalize, eps, needs,
     ):  # fmt: skip
-        to_feature, to_cross, to_weight, to_keys, to_experts, to_before, to_after, to_gram, to_shift = needs
-        dtype, grads = scores.dtype, [None] * len(needs)
+        tensors = (feature, cross, weight, keys, experts, before, after, gram, shift, scores, rstd, query)
+        grads = _fake_backward(grad_rows, grad_scores, *tensors, top_k, renormalize, eps, needs)
+        to_feature, to_cross, to_weight, to_keys, to_experts, to_before, to_after, to_gram, to_shift = map(not_empty, grads)
         grad_before = grad_routed = grad_after = None
         if grad_rows is not None:
             grad_before, grad_routed, grad_after = grad_rows.split(_lengths(before, experts, after), dim=1)
-        to_logits = to_feature or to_cross or to_weight or to_keys
         # behind a gate whose scores don't add up to one the softmax is taken again; else only its shape is asked for
-        gated = top_k is not None and not renormalize
-        logits = router_logits(feature, cross, weight, keys, dtype) if gated else scores
-        grad_logits, grads[4], grads[7] = mix_backward(
-            grad_routed, grad_scores, logits, experts, None, None if gram is None else gram.transpose(0, 1), scores, rstd,
-            1.0, top_k, renormalize, eps, [to_logits, to_experts, to_gram],
+        gated, dtype = top_k is not None and not renormalize, scores.dtype
+        logits = router_logits(feature, cross, weight, keys, dtype)[0] if gated else scores
+        grad_logits, grad_experts, grad_gram = mix_backward(
+            grad_routed, grad_scores, logits, experts, None, _by_row(gram), scores, rstd, 1.0, top_k, renormalize, eps,
+            [any(needs[:4]), needs[4], needs[7]],
         )  # fmt: skip
-        if to_gram:
-            grads[7] = grads[7].transpose(0, 1).contiguous()
-        if to_cross:
-            grads[1] = grad_logits.to(cross.dtype, copy=True)
-        if to_feature or to_weight:
-            to_query = grad_logits @ cast(keys, dtype).T
-            if to_feature:
-                grads[0] = cast(to_query @ cast(weight, dtype), feature.dtype)
-            if to_weight:
-                grads[2] = cast(to_query.T @ cast(feature, dtype), weight.dtype)
-        if to_keys:
-            grads[3] = cast((cast(feature, dtype) @ cast(weight, dtype).T).T @ grad_logits, keys.dtype)
-        if to_before:
-            grads[5] = _summed(grad_before, before)
-        if to_after:
-            grads[6] = _summed(grad_after, after)
-        if to_shift:
-            grads[8] = torch.zeros_like(shift) if grad_routed is None else cast(grad_routed.sum((0, 1), dtype=dtype), shift.dtype)
-        return tuple(grad if need else scores.new_empty((0,)) for grad, need in zip(grads, needs, strict=True))
+        if to_experts is not None:
+            to_experts.copy_(grad_experts)
+        if to_gram is not None:
+            to_gram.copy_(grad_gram.transpose(0, 1))
+        if to_cross is not None:
+            to_cross.copy_(grad_logits)
+        if to_feature is not None:
+            to_feature.copy_(grad_logits @ cast(keys, dtype).T @ cast(weight, dtype))
+        if to_weight is not None:
+            to_weight.copy_(cast(keys, dtype) @ grad_logits.T @ cast(feature, dtype))
+        if to_keys is not None:
+            to_keys.copy_(query.T @ grad_logits)
+        for to, grad, summed in ((to_before, grad_before, (0,)), (to_after, grad_after, (0,)), (to_shift, grad_routed, (0, 1))):
+            if to is not None:
+                to.zero_() if grad is None else to.copy_(grad.sum(summed, dtype=dtype))
+        return grads
 
     return backward
-
-
-def _summed(grad: Tensor | None, like: Tensor) -> Tensor:
-    """Of rows that samples may share."""
-    if grad is None:
-        return torch.zeros_like(like, memory_format=torch.contiguous_format)
-    if like.shape[0] == grad.shape[0]:
-        return grad.to(like.dtype, copy=True, memory_format=torch.contiguous_format)
-    return cast(grad.sum(0, keepdim=True, dtype=torch.promote_types(like.dtype, torch.float32)), like.dtype)
 
 
 _ARGUMENTS = (
@@ -121,7 +143,7 @@ _ARGUMENTS = (
 )
 layer_prompts_forward = define(
     f"layer_prompts({_ARGUMENTS}, SymInt? top_k, bool renormalize, float eps, ScalarType out_dtype) "
-    "-> (Tensor rows, Tensor scores, Tensor rstd)",
+    "-> (Tensor rows, Tensor scores, Tensor rstd, Tensor query)",
     cpu=_triton_forward if INTERPRETED else _reference_forward,
     cuda=_triton_forward,
     fake=_fake_forward,
@@ -129,11 +151,12 @@ layer_prompts_forward = define(
     use="MoPELayer or PromptBank",
 )
 layer_prompts_backward = define(
-    f"layer_prompts_backward(Tensor? grad_rows, Tensor? grad_scores, {_ARGUMENTS}, Tensor scores, Tensor rstd, SymInt? top_k, "
-    "bool renormalize, float eps, bool[] needs) -> (Tensor grad_feature, Tensor grad_cross, Tensor grad_weight, Tensor grad_keys, "
-    "Tensor grad_experts, Tensor grad_before, Tensor grad_after, Tensor grad_gram, Tensor grad_shift)",
-    cpu=_backward(mixing._triton_backward if INTERPRETED else mixing._reference_backward),
-    cuda=_backward(mixing._triton_backward),
+    f"layer_prompts_backward(Tensor? grad_rows, Tensor? grad_scores, {_ARGUMENTS}, Tensor scores, Tensor rstd, Tensor query, "
+    "SymInt? top_k, bool renormalize, float eps, bool[] needs) "
+    "-> (Tensor grad_feature, Tensor grad_cross, Tensor grad_weight, Tensor grad_keys, Tensor grad_experts, "
+    "Tensor grad_before, Tensor grad_after, Tensor grad_gram, Tensor grad_shift)",
+    cpu=_triton_backward if INTERPRETED else _backward(mixing._reference_backward),
+    cuda=_triton_backward,
     fake=_fake_backward,
     flops=lambda grad_rows, grad_scores, *arguments: 2 * _flops(*arguments[:5]),
     use="MoPELayer or PromptBank",
@@ -151,21 +174,29 @@ class _LayerPrompts(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         *tensors, ctx.top_k, ctx.renormalize, ctx.eps, _ = inputs
-        _, scores, rstd = output
-        ctx.save_for_backward(*tensors, scores, rstd)
-        ctx.mark_non_differentiable(rstd)
+        ctx.save_for_backward(*tensors, *output[1:])
+        ctx.mark_non_differentiable(*output[2:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_rows, grad_scores, _):
+    def backward(ctx, grad_rows, grad_scores, *_):
         if grad_rows is None and grad_scores is None:
             return (None,) * 13
         needs = list(ctx.needs_input_grad[:9])
         settings = (ctx.top_k, ctx.renormalize, ctx.eps)
         with without_autocast(ctx.saved_tensors[0].device.type):
-            computed = layer_prompts_backward(grad_rows, grad_scores, *ctx.saved_tensors, *settings, needs)
-        return (*(grad if need else None for grad, need in zip(computed, needs, strict=True)), None, None, None, None)
+            grads = list(layer_prompts_backward(grad_rows, grad_scores, *ctx.saved_tensors, *settings, needs))
+        _, cross, _, _, _, before, after, *_ = ctx.saved_tensors
+        if _of_each_sample(before, cross):
+            grads[5] = _part_of(grad_rows, slice(0, before.shape[1]), before)
+        if _of_each_sample(after, cross):
+            grads[6] = _part_of(grad_rows, slice(-after.shape[1], None), after)
+        return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None, None, None)
+
+
+def _part_of(grad_rows: Tensor | None, prompts: slice, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if grad_rows is None else cast(grad_rows[:, prompts], like.dtype)
 
 
 def layer_prompts(
@@ -188,5 +219,5 @@ def layer_prompts(
     tensors, out_dtype = (feature, cross, weight, keys, experts, before, after, gram, shift), dtype
     if INTERPRETED and accumulator_dtype(cross, experts) == torch.float64:
         out_dtype, tensors = torch.float64, castable(torch.float64, *tensors)
-    rows, scores, _ = apply(_LayerPrompts, *tensors, top_k, renormalize, eps, out_dtype)
+    rows, scores, *_ = apply(_LayerPrompts, *tensors, top_k, renormalize, eps, out_dtype)
     return cast(rows, dtype), scores

@@ -1,5 +1,6 @@
 """``mope_fast::route_and_mix`` and its backward: CPU maths, Triton launches and the autograd function on top."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -104,11 +105,12 @@ def _reference_backward(
 
 
 class LayerInputs(NamedTuple):
-    """What a layer has beside its logits and experts, see :func:`mope_fast.reference.layer_prompts`."""
+    """What a layer has beside its logits and experts, see :func:`mope_fast.reference.layer_prompts`; ``query`` is an output."""
 
     feature: Tensor | None = None
     weight: Tensor | None = None
     keys: Tensor | None = None
+    query: Tensor | None = None
     before: Tensor | None = None
     after: Tensor | None = None
     shift: Tensor | None = None
@@ -138,7 +140,7 @@ def launch_mixture(
     renormalize: bool,
     eps: float,
 ) -> None:
-    """Write all prompts (B, P, M), scores (B, K) and, with ``gram``, ``rstd`` (B, L), in one launch."""
+    """Write all prompts (B, P, M), scores (B, K), with ``gram`` ``rstd`` (B, L), and a layer's query (B, d_i), in one launch."""
     kernels, launches = kernels_of("route_and_mix"), kernels_of("launch")
     (batch, num_experts), (_, rows, width) = logits.shape, experts.shape
     if batch == 0:
@@ -152,7 +154,7 @@ def launch_mixture(
         kernels.mix_kernel, programs,
         logits_ptr=logits, noise_ptr=noise, feature_ptr=layer.feature, weight_ptr=layer.weight, keys_ptr=layer.keys,
         experts_ptr=experts, before_ptr=before, after_ptr=after, gram_ptr=gram, shift_ptr=layer.shift,
-        mixed_ptr=mixed, scores_ptr=scores, rstd_ptr=not_empty(rstd),
+        mixed_ptr=mixed, scores_ptr=scores, rstd_ptr=not_empty(rstd), query_ptr=layer.query,
         B=batch, K=num_experts, L=rows, M=width, D=feature_width, OWN=own,
         P_BEFORE=0 if before is None else before.shape[1], P_AFTER=0 if after is None else after.shape[1],
         inv_temperature=1.0 / temperature, eps=eps,
@@ -162,63 +164,130 @@ def launch_mixture(
         shift_stride=None if layer.shift is None else layer.shift.stride(0),
         TOP_K=top_k or 0, RENORMALIZE=renormalize,
         BLOCK_B=launch.block_b, BLOCK_K=launch.block_k, BLOCK_M=launch.block_m, BLOCK_D=launches.FEATURE_BLOCK,
-        K_PADDED=launch.k_padded, OWN_PADDED=launches.own_padded(own), num_warps=launch.num_warps,
+        K_PADDED=launch.k_padded, OWN_PADDED=launches.MAX_OWN, num_warps=launch.num_warps,
     )  # fmt: skip
+
+
+class Gradients(NamedTuple):
+    """Where gradients are to be written, None for one that nobody asked for; ``before`` and ``after`` of prompts of all samples."""
+
+    logits: Tensor | None
+    experts: Tensor | None
+    gram: Tensor | None
+    feature: Tensor | None = None
+    weight: Tensor | None = None
+    keys: Tensor | None = None
+    before: Tensor | None = None
+    after: Tensor | None = None
+    shift: Tensor | None = None
 
 
 def _triton_backward(
     grad_mixed, grad_scores, logits, experts, noise, gram, scores, rstd, temperature, top_k, renormalize, eps, needs
 ):
+    grads = _empty_grads(logits, experts, gram, needs)
+    launch_gradients(
+        grad_mixed, grad_scores, logits, experts, noise, gram, scores, rstd, LayerInputs(),
+        Gradients(*map(not_empty, grads)), temperature=temperature, recompute_softmax=top_k is not None and not renormalize,
+    )  # fmt: skip
+    return grads
+
+
+def launch_gradients(
+    grad_rows: Tensor | None,
+    grad_scores: Tensor | None,
+    logits: Tensor,
+    experts: Tensor,
+    noise: Tensor | None,
+    gram: Tensor | None,
+    scores: Tensor,
+    rstd: Tensor,
+    layer: LayerInputs,
+    grads: Gradients,
+    *,
+    temperature: float,
+    recompute_softmax: bool,
+) -> None:
+    """Write what was asked for, in two launches; of large batches parts are summed behind them."""
     kernels, launches = kernels_of("route_and_mix"), kernels_of("launch")
-    grad_logits, grad_experts, grad_gram = _empty_grads(logits, experts, gram, needs)
     (batch, num_experts), (_, rows, width) = logits.shape, experts.shape
-    if batch == 0 or grad_mixed is None:
-        grad_experts.zero_()
-        grad_gram.zero_()
+    sums = (grads.experts, grads.before, grads.after, grads.shift)
+    if batch == 0 or grad_rows is None:
+        for grad in grads if batch == 0 else (*sums, grads.gram):
+            if grad is not None:
+                grad.zero_()
     if batch == 0:
-        return grad_logits, grad_experts, grad_gram
+        return
 
-    needs_gram = gram is not None and needs[2]
-    needs_partials = grad_mixed is not None and (needs[0] or needs_gram)
-    m_tiles, partials = 0, None
-    if grad_mixed is not None and (needs_partials or needs[1]):
-        launch = launches.expert_grads_launch(batch, num_experts, rows, width, experts.element_size())
-        m_tiles = -(-width // launch.block_m)
-        if needs_partials:
-            partials = scores.new_empty((rows, m_tiles, batch, num_experts))
-        split_grads = grad_experts
-        if needs[1] and launch.splits > 1:
-            split_grads = scores.new_empty((launch.splits, *experts.shape))
-        programs = rows * m_tiles * -(-num_experts // launch.block_k) * launch.splits
-        launch_kernel(
-            kernels.expert_grads_kernel, programs,
-            grad_mixed_ptr=grad_mixed, scores_ptr=scores, rstd_ptr=not_empty(rstd), experts_ptr=experts,
-            grad_experts_ptr=not_empty(split_grads), partials_ptr=partials,
-            B=batch, K=num_experts, L=rows, M=width, splits=launch.splits,
-            grad_mixed_strides=grad_mixed.stride(), experts_strides=experts.stride(),
-            BLOCK_B=launch.block_b, BLOCK_K=launch.block_k, BLOCK_M=launch.block_m,
-            num_warps=launch.num_warps,
-        )  # fmt: skip
-        if split_grads is not grad_experts:
-            grad_experts.copy_(split_grads.sum(0))
+    of_router = [grad is not None for grad in (grads.logits, grads.feature, grads.weight, grads.keys)]
+    needs_gram = grads.gram is not None and grad_rows is not None
+    du = None
+    if grad_rows is not None:
+        launch = launches.mixture_grads_launch(batch, num_experts, rows, width, experts.element_size())
+        if any(of_router) or needs_gram:
+            du = scores.new_empty((rows, batch, num_experts))
+        m_tiles, k_tiles = -(-width // launch.block_m), -(-num_experts // launch.block_k)
+        parts = [_parts(grad, launch.splits, scores) for grad in sums]
+        prompts = [0 if grad is None else count for grad, count in zip(sums, (rows * k_tiles, *_beside(layer), 1), strict=True)]
+        du_programs = 0 if du is None else -(-batch // launches.SAMPLES) * rows * k_tiles
+        of_sums = [count * m_tiles * launch.splits for count in prompts]
+        if programs := du_programs + sum(of_sums):
+            launch_kernel(
+                kernels.mixture_grads_kernel, programs,
+                grad_ptr=grad_rows, scores_ptr=scores, rstd_ptr=not_empty(rstd), experts_ptr=experts, du_ptr=du,
+                grad_experts_ptr=parts[0], grad_before_ptr=parts[1], grad_after_ptr=parts[2], grad_shift_ptr=parts[3],
+                B=batch, K=num_experts, L=rows, M=width, P_BEFORE=_beside(layer)[0], P_AFTER=_beside(layer)[1],
+                splits=launch.splits, du_programs=du_programs,
+                experts_programs=of_sums[0], before_programs=of_sums[1], after_programs=of_sums[2],
+                grad_strides=grad_rows.stride(), experts_strides=experts.stride(),
+                BLOCK_B=launch.block_b, BLOCK_K=launch.block_k, BLOCK_M=launch.block_m, SAMPLES=launches.SAMPLES,
+                SUMMED=launches.SUMMED, num_warps=launch.num_warps,
+            )  # fmt: skip
+        _sum_parts(sums, parts)
 
-    if needs[0] or needs_partials:
-        grad_norm_sq = scores.new_empty((batch, rows)) if gram is not None and needs_partials else None
-        launch = launches.router_grads_launch(num_experts, m_tiles)
+    if any(of_router) or needs_gram:
+        launch = launches.router_grads_launch(batch, num_experts)
+        own, feature_width = (1, 1) if layer.weight is None else layer.weight.shape
+        sample_tiles, d_tiles = -(-batch // launches.SAMPLES), -(-feature_width // launches.GRADS_BLOCK)
+        sums = (grads.weight, grads.keys, grads.gram if needs_gram else None)
+        weight, keys, gram_parts = parts = [_parts(grad, launch.splits, scores) for grad in sums]
+        to_samples = 0 if grads.logits is grads.feature is None else sample_tiles * (1 if grads.feature is None else d_tiles)
+        to_weight = 0 if weight is None else d_tiles * launch.splits
+        to_keys = 0 if keys is None else launch.splits
+        to_gram = 0 if gram_parts is None else rows * -(-num_experts // launch.block_i) * launch.splits
         launch_kernel(
-            kernels.router_grads_kernel, batch,
-            partials_ptr=partials, grad_scores_ptr=grad_scores, logits_ptr=logits, noise_ptr=noise, scores_ptr=scores,
-            rstd_ptr=not_empty(rstd), gram_ptr=gram, grad_logits_ptr=not_empty(grad_logits), grad_norm_sq_ptr=grad_norm_sq,
-            B=batch, K=num_experts, L=rows, M_TILES=m_tiles, inv_temperature=1.0 / temperature,
-            grad_scores_strides=strides(grad_scores), logits_strides=logits.stride(),
-            noise_strides=strides(noise), gram_strides=strides(gram),
-            RECOMPUTE_SOFTMAX=top_k is not None and not renormalize,
-            BLOCK_P=launch.block_p, BLOCK_I=launch.block_i, K_PADDED=launch.k_padded, num_warps=launch.num_warps,
+            kernels.router_grads_kernel, to_samples + to_weight + to_keys + to_gram,
+            du_ptr=du, grad_scores_ptr=grad_scores, logits_ptr=logits, noise_ptr=noise, scores_ptr=scores,
+            rstd_ptr=not_empty(rstd), gram_ptr=gram,
+            feature_ptr=layer.feature, weight_ptr=layer.weight, keys_ptr=layer.keys, query_ptr=layer.query,
+            grad_logits_ptr=grads.logits, grad_gram_ptr=gram_parts,
+            grad_feature_ptr=grads.feature, grad_weight_ptr=weight, grad_keys_ptr=keys,
+            B=batch, K=num_experts, L=rows, D=feature_width, OWN=own, splits=launch.splits,
+            sample_programs=to_samples, weight_programs=to_weight, keys_programs=to_keys, inv_temperature=1.0 / temperature,
+            grad_scores_strides=strides(grad_scores), logits_strides=logits.stride(), noise_strides=strides(noise),
+            gram_strides=strides(gram), feature_strides=strides(layer.feature), weight_strides=strides(layer.weight),
+            keys_strides=strides(layer.keys), grad_gram_strides=strides(gram_parts),
+            RECOMPUTE_SOFTMAX=recompute_softmax, BLOCK_B=launches.SAMPLES, BLOCK_D=launches.GRADS_BLOCK,
+            BLOCK_I=launch.block_i, K_PADDED=launch.k_padded, OWN_PADDED=launches.MAX_OWN,
+            num_warps=launch.num_warps, num_stages=1,
         )  # fmt: skip
-        if needs_gram and grad_norm_sq is not None:
-            weighted = grad_norm_sq.T[..., None] * scores  # (L, B, K)
-            grad_gram.copy_(torch.matmul(weighted.mT, scores))
-    return grad_logits, grad_experts, grad_gram
+        _sum_parts(sums, parts)
+
+
+def _beside(layer: LayerInputs) -> tuple[int, int]:
+    """Prompts before and behind the routed ones."""
+    return tuple(0 if part is None else part.shape[1] for part in (layer.before, layer.after))
+
+
+def _parts(grad: Tensor | None, splits: int, like: Tensor) -> Tensor | None:
+    """Where the parts of a sum are written, (splits, ...): the gradient itself if there is one."""
+    return None if grad is None else grad[None] if splits == 1 else like.new_empty((splits, *grad.shape))
+
+
+def _sum_parts(grads: Sequence[Tensor | None], parts: Sequence[Tensor | None]) -> None:
+    for grad, part in zip(grads, parts, strict=True):
+        if part is not None and part.shape[0] > 1:
+            grad.copy_(part.sum(0))
 
 
 route_and_mix_forward = define(

@@ -1,6 +1,7 @@
 """``prompt_attention`` and ``receptive_field_attention`` on torch's own attention kernels."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ def prompt_attention(
     # torch's own triangle gives NaN for scales that are not positive
     plain = key_padding_mask is None and bias is None and (scale is None or scale > 0)
     if window == CAUSAL and queries == tokens and not prefix_length and plain:
-        return F.scaled_dot_product_attention(*readable(q, k, v), is_causal=True, scale=scale, **_sharing(q, k))
+        return _call(*readable(q, k, v), masked=False, is_causal=True, scale=scale)
     hidden = _hidden_keys(k, prefix_length + tokens) if prefix_length else 0
     if hidden:
         rows = k.new_zeros(1, k.shape[1], hidden, k.shape[3])
@@ -44,8 +45,13 @@ def prompt_attention(
     return _attention(q, k, v, visible, key_padding_mask, bias, prefix_length, scale, hidden)
 
 
-def _sharing(q: Tensor, k: Tensor) -> dict[str, bool]:
-    return {} if q.shape[1] == k.shape[1] else {"enable_gqa": True}
+def _call(q: Tensor, k: Tensor, v: Tensor, *, masked: bool, **settings: Any) -> Tensor:
+    """torch's attention; where its fast kernels don't take heads that share keys, these are repeated."""
+    if q.shape[1] == k.shape[1]:
+        return F.scaled_dot_product_attention(q, k, v, **settings)
+    if masked or (q.device.type == "cuda" and q.dtype.itemsize > 2):
+        return F.scaled_dot_product_attention(q, *repeated(q, k, v), **settings)
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **settings)
 
 
 def repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,10 +63,8 @@ def repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 def _attended(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None = None, *, fresh: bool) -> Tensor:
     """``fresh``: keys and values are concatenations, whose rows don't overlap."""
-    if mask is not None:
-        k, v = repeated(q, k, v)  # torch's kernels that take a mask and shared heads keep all products
     q, k, v = (*readable(q), k, v) if fresh else readable(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, **_sharing(q, k))
+    return _call(q, k, v, masked=mask is not None, attn_mask=mask, scale=scale)
 
 
 def _is_part(tensor: Tensor) -> bool:

@@ -8,10 +8,14 @@ from .._autocast import cast
 from .route_and_mix import accumulator_dtype, gated_softmax
 
 
-def router_logits(feature: Tensor, cross: Tensor, weight: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
-    """The softmax's argument of equation 3, (B, K): x_0 (B, D) by W_x (d_i, D) and keys / tau (d_i, K), and the rest (B, K)."""
+def router_logits(feature: Tensor, cross: Tensor, weight: Tensor, keys: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The softmax's argument of equation 3, (B, K): x_0 (B, D) by W_x (d_i, D) and keys / tau (d_i, K), and the rest (B, K).
+
+    Returns:
+        That, and the query x_0 W_x' (B, d_i).
+    """
     query = F.linear(cast(feature, dtype), cast(weight, dtype))
-    return torch.addmm(cast(cross, dtype), query, cast(keys, dtype))
+    return torch.addmm(cast(cross, dtype), query, cast(keys, dtype)), query
 
 
 def layer_prompts(
@@ -48,7 +52,7 @@ def layer_prompts(
     """
     dtype = experts.dtype if dtype is None else dtype
     num_experts, length, width = experts.shape
-    logits = router_logits(feature, cross, weight, keys, accumulator_dtype(cross, experts))
+    logits, _ = router_logits(feature, cross, weight, keys, accumulator_dtype(cross, experts))
     scores = gated_softmax(logits, top_k, renormalize)
     routed = (cast(scores, dtype) @ cast(experts, dtype).reshape(num_experts, -1)).view(-1, length, width)
     if gram is not None:

@@ -19,7 +19,7 @@ from mope_fast.ops import layer_prompts, prompt_attention, route_and_mix
 BACKEND = make_backend(GPUTarget("cuda", 90, 32))
 KERNELS: dict[ModuleType, tuple[str, ...]] = {
     attention_kernels: ("attention_kernel", "query_grads_kernel", "key_grads_kernel", "bias_grads_kernel"),
-    mixing_kernels: ("mix_kernel", "expert_grads_kernel", "router_grads_kernel"),
+    mixing_kernels: ("mix_kernel", "mixture_grads_kernel", "router_grads_kernel"),
 }
 
 
@@ -53,10 +53,7 @@ def count_variants(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
             prompt_attention._of_forward(prompt_attention._triton_forward),
             prompt_attention._of_backward(prompt_attention._triton_backward),
         ),
-        layer_prompts: (
-            layer_prompts._triton_forward,
-            layer_prompts._backward(route_and_mix._triton_backward),
-        ),
+        layer_prompts: (layer_prompts._triton_forward, layer_prompts._triton_backward),
         route_and_mix: (route_and_mix._triton_forward, route_and_mix._triton_backward),
     }
     for module, functions in pairs.items():

@@ -10,6 +10,8 @@ from torch import nn
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    Gemma2Config,
+    Gemma2Model,
     Gemma3TextConfig,
     Gemma3TextModel,
     ModernBertConfig,
@@ -56,17 +58,25 @@ def gemma3(**settings):
     return Gemma3TextModel(Gemma3TextConfig(**DECODER, query_pre_attn_scalar=8, **settings))
 
 
+def gemma2():
+    """Its attention says that it sees both ways, its mask that it is causal: transformers' own goes by the mask."""
+    return Gemma2Model(
+        Gemma2Config(**DECODER, query_pre_attn_scalar=8, attn_logit_softcapping=None, use_bidirectional_attention=True)
+    )
+
+
 def decoder_layers(encoder):
     return [
         PromptedLayer(
             layer, layer.self_attn, 32, layer.input_layernorm, layer.self_attn.k_proj, layer.self_attn.v_proj, 2,
-            key_norm=layer.self_attn.k_norm,
+            key_norm=getattr(layer.self_attn, "k_norm", None),
         )
         for layer in encoder.layers
     ]  # fmt: skip
 
 
 ENCODERS = {
+    "Gemma 2": (gemma2, decoder_layers),
     "ModernBERT": (modernbert, modernbert_layers),
     "Qwen3": (qwen3, decoder_layers),
     "Gemma 3": (gemma3, decoder_layers),

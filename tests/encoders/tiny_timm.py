@@ -5,7 +5,7 @@ import torch
 from timm_windows import shifted_windows
 from torch import nn
 
-from mope_fast import MoPEConfig, MoPEFusion
+from mope_fast import MoPEConfig, MoPEFusion, PromptAttention
 
 timm = pytest.importorskip("timm")
 layers = timm.layers
@@ -19,6 +19,11 @@ SETTINGS = {"num_experts": 4, "prompt_length": 3, "cross_routing_dim": 3}
 class GatedAttention(layers.Attention):
     def __init__(self, *args, **settings):
         super().__init__(*args, gated=True, **settings)
+
+
+class OurAttention(PromptAttention):
+    def __init__(self, *args, **settings):
+        super().__init__(*args, num_kv_heads=1, **settings)
 
 
 DROPS = {"drop_rate": 0.4, "proj_drop_rate": 0.3, "attn_drop_rate": 0.3, "drop_path_rate": 0.5}
@@ -36,6 +41,7 @@ VITS = {
     "root mean square norms": {"qk_norm": True, "norm_layer": "rmsnorm"},
     "scale norms": {"scale_attn_norm": True, "scale_mlp_norm": True},
     "gated": {"attn_layer": GatedAttention},
+    "ours with shared keys": {"attn_layer": OurAttention},
     "dropout everywhere": {**DROPS, "pos_drop_rate": 0.3, "patch_drop_rate": 0.5},
     "image of another size": {"dynamic_img_size": True, "image": (12, 20)},
     "no positions": {"pos_embed": "none"},

@@ -4,9 +4,11 @@ import pytest
 import torch
 from harness import assert_all_close, assert_same_bits, changed, guarded, in_double, record_launches, transposed
 from numerics import assert_as_good_as_eager
+from op_recorder import Recorder
 from torch import Tensor
 
 from mope_fast import reference
+from mope_fast.ops import layer_prompts as ops
 from mope_fast.ops.layer_prompts import layer_prompts
 
 pytestmark = pytest.mark.kernel
@@ -71,7 +73,7 @@ def test_rows_scores_and_gradients_are_those_of_the_reference(form, gate, device
 
 @pytest.mark.parametrize(
     "sizes",
-    [{"batch": 37}, {"experts": 70, "length": 1}, {"own": 40}, {"dim": 1}, {"width": 130, "dim": 8}],
+    [{"batch": 37}, {"experts": 70, "length": 1}, {"own": 17}, {"own": 1200}, {"dim": 1}, {"width": 130, "dim": 8}],
     ids=lambda sizes: " ".join(sizes),
 )
 def test_any_sizes_are_those_of_the_reference(sizes, device):
@@ -121,13 +123,48 @@ def test_a_sample_has_the_same_bits_alone_and_in_a_batch_and_keeps_its_nan(devic
         assert torch.equal(poisoned[name][others], together[name][others]), name
 
 
-def test_a_forward_is_one_launch(device, monkeypatch):
+def test_a_forward_is_one_launch_and_a_backward_two(device, monkeypatch):
+    """And no operation of torch's that computes."""
     from mope_fast.kernels import route_and_mix as kernels
 
-    launches = record_launches(monkeypatch, kernels, ["mix_kernel", "expert_grads_kernel", "router_grads_kernel"])
-    with torch.no_grad():
-        layer_prompts(*make_inputs(torch.float32, device).values(), top_k=None, renormalize=False, eps=1e-5, dtype=torch.float32)
+    launches = record_launches(monkeypatch, kernels, ["mix_kernel", "mixture_grads_kernel", "router_grads_kernel"])
+    inputs = make_inputs(torch.float32, device, batch=40)
+    upstream = random_upstream(inputs)
+    rows, scores = layer_prompts(*inputs.values(), top_k=None, renormalize=False, eps=1e-5, dtype=torch.float32)
     assert [name for name, _ in launches] == ["mix_kernel"]
+    launches.clear()
+    monkeypatch.setattr(ops, "layer_prompts_backward", ops._triton_backward)  # a recorder doesn't see what an op calls
+    with Recorder() as recorder:
+        torch.autograd.grad([rows, scores], inputs.values(), upstream)
+    assert [name for name, _ in launches] == ["mixture_grads_kernel", "router_grads_kernel"]
+    memory, of_interpreter = {"empty_like", "new_empty", "transpose", "unsqueeze", "slice", "detach"}, {"set_", "empty", "copy_"}
+    assert set(recorder.names) <= memory | of_interpreter, recorder.names
+
+
+def test_parts_of_a_batch_are_summed_behind_the_launches(device, monkeypatch):
+    from mope_fast.kernels import launch
+
+    for name in ("mixture_grads_launch", "router_grads_launch"):
+        original = getattr(launch, name)
+        monkeypatch.setattr(launch, name, lambda *args, original=original: original(*args)._replace(splits=3))
+    inputs = make_inputs(torch.float32, device, batch=70)
+    upstream = random_upstream(inputs)
+    truth = run(in_double(inputs), upstream, reference.layer_prompts)
+    assert_all_close(run(inputs, upstream), {name: t.float() for name, t in truth.items()}, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("asked", [("weight",), ("keys",), ("feature",), ("cross",), ("gram",), ("shift", "before")], ids=str)
+def test_only_asked_for_gradients_are_written(asked, device):
+    inputs = make_inputs(torch.float32, device)
+    upstream = random_upstream(inputs)
+    expected = run(inputs, upstream)
+    some = {name: tensor.detach().requires_grad_(name in asked) for name, tensor in inputs.items()}
+    outputs = layer_prompts(*some.values(), top_k=None, renormalize=False, eps=1e-5, dtype=torch.float32)
+    torch.autograd.backward(*zip(*[(o, g) for o, g in zip(outputs, upstream, strict=True) if o.requires_grad], strict=True))
+    for name, tensor in some.items():
+        assert (tensor.grad is not None) == (name in asked), name
+        if name in asked:
+            torch.testing.assert_close(tensor.grad, expected[name], rtol=1e-5, atol=1e-6)
 
 
 def test_an_empty_batch_gives_empty_rows_and_zero_gradients(device):

@@ -99,8 +99,8 @@ def test_a_large_batch_is_split_and_added_in_float32(device, monkeypatch):
     """The split path of the experts' gradient, on sizes that the interpreter can carry."""
     from mope_fast.kernels import launch
 
-    original = launch.expert_grads_launch
-    monkeypatch.setattr(launch, "expert_grads_launch", lambda *args: original(*args)._replace(splits=3))
+    original = launch.mixture_grads_launch
+    monkeypatch.setattr(launch, "mixture_grads_launch", lambda *args: original(*args)._replace(splits=3))
     check_against_truth(make_inputs(70, 6, 2, 20, torch.bfloat16, device), torch.bfloat16)
 
 
@@ -169,7 +169,7 @@ def test_outputs_are_written_once_and_nothing_around_them_is(device, monkeypatch
 def test_only_asked_for_gradients_are_computed(needs, device, monkeypatch):
     from mope_fast.kernels import route_and_mix as kernels
 
-    launches = record_launches(monkeypatch, kernels, ["expert_grads_kernel", "router_grads_kernel"])
+    launches = record_launches(monkeypatch, kernels, ["mixture_grads_kernel", "router_grads_kernel"])
     inputs = make_inputs(4, 5, 2, 20, torch.float32, device, gram=True)
     names = ("logits", "experts", "gram")
     upstream = torch.randn(4, 2, 20, device=device)
@@ -183,17 +183,17 @@ def test_only_asked_for_gradients_are_computed(needs, device, monkeypatch):
         assert (inputs[name].grad is not None) == need
         if need:
             torch.testing.assert_close(inputs[name].grad, full[name])
-    expected = ["expert_grads_kernel"] + (["router_grads_kernel"] if needs[0] or needs[2] else [])
+    expected = ["mixture_grads_kernel"] + (["router_grads_kernel"] if needs[0] or needs[2] else [])
     assert [name for name, _ in launches] == expected
     assert (launches[0][1]["grad_experts_ptr"] is not None) == needs[1]
-    assert (launches[0][1]["partials_ptr"] is not None) == (needs[0] or needs[2])
+    assert (launches[0][1]["du_ptr"] is not None) == (needs[0] or needs[2])
     assert all((arguments["grad_logits_ptr"] is not None) == needs[0] for _, arguments in launches[1:])
 
 
 def test_a_gradient_of_the_scores_alone_reads_no_expert(device, monkeypatch):
     from mope_fast.kernels import route_and_mix as kernels
 
-    monkeypatch.delattr(kernels, "expert_grads_kernel")
+    monkeypatch.delattr(kernels, "mixture_grads_kernel")
     inputs = make_inputs(4, 5, 2, 20, torch.float32, device)
     upstream = torch.randn(4, 5, device=device)
     _, scores = route_and_mix(**inputs, impl="triton")

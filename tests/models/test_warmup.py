@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from tiny_fusion import close, make_fusion, make_images, make_text
+from torch import nn
 
 from mope_fast import warmup
 
@@ -44,3 +45,40 @@ def test_a_forward_that_fails_leaves_no_trace_either():
     with pytest.raises(ValueError, match="complementary_inputs is None"):
         warmup(model, make_text(3))
     assert {name: module.training for name, module in model.named_modules()} == modes
+
+
+def test_nothing_waits_for_a_parameters_gradient_and_a_graph_of_before_still_runs():
+    model, seen = make_fusion(mapper_norm="batch").train(), []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda parameter: seen.append(parameter))
+    loss = model(make_text(3), make_images(3), labels=LABELS).loss
+    warmup(model, make_text(3), make_images(3), labels=LABELS)
+    assert not seen
+    loss.backward()
+    assert seen
+
+
+def test_buffers_that_can_not_be_written_are_left_alone():
+    model = make_fusion().train()
+    model.register_buffer("shared", torch.zeros(1).expand(3))
+    with torch.inference_mode():
+        model.register_buffer("made_elsewhere", torch.zeros(3))
+    warmup(model, make_text(3), make_images(3), labels=LABELS)
+    assert model.training
+
+
+def test_a_buffer_that_a_forward_replaces_is_put_back():
+    class Counting(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, *inputs):
+            self.calls = self.calls + 1
+            return self.model(*inputs)
+
+    model = Counting(make_fusion())
+    warmup(model, make_text(3), make_images(3))
+    assert model.calls == 0

@@ -1,4 +1,5 @@
 import copy
+import pickle
 
 import pytest
 import torch
@@ -285,6 +286,30 @@ def test_a_field_and_an_attn_mask_both_hide_keys():
     module, x = prompt_attention(), randn(BATCH, TOKENS, DIM)
     mask = torch.rand(TOKENS, TOKENS) < 0.7
     close(module(x, field=FIELD, attn_mask=mask), module(x, attn_mask=mask & FIELD.mask()))
+
+
+def test_from_attention_keeps_what_is_ours():
+    module = prompt_attention(num_kv_heads=2, window=[2, None])
+    x = randn(BATCH, TOKENS, DIM)
+    again = PromptAttention.from_attention(module)
+    close(again(x), module(x))
+    assert repr(again) == repr(module)
+
+
+def test_a_pickle_from_before_windows_and_shared_keys_loads():
+    module = prompt_attention()
+    x = randn(BATCH, TOKENS, DIM)
+    expected = module(x)
+    del module.num_kv_heads, module.window
+    close(pickle.loads(pickle.dumps(module))(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "ignore::FutureWarning")
+def test_a_trace_of_few_tokens_keeps_its_window_for_many():
+    module = prompt_attention(window=(2, 1))
+    traced = torch.jit.trace(module, randn(1, 2, DIM))
+    x = randn(1, 9, DIM)
+    close(traced(x), module(x))
 
 
 def test_implementation_is_passed_on(monkeypatch):

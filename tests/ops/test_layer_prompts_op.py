@@ -78,10 +78,10 @@ def test_opcheck(form, dtype):
     tensors = [None if value is None else value.detach() for value in make_inputs(dtype, form).values()]
     settings = (2, False, 1e-5)
     torch.library.opcheck(ops.layer_prompts_forward, (*tensors, *settings, dtype))
-    rows, scores, rstd = ops.layer_prompts_forward(*tensors, *settings, dtype)
+    rows, scores, *saved = ops.layer_prompts_forward(*tensors, *settings, dtype)
     there = [tensor is not None for tensor in tensors]
     for needs in (there, [False] * 4 + there[4:], [True] + [False] * 8):
-        torch.library.opcheck(ops.layer_prompts_backward, (rows, scores, *tensors, scores, rstd, *settings, needs))
+        torch.library.opcheck(ops.layer_prompts_backward, (rows, scores, *tensors, scores, *saved, *settings, needs))
 
 
 def test_only_needed_gradients_are_computed(monkeypatch):
