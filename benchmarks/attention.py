@@ -27,22 +27,23 @@ class Inputs:
 
     @classmethod
     def random(cls, case: AttentionCase, device: torch.device, mode: str) -> "Inputs":
-        """q, k and v are views of one packed projection (B, S, 3, H, Dh), prefixes and gradient have tokens before heads."""
+        """q, k and v are views of one packed projection, prefixes and gradient have tokens before heads."""
 
-        def tokens(batch: int, length: int, *parts: int) -> Tensor:
-            shape = (batch, length, *parts, case.heads, case.head_dim)
-            return torch.randn(shape, device=device).to(case.dtype).transpose(1, -2)
+        def tokens(batch: int, length: int, heads: int) -> Tensor:
+            return torch.randn(batch, length, heads, case.head_dim, device=device).to(case.dtype).transpose(1, 2)
 
         def leaf(tensor: Tensor, learned: bool = True) -> Tensor:
             return tensor.detach().requires_grad_(learned and mode != "forward")
 
-        packed = tokens(case.batch, case.tokens, 3)  # (B, H, 3, S, Dh)
-        q, k, v = (leaf(part, not case.first_layer) for part in packed.unbind(2))
+        heads, of_keys = case.heads, case.heads_of_keys
+        packed = tokens(case.batch, case.tokens, heads + 2 * of_keys)
+        q, k, v = (leaf(part, not case.first_layer) for part in packed.split([heads, of_keys, of_keys], dim=1))
         batches = (1, case.batch)[: len(case.prefixes)]
         prefixes = tuple(
-            (leaf(tokens(batch, length)), leaf(tokens(batch, length))) for batch, length in zip(batches, case.prefixes, strict=True)
+            (leaf(tokens(batch, length, of_keys)), leaf(tokens(batch, length, of_keys)))
+            for batch, length in zip(batches, case.prefixes, strict=True)
         )
-        return cls(q, k, v, prefixes, tokens(case.batch, case.tokens))
+        return cls(q, k, v, prefixes, tokens(case.batch, case.tokens, heads))
 
     @property
     def arguments(self) -> list[Tensor]:
@@ -69,12 +70,12 @@ def build_step(provider: str, case: AttentionCase, device: torch.device, mode: s
 
 
 def _blocks(case: AttentionCase) -> Iterator[tuple[slice, slice]]:
-    """Samples and heads, few enough at a time for the reference's (S, P + S) matrices."""
-    pairs = case.tokens * case.keys
-    heads = min(case.heads, max(1, REFERENCE_PAIRS // pairs))
+    """Samples and heads of keys, few enough at a time for the reference's (S, P + S) matrices."""
+    pairs = case.tokens * case.keys * (case.heads // case.heads_of_keys)
+    heads = min(case.heads_of_keys, max(1, REFERENCE_PAIRS // pairs))
     samples = max(1, REFERENCE_PAIRS // (pairs * heads))
     for sample in range(0, case.batch, samples):
-        for head in range(0, case.heads, heads):
+        for head in range(0, case.heads_of_keys, heads):
             yield slice(sample, sample + samples), slice(head, head + heads)
 
 
@@ -83,7 +84,7 @@ def _reference(case: AttentionCase, arguments: Sequence[Tensor], padding: Tensor
     if case.field is not None:
         return reference.receptive_field_attention(q, k, v, case.field, key_padding_mask=padding)
     prefixes = list(zip(rest[::2], rest[1::2], strict=True))
-    return reference.prompt_attention(q, k, v, prefixes, is_causal=case.causal, key_padding_mask=padding)
+    return reference.prompt_attention(q, k, v, prefixes, is_causal=case.causal, window=case.window, key_padding_mask=padding)
 
 
 def expected(case: AttentionCase, mode: str, inputs: Inputs, dtype: torch.dtype) -> measure.Outputs:
@@ -93,9 +94,11 @@ def expected(case: AttentionCase, mode: str, inputs: Inputs, dtype: torch.dtype)
     out = torch.empty_like(arguments[0])
     grads = [torch.zeros_like(t) for t in arguments]
     padding = case.padding(inputs.q.device)
-    for samples, heads in _blocks(case):
+    group = case.heads // case.heads_of_keys
+    for samples, of_keys in _blocks(case):
+        heads = slice(of_keys.start * group, of_keys.stop * group)
         # a tensor of batch 1 belongs to every block
-        at = [(samples if t.shape[0] == case.batch else slice(None), heads) for t in arguments]
+        at = [(samples if t.shape[0] == case.batch else slice(None), heads if t is arguments[0] else of_keys) for t in arguments]
         leaves = [t[where].requires_grad_(need) for t, where, need in zip(arguments, at, needs, strict=True)]
         block = _reference(case, leaves, None if padding is None else padding[samples])
         out[samples, heads] = block.detach()

@@ -27,6 +27,12 @@ def concatenated(k: Tensor, v: Tensor, prefixes: Prefixes) -> tuple[Tensor, Tens
     return torch.cat([*keys, k], dim=2), torch.cat([*values, v], dim=2)
 
 
+def repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values with a head for each of q's, for kernels that want that."""
+    group = q.shape[1] // k.shape[1]
+    return (k, v) if group == 1 else (k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1))
+
+
 def aligned(tensor: Tensor) -> Tensor:
     """With zeros up to the next multiple in the last dimension: they change no product."""
     return F.pad(tensor, (0, -tensor.shape[-1] % ALIGNMENT)) if tensor.shape[-1] % ALIGNMENT else tensor
@@ -35,9 +41,12 @@ def aligned(tensor: Tensor) -> Tensor:
 def masked_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """On CUDA a mask and an odd head dim together would leave only plain products and softmax; without a mask torch pads itself."""
     head_dim = q.shape[-1]
-    if mask is not None and q.is_cuda:
-        q, k, v = map(aligned, (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=head_dim**-0.5)[..., :head_dim]
+    if mask is not None:
+        k, v = repeated(q, k, v)  # with heads that share keys torch would make plain products
+        if q.is_cuda:
+            q, k, v = map(aligned, (q, k, v))
+    shared = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=head_dim**-0.5, enable_gqa=shared)[..., :head_dim]
 
 
 def sdpa(case: AttentionCase, device: torch.device) -> Provider:
@@ -45,7 +54,7 @@ def sdpa(case: AttentionCase, device: torch.device) -> Provider:
     if case.field is not None and case.field.is_interval:
         return _sdpa_on_slices(case, device)
     mask = case.visible(device) if case.masked else None
-    if case.causal and case.ragged is None and device.type == "cuda":
+    if case.causal and case.window is None and case.ragged is None and device.type == "cuda":
         mask = causal_lower_right(case.tokens, case.keys)  # a triangle that CUDA kernels know without a tensor
     return lambda q, k, v, prefixes: masked_sdpa(q, *concatenated(k, v, prefixes), mask)
 
@@ -66,8 +75,13 @@ def sdpa_mask(case: AttentionCase, device: torch.device) -> Provider:
     return lambda q, k, v, prefixes: masked_sdpa(q, *concatenated(k, v, prefixes), mask)
 
 
-def sees_token(field: ReceptiveField | None, is_causal: bool, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+def sees_token(
+    field: ReceptiveField | None, is_causal: bool, device: torch.device, window: tuple[int, int] | None = None
+) -> Callable[[Tensor, Tensor], Tensor]:
     """Does this query see this token? Plain functions over tensors only: they are traced."""
+    if window is not None:
+        before, behind = window
+        return lambda query, token: (token >= query - before) & (token <= query + (0 if is_causal else behind))
     if field is None:
         return (lambda query, token: token <= query) if is_causal else (lambda query, token: token >= 0)
     if field.is_interval:
@@ -80,7 +94,7 @@ def sees_token(field: ReceptiveField | None, is_causal: bool, device: torch.devi
 def mask_mod(case: AttentionCase, device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """The question FlexAttention asks; its keys count from the first prefix."""
     length, padding = case.keys - case.tokens, case.padding(device)
-    sees_it = sees_token(case.field, case.causal, device)
+    sees_it = sees_token(case.field, case.causal, device, case.window)
 
     def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         token = torch.clamp(key - length, min=0)
@@ -103,7 +117,7 @@ def flex(case: AttentionCase, device: torch.device) -> Provider:
     mask = create_block_mask(mask_mod(case, device), batch, None, case.tokens, case.keys, device=device) if case.masked else None
 
     def attention(q: Tensor, k: Tensor, v: Tensor, prefixes: Prefixes) -> Tensor:
-        return flex_attention(q, *concatenated(k, v, prefixes), block_mask=mask)
+        return flex_attention(q, *concatenated(k, v, prefixes), block_mask=mask, enable_gqa=case.key_heads is not None)
 
     return torch.compile(attention, fullgraph=True, dynamic=False)
 
@@ -118,7 +132,7 @@ def biased_xformers(visible: Tensor, batch: int, heads: int, dtype: torch.dtype)
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         head_dim = q.shape[-1]
-        q, k, v = (aligned(t).transpose(1, 2) for t in (q, k, v))
+        q, k, v = (aligned(t).transpose(1, 2) for t in (q, *repeated(q, k, v)))
         return memory_efficient_attention(q, k, v, attn_bias=bias, scale=head_dim**-0.5).transpose(1, 2)[..., :head_dim]
 
     return attention
@@ -138,7 +152,7 @@ def _mope_fast(impl: str) -> Callable[[AttentionCase, torch.device], Provider]:
         if case.field is not None:
             return lambda q, k, v, _: functional.receptive_field_attention(q, k, v, case.field, key_padding_mask=padding, impl=impl)
         return lambda q, k, v, prefixes: functional.prompt_attention(
-            q, k, v, prefixes, is_causal=case.causal, key_padding_mask=padding, impl=impl
+            q, k, v, prefixes, is_causal=case.causal, window=case.window, key_padding_mask=padding, impl=impl
         )
 
     return build

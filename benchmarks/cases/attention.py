@@ -24,7 +24,11 @@ class AttentionCase:
     dtype: torch.dtype
     prefixes: tuple[int, ...] = ()
     """The first has batch 1, as a prompt learned by a layer; the second has one for each sample, as a mixed prompt."""
+    key_heads: int | None = None
+    """Of keys and values; None for ``heads``."""
     causal: bool = False
+    window: tuple[int, int] | None = None
+    """How many tokens before and behind it a token sees."""
     ragged: tuple[int, int] | None = None
     """Positions [first, last) that end in padding, after another number of tokens in each sample."""
     field: ReceptiveField | None = None
@@ -33,10 +37,12 @@ class AttentionCase:
 
     def __str__(self) -> str:
         dtype = {torch.bfloat16: "bf16", torch.float32: "fp32"}[self.dtype]
-        size = f"{self.model} B={self.batch} S={self.tokens} H={self.heads} Dh={self.head_dim}"
+        heads = f"{self.heads}" if self.key_heads is None else f"{self.heads}/{self.key_heads}"
+        size = f"{self.model} B={self.batch} S={self.tokens} H={heads} Dh={self.head_dim}"
         prefixes = f" P={'+'.join(map(str, self.prefixes))}" if self.prefixes else ""
+        window = f" W={'+'.join(map(str, self.window))}" if self.window else ""
         notes = {" causal": self.causal, " ragged": self.ragged, " first layer": self.first_layer}
-        return f"{size}{prefixes} {dtype}{''.join(note for note, present in notes.items() if present)}"
+        return f"{size}{prefixes}{window} {dtype}{''.join(note for note, present in notes.items() if present)}"
 
     @property
     def op(self) -> str:
@@ -52,7 +58,11 @@ class AttentionCase:
 
     @property
     def masked(self) -> bool:
-        return self.causal or self.ragged is not None or self.field is not None
+        return self.causal or any(kind is not None for kind in (self.window, self.ragged, self.field))
+
+    @property
+    def heads_of_keys(self) -> int:
+        return self.key_heads or self.heads
 
     def padding(self, device: torch.device | str) -> Tensor | None:
         """bool (B, S), True = a real token: from a quarter of the ragged positions to all of them, in no order."""
@@ -70,20 +80,25 @@ class AttentionCase:
             seen = self.field.mask(device)
         else:
             seen = torch.ones(self.tokens, self.tokens, dtype=torch.bool, device=device)
-        seen = (seen.tril() if self.causal else seen)[None, None]
+        if self.causal:
+            seen = seen.tril()
+        if self.window is not None:
+            seen = seen.tril(self.window[1]).triu(-self.window[0])
+        seen = seen[None, None]
         padding = self.padding(device)
         seen = seen if padding is None else seen & padding[:, None, None]
         return F.pad(seen, (self.keys - self.tokens, 0), value=True)
 
     def bytes(self, mode: str) -> int:
         """q, k, v, prefixes, padding and the upstream gradient read once, out and the gradients asked for written once."""
-        tokens = self.batch * self.tokens * self.heads * self.head_dim * self.dtype.itemsize
+        row = self.head_dim * self.dtype.itemsize
+        queries, keys = (self.batch * self.tokens * heads * row for heads in (self.heads, self.heads_of_keys))
         shared, own = (*self.prefixes, 0, 0)[:2]
-        prefixes = 2 * (shared + self.batch * own) * self.heads * self.head_dim * self.dtype.itemsize
-        forward = 4 * tokens + prefixes + (self.batch * self.tokens if self.ragged else 0)
+        prefixes = 2 * (shared + self.batch * own) * self.heads_of_keys * row
+        forward = 2 * queries + 2 * keys + prefixes + (self.batch * self.tokens if self.ragged else 0)
         if mode == "forward":
             return forward
-        return forward + tokens + prefixes + (0 if self.first_layer else 3 * tokens)
+        return forward + queries + prefixes + (0 if self.first_layer else queries + 2 * keys)
 
     def flops(self, mode: str) -> int:
         """Of the matrix products over visible pairs: two forward, five backward, as nobody keeps the probabilities.
@@ -99,7 +114,8 @@ class AttentionCase:
         return {
             "case": str(self), "model": self.model, "B": self.batch, "S": self.tokens, "H": self.heads, "Dh": self.head_dim,
             "P": "+".join(map(str, self.prefixes)), "dtype": str(self.dtype).removeprefix("torch."), "causal": self.causal,
-            "ragged": self.ragged is not None, "gradients": "prefixes" if self.first_layer else "all",
+            "window": self.window, "key_heads": self.heads_of_keys, "ragged": self.ragged is not None,
+            "gradients": "prefixes" if self.first_layer else "all",
         }  # fmt: skip
 
 
@@ -133,6 +149,7 @@ def prompt_attention(device: torch.device, extent: str) -> list[AttentionCase]:
             AttentionCase("tiny", 2, 20, 2, 16, dtype, (6, 7), ragged=(0, 20)),
             AttentionCase("tiny", 2, 20, 2, 16, dtype, (6,), causal=True),
             AttentionCase("tiny", 2, 20, 2, 16, dtype, (6, 7), first_layer=True),
+            AttentionCase("tiny", 2, 20, 4, 16, dtype, (6, 7), key_heads=2, window=(3, 3), ragged=(0, 20)),
         ]
 
     def case(model: str, batch: int, tokens: int, heads: int, head_dim: int = 64, prefixes=(6, 7), **rest) -> AttentionCase:
@@ -146,6 +163,8 @@ def prompt_attention(device: torch.device, extent: str) -> list[AttentionCase]:
             case("BERT-B", 64, 128, 12, ragged=(0, 128)),
             case("ViT-S/14", 64, 257, 6),
             case("GPT-2", 64, 128, 12, causal=True),
+            case("ModernBERT-B", 64, 512, 12, window=(64, 64), ragged=(0, 512)),
+            case("Qwen3-0.6B", 16, 512, 16, 128, key_heads=8, causal=True),
             case("long", 4, 2305, 12, prefixes=(32,)),
             case("ViT-B", 64, 197, 12, first_layer=True),
             case("ViT-B", 1, 197, 12),
@@ -159,6 +178,8 @@ def prompt_attention(device: torch.device, extent: str) -> list[AttentionCase]:
         case("ViT-B", 8, 197, 12),
         case("BERT-B", 8, 128, 12, ragged=(0, 128)),
         case("GPT-2", 8, 128, 12, causal=True),
+        case("ModernBERT-B", 2, 512, 12, window=(64, 64), ragged=(0, 512)),
+        case("Qwen3-0.6B", 2, 256, 16, 128, key_heads=8, causal=True),
         case("ViT-B", 8, 197, 12, first_layer=True),
         case("ViT-B", 1, 197, 12),
         case("ViT-S/14", 8, 257, 6),
