@@ -14,10 +14,12 @@ from .classifier import Classifier
 def warmup(model: nn.Module, *inputs: Any, **named: Any) -> None:
     """Run a model once as it is used, so that its Triton kernels are compiled now and not in a first step; leave it as it was.
 
-    In eval mode that is a forward without gradients; in training mode a forward and a backward too. Kernels depend on dtypes, head
-    dimension, kinds of masks, and whether there are up to 64 queries or more, but not on batches and lengths beyond that: one call
-    for a short and one for a long text do. Call it under the autocast that training has, and before a CUDA graph is captured,
-    which allows no compilation.
+    In eval mode that is a forward without gradients; in training mode a forward and a backward too. Call it under the autocast that
+    training has, and before a CUDA graph is captured, which allows no compilation.
+
+    Kernels depend on dtypes, head dimension, kinds of masks and, in 16 bits, on whether the number of queries divided by 64 rounds up
+    to an odd number or an even one. So texts of any length take two calls, with 64 and with 128 tokens. More than 511 tokens, more
+    than 255 samples, and no more samples than experts have kernels of their own.
 
     Parameters, their gradients, buffers, modes, and the state of random numbers are afterwards what they were, and hooks that wait
     for a parameter's gradient don't run. Of a DistributedDataParallel its module runs. Warm up before parameters are sharded.

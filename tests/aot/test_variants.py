@@ -35,17 +35,28 @@ def test_bert_of_any_length_takes_six_attention_kernels(variants):
     }  # fmt: skip
 
 
-def test_behind_a_warm_up_a_step_compiles_nothing(variants):
-    config = BertConfig(hidden_size=128, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64)
+def test_behind_two_warm_ups_no_usual_length_or_batch_compiles_anything(variants):
+    config = BertConfig(
+        hidden_size=128, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64, max_position_embeddings=512
+    )
     fusion = MoPEConfig(num_experts=4, prompt_length=4, cross_dim=16)
-    model = MoPEFusion(BertModel(config), None, num_classes=3, config=fusion).bfloat16().train()
-    ids, features, labels = torch.randint(5, 100, (8, 20)), torch.randn(8, 16).bfloat16(), torch.zeros(8, dtype=torch.long)
-    warmup(model, {"input_ids": ids}, features, labels=labels)
-    known = {name: set(keys) for name, keys in variants.items()}
-    assert known["key_grads_kernel"]
-    model({"input_ids": ids[:, :17]}, features, labels=labels).loss.backward()
-    with torch.no_grad():
-        model.eval()({"input_ids": ids[:5]}, features[:5])
+    model = MoPEFusion(BertModel(config), None, num_classes=3, config=fusion).train()
+
+    def inputs(batch, tokens):
+        labels = torch.zeros(batch, dtype=torch.long)
+        return ({"input_ids": torch.randint(5, 100, (batch, tokens))}, torch.randn(batch, 16)), {"labels": labels}
+
+    with torch.autocast("cpu", torch.bfloat16):
+        for tokens in (64, 128):
+            given, labels = inputs(8, tokens)
+            warmup(model, *given, **labels)
+        known = {name: set(keys) for name, keys in variants.items()}
+        assert known["key_grads_kernel"]
+        for batch, tokens in ((8, 17), (5, 100), (5, 200), (9, 300), (6, 500), (150, 20), (255, 3)):
+            given, labels = inputs(batch, tokens)
+            model(*given, **labels).loss.backward()
+        with torch.no_grad():
+            model.eval()(*inputs(7, 33)[0])
     assert variants == known
 
 
