@@ -11,7 +11,13 @@ if find_spec(f"{__name__}.kernels") is None:
 
 from . import functional
 from .data import FeatureCache, FusionCollator
-from .encoders import PromptedEncoder, register_encoder, supported_encoders, unwrap_encoder
+from .encoders import (
+    PromptedEncoder,
+    register_encoder,
+    register_transformers_encoder,
+    supported_encoders,
+    unwrap_encoder,
+)
 from .models import (
     BAFConfig,
     FoldedModel,
@@ -23,6 +29,7 @@ from .models import (
     VLMo,
     VLMoConfig,
     VLMoProcessor,
+    check_encoder,
     fit_head,
     start_prompts,
     warmup,
@@ -55,9 +62,11 @@ __all__ = [
     "VLMo",
     "VLMoConfig",
     "VLMoProcessor",
+    "check_encoder",
     "fit_head",
     "functional",
     "register_encoder",
+    "register_transformers_encoder",
     "start_prompts",
     "supported_encoders",
     "unwrap_encoder",

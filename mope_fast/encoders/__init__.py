@@ -7,6 +7,7 @@ from .attachment import Encoded, PromptProvider, prefixes_of, unwrap_encoder
 from .families import EncoderFamily, Inputs, PromptedLayer, encode, family_of, find_family, register_encoder, supported_encoders
 from .pooling import Pool, first_token, last_real_token, masked_mean, token_at, token_mean
 from .prompted import PromptedEncoder
+from .transformers import register_transformers_encoder
 
 __all__ = [
     "Encoded",
@@ -24,6 +25,7 @@ __all__ = [
     "masked_mean",
     "prefixes_of",
     "register_encoder",
+    "register_transformers_encoder",
     "supported_encoders",
     "token_at",
     "token_mean",

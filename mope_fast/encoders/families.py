@@ -57,8 +57,8 @@ def _call(encoder: nn.Module, inputs: Inputs) -> Any:
     return encoder(**inputs)
 
 
-def _no_problem(encoder: nn.Module) -> None:
-    return None
+def no_problem(encoder: nn.Module) -> None:
+    """Any encoder of the family takes prompts."""
 
 
 def _nothing() -> None:
@@ -120,7 +120,7 @@ class EncoderFamily:
     feature_width: Callable[[nn.Module], int]
     attach: Callable[[nn.Module], Callable[[nn.Module], None]]
     run: Callable[[nn.Module, Inputs], Any] = _call
-    problem: Callable[[nn.Module], str | None] = _no_problem
+    problem: Callable[[nn.Module], str | None] = no_problem
     feature_maps: Callable[[nn.Module, Inputs], tuple[Any, Sequence[Tensor]]] | None = None
     setup: Callable[[], None] = _nothing
     pools: Mapping[str, Callable[[nn.Module, Inputs], Pool]] = field(default_factory=dict)
@@ -202,18 +202,28 @@ class EncoderFamily:
 
     def __reduce__(self):
         """Pickled by name: the process that loads it registers the family first."""
-        return _registered, (self.name,)
+        return _unpickled, (self.name,)
 
 
 _FAMILIES: dict[str, EncoderFamily] = {}
 _REFUSED: dict[str, str] = {}
 
 
-def _registered(name: str) -> EncoderFamily:
+def registered_family(name: str) -> EncoderFamily:
+    """The family of a name.
+
+    Raises:
+        RuntimeError: there is none.
+    """
     if name not in _FAMILIES:
         raise RuntimeError(f"the encoder family {name!r} is not registered: import the module that calls register_encoder for it")
-    _FAMILIES[name].setup()
     return _FAMILIES[name]
+
+
+def _unpickled(name: str) -> EncoderFamily:
+    family = registered_family(name)
+    family.setup()
+    return family
 
 
 def register_encoder(family: EncoderFamily) -> None:

@@ -1,178 +1,128 @@
-"""transformers' encoders: prompts enter through its own attention interface, no model is changed.
+"""transformers' encoders, as rows of facts: where a layer's attention, norm and projections are, and how its tokens are pooled."""
 
-``AttentionInterface`` gets our attention, ``AttentionMaskInterface`` a mask function that hands the (B, S) padding mask through
-untouched, with a layer's window beside it: without one transformers passes no mask at all, and the stock ones build a 4-D mask and
-wait for the device.
-"""
-
-import copy
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import functional
-from .._dispatch import prompt_attention
-from ..reference.attention import CAUSAL, UNLIMITED, Window
-from .attachment import prefixes_of
-from .families import EncoderFamily, Inputs, PromptedLayer, keys_and_values, register_encoder
+from .families import (
+    EncoderFamily,
+    Inputs,
+    PromptedLayer,
+    keys_and_values,
+    no_problem,
+    refuse_encoder,
+    register_encoder,
+    registered_family,
+)
 from .pooling import Pool, first_token, last_real_token, masked_mean, patch_mean, token_at, token_mean
+from .transformers_attention import attach, register_interfaces
 
-NAME = "mope_fast"
-
-
-class _Mask(NamedTuple):
-    """What the tokens of a layer that attends within a window see."""
-
-    padding: Tensor | None
-    """(B, S) bool, True = real."""
-    window: Window
+Layers = Callable[[nn.Module], Sequence[PromptedLayer]]
 
 
-_OTHER_ATTENTION = {
-    "softcap": "a cap on its products",
-    "s_aux": "attention sinks",
-    "position_bias": "a bias by position",
-    "rel_pos": "a bias by position",
-    "bias": "a bias",
-}
-"""What encoders may ask of transformers' attention that changes its result."""
+def layers_at(
+    layers: str, *, attention: str, keys: str, values: str | None = None, norm: str | None = None, key_norm: str | None = None
+) -> Layers:
+    """Facts of an encoder's layers by the names of its modules; see :func:`register_transformers_encoder`."""
+    return functools.partial(_layers_at, layers, attention, keys, values, norm, key_norm)
 
 
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | _Mask | None,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention signature: (B, H, S, Dh) in, (B, S, H, Dh) out; keys and values may have fewer heads."""
-    window, prefixes = None, prefixes_of(module)
-    if isinstance(attention_mask, _Mask):
-        attention_mask, window = attention_mask
-    elif kwargs.get("sliding_window") is not None:
-        raise ValueError(
-            f"{type(module).__name__} attends within a window of {kwargs['sliding_window']} tokens, but the mask that it was given "
-            "has none: what it sees can't be told"
-        )
-    for name, meaning in _OTHER_ATTENTION.items():
-        if kwargs.get(name) is not None:
-            raise ValueError(f"{type(module).__name__} asks for {name}, {meaning}, which attention with prompts does not have")
-    if attention_mask is not None and attention_mask.dim() != 2:
-        raise ValueError(f"attention_mask must be (B, S), True = real; got {tuple(attention_mask.shape)}")
-    is_causal = kwargs.get("is_causal")
-    is_causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
-    is_causal = is_causal and window is None  # a mask with a window says all of it
-    # what fits needs no check; the public function says what doesn't
-    fits = all(prefix[0].shape[1] == key.shape[1] and prefix[0].shape[3] == key.shape[3] for prefix in prefixes) and (
-        attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape == (key.shape[0], key.shape[2]))
-    )
-    attend = prompt_attention if fits else functional.prompt_attention
-    masking = {"is_causal": is_causal, "window": window, "key_padding_mask": attention_mask}
-    return attend(query, key, value, prefixes, scale=scaling, **masking).transpose(1, 2), None
+def _layers_at(
+    layers: str, attention: str, keys: str, values: str | None, norm: str | None, key_norm: str | None, encoder: nn.Module
+) -> list[PromptedLayer]:
+    config = encoder.config
+    key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    group = config.num_attention_heads // key_heads
+    found = []
+    for layer in encoder.get_submodule(layers):
+        k_proj: Callable[[Tensor], Tensor] = layer.get_submodule(keys)
+        if values is None:
+            k_proj = (
+                functools.partial(keys_and_values, k_proj, group=group) if group > 1 else functools.partial(keys_and_values, k_proj)
+            )
+        found.append(
+            PromptedLayer(
+                layer, layer.get_submodule(attention), config.hidden_size, _norm_at(layer, norm),
+                k_proj, None if values is None else layer.get_submodule(values), key_heads, _norm_at(layer, key_norm),
+            )
+        )  # fmt: skip
+    return found
 
 
-def _mask(
-    *args: Any,
-    attention_mask: Tensor | None = None,
-    mask_function: Callable[..., Any] | None = None,
-    q_length: int = 0,
-    kv_length: int = 0,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    **kwargs: Any,
-) -> Tensor | _Mask | None:
-    """The (B, S) mask as it is, with the window that transformers' function of places leaves, if it leaves one."""
-    # not getattr with a default, which Dynamo gives for every function within a function
-    kind = "" if mask_function is None or isinstance(mask_function, functools.partial) else mask_function.__qualname__
-    if mask_function is None or kind == "bidirectional_mask_function":
-        return attention_mask
-    if isinstance(q_offset, Tensor) or kv_offset + kv_length != q_offset + q_length:
-        raise ValueError("an encoder that takes prompts can't fill a static cache: unwrap() it first, or use a dynamic one")
-    return _Mask(attention_mask, _window_of(mask_function))
+def _norm_at(layer: nn.Module, name: str | None) -> nn.Module | None:
+    """None for the identity too, as ModernBERT's first layer has."""
+    norm = None if name is None else layer.get_submodule(name)
+    return None if isinstance(norm, nn.Identity) else norm
 
 
-_UNKNOWN = "a layer of this encoder has a mask by {}, which attention with prompts does not have"
+def register_transformers_encoder(
+    name: str,
+    model: type[nn.Module] | str,
+    *,
+    like: str | None = None,
+    layers: str | Layers | None = None,
+    attention: str | None = None,
+    keys: str | None = None,
+    values: str | None = None,
+    norm: str | None = None,
+    key_norm: str | None = None,
+    input_name: str | None = None,
+    pooling: str | None = None,
+    **facts: Any,
+) -> None:
+    """Register an encoder of transformers whose layers call its attention interface; prompts then enter without more code.
 
+    Call it where the encoder is made, in every process. :func:`mope_fast.check_encoder` tells whether the facts are right.
 
-def _window_of(function: Callable[..., Any]) -> Window:
-    """(left, right) of one of transformers' functions of places.
+    Args:
+        name: of the family, for messages and saved files.
+        model: the class, or its full name, "package.module.Class".
+        like: a registered family; what isn't given here is as there.
+        layers: name of the list of layers within the encoder, "encoder.layer"; or a function, encoder -> facts of its layers.
+        attention: name, within a layer, of the module that calls the interface.
+        keys, values: names, within a layer, of the projections to keys and values. ``keys`` alone gives queries, keys and values
+            side by side.
+        norm: name of the norm between a layer's input and these; None for a post-norm layer.
+        key_norm: name of a norm of keys behind the projection.
+        input_name: the keyword that a bare tensor is passed as: "input_ids", "pixel_values", ...
+        pooling: how the feature and the router pool tokens: "cls", "mean" (over real tokens) or "last" (real token).
+        facts: other fields of :class:`EncoderFamily`: ``problem``, ``run``, ``feature``, ``tokens``, ``pools``, ...
 
     Raises:
-        ValueError: it is none of those that are known to leave a window.
+        ValueError: neither ``like`` nor the layers, ``input_name`` and ``pooling``, or an unknown family or pooling.
+
+    Example:
+        >>> register_transformers_encoder("electra", ElectraModel, like="bert")
+        >>> register_transformers_encoder(
+        ...     "llama", LlamaModel, like="gpt2", layers="layers", attention="self_attn", norm="input_layernorm",
+        ...     keys="self_attn.k_proj", values="self_attn.v_proj",
+        ... )
     """
-    if isinstance(function, functools.partial):
-        raise ValueError(_UNKNOWN.format("partial"))
-    name = function.__qualname__.removesuffix(".<locals>.inner_mask")
-    if name == "causal_mask_function":
-        return CAUSAL
-    if name == "bidirectional_mask_function":
-        return UNLIMITED
-    inside = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-    if name in ("and_masks.<locals>.and_mask", "or_masks.<locals>.or_mask"):
-        limits = zip(*map(_window_of, inside["mask_functions"].cell_contents), strict=True)
-        return tuple(_strictest(each) if name.startswith("and") else _widest(each) for each in limits)
-    if name == "Gemma3TextModel.forward.<locals>.<lambda>":  # joined to the causal one it lets all be seen
-        return UNLIMITED
-    if name in _WINDOWS:
-        return _WINDOWS[name](inside["sliding_window"].cell_contents)
-    if "packed_sequence" in name:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # then transformers takes any position_ids for packed ones
-            return _window_of(inside["mask_function"].cell_contents) if "mask_function" in inside else UNLIMITED
-        raise ValueError(
-            "position_ids jump and there is no attention_mask: transformers takes that for several sequences packed into one, "
-            "which can't have prompts of their own; pass an attention_mask"
-        )
-    raise ValueError(_UNKNOWN.format(name))
-
-
-_WINDOWS: dict[str, Callable[[int], Window]] = {
-    "sliding_window_overlay": lambda size: (size - 1, None),
-    "sliding_window_bidirectional_overlay": lambda size: (size, size),
-    "_bidirectional_window_overlay": lambda size: (size - 1, size - 1),
-}
-"""transformers' functions of places, by the name of what makes them, and how far each lets a token see."""
-
-
-def _strictest(limits: Sequence[int | None]) -> int | None:
-    return min((limit for limit in limits if limit is not None), default=None)
-
-
-def _widest(limits: Sequence[int | None]) -> int | None:
-    return None if None in limits else max(limits)
-
-
-def _replace_config(old: Any, new: Any, encoder: nn.Module) -> None:
-    """In the encoder and all its parts that have the old one."""
-    for module in encoder.modules():
-        if getattr(module, "config", None) is old:
-            module.config = new
-
-
-def _register_interfaces() -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, _mask)
-
-
-def _attach(encoder: nn.Module) -> Callable[[nn.Module], None]:
-    # a config of its own: the user's may be a decoder's or another encoder's too
-    config, ours = encoder.config, copy.copy(encoder.config)
-    undo = functools.partial(_replace_config, ours, config)
-    try:
-        _replace_config(config, ours, encoder)
-        encoder.set_attn_implementation(NAME)
-    except BaseException:  # a Ctrl-C too
-        undo(encoder)
-        raise
-    return undo
+    full_name = model if isinstance(model, str) else f"{model.__module__}.{model.__qualname__}"
+    given = {**({} if input_name is None else {"input_name": input_name}), **facts}
+    if isinstance(layers, str):
+        if attention is None or keys is None:
+            raise ValueError("register_transformers_encoder needs attention and keys beside the name of the layers")
+        layers = layers_at(layers, attention=attention, keys=keys, values=values, norm=norm, key_norm=key_norm)
+    if layers is not None:
+        given["layers"] = layers
+    if pooling is not None:
+        if pooling not in _POOLINGS:
+            raise ValueError(f"pooling must be one of {list(_POOLINGS)}, got {pooling!r}")
+        given |= {**_POOLINGS[pooling], **given}
+    if like is not None:
+        register_encoder(replace(registered_family(like), name=name, models=(full_name,), **given))
+        return
+    if missing := [fact for fact in ("layers", "input_name", "pool", "feature") if fact not in given]:
+        raise ValueError(f"register_transformers_encoder needs like=, or {', '.join(missing).replace('pool, feature', 'pooling')}")
+    defaults = {"attach": attach, "setup": register_interfaces, "feature_width": _hidden_size, "tokens": _tokens}
+    pools = _TEXT if given["input_name"] == "input_ids" else {}
+    register_encoder(EncoderFamily(name=name, models=(full_name,), **{**defaults, **pools, **given}))
 
 
 def _hidden_size(encoder: nn.Module) -> int:
@@ -221,72 +171,32 @@ def _masked_mean(encoder: nn.Module, output: Any, inputs: Inputs) -> Tensor:
     return _by_masked_mean(encoder, inputs)(output.last_hidden_state)
 
 
-# BERT, RoBERTa
+def _last_token(encoder: nn.Module, output: Any, inputs: Inputs) -> Tensor:
+    return _by_last_token(encoder, inputs)(output.last_hidden_state)
 
 
-def _bert_layers(encoder: nn.Module) -> Sequence[PromptedLayer]:
-    attentions = [layer.attention.self for layer in encoder.encoder.layer]
-    return [
-        PromptedLayer(
-            layer, attention, encoder.config.hidden_size, None, attention.key, attention.value, attention.num_attention_heads
-        )
-        for layer, attention in zip(encoder.encoder.layer, attentions, strict=True)
-    ]
+_POOLINGS: dict[str, dict[str, Any]] = {
+    "cls": {"pool": _by_class_token, "feature": _class_token},
+    "mean": {"pool": _by_masked_mean, "feature": _masked_mean},
+    "last": {"pool": _by_last_token, "feature": _last_token},
+}
+_TEXT = {"pools": {"cls": _by_class_token, "mean": _by_masked_mean, "last": _by_last_token}}
+
+
+def _image_pools(class_tokens: int) -> dict[str, Any]:
+    return {"cls": _by_class_token, "mean": functools.partial(_by_patch_mean, class_tokens)}
 
 
 def _bert_problem(encoder: nn.Module) -> str | None:
     return "it is a decoder (config.is_decoder); load it with is_decoder=False" if encoder.config.is_decoder else None
 
 
-# DistilBERT
-
-
-def _distilbert_layers(encoder: nn.Module) -> Sequence[PromptedLayer]:
-    return [
-        PromptedLayer(
-            layer, layer.attention, encoder.config.dim, None,
-            layer.attention.k_lin, layer.attention.v_lin, layer.attention.n_heads,
-        )
-        for layer in encoder.transformer.layer
-    ]  # fmt: skip
-
-
-# ViT, DeiT, DINOv2
-
-
-def _vit_layers(encoder: nn.Module) -> Sequence[PromptedLayer]:
-    return [
-        PromptedLayer(
-            layer, layer.attention, encoder.config.hidden_size, layer.layernorm_before,
-            layer.attention.k_proj, layer.attention.v_proj, layer.attention.num_attention_heads,
-        )
-        for layer in encoder.layers
-    ]  # fmt: skip
-
-
 def _dinov2_layers(encoder: nn.Module) -> Sequence[PromptedLayer]:
-    layers = []
-    for layer in encoder.encoder.layer:
-        # until transformers 5.17 the projections are one level deeper and have other names
-        attention = getattr(layer.attention, "attention", layer.attention)
-        k_proj = getattr(attention, "k_proj", None) or attention.key
-        v_proj = getattr(attention, "v_proj", None) or attention.value
-        heads = attention.num_attention_heads
-        layers.append(PromptedLayer(layer, attention, encoder.config.hidden_size, layer.norm1, k_proj, v_proj, heads))
-    return layers
-
-
-# CLIP, SigLIP
-
-
-def _clip_layers(encoder: nn.Module) -> Sequence[PromptedLayer]:
-    return [
-        PromptedLayer(
-            layer, layer.self_attn, encoder.config.hidden_size, layer.layer_norm1,
-            layer.self_attn.k_proj, layer.self_attn.v_proj, layer.self_attn.num_heads,
-        )
-        for layer in encoder.encoder.layers
-    ]  # fmt: skip
+    # until transformers 5.17 the projections are one level deeper and have other names
+    deep = hasattr(encoder.encoder.layer[0].attention, "attention")
+    attention, keys, values = ("attention.attention", "key", "value") if deep else ("attention", "k_proj", "v_proj")
+    at = layers_at("encoder.layer", attention=attention, norm="norm1", keys=f"{attention}.{keys}", values=f"{attention}.{values}")
+    return at(encoder)
 
 
 def _clip_text_pool(encoder: nn.Module, inputs: Inputs) -> Pool:
@@ -304,39 +214,11 @@ def _siglip_feature(encoder: nn.Module, output: Any, inputs: Inputs) -> Tensor:
     return token_mean(output.last_hidden_state) if output.pooler_output is None else output.pooler_output
 
 
-# Whisper, BART
-
-
-def _d_model(encoder: nn.Module) -> int:
-    return encoder.config.d_model
-
-
-def _layers_behind_a_norm(encoder: nn.Module) -> Sequence[PromptedLayer]:
-    return [replace(layer, norm=layer.module.self_attn_layer_norm) for layer in _layers_before_a_norm(encoder)]
-
-
-def _layers_before_a_norm(encoder: nn.Module) -> Sequence[PromptedLayer]:
-    return [
-        PromptedLayer(
-            layer, layer.self_attn, encoder.config.d_model, None,
-            layer.self_attn.k_proj, layer.self_attn.v_proj, layer.self_attn.num_heads,
-        )
-        for layer in encoder.layers
-    ]  # fmt: skip
-
-
-# wav2vec2, HuBERT
-
-
 def _wav2vec2_layers(encoder: nn.Module) -> Sequence[PromptedLayer]:
-    pre_norm = encoder.config.do_stable_layer_norm
-    return [
-        PromptedLayer(
-            layer, layer.attention, encoder.config.hidden_size, layer.layer_norm if pre_norm else None,
-            layer.attention.k_proj, layer.attention.v_proj, layer.attention.num_heads,
-        )
-        for layer in encoder.encoder.layers
-    ]  # fmt: skip
+    norm = "layer_norm" if encoder.config.do_stable_layer_norm else None
+    return layers_at(
+        "encoder.layers", attention="attention", norm=norm, keys="attention.k_proj", values="attention.v_proj"
+    )(encoder)  # fmt: skip
 
 
 def _wav2vec2_pool(encoder: nn.Module, inputs: Inputs) -> Pool:
@@ -357,7 +239,7 @@ def _wav2vec2_feature(encoder: nn.Module, output: Any, inputs: Inputs) -> Tensor
 
 
 def _attach_wav2vec2(encoder: nn.Module) -> Callable[[nn.Module], None]:
-    detach = _attach(encoder)
+    detach = attach(encoder)
     # the library's own sets ones through an index, which copies them from the host, and that waits for the device
     encoder._get_feature_vector_attention_mask = functools.partial(_real_frames, encoder)
     return functools.partial(_detach_wav2vec2, detach)
@@ -383,20 +265,7 @@ def _wav2vec2_feature_width(encoder: nn.Module) -> int:
     return encoder.config.output_hidden_size if _has_adapter(encoder) else encoder.config.hidden_size
 
 
-# GPT-2
-
-
-def _gpt2_layers(encoder: nn.Module) -> Sequence[PromptedLayer]:
-    return [
-        PromptedLayer(
-            layer, layer.attn, encoder.config.hidden_size, layer.ln_1,
-            functools.partial(keys_and_values, layer.attn.c_attn), None, layer.attn.num_heads,
-        )
-        for layer in encoder.h
-    ]  # fmt: skip
-
-
-def _gpt2_run(encoder: nn.Module, inputs: Inputs) -> Any:
+def _decoder_run(encoder: nn.Module, inputs: Inputs) -> Any:
     given = {name: value for name, value in inputs.items() if value is not None}
     tokens = given.get("input_ids", given.get("inputs_embeds"))
     if tokens is not None and not {"attention_mask", "position_ids", "past_key_values"} & set(given):
@@ -405,56 +274,188 @@ def _gpt2_run(encoder: nn.Module, inputs: Inputs) -> Any:
     return encoder(**{"use_cache": False, **inputs})
 
 
-def _last_token(encoder: nn.Module, output: Any, inputs: Inputs) -> Tensor:
-    return _by_last_token(encoder, inputs)(output.last_hidden_state)
-
-
-def _register(name: str, model: str, input_name: str, *, module: str | None = None, **facts: Any) -> None:
+def _register(name: str, model: str, module: str | None = None, **facts: Any) -> None:
     module = name if module is None else module
-    defaults = {"attach": _attach, "setup": _register_interfaces, "feature_width": _hidden_size, "tokens": _tokens}
-    models = (f"transformers.models.{module}.modeling_{module}.{model}",)
-    register_encoder(EncoderFamily(name=name, models=models, input_name=input_name, **{**defaults, **facts}))
+    file = module if "." in module else f"{module}.modeling_{module}"
+    register_transformers_encoder(name, f"transformers.models.{file}.{model}", **facts)
 
 
-_CLASS_TOKEN = {"pool": _by_class_token, "feature": _class_token}
-_TEXT = {"pools": {"cls": _by_class_token, "mean": _by_masked_mean, "last": _by_last_token}}
-_IMAGE = {"pools": {"cls": _by_class_token, "mean": functools.partial(_by_patch_mean, 1)}}
-_DISTILLED = {"pools": {"cls": _by_class_token, "mean": functools.partial(_by_patch_mean, 2)}}
-_register("bert", "BertModel", "input_ids", layers=_bert_layers, problem=_bert_problem, **_CLASS_TOKEN, **_TEXT)
-_register("roberta", "RobertaModel", "input_ids", layers=_bert_layers, problem=_bert_problem, **_CLASS_TOKEN, **_TEXT)
-_register("distilbert", "DistilBertModel", "input_ids", layers=_distilbert_layers, **_CLASS_TOKEN, **_TEXT)
-_register("vit", "ViTModel", "pixel_values", layers=_vit_layers, **_CLASS_TOKEN, **_IMAGE)
-_register("deit", "DeiTModel", "pixel_values", layers=_vit_layers, **_CLASS_TOKEN, **_DISTILLED)
-_register("dinov2", "Dinov2Model", "pixel_values", layers=_dinov2_layers, **_CLASS_TOKEN, **_IMAGE)
+_BERT_LAYERS = layers_at("encoder.layer", attention="attention.self", keys="attention.self.key", values="attention.self.value")
+_VIT_LAYERS = layers_at(
+    "layers", attention="attention", norm="layernorm_before", keys="attention.k_proj", values="attention.v_proj"
+)  # fmt: skip
+_CLIP_LAYERS = layers_at(
+    "encoder.layers", attention="self_attn", norm="layer_norm1", keys="self_attn.k_proj", values="self_attn.v_proj"
+)  # fmt: skip
+_BART_LAYERS = layers_at("layers", attention="self_attn", keys="self_attn.k_proj", values="self_attn.v_proj")
+_WHISPER_LAYERS = layers_at(
+    "layers", attention="self_attn", norm="self_attn_layer_norm", keys="self_attn.k_proj", values="self_attn.v_proj"
+)  # fmt: skip
+
+
+_register("bert", "BertModel", layers=_BERT_LAYERS, input_name="input_ids", pooling="cls", problem=_bert_problem)
+_register("roberta", "RobertaModel", like="bert")
 _register(
-    "clip_vision", "CLIPVisionModel", "pixel_values",
-    module="clip", layers=_clip_layers, pool=_by_class_token, feature=_pooler_output, tokens=_clip_vision_tokens, **_IMAGE,
+    "distilbert", "DistilBertModel", like="bert", problem=no_problem,
+    layers="transformer.layer", attention="attention", keys="attention.k_lin", values="attention.v_lin",
+)  # fmt: skip
+_register("vit", "ViTModel", layers=_VIT_LAYERS, input_name="pixel_values", pooling="cls", pools=_image_pools(1))
+_register("deit", "DeiTModel", like="vit", pools=_image_pools(2))
+_register("dinov2", "Dinov2Model", like="vit", layers=_dinov2_layers)
+_register(
+    "clip_vision", "CLIPVisionModel", "clip", like="vit", layers=_CLIP_LAYERS, feature=_pooler_output, tokens=_clip_vision_tokens
 )  # fmt: skip
 _register(
-    "clip_text", "CLIPTextModel", "input_ids",
-    module="clip", layers=_clip_layers, pool=_clip_text_pool, feature=_pooler_output,
-    pools={"mean": _by_masked_mean, "last": _clip_text_pool},
+    "clip_text", "CLIPTextModel", "clip", layers=_CLIP_LAYERS, input_name="input_ids", pool=_clip_text_pool,
+    feature=_pooler_output, pools={"mean": _by_masked_mean, "last": _clip_text_pool},
 )  # fmt: skip
 _register(
-    "siglip_vision", "SiglipVisionModel", "pixel_values",
-    module="siglip", layers=_clip_layers, pool=_by_mean, feature=_siglip_feature, pools={"mean": _by_mean},
+    "siglip_vision", "SiglipVisionModel", "siglip", layers=_CLIP_LAYERS, input_name="pixel_values", pool=_by_mean,
+    feature=_siglip_feature, pools={"mean": _by_mean},
 )  # fmt: skip
 _register(
-    "whisper", "WhisperEncoder", "input_features",
-    layers=_layers_behind_a_norm, pool=_by_mean, feature=_mean, feature_width=_d_model, pools={"mean": _by_mean},
+    "whisper", "WhisperEncoder", layers=_WHISPER_LAYERS, input_name="input_features", pool=_by_mean, feature=_mean,
+    pools={"mean": _by_mean},
+)  # fmt: skip
+_register("bart", "BartEncoder", layers=_BART_LAYERS, input_name="input_ids", pooling="mean")
+_register(
+    "wav2vec2", "Wav2Vec2Model", layers=_wav2vec2_layers, input_name="input_values", pool=_wav2vec2_pool,
+    feature=_wav2vec2_feature, feature_width=_wav2vec2_feature_width, attach=_attach_wav2vec2, tokens=None,
+)  # fmt: skip
+_register("hubert", "HubertModel", like="wav2vec2")
+_register(
+    "gpt2", "GPT2Model", layers="h", attention="attn", norm="ln_1", keys="attn.c_attn", input_name="input_ids", pooling="last",
+    run=_decoder_run, pools={"mean": _by_masked_mean, "last": _by_last_token},
+)  # fmt: skip
+
+
+def _videomae_layers(encoder: nn.Module) -> Sequence[PromptedLayer]:
+    return layers_at(
+        "encoder.layer", attention="attention.attention", norm="layernorm_before",
+        keys="attention.attention.key", values="attention.attention.value",
+    )(encoder)  # fmt: skip
+
+
+def _by_all_patches(encoder: nn.Module, inputs: Inputs) -> Pool:
+    return patch_mean(1)
+
+
+def _beit_feature(encoder: nn.Module, output: Any, inputs: Inputs) -> Tensor:
+    return _class_token(encoder, output, inputs) if output.pooler_output is None else output.pooler_output
+
+
+def _vit_mae_problem(encoder: nn.Module) -> str | None:
+    return "it hides patches at random (config.mask_ratio): load it with mask_ratio=0" if encoder.config.mask_ratio else None
+
+
+def _by_real_patches(encoder: nn.Module, inputs: Inputs) -> Pool:
+    return masked_mean(inputs["pixel_attention_mask"])
+
+
+def _siglip2_feature(encoder: nn.Module, output: Any, inputs: Inputs) -> Tensor:
+    return _by_real_patches(encoder, inputs)(output.last_hidden_state) if output.pooler_output is None else output.pooler_output
+
+
+def _attach_siglip2(encoder: nn.Module) -> Callable[[nn.Module], None]:
+    config, detach = encoder.config, attach(encoder)
+    if encoder.use_head:  # it makes a mask of its own, for another attention
+        encoder.head.config = config
+    return detach
+
+
+def _by_last_position(encoder: nn.Module, inputs: Inputs) -> Pool:
+    return last_real_token(None)
+
+
+# the same layers under other names
+for _name, _model, _module in (
+    ("camembert", "CamembertModel", None), ("data2vec_text", "Data2VecTextModel", "data2vec.modeling_data2vec_text"),
+    ("electra", "ElectraModel", None), ("ernie", "ErnieModel", None), ("xlm_roberta", "XLMRobertaModel", None),
+):  # fmt: skip
+    _register(_name, _model, _module, like="bert")
+_register("vit_mae", "ViTMAEModel", like="vit", problem=_vit_mae_problem)
+_register("vit_msn", "ViTMSNModel", like="vit")
+_register(
+    "ast", "ASTModel", "audio_spectrogram_transformer", like="deit", input_name="input_values", feature=_pooler_output
+)  # fmt: skip
+_register("dinov2_with_registers", "Dinov2WithRegistersModel", like="dinov2")
+
+_register(
+    "xlm_roberta_xl", "XLMRobertaXLModel", like="bert", layers="encoder.layer", attention="attention.self",
+    norm="attention.self_attn_layer_norm", keys="attention.self.key", values="attention.self.value",
 )  # fmt: skip
 _register(
-    "bart", "BartEncoder", "input_ids",
-    layers=_layers_before_a_norm, pool=_by_masked_mean, feature=_masked_mean, feature_width=_d_model, **_TEXT,
+    "modernbert", "ModernBertModel", layers="layers", attention="attn", norm="attn_norm", keys="attn.Wqkv", input_name="input_ids",
+    pooling="cls",
 )  # fmt: skip
-for _name, _model in (("wav2vec2", "Wav2Vec2Model"), ("hubert", "HubertModel")):
-    _register(
-        _name, _model, "input_values",
-        layers=_wav2vec2_layers, pool=_wav2vec2_pool, feature=_wav2vec2_feature, feature_width=_wav2vec2_feature_width,
-        attach=_attach_wav2vec2, tokens=None,
-    )  # fmt: skip
+_LLAMA = {
+    "layers": "layers", "attention": "self_attn", "norm": "input_layernorm", "keys": "self_attn.k_proj",
+    "values": "self_attn.v_proj",
+}  # fmt: skip
+_register("eurobert", "EuroBertModel", input_name="input_ids", pooling="mean", **_LLAMA)
+for _name, _model in (("gemma2", "Gemma2Model"), ("llama", "LlamaModel"), ("mistral", "MistralModel"), ("qwen2", "Qwen2Model")):
+    _register(_name, _model, like="gpt2", **_LLAMA)
+for _name, _model in (("gemma3", "Gemma3TextModel"), ("qwen3", "Qwen3Model")):
+    _register(_name, _model, like="gpt2", key_norm="self_attn.k_norm", **_LLAMA)
+_T5 = {
+    "layers": "encoder.block", "attention": "layer.0.SelfAttention", "norm": "layer.0.layer_norm",
+    "keys": "layer.0.SelfAttention.k", "values": "layer.0.SelfAttention.v",
+}  # fmt: skip
+for _name, _model in (("t5", "T5EncoderModel"), ("umt5", "UMT5EncoderModel")):
+    _register(_name, _model, input_name="input_ids", pooling="mean", **_T5)
 _register(
-    "gpt2", "GPT2Model", "input_ids",
-    layers=_gpt2_layers, pool=_by_last_token, feature=_last_token, run=_gpt2_run,
-    pools={"mean": _by_masked_mean, "last": _by_last_token},
+    "esm", "EsmModel", like="bert", layers="encoder.layer", attention="attention.self", norm="attention.LayerNorm",
+    keys="attention.self.key", values="attention.self.value",
 )  # fmt: skip
+_register(
+    "dinov3", "DINOv3ViTModel", "dinov3_vit", like="vit", pools=_image_pools(1), layers="model.layer", attention="attention",
+    norm="norm1", keys="attention.k_proj", values="attention.v_proj",
+)  # fmt: skip
+_register("beit", "BeitModel", like="vit", pool=_by_all_patches, feature=_beit_feature)
+_register(
+    "siglip2_vision",
+    "Siglip2VisionModel",
+    "siglip2",
+    like="siglip_vision",
+    pool=_by_real_patches,
+    feature=_siglip2_feature,
+    attach=_attach_siglip2,
+    pools={"mean": _by_real_patches},
+)
+_register("siglip_text", "SiglipTextModel", "siglip", like="clip_text", pool=_by_last_position, pools={"mean": _by_masked_mean})
+_register("videomae", "VideoMAEModel", like="vit", layers=_videomae_layers, pool=_by_mean, feature=_mean, pools={"mean": _by_mean})
+_register("vivit", "VivitModel", like="vit")
+_register(
+    "data2vec_audio",
+    "Data2VecAudioModel",
+    "data2vec.modeling_data2vec_audio",
+    like="wav2vec2",
+    layers=layers_at("encoder.layers", attention="attention", keys="attention.k_proj", values="attention.v_proj"),
+)
+
+_NO_INTERFACE = "its attention doesn't go through transformers' attention interface, where prompts enter"
+_ONE_MODULE = "its layers are one module that is called again and again, and each layer needs prompts of its own"
+_LOCAL = "its attention is computed in blocks, where keys that every token sees have no place"
+_BY_CONTENT = f"{_NO_INTERFACE}, and its bias is made of content and distance, which a prompt has none of"
+_CONVOLUTIONS = (
+    "convolutions within its layers mix neighbouring places, so a prompt before the tokens would reach them past the attention"
+)
+for _module, _models, _reason in (
+    ("albert", ("AlbertModel",), _ONE_MODULE),
+    ("big_bird", ("BigBirdModel",), _LOCAL),
+    ("clap", ("ClapAudioModel", "ClapAudioEncoder"), "it attends in windows of an image, as Swin; take timm's SwinTransformer"),
+    ("convbert", ("ConvBertModel",), _CONVOLUTIONS),
+    ("data2vec.modeling_data2vec_vision", ("Data2VecVisionModel",), f"{_NO_INTERFACE}; take BeitModel"),
+    ("deberta", ("DebertaModel",), _BY_CONTENT),
+    ("deberta_v2", ("DebertaV2Model",), _BY_CONTENT),
+    ("longformer", ("LongformerModel",), _LOCAL),
+    ("mpnet", ("MPNetModel",), _NO_INTERFACE),
+    ("swin", ("SwinModel",), "transformers hands its windows no image to belong to; take timm's SwinTransformer"),
+    ("timesformer", ("TimesformerModel",), f"{_NO_INTERFACE}, and it attends to time and space in turn; take VideoMAEModel"),
+    ("wav2vec2_bert", ("Wav2Vec2BertModel",), _CONVOLUTIONS),
+    ("wav2vec2_conformer", ("Wav2Vec2ConformerModel",), _CONVOLUTIONS),
+    ("wavlm", ("WavLMModel",), f"{_NO_INTERFACE}; take Wav2Vec2Model or HubertModel"),
+):  # fmt: skip
+    for _model in _models:
+        _file = _module if "." in _module else f"{_module}.modeling_{_module}"
+        refuse_encoder(f"transformers.models.{_file}.{_model}", _reason)

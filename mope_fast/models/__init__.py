@@ -1,5 +1,6 @@
 """Whole models: fused, prompt-tuned, and folded for inference."""
 
+from .check_encoder import check_encoder
 from .fit_head import fit_head
 from .folded import FoldedModel
 from .fusion import MoPEFusion
@@ -23,6 +24,7 @@ __all__ = [
     "VLMoConfig",
     "VLMoOutput",
     "VLMoProcessor",
+    "check_encoder",
     "fit_head",
     "start_prompts",
     "warmup",

@@ -17,9 +17,9 @@ def warmup(model: nn.Module, *inputs: Any, **named: Any) -> None:
     In eval mode that is a forward without gradients; in training mode a forward and a backward too. Call it under the autocast that
     training has, and before a CUDA graph is captured, which allows no compilation.
 
-    Kernels depend on dtypes, head dimension, kinds of masks and, in 16 bits, on whether the number of queries divided by 64 rounds up
-    to an odd number or an even one. So texts of any length take two calls, with 64 and with 128 tokens. More than 511 tokens, more
-    than 255 samples, and no more samples than experts have kernels of their own.
+    Kernels depend on dtypes, head dimension, kinds of masks and, in 16 bits, on whether the number of queries divided by 64 rounds
+    up to an odd number or an even one. So texts of any length take two calls, with 64 and with 128 tokens. More than 511 tokens,
+    more than 255 samples, and no more samples than experts have kernels of their own.
 
     Parameters, their gradients, buffers, modes, and the state of random numbers are afterwards what they were, and hooks that wait
     for a parameter's gradient don't run. Of a DistributedDataParallel its module runs. Warm up before parameters are sharded.

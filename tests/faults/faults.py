@@ -52,6 +52,8 @@ _JOINT = "tests/models/test_distributed.py::"
 _THREADS = "tests/models/test_threads.py::"
 _FRONT_DOOR = "tests/models/test_front_door.py::test_hooks_on_a_timm_model_run_and_its_classifier_does_not"
 _OTHER_ATTENTION = "tests/encoders/test_other_attention.py::"
+_CHECK = "tests/encoders/test_check_encoder.py::"
+_MECHANISMS = f"{_CHECK}test_each_way_to_attend_is_that_of_the_librarys_layers_on_the_concatenation"
 _SAVES = "tests/models/test_checkpoint.py::"
 _CACHE = "tests/data/test_feature_cache.py::"
 _PICTURES = "tests/data/test_images.py::"
@@ -582,8 +584,8 @@ FAMILIES = (
     _fault(
         "keys-and-values-swapped",
         "encoders/transformers.py",
-        "layer.attention.k_lin, layer.attention.v_lin, layer.attention.n_heads,",
-        "layer.attention.v_lin, layer.attention.k_lin, layer.attention.n_heads,",
+        'keys="attention.k_lin", values="attention.v_lin",',
+        'keys="attention.v_lin", values="attention.k_lin",',
         "DistilBERT's prompts are projected by the wrong matrices.",
         f"{_CONCATENATED}[prompt-distilbert]",
     ),
@@ -613,15 +615,31 @@ FAMILIES = (
     ),
     _fault(
         "padding-mask-dropped",
-        "encoders/transformers.py",
-        '"window": window, "key_padding_mask": attention_mask}',
-        '"window": window, "key_padding_mask": None}',
+        "encoders/transformers_attention.py",
+        '"key_padding_mask": attention_mask, "bias": bias}',
+        '"key_padding_mask": None, "bias": bias}',
         "What padding holds moves the features of a text.",
         f"{_TRANSFORMERS}test_what_padding_holds_changes_nothing[kv-bart]",
     ),
     _fault(
+        "bias-by-position-dropped",
+        "encoders/transformers_attention.py",
+        'bias, prefixes = None, kwargs.get("position_bias"), prefixes_of(module)',
+        "bias, prefixes = None, None, prefixes_of(module)",
+        "T5 with prompts knows no order of its tokens.",
+        f"{_MECHANISMS}[t5: one bias by position for all layers]",
+    ),
+    _fault(
+        "checks-of-encoders-see-features-only",
+        "models/check_encoder.py",
+        "if not error <= tolerance]",
+        'if name == "scores" and not error <= tolerance]',
+        "A wrong fact of an encoder passes its check.",
+        f"{_CHECK}test_a_wrong_norm_is_found",
+    ),
+    _fault(
         "scale-dropped",
-        "encoders/transformers.py",
+        "encoders/transformers_attention.py",
         "return attend(query, key, value, prefixes, scale=scaling, **masking)",
         "return attend(query, key, value, prefixes, **masking)",
         "Whisper, which scales its queries itself, is scaled twice.",
@@ -629,7 +647,7 @@ FAMILIES = (
     ),
     _fault(
         "causality-dropped",
-        "encoders/transformers.py",
+        "encoders/transformers_attention.py",
         'is_causal = getattr(module, "is_causal", False) if is_causal is None else is_causal',
         "is_causal = bool(is_causal)",
         "Tokens of GPT-2 and of CLIP's text encoder see those behind them.",
@@ -637,31 +655,31 @@ FAMILIES = (
     ),
     _fault(
         "windows-compiled-away",
-        "encoders/transformers.py",
+        "encoders/transformers_attention.py",
         "    return _Mask(attention_mask, _window_of(mask_function))",
         "    return attention_mask if torch.compiler.is_compiling() else _Mask(attention_mask, _window_of(mask_function))",
         "An encoder of sliding windows has them in eager mode only: compiled its tokens see all others.",
-        f"{_OTHER_ATTENTION}test_a_compiled_model_has_the_same_windows[ModernBERT-False]",
+        f"{_MECHANISMS}[modernbert: windows, rotation, packed projections]",
     ),
     _fault(
         "window-of-transformers-off-by-one",
-        "encoders/transformers.py",
+        "encoders/transformers_attention.py",
         '"sliding_window_overlay": lambda size: (size - 1, None),',
         '"sliding_window_overlay": lambda size: (size, None),',
         "Tokens of a decoder's sliding window see one too many.",
-        f"{_OTHER_ATTENTION}test_windows_and_shared_keys_are_those_of_the_encoder[Qwen3-False]",
+        f"{_MECHANISMS}[qwen3: causal, windows, shared keys, a norm of keys]",
     ),
     _fault(
         "joined-windows-are-the-strictest",
-        "encoders/transformers.py",
+        "encoders/transformers_attention.py",
         'return tuple(_strictest(each) if name.startswith("and") else _widest(each) for each in limits)',
         "return tuple(_strictest(each) for each in limits)",
         "A Gemma that looks both ways sees nothing behind a token.",
-        f"{_OTHER_ATTENTION}test_windows_and_shared_keys_are_those_of_the_encoder[Gemma 3, both ways-False]",
+        f"{_MECHANISMS}[gemma3: both ways, within windows]",
     ),
     _fault(
         "other-attention-passes",
-        "encoders/transformers.py",
+        "encoders/transformers_attention.py",
         "if kwargs.get(name) is not None:",
         "if kwargs.get(name, 0) is None:",
         "An encoder that asks for a cap, sinks or a bias gets attention without.",

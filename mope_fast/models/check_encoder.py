@@ -1,0 +1,327 @@
+"""Tell whether the facts of an encoder's family are right, by the encoder's own layers on the concatenated sequence."""
+
+import copy
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ..encoders import EncoderFamily, family_of
+from ..encoders.pooling import Pool
+from ..modules import MoPEConfig
+from .fusion import MoPEFusion
+
+Inputs = dict[str, Any]
+PromptsOf = Callable[[int, Tensor], Tensor]
+_SETTINGS = {"num_experts": 2, "prompt_length": 3, "cross_dim": 5, "learn_keys": True, "temperature": 1.0}
+
+
+def check_encoder(encoder: nn.Module, example: Tensor | Inputs, *, tolerance: float = 1e-9, compiled: bool = True) -> None:
+    """Compare prompts as keys and values with the encoder's own layers on [prompts | tokens], whose prompts' outputs are dropped.
+
+    That is what a prompt means. Features, routing scores, and the gradients of all that is trained are compared in float64, on a
+    copy of the encoder whose weights are moved by noise, so that a bias of zeros shows. In the layers' own words on the longer
+    sequence prompts are visible to all tokens, have no bias by position, and their rotation is the identity. Tried are the example,
+    its first sample alone, for ``input_ids`` padding before, within and behind a sample, prompts mixed as prompts and, where that
+    is exact, as keys and values, and one compiled graph. A line is printed for each.
+
+    Args:
+        encoder: of a registered family, a small one of its kind; it is left as it is.
+        example: a bare tensor, or the encoder's keyword arguments: two or more samples, of a length that is none of the widths.
+        tolerance: of errors, relative to the largest number where that is above 1.
+        compiled: whether to compile too.
+
+    Raises:
+        AssertionError: something doesn't fit; the message says what, and from which layer on.
+        TypeError: the encoder is of no family, or can't take prompts.
+        ValueError: its layers don't work on sequences (B, S, D), as those of a Swin Transformer.
+    """
+    family = family_of(encoder)
+    problems: list[str] = []
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        moved = _moved(encoder)
+        variants = _variants(family, tree_map(_as_float64, family.keyword_arguments(example)))
+        for what, inputs in variants.items():
+            for mixing in ("prompt", "kv"):
+                with _Float64():
+                    problems += _checked(f"{what}, mixing={mixing!r}", family, moved, inputs, mixing, tolerance)
+        if compiled:
+            problems += _compiled(family, moved, variants, tolerance)
+    if problems:
+        raise AssertionError(f"{type(encoder).__name__}, family {family.name!r}, doesn't fit:\n" + "\n".join(problems))
+
+
+_PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+
+
+class _Float64(TorchFunctionMode):
+    """Within, what is float64 isn't made float32: norms and softmaxes that want that are then as exact as the rest."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _PRODUCTS and {part.dtype for part in args} == {torch.float32, torch.float64}:
+            return func(*(part.double() for part in args), **kwargs)
+        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            if func is Tensor.float:
+                return args[0]
+            if func in (Tensor.to, Tensor.type, F.softmax, torch.softmax, Tensor.softmax):
+                args, kwargs = tree_map(lambda value: torch.float64 if value is torch.float32 else value, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _moved(encoder: nn.Module) -> nn.Module:
+    moved = copy.deepcopy(encoder).cpu().double().eval().requires_grad_(False)
+    for parameter in moved.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.1)
+    return moved
+
+
+def _as_float64(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().cpu().double() if value.is_floating_point() else value.detach().cpu()
+
+
+def _variants(family: EncoderFamily, inputs: Inputs) -> dict[str, Inputs]:
+    batch = family.batch_size(inputs)
+    variants = {"the example": inputs}
+    if batch > 1:
+        variants["one sample"] = {
+            name: value[:1] if isinstance(value, Tensor) and value.dim() and value.shape[0] == batch else value
+            for name, value in inputs.items()
+        }
+    ids = inputs.get("input_ids")
+    if ids is not None and ids.shape[1] >= 4:
+        position, third = torch.arange(ids.shape[1]).expand_as(ids), ids.shape[1] // 3
+        for what, real in (
+            ("padding behind", position < 2 * third), ("padding within", (position < third) | (position >= 2 * third)),
+            ("padding before", position >= third),
+        ):  # fmt: skip
+            real = real.clone()
+            real[1:] = True
+            variants[what] = {**inputs, "attention_mask": real.long()}
+    return variants
+
+
+def _fused(encoder: nn.Module, mixing: str) -> MoPEFusion:
+    torch.manual_seed(1)
+    return MoPEFusion(copy.deepcopy(encoder), config=MoPEConfig(mixing=mixing, **_SETTINGS)).double().eval()
+
+
+def _cross(family: EncoderFamily, inputs: Inputs) -> Tensor:
+    return torch.randn(family.batch_size(inputs), _SETTINGS["cross_dim"], dtype=torch.float64)
+
+
+def _checked(
+    what: str, family: EncoderFamily, encoder: nn.Module, inputs: Inputs, mixing: str, tolerance: float
+) -> list[str]:  # fmt: skip
+    """What doesn't fit in one variant."""
+    model, cross = _fused(encoder, mixing), _cross(family, inputs)
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    leaves = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        with _outputs_of([layer.module for layer in family.layers(model.main.encoder)]) as seen:
+            output = model(inputs, cross)
+    except Exception as error:
+        if mixing == "kv" and "is not exact here" in str(error):
+            print(f"{what}: not exact, {str(error).partition('here: ')[2].partition(';')[0]}")
+            return []
+        print(f"{what}: fails")
+        return [f"{what}: {type(error).__name__}: {error}"]
+
+    plain = copy.deepcopy(encoder)
+    if hasattr(plain, "set_attn_implementation"):
+        _use_its_own_attention(plain)
+    context, scores, expected_seen = model.bank.prepare(cross), [], []
+    pool: Pool = family.router_pool(plain, inputs)
+
+    def prompts_of(index: int, hidden_states: Tensor) -> Tensor:
+        out = model.bank.layer(index, pool(hidden_states), context)
+        scores.append(out.scores)
+        return out.prompts
+
+    with _on_concatenation([layer.module for layer in family.layers(plain)], prompts_of, expected_seen):
+        feature = family.encode(plain, inputs)
+    errors = {"features": _error(output.features, feature), "scores": _error(output.scores, torch.stack(scores))}
+    upstream = torch.randn_like(feature)
+    got, expected = (torch.autograd.grad(out, leaves, upstream, allow_unused=True) for out in (output.features, feature))
+    of_leaves = {name: _error(a, b) for name, a, b in zip(names, got, expected, strict=True)}
+    worst = max(of_leaves, key=lambda name: of_leaves[name])
+    errors[f"gradients ({worst})"] = of_leaves[worst]
+    print(f"{what}: " + ", ".join(f"{name} {error:.1e}" for name, error in errors.items()))
+    wrong = [f"{name} differ by {error:.1e}" for name, error in errors.items() if not error <= tolerance]
+    if not wrong:
+        return []
+    by_layer = [_error(a, b) for a, b in zip(seen, expected_seen, strict=True)]
+    first = next((index for index, error in enumerate(by_layer) if not error <= tolerance), None)
+    where = "behind the last layer" if first is None else f"from layer {first} on"
+    return [f"{what}: {', '.join(wrong)} (allowed: {tolerance:.0e}), {where}"]
+
+
+def _compiled(family: EncoderFamily, encoder: nn.Module, variants: dict[str, Inputs], tolerance: float) -> list[str]:
+    model, problems = _fused(encoder, "auto"), []
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
+    for what in ("the example", "padding within"):
+        if (inputs := variants.get(what)) is None:
+            continue
+        cross = _cross(family, inputs)
+        # the limit counts models of one class together
+        with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1000):
+            expected = model(inputs, cross).features
+            try:
+                error = _error(compiled(inputs, cross).features, expected)
+            except Exception as failure:
+                reason = str(failure).strip().partition("\n")[0]
+                problems.append(f"{what}, compiled: torch.compile(fullgraph=True) fails with {type(failure).__name__}: {reason}")
+                print(f"{what}, compiled: fails")
+                continue
+        print(f"{what}, compiled: features {error:.1e}")
+        # what computes in float32 inside may be compiled in another order
+        if not error <= max(tolerance, 1e-5):
+            problems.append(f"{what}, compiled: features differ by {error:.1e} from those that aren't")
+    return problems
+
+
+def _error(got: Tensor | None, expected: Tensor | None) -> float:
+    """The largest difference, relative to the largest number where that is above 1."""
+    if got is None or expected is None:
+        return 0.0 if got is expected else float("inf")
+    if got.shape != expected.shape:
+        return float("inf")
+    return ((got - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
+
+
+@contextmanager
+def _outputs_of(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
+    """Hidden states that layers give, in order."""
+    seen: list[Tensor] = []
+    handles = [module.register_forward_hook(lambda module, args, out: seen.append(_first(out).detach())) for module in modules]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _first(output: Any) -> Tensor:
+    return next(value for value in tree_leaves(output) if isinstance(value, Tensor))
+
+
+@contextmanager
+def _on_concatenation(modules: list[nn.Module], prompts_of: PromptsOf, seen: list[Tensor]) -> Iterator[None]:
+    """Within, each layer runs on [prompts | tokens] and gives its tokens, whose hidden states are kept in ``seen``."""
+    with ExitStack() as stack:
+        for index, module in enumerate(modules):
+            forward = functools.partial(_concatenated, index, module, module.forward, prompts_of, seen)
+            stack.enter_context(_attribute(module, "forward", forward))
+        yield
+
+
+@contextmanager
+def _attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """Set on the object, in place of its class's."""
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        delattr(module, name)
+
+
+def _concatenated(
+    index: int, module: nn.Module, forward: Callable[..., Any], prompts_of: PromptsOf, seen: list[Tensor], *args: Any, **named: Any
+) -> Any:
+    given = inspect.signature(forward).bind(*args, **named)
+    hidden_name = next(iter(given.arguments))
+    hidden_states = given.arguments[hidden_name]
+    if hidden_states.dim() != 3:
+        raise ValueError(
+            f"check_encoder takes layers of sequences (B, S, D), but {type(module).__name__} was given {tuple(hidden_states.shape)}"
+        )
+    prompts = prompts_of(index, hidden_states)
+    length, tokens = prompts.shape[1], hidden_states.shape[1]
+    for name, value in given.arguments.items():
+        given.arguments[name] = _longer(name, value, length, tokens)
+    given.arguments[hidden_name] = torch.cat([prompts.expand(len(hidden_states), -1, -1), hidden_states], dim=1)
+    with _biases_of_tokens(module, length, tokens), _setting(_PROMPTS, length):
+        output = tree_map(functools.partial(_cut, length, tokens), forward(*given.args, **given.kwargs))
+    seen.append(_first(output).detach())
+    return output
+
+
+def _longer(name: str, value: Any, length: int, tokens: int) -> Any:
+    """A layer's argument for ``length`` prompts more: masks show them, biases are zero there, rotations the identity."""
+    if isinstance(value, dict):
+        return {key: _longer(key, part, length, tokens) for key, part in value.items()}
+    if isinstance(value, (tuple, list)):
+        if "position_embeddings" in name and len(value) == 2 and value[0].shape[-2] == tokens:
+            return tuple(F.pad(part, (0, 0, length, 0), value=fill) for part, fill in zip(value, (1.0, 0.0), strict=True))
+        return type(value)(_longer(name, part, length, tokens) for part in value)
+    if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[-1] != tokens or "position_ids" in name:
+        return value
+    square = value.shape[-2] == tokens and value.dim() > 2
+    return F.pad(value, (length, 0, length, 0) if square else (length, 0), value=0.0 if value.is_floating_point() else 1)
+
+
+def _cut(length: int, tokens: int, value: Any) -> Any:
+    """What a layer gives, without prompts."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.dim() == 3 and value.shape[1] == length + tokens:
+        return value[:, length:]
+    square = value.dim() == 4 and value.shape[-2:] == (length + tokens, length + tokens)
+    return value[..., length:, length:] if square else value
+
+
+@contextmanager
+def _biases_of_tokens(module: nn.Module, length: int, tokens: int) -> Iterator[None]:
+    """Within, what a layer's parts give of a bias by position for tokens is zero where prompts are."""
+
+    def padded(part: nn.Module, args: Any, output: Any) -> Any:
+        of_tokens = isinstance(output, Tensor) and output.shape[-2:] == (tokens, tokens)
+        return F.pad(output, (length, 0, length, 0)) if of_tokens else None
+
+    handles = [part.register_forward_hook(padded) for part in module.modules() if part is not module]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+_PROMPTS: ContextVar[int] = ContextVar("prompts in front of a layer's tokens", default=0)
+
+
+@contextmanager
+def _setting(variable: ContextVar[int], value: int) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def _use_its_own_attention(encoder: nn.Module) -> None:
+    """transformers' eager one of the encoder's own file, without a bias by position where prompts are."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    AttentionInterface.register("mope_fast_check", _its_own_attention)
+    AttentionMaskInterface.register("mope_fast_check", eager_mask)
+    encoder.set_attn_implementation("mope_fast_check")
+
+
+def _its_own_attention(module: nn.Module, *args: Any, position_bias: Tensor | None = None, **named: Any) -> Any:
+    if position_bias is not None:
+        of_token = torch.arange(position_bias.shape[-1]) >= _PROMPTS.get()
+        named["position_bias"] = position_bias * of_token * of_token[:, None]
+    return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **named)

@@ -1,0 +1,213 @@
+"""The oracle as a user's function: what it finds, and that every family of today's encoders passes it."""
+
+import dataclasses
+import importlib
+
+import pytest
+import torch
+import transformers as hf
+from tiny_mechanisms import ALIASES, MECHANISMS, make_ids
+from torch import nn
+
+from mope_fast import MoPEConfig, MoPEFusion, check_encoder, supported_encoders
+from mope_fast.encoders import families, register_transformers_encoder, transformers_attention
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_each_way_to_attend_is_that_of_the_librarys_layers_on_the_concatenation(name, capsys):
+    make, example = MECHANISMS[name]
+    encoder = make()
+    assert families.family_of(encoder).name == name.partition(":")[0]
+    check_encoder(encoder, example())
+    printed = capsys.readouterr().out
+    assert "the example, mixing='prompt': features" in printed
+    assert "the example, compiled: features" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALIASES)
+def test_models_that_share_a_way_to_attend_are_right_too(name):
+    make, example = ALIASES[name]
+    encoder = make()
+    assert families.family_of(encoder).name == name.partition(":")[0]
+    check_encoder(encoder, example(), compiled=False)
+
+
+def test_names_in_the_register_are_classes_of_the_library():
+    models = [model for models in supported_encoders().values() for model in models] + list(families._REFUSED)
+    for name in (name for name in models if name.startswith("transformers.")):
+        module, _, cls = name.rpartition(".")
+        assert issubclass(getattr(importlib.import_module(module), cls), nn.Module)
+
+
+@pytest.mark.parametrize("name", ["Albert", "BigBird", "DebertaV2", "Longformer", "MPNet", "Swin", "Timesformer", "WavLM"])
+def test_what_can_not_take_prompts_is_refused_with_the_reason(name):
+    model, config = getattr(hf, f"{name}Model"), getattr(hf, f"{name}Config")()
+    with torch.device("meta"):
+        encoder = model(config)
+    with pytest.raises(TypeError, match=f"transformers' {name}Model is not supported: (its|transformers)"):
+        MoPEFusion(encoder, config=MoPEConfig(cross_dim=5))
+
+
+def test_an_encoder_that_hides_patches_at_random_is_refused():
+    make, example = ALIASES["vit_mae"]
+    encoder = make()
+    encoder.config.mask_ratio = 0.75
+    with pytest.raises(TypeError, match="load it with mask_ratio=0"):
+        check_encoder(encoder, example())
+
+
+# Planted faults
+
+
+@pytest.fixture
+def qwen3(monkeypatch):
+    """A tiny Qwen3, and a function that changes a fact of its layers."""
+    monkeypatch.setattr(families, "_FAMILIES", dict(families._FAMILIES))
+    encoder = MECHANISMS["qwen3: causal, windows, shared keys, a norm of keys"][0]()
+    family = families.family_of(encoder)
+
+    def change(function):
+        def layers(encoder):
+            return [function(layer, index, encoder) for index, layer in enumerate(family.layers(encoder))]
+
+        families.register_encoder(dataclasses.replace(family, layers=layers))
+
+    return encoder, change
+
+
+def fails(encoder, match, compiled=False):
+    with pytest.raises(AssertionError, match=match):
+        check_encoder(encoder, make_ids(), compiled=compiled)
+
+
+def test_a_wrong_norm_is_found(qwen3):
+    encoder, change = qwen3
+    change(lambda layer, index, e: dataclasses.replace(layer, norm=layer.module.post_attention_layernorm))
+    fails(encoder, "Qwen3Model, family 'qwen3', doesn't fit:\nthe example, mixing='prompt': features differ by .* from layer 0 on")
+
+
+def test_a_missing_key_norm_is_found(qwen3):
+    encoder, change = qwen3
+    change(lambda layer, index, e: dataclasses.replace(layer, key_norm=None))
+    fails(encoder, "features differ by .* from layer 0 on")
+
+
+def test_a_wrong_number_of_heads_is_found(qwen3):
+    encoder, change = qwen3
+    change(lambda layer, index, e: dataclasses.replace(layer, num_heads=4, key_norm=None))
+    fails(encoder, "the example, mixing='prompt': ValueError: .* 2")
+
+
+def test_keys_of_another_layer_are_found(qwen3):
+    encoder, change = qwen3
+    change(lambda layer, index, e: dataclasses.replace(layer, k_proj=e.layers[0].self_attn.k_proj))
+    fails(encoder, "features differ by .* from layer 1 on")
+
+
+def test_a_window_that_is_dropped_is_found(qwen3, monkeypatch):
+    monkeypatch.setattr(transformers_attention, "_window_of", lambda function: (None, 0))
+    fails(qwen3[0], "the example, mixing='prompt': features differ by .* from layer 0 on")
+
+
+def test_a_mask_that_is_dropped_is_found(qwen3, monkeypatch):
+    of_mask = transformers_attention._mask
+    monkeypatch.setattr(transformers_attention, "_mask", lambda *args, attention_mask=None, **named: of_mask(*args, **named))
+    with pytest.raises(AssertionError) as error:
+        check_encoder(qwen3[0], make_ids(), compiled=False)
+    lines = str(error.value).splitlines()[1:]
+    assert {line.partition(",")[0] for line in lines} <= {"padding behind", "padding within", "padding before"}
+    assert any(line.startswith("padding within") for line in lines)
+
+
+def test_a_feature_of_another_token_is_found_behind_the_layers(qwen3):
+    encoder, _ = qwen3
+    family = families.family_of(encoder)
+    seen = []
+
+    def feature(encoder, output, inputs):
+        seen.append(output)
+        return output.last_hidden_state[:, -1 if len(seen) % 2 else 0]
+
+    families.register_encoder(dataclasses.replace(family, feature=feature))
+    fails(encoder, "behind the last layer")
+
+
+def test_what_does_not_compile_is_told(qwen3):
+    encoder, _ = qwen3
+    family = families.family_of(encoder)
+
+    def feature(encoder, output, inputs):
+        torch._dynamo.graph_break()
+        return family.feature(encoder, output, inputs)
+
+    families.register_encoder(dataclasses.replace(family, feature=feature))
+    fails(encoder, r"the example, compiled: torch.compile\(fullgraph=True\) fails", compiled=True)
+
+
+def test_the_encoder_and_random_numbers_stay_as_they_were(qwen3):
+    encoder, _ = qwen3
+    before, state = {name: value.clone() for name, value in encoder.state_dict().items()}, torch.get_rng_state()
+    ids = make_ids()
+    state = torch.get_rng_state()
+    check_encoder(encoder.train(), ids, compiled=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert encoder.training
+    assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
+    assert encoder.dtype == torch.float32
+
+
+def test_layers_of_another_shape_are_refused():
+    timm = pytest.importorskip("timm")
+    swin = timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=32, depths=(1, 1), embed_dim=16, num_heads=(2, 4), window_size=4
+    )
+    with pytest.raises(
+        ValueError, match=r"takes layers of sequences \(B, S, D\), but SwinTransformerBlock was given \(2, 8, 8, 16\)"
+    ):
+        check_encoder(swin, torch.randn(2, 3, 32, 32))
+
+
+# Registration by facts
+
+
+class Renamed(hf.ElectraModel):
+    pass
+
+
+@pytest.fixture
+def register(monkeypatch):
+    monkeypatch.setattr(families, "_FAMILIES", dict(families._FAMILIES))
+    return register_transformers_encoder
+
+
+def test_an_encoder_like_another_is_one_line(register):
+    register("renamed", Renamed, like="bert")
+    encoder = Renamed(ALIASES["electra"][0]().config)
+    assert families.family_of(encoder).name == "renamed"
+    check_encoder(encoder, make_ids(), compiled=False)
+
+
+def test_an_encoder_by_names_of_its_modules(register):
+    class Ours(hf.LlamaModel):
+        pass
+
+    register(
+        "ours", Ours, layers="layers", attention="self_attn", norm="input_layernorm", keys="self_attn.k_proj",
+        values="self_attn.v_proj", input_name="input_ids", pooling="mean",
+    )  # fmt: skip
+    check_encoder(Ours(ALIASES["llama"][0]().config), make_ids(), compiled=False)
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"layers": "layers", "attention": "attn", "keys": "qkv"}, "needs like=, or input_name, pooling"),
+        ({"layers": "layers"}, "needs attention and keys beside the name of the layers"),
+        ({"like": "bert", "pooling": "first"}, r"pooling must be one of \['cls', 'mean', 'last'\], got 'first'"),
+        ({"like": "elmo"}, "the encoder family 'elmo' is not registered"),
+    ],
+)
+def test_facts_that_are_not_enough_are_told(facts, message, register):
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        register("renamed", Renamed, **facts)
