@@ -1,6 +1,7 @@
 """How frozen encoders take prompts: one small adapter a family."""
 
 from . import timm as _timm  # noqa: F401
+from . import timm_positions as _timm_positions  # noqa: F401
 from . import transformers as _transformers  # noqa: F401
 from . import vit_pytorch as _vit_pytorch  # noqa: F401  they register their families
 from .attachment import Encoded, PromptProvider, prefixes_of, unwrap_encoder

@@ -208,7 +208,7 @@ class Attachment(Guarded):
             return Encoded(feature, scores, maps)
         return Encoded(self.family.encode(self.encoder, inputs, self.pooling), scores)
 
-    def _layer_forward(self, index: int, *args: Any, **kwargs: Any) -> Any:
+    def _layer_forward(self, index: int, /, *args: Any, **kwargs: Any) -> Any:
         """In place of the layer's own forward."""
         running = self._traced.running
         if running is None:
@@ -240,7 +240,7 @@ class Attachment(Guarded):
         return output
 
     def _prompted_layer(
-        self, index: int, prompts: PromptProvider, pool: Pool, *args: Any, **kwargs: Any
+        self, index: int, prompts: PromptProvider, pool: Pool, /, *args: Any, **kwargs: Any
     ) -> tuple[Any, Tensor | None]:
         """The layer's output and its scores; all it needs are arguments, because checkpointing calls it again after forward."""
         if not self.active:
@@ -270,7 +270,7 @@ class Attachment(Guarded):
             )
         return output, scores
 
-    def _plain_layer(self, index: int, *args: Any, **kwargs: Any) -> Any:
+    def _plain_layer(self, index: int, /, *args: Any, **kwargs: Any) -> Any:
         module, previous = self.layers[index][0], self._previous[index]
         return type(module).forward(module, *args, **kwargs) if previous is None else previous(*args, **kwargs)
 

@@ -61,8 +61,8 @@ def no_problem(encoder: nn.Module) -> None:
     """Any encoder of the family takes prompts."""
 
 
-def _nothing() -> None:
-    return None
+def nothing() -> None:
+    """A library that is ready as it is."""
 
 
 def check_text(inputs: Mapping[str, Any]) -> None:
@@ -122,7 +122,7 @@ class EncoderFamily:
     run: Callable[[nn.Module, Inputs], Any] = _call
     problem: Callable[[nn.Module], str | None] = no_problem
     feature_maps: Callable[[nn.Module, Inputs], tuple[Any, Sequence[Tensor]]] | None = None
-    setup: Callable[[], None] = _nothing
+    setup: Callable[[], None] = nothing
     pools: Mapping[str, Callable[[nn.Module, Inputs], Pool]] = field(default_factory=dict)
     tokens: Callable[[nn.Module, Any, Inputs], Tensor] | None = None
 

@@ -25,7 +25,7 @@ def _layer(block: nn.Module, width: int) -> PromptedLayer:
     )  # fmt: skip
 
 
-def _method(module: nn.Module, name: str) -> str:
+def method_of(module: nn.Module, name: str) -> str:
     """Full name of a method as its class has it: its own, or one that it inherits."""
     method = getattr(type(module), name, None)
     return f"{method.__module__}.{method.__qualname__}" if method is not None else ""
@@ -37,7 +37,7 @@ _FORWARDS = ("timm.models.vision_transformer.VisionTransformer.forward", "timm.m
 def _features(encoder: nn.Module, inputs: Inputs, *, maps: bool = False) -> tuple[Tensor, tuple[Tensor, ...] | None]:
     """Feature and maps out of the model's own call."""
     _check_not_checkpointing(encoder)
-    if not maps and Front.of(encoder) is None and is_plain(encoder) and _method(encoder, "forward") in _FORWARDS:
+    if not maps and Front.of(encoder) is None and is_plain(encoder) and method_of(encoder, "forward") in _FORWARDS:
         # not wrapped, and nothing stands at its front door
         return encoder.forward_head(encoder.forward_features(**inputs), pre_logits=True), None
     return Front.ask(encoder, inputs, maps=maps)
@@ -69,7 +69,7 @@ def _check_not_checkpointing(encoder: nn.Module) -> None:
         raise RuntimeError(_CHECKPOINTING)
 
 
-def _problem(encoder: nn.Module, pooling: str) -> str | None:
+def problem_of(encoder: nn.Module, pooling: str) -> str | None:
     if _checkpoints(encoder):
         return _CHECKPOINTING
     if not pooling:
@@ -103,7 +103,7 @@ def _vit_layers(encoder: nn.Module) -> Sequence[PromptedLayer]:
 
 def _vit_problem(encoder: nn.Module) -> str | None:
     for index, block in enumerate(encoder.blocks):
-        if _method(block, "forward") != "timm.models.vision_transformer.Block.forward":
+        if method_of(block, "forward") != "timm.models.vision_transformer.Block.forward":
             return f"its blocks are {type(block).__name__}s; timm's plain Block is supported"
         if "forward" in vars(block.attn) and not isinstance(block.attn, PromptAttention):
             return f"the attention of its block {index} has a forward of its own on the object, which prompts would not pass"
@@ -111,7 +111,7 @@ def _vit_problem(encoder: nn.Module) -> str | None:
             _as_prompt_attention(block.attn)
         except (TypeError, ValueError) as error:
             return f"timm's plain Attention is supported, that of its block {index} is not: {error}"
-    return _problem(encoder, encoder.global_pool)
+    return problem_of(encoder, encoder.global_pool)
 
 
 def _vit_pool(encoder: nn.Module, inputs: Inputs) -> Pool:
@@ -191,7 +191,7 @@ def _swin_problem(encoder: nn.Module) -> str | None:
     for block in _swin_blocks(encoder):
         parts = ((block, "SwinTransformerBlock", "_attn"), (getattr(block, "attn", block), "WindowAttention", "forward"))
         for part, supported, other in parts:
-            if any(_method(part, name) != f"timm.models.swin_transformer.{supported}.{name}" for name in ("forward", other)):
+            if any(method_of(part, name) != f"timm.models.swin_transformer.{supported}.{name}" for name in ("forward", other)):
                 return f"it has a {type(part).__name__} in place of timm's {supported}"
         replaced = vars(block).get("_attn")
         if not is_plain(block.attn) or (replaced is not None and getattr(replaced, "func", None) is not _shifted_windows):
@@ -200,7 +200,7 @@ def _swin_problem(encoder: nn.Module) -> str | None:
         return (
             f"its head, which pools, was replaced by {type(encoder.head).__name__}: to drop the classifier call reset_classifier(0)"
         )
-    return _problem(encoder, encoder.head.global_pool.pool_type)
+    return problem_of(encoder, encoder.head.global_pool.pool_type)
 
 
 def _swin_pool(encoder: nn.Module, inputs: Inputs) -> Pool:
@@ -232,7 +232,7 @@ _SWIN_V2 = (
     "Swin v2 compares queries and keys by their cosine, with a learned scale for each head, and norms behind its layers, where "
     "prompts as keys and values have no place of their own; take timm's SwinTransformer"
 )
-_COMMON: dict[str, Any] = {"input_name": "x", "feature": _feature, "feature_width": _feature_width, "run": _run}
+COMMON: dict[str, Any] = {"input_name": "x", "feature": _feature, "feature_width": _feature_width, "run": _run}
 register_encoder(
     EncoderFamily(
         name="timm_vit",
@@ -242,7 +242,7 @@ register_encoder(
         attach=_attach_vit,
         problem=_vit_problem,
         pools={"cls": _by_class_token, "mean": _by_patch_mean},
-        **_COMMON,
+        **COMMON,
     )
 )
 register_encoder(
@@ -255,7 +255,7 @@ register_encoder(
         problem=_swin_problem,
         pools={"mean": _swin_pool},
         feature_maps=_swin_feature_maps,
-        **_COMMON,
+        **COMMON,
     )
 )
 for _model in (

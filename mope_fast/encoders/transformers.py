@@ -15,12 +15,14 @@ from .families import (
     PromptedLayer,
     keys_and_values,
     no_problem,
+    nothing,
     refuse_encoder,
     register_encoder,
     registered_family,
 )
 from .pooling import Pool, first_token, last_real_token, masked_mean, patch_mean, token_at, token_mean
 from .transformers_attention import attach, register_interfaces
+from .transformers_forwards import mpnet_attention, replace_in, wavlm_attention
 
 Layers = Callable[[nn.Module], Sequence[PromptedLayer]]
 
@@ -245,6 +247,12 @@ def _attach_wav2vec2(encoder: nn.Module) -> Callable[[nn.Module], None]:
     return functools.partial(_detach_wav2vec2, detach)
 
 
+def _attach_wavlm(encoder: nn.Module) -> Callable[[nn.Module], None]:
+    detach = replace_in("encoder.layers", "attention", "torch_multi_head_self_attention", wavlm_attention)(encoder)
+    encoder._get_feature_vector_attention_mask = functools.partial(_real_frames, encoder)
+    return functools.partial(_detach_wav2vec2, detach)
+
+
 def _detach_wav2vec2(detach: Callable[[nn.Module], None], encoder: nn.Module) -> None:
     detach(encoder)
     vars(encoder).pop("_get_feature_vector_attention_mask", None)
@@ -433,6 +441,13 @@ _register(
     layers=layers_at("encoder.layers", attention="attention", keys="attention.k_proj", values="attention.v_proj"),
 )
 
+_register(
+    "mpnet", "MPNetModel", like="bert", problem=no_problem, setup=nothing,
+    layers="encoder.layer", attention="attention.attn", keys="attention.attn.k", values="attention.attn.v",
+    attach=replace_in("encoder.layer", "attention.attn", "forward", mpnet_attention),
+)  # fmt: skip
+_register("wavlm", "WavLMModel", like="wav2vec2", setup=nothing, attach=_attach_wavlm)
+
 _NO_INTERFACE = "its attention doesn't go through transformers' attention interface, where prompts enter"
 _ONE_MODULE = "its layers are one module that is called again and again, and each layer needs prompts of its own"
 _LOCAL = "its attention is computed in blocks, where keys that every token sees have no place"
@@ -449,12 +464,10 @@ for _module, _models, _reason in (
     ("deberta", ("DebertaModel",), _BY_CONTENT),
     ("deberta_v2", ("DebertaV2Model",), _BY_CONTENT),
     ("longformer", ("LongformerModel",), _LOCAL),
-    ("mpnet", ("MPNetModel",), _NO_INTERFACE),
     ("swin", ("SwinModel",), "transformers hands its windows no image to belong to; take timm's SwinTransformer"),
     ("timesformer", ("TimesformerModel",), f"{_NO_INTERFACE}, and it attends to time and space in turn; take VideoMAEModel"),
     ("wav2vec2_bert", ("Wav2Vec2BertModel",), _CONVOLUTIONS),
     ("wav2vec2_conformer", ("Wav2Vec2ConformerModel",), _CONVOLUTIONS),
-    ("wavlm", ("WavLMModel",), f"{_NO_INTERFACE}; take Wav2Vec2Model or HubertModel"),
 ):  # fmt: skip
     for _model in _models:
         _file = _module if "." in _module else f"{_module}.modeling_{_module}"

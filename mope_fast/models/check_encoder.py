@@ -3,10 +3,8 @@
 import copy
 import functools
 import inspect
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -141,7 +139,7 @@ def _checked(
 
     plain = copy.deepcopy(encoder)
     if hasattr(plain, "set_attn_implementation"):
-        _use_its_own_attention(plain)
+        plain.set_attn_implementation("eager")
     context, scores, expected_seen = model.bank.prepare(cross), [], []
     pool: Pool = family.router_pool(plain, inputs)
 
@@ -229,16 +227,25 @@ def _on_concatenation(modules: list[nn.Module], prompts_of: PromptsOf, seen: lis
 
 @contextmanager
 def _attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
-    """Set on the object, in place of its class's."""
+    """Set on the object, in place of its own or its class's."""
+    missing = object()
+    before = vars(module).get(name, missing)
     setattr(module, name, value)
     try:
         yield
     finally:
-        delattr(module, name)
+        delattr(module, name) if before is missing else setattr(module, name, before)
 
 
 def _concatenated(
-    index: int, module: nn.Module, forward: Callable[..., Any], prompts_of: PromptsOf, seen: list[Tensor], *args: Any, **named: Any
+    index: int,
+    module: nn.Module,
+    forward: Callable[..., Any],
+    prompts_of: PromptsOf,
+    seen: list[Tensor],
+    /,
+    *args: Any,
+    **named: Any,
 ) -> Any:
     given = inspect.signature(forward).bind(*args, **named)
     hidden_name = next(iter(given.arguments))
@@ -252,8 +259,8 @@ def _concatenated(
     for name, value in given.arguments.items():
         given.arguments[name] = _longer(name, value, length, tokens)
     given.arguments[hidden_name] = torch.cat([prompts.expand(len(hidden_states), -1, -1), hidden_states], dim=1)
-    with _biases_of_tokens(module, length, tokens), _setting(_PROMPTS, length):
-        output = tree_map(functools.partial(_cut, length, tokens), forward(*given.args, **given.kwargs))
+    with _aware_of_prompts(module, length, tokens):
+        output = _without_prompts(forward(*given.args, **given.kwargs), length, tokens)
     seen.append(_first(output).detach())
     return output
 
@@ -272,56 +279,42 @@ def _longer(name: str, value: Any, length: int, tokens: int) -> Any:
     return F.pad(value, (length, 0, length, 0) if square else (length, 0), value=0.0 if value.is_floating_point() else 1)
 
 
-def _cut(length: int, tokens: int, value: Any) -> Any:
-    """What a layer gives, without prompts."""
-    if not isinstance(value, Tensor):
-        return value
-    if value.dim() == 3 and value.shape[1] == length + tokens:
-        return value[:, length:]
-    square = value.dim() == 4 and value.shape[-2:] == (length + tokens, length + tokens)
-    return value[..., length:, length:] if square else value
+def _without_prompts(output: Any, length: int, tokens: int) -> Any:
+    """What a layer gives for its tokens: hidden states, which come first, and biases by position for the next layer."""
+    hidden_states = _first(output)
+
+    def cut(value: Any) -> Any:
+        if value is hidden_states:
+            return value[:, length:]
+        square = isinstance(value, Tensor) and value.dim() > 2 and value.shape[-2:] == (length + tokens, length + tokens)
+        return value[..., length:, length:] if square else value
+
+    return tree_map(cut, output)
 
 
 @contextmanager
-def _biases_of_tokens(module: nn.Module, length: int, tokens: int) -> Iterator[None]:
-    """Within, what a layer's parts give of a bias by position for tokens is zero where prompts are."""
+def _aware_of_prompts(module: nn.Module, length: int, tokens: int) -> Iterator[None]:
+    """Within, biases by position that a layer's parts make are zero where prompts are, and prompts are with what isn't rotated."""
 
     def padded(part: nn.Module, args: Any, output: Any) -> Any:
         of_tokens = isinstance(output, Tensor) and output.shape[-2:] == (tokens, tokens)
         return F.pad(output, (length, 0, length, 0)) if of_tokens else None
 
-    handles = [part.register_forward_hook(padded) for part in module.modules() if part is not module]
-    try:
+    def compute_bias(original: Callable[..., Tensor], *args: Any, **named: Any) -> Tensor:
+        """As T5 and WavLM make it, by distances."""
+        bias = original(*args, **named)
+        of_token = torch.arange(length + tokens) >= length
+        return bias * of_token * of_token[:, None]
+
+    with ExitStack() as stack:
+        for part in module.modules():
+            if part is not module:
+                stack.callback(part.register_forward_hook(padded).remove)
+            if hasattr(part, "compute_bias"):
+                stack.enter_context(_attribute(part, "compute_bias", functools.partial(compute_bias, part.compute_bias)))
+            if hasattr(part, "_get_rel_pos_bias"):  # timm's BEiT
+                bias = part._get_rel_pos_bias
+                stack.enter_context(_attribute(part, "_get_rel_pos_bias", lambda bias=bias: F.pad(bias(), (length, 0, length, 0))))
+            if isinstance(fixed := getattr(part, "num_prefix_tokens", None), int):
+                stack.enter_context(_attribute(part, "num_prefix_tokens", fixed + length))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-_PROMPTS: ContextVar[int] = ContextVar("prompts in front of a layer's tokens", default=0)
-
-
-@contextmanager
-def _setting(variable: ContextVar[int], value: int) -> Iterator[None]:
-    token = variable.set(value)
-    try:
-        yield
-    finally:
-        variable.reset(token)
-
-
-def _use_its_own_attention(encoder: nn.Module) -> None:
-    """transformers' eager one of the encoder's own file, without a bias by position where prompts are."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import eager_mask
-
-    AttentionInterface.register("mope_fast_check", _its_own_attention)
-    AttentionMaskInterface.register("mope_fast_check", eager_mask)
-    encoder.set_attn_implementation("mope_fast_check")
-
-
-def _its_own_attention(module: nn.Module, *args: Any, position_bias: Tensor | None = None, **named: Any) -> Any:
-    if position_bias is not None:
-        of_token = torch.arange(position_bias.shape[-1]) >= _PROMPTS.get()
-        named["position_bias"] = position_bias * of_token * of_token[:, None]
-    return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **named)

@@ -218,7 +218,7 @@ class PromptAttention(nn.Module):
         if attn_mask is not None:
             if key_padding_mask is not None or bias is not None:
                 raise ValueError("attn_mask stands for key_padding_mask or bias: pass them, or attn_mask alone")
-            key_padding_mask, bias = _split_attn_mask(attn_mask, q)
+            key_padding_mask, bias = split_attn_mask(attn_mask, q)
         masking = {"key_padding_mask": key_padding_mask, "bias": bias, "impl": self.impl}
         if field is None:
             out = functional.prompt_attention(q, k, v, prefixes, is_causal=is_causal, window=self.window, **masking)
@@ -259,7 +259,7 @@ def _checked_head_dim(head_dim: int) -> int:
     return head_dim
 
 
-def _split_attn_mask(attn_mask: Tensor, q: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def split_attn_mask(attn_mask: Tensor, q: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """A mask that broadcasts to (B, H, S, S) -> key_padding_mask where it is one, else bias."""
     batch, heads, tokens, _ = q.shape
     if not isinstance(attn_mask, Tensor) or not (attn_mask.dtype == torch.bool or attn_mask.is_floating_point()):

@@ -38,6 +38,14 @@ def test_a_mask_with_a_window_says_all_whatever_the_module_says():
     torch.testing.assert_close(got, prompt_attention(q, q, q, window=(1, 1)).transpose(1, 2))
 
 
+def test_without_a_mask_the_module_says_whether_it_is_causal():
+    module = nn.Identity()
+    module.is_causal = True
+    q = torch.randn(2, 4, 5, 8)
+    got, _ = adapters._attention(module, q, q, q, None)
+    torch.testing.assert_close(got, prompt_attention(q, q, q, is_causal=True).transpose(1, 2))
+
+
 def test_an_attention_that_asks_for_a_window_which_its_mask_lacks_is_refused():
     q = torch.randn(2, 4, 5, 8)
     with pytest.raises(ValueError, match="Identity attends within a window of 3 tokens, but the mask that it was given has none"):

@@ -1,9 +1,10 @@
-"""Today's encoders of transformers, of a few thousand weights: one for each way to attend, and those that share it."""
+"""Today's encoders of transformers and timm, of a few thousand weights: one for each way to attend, and those that share it."""
 
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ _WAVEFORM = {
     **_SIZES, "conv_dim": (16, 16), "conv_kernel": (4, 3), "conv_stride": (3, 2), "num_conv_pos_embeddings": 3,
     "num_conv_pos_embedding_groups": 2, "conv_pos_kernel_size": 3,
 }  # fmt: skip
+
+_WAVLM = {**_WAVEFORM, "num_conv_pos_embeddings": 4, "num_buckets": 8, "max_bucket_distance": 6}
 
 
 def make_ids() -> Tensor:
@@ -61,6 +64,16 @@ def _row(name: str, settings: dict[str, Any], example: Callable[[], Any] = make_
     return partial(_make, model or f"{name}Model", f"{name}Config", **{**settings, **more}), example
 
 
+def _make_timm(path: str, **settings: Any) -> nn.Module:
+    file, _, name = path.partition(".")
+    sizes = {"img_size": 12, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 0}
+    return getattr(pytest.importorskip(f"timm.models.{file}"), name)(**sizes, **settings)
+
+
+def _timm(path: str, **settings: Any):
+    return partial(_make_timm, path, **settings), make_images
+
+
 MECHANISMS = {
     "modernbert: windows, rotation, packed projections": _row(
         "ModernBert", _TEXT, cls_token_id=1, sep_token_id=2, global_attn_every_n_layers=2, local_attention=4
@@ -88,6 +101,20 @@ MECHANISMS = {
     ),
     "videomae: biases apart from the projections": _row("VideoMAE", _IMAGE, make_video, num_frames=4, tubelet_size=2),
     "data2vec_audio: samples that become frames": _row("Data2VecAudio", _WAVEFORM, make_waveform),
+    "mpnet: a bias by position, no interface": _row("MPNet", _TEXT),
+    "wavlm: a bias that the query gates": _row("WavLM", _WAVLM, make_waveform),
+    "wavlm: norms before": _row("WavLM", _WAVLM, make_waveform, do_stable_layer_norm=True, feat_extract_norm="layer"),
+    "timm_eva: EVA-02": _timm("eva.Eva", use_rot_pos_emb=True, swiglu_mlp=True, scale_mlp=True, qkv_fused=False),
+    "timm_eva: a bias apart from the packed projection": _timm(
+        "eva.Eva", use_rot_pos_emb=True, scale_attn_inner=True, global_pool="token"
+    ),
+    "timm_eva: DINOv3": _timm(
+        "eva.Eva", use_rot_pos_emb=True, rope_type="dinov3", rope_rotate_half=True, num_reg_tokens=4, use_abs_pos_emb=False,
+        attn_type="rope",
+    ),
+    "timm_eva: rotations of each layer, norms of keys": _timm("eva.Eva", use_rot_pos_emb=True, rope_type="mixed", qk_norm=True),
+    "timm_beit: a bias of each layer": _timm("beit.Beit", use_rel_pos_bias=True, use_abs_pos_emb=False),
+    "timm_beit: one bias for all layers": _timm("beit.Beit", use_shared_rel_pos_bias=True, global_pool="token"),
 }  # fmt: skip
 ALIASES = {
     "camembert": _row("Camembert", _TEXT),

@@ -650,8 +650,8 @@ FAMILIES = (
         "encoders/transformers_attention.py",
         'is_causal = getattr(module, "is_causal", False) if is_causal is None else is_causal',
         "is_causal = bool(is_causal)",
-        "Tokens of GPT-2 and of CLIP's text encoder see those behind them.",
-        f"{_CONCATENATED}[kv-gpt2]",
+        "An attention that is given no mask sees what comes behind a token, though it is causal.",
+        f"{_OTHER_ATTENTION}test_without_a_mask_the_module_says_whether_it_is_causal",
     ),
     _fault(
         "windows-compiled-away",

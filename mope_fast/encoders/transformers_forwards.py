@@ -1,0 +1,61 @@
+"""Encoders of transformers whose attention doesn't go through its interface: one of ours in the place of its product."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from .._dispatch import prompt_attention
+from .attachment import prefixes_of
+
+
+def replace_in(layers: str, attention: str, method: str, ours: Callable[..., Any]) -> Callable[[nn.Module], Any]:
+    """What attaches: in each of the layers ``ours``, called with the attention module first, in the place of its method."""
+    return functools.partial(_attach, layers, attention, method, ours)
+
+
+def _attach(layers: str, attention: str, method: str, ours: Callable[..., Any], encoder: nn.Module) -> Callable[..., None]:
+    parts = [layer.get_submodule(attention) for layer in encoder.get_submodule(layers)]
+    detach = functools.partial(_detach, parts, method)
+    try:
+        for part in parts:
+            setattr(part, method, functools.partial(ours, part))
+    except BaseException:  # a Ctrl-C too
+        detach(encoder)
+        raise
+    return detach
+
+
+def _detach(parts: list[nn.Module], method: str, encoder: nn.Module) -> None:
+    for part in parts:
+        vars(part).pop(method, None)
+
+
+def mpnet_attention(
+    attention: nn.Module,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    output_attentions: bool = False,
+    **kwargs: Any,
+) -> tuple[Tensor, ...]:
+    """``MPNetSelfAttention.forward``; its mask (B, 1, 1, S) is 0 where a token is real."""
+    heads = (-1, attention.attention_head_size)
+    q, k, v = (proj(hidden_states).unflatten(-1, heads).transpose(1, 2) for proj in (attention.q, attention.k, attention.v))
+    padding = None if attention_mask is None else attention_mask[:, 0, 0] == 0
+    out = prompt_attention(q, k, v, prefixes_of(attention), key_padding_mask=padding, bias=position_bias)
+    return (attention.o(out.transpose(1, 2).flatten(2)),)
+
+
+def wavlm_attention(
+    attention: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None, gated_position_bias: Tensor
+) -> tuple[Tensor, None]:
+    """``WavLMAttention.torch_multi_head_self_attention``; its bias (B * H, S, S) is gated by what a query holds."""
+    heads = (-1, attention.head_dim)
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    q, k, v = (proj(hidden_states).unflatten(-1, heads).transpose(1, 2) for proj in projections)
+    padding = None if attention_mask is None else attention_mask == 1
+    bias = gated_position_bias.unflatten(0, (-1, attention.num_heads))
+    out = prompt_attention(q, k, v, prefixes_of(attention), key_padding_mask=padding, bias=bias)
+    return attention.out_proj(out.transpose(1, 2).flatten(2)), None
