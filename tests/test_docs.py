@@ -54,10 +54,20 @@ def test_a_page_that_promises_code_has_it(page):
 
 
 def test_the_table_has_every_encoder_and_no_other():
-    rows = re.findall(r"^\| `(\w+)` \|(.*)$", (DOCS / "encoders.md").read_text(), re.MULTILINE)
+    page, _, _ = (DOCS / "encoders.md").read_text().partition("## Refused")
+    rows = re.findall(r"^\| `(\w+)` \|(.*)$", page, re.MULTILINE)
     assert sorted(name for name, _ in rows) == sorted(supported_encoders())
     for name, row in rows:
         assert all(f"`{model.rpartition('.')[2]}`" in row for model in supported_encoders()[name])
+
+
+def test_the_page_says_what_is_refused_and_why():
+    page = (DOCS / "encoders.md").read_text()
+    rows = dict(
+        re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| (.*) \|$", page[page.index("## Refused") : page.index("## Pooling")], re.MULTILINE)
+    )
+    told = {name: reason for names, reason in rows.items() for name in re.findall(r"`(\w+)`", names)}
+    assert told == {model.rpartition(".")[2]: reason for model, reason in families._REFUSED.items()}
 
 
 def test_the_page_of_mope_baf_has_every_setting_with_its_default():

@@ -464,7 +464,7 @@ for _module, _models, _reason in (
     ("deberta", ("DebertaModel",), _BY_CONTENT),
     ("deberta_v2", ("DebertaV2Model",), _BY_CONTENT),
     ("longformer", ("LongformerModel",), _LOCAL),
-    ("swin", ("SwinModel",), "transformers hands its windows no image to belong to; take timm's SwinTransformer"),
+    ("swin", ("SwinModel",), "its attention is given windows, not the image that they are of; take timm's SwinTransformer"),
     ("timesformer", ("TimesformerModel",), f"{_NO_INTERFACE}, and it attends to time and space in turn; take VideoMAEModel"),
     ("wav2vec2_bert", ("Wav2Vec2BertModel",), _CONVOLUTIONS),
     ("wav2vec2_conformer", ("Wav2Vec2ConformerModel",), _CONVOLUTIONS),

@@ -576,8 +576,7 @@ def test_what_can_not_take_prompts_says_why_and_stays_as_it_was(make, message):
 
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 4}
 UNLISTED = {
-    "Eva": lambda: timm.models.eva.Eva(**SMALL),
-    "Beit": lambda: timm.models.beit.Beit(**SMALL),
+    "Cait": lambda: timm.models.cait.Cait(**SMALL),
     "NaFlexVit": lambda: timm.models.naflexvit.NaFlexVit(timm.models.naflexvit.NaFlexVitCfg(embed_dim=32, depth=1, num_heads=4)),
 }
 
