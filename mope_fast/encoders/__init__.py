@@ -1,5 +1,6 @@
 """How frozen encoders take prompts: one small adapter a family."""
 
+from . import multihead as _multihead  # noqa: F401
 from . import timm as _timm  # noqa: F401
 from . import timm_positions as _timm_positions  # noqa: F401
 from . import transformers as _transformers  # noqa: F401

@@ -275,7 +275,7 @@ def _longer(name: str, value: Any, length: int, tokens: int) -> Any:
         return type(value)(_longer(name, part, length, tokens) for part in value)
     if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[-1] != tokens or "position_ids" in name:
         return value
-    square = value.shape[-2] == tokens and value.dim() > 2
+    square = value.shape[-2] == tokens and (value.dim() > 2 or value.is_floating_point())
     return F.pad(value, (length, 0, length, 0) if square else (length, 0), value=0.0 if value.is_floating_point() else 1)
 
 

@@ -9,11 +9,14 @@ from torch import Tensor, nn
 
 from .._autocast import without_autocast
 
-_LAYER_NORMS = ("torch.nn.modules.normalization.LayerNorm.forward", "timm.layers.norm.LayerNorm.forward")
+_LAYER_NORMS = (
+    "torch.nn.modules.normalization.LayerNorm.forward", "timm.layers.norm.LayerNorm.forward",
+    "open_clip.transformer.LayerNorm.forward",
+)  # fmt: skip
 _RMS_NORMS = ("torch.nn.modules.normalization.RMSNorm.forward", "timm.layers.norm.RmsNorm.forward")
 _TRANSFORMERS_RMS_NORMS = {
     "LlamaRMSNorm": 0.0, "MistralRMSNorm": 0.0, "Qwen2RMSNorm": 0.0, "Qwen3RMSNorm": 0.0, "T5LayerNorm": 0.0, "UMT5LayerNorm": 0.0,
-    "GemmaRMSNorm": 1.0, "Gemma2RMSNorm": 1.0, "Gemma3RMSNorm": 1.0,
+    "EuroBertRMSNorm": 0.0, "GemmaRMSNorm": 1.0, "Gemma2RMSNorm": 1.0, "Gemma3RMSNorm": 1.0,
 }  # fmt: skip
 """What is added to their weight."""
 

@@ -70,6 +70,19 @@ def _make_timm(path: str, **settings: Any) -> nn.Module:
     return getattr(pytest.importorskip(f"timm.models.{file}"), name)(**sizes, **settings)
 
 
+def _make_torchvision() -> nn.Module:
+    models = pytest.importorskip("torchvision.models")
+    encoder = models.VisionTransformer(12, 4, num_layers=2, num_heads=4, hidden_dim=32, mlp_dim=40)
+    encoder.heads = nn.Identity()
+    return encoder
+
+
+def _make_open_clip(name: str, *sizes: int, **settings: Any) -> nn.Module:
+    return getattr(pytest.importorskip("open_clip.transformer"), name)(
+        *sizes, width=32, layers=2, heads=4, mlp_ratio=1.25, output_dim=24, **settings
+    )
+
+
 def _timm(path: str, **settings: Any):
     return partial(_make_timm, path, **settings), make_images
 
@@ -115,6 +128,10 @@ MECHANISMS = {
     "timm_eva: rotations of each layer, norms of keys": _timm("eva.Eva", use_rot_pos_emb=True, rope_type="mixed", qk_norm=True),
     "timm_beit: a bias of each layer": _timm("beit.Beit", use_rel_pos_bias=True, use_abs_pos_emb=False),
     "timm_beit: one bias for all layers": _timm("beit.Beit", use_shared_rel_pos_bias=True, global_pool="token"),
+    "torchvision_vit: nn.MultiheadAttention": (_make_torchvision, make_images),
+    "open_clip_vision: the same": (partial(_make_open_clip, "VisionTransformer", 12, 4), make_images),
+    "open_clip_vision: the mean": (partial(_make_open_clip, "VisionTransformer", 12, 4, pool_type="avg"), make_images),
+    "open_clip_text: a triangle as a mask": (partial(_make_open_clip, "TextTransformer", TOKENS, 50), make_ids),
 }  # fmt: skip
 ALIASES = {
     "camembert": _row("Camembert", _TEXT),

@@ -1,0 +1,172 @@
+"""Encoders made of torch's nn.MultiheadAttention: torchvision's VisionTransformer, open_clip's towers."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .._dispatch import prompt_attention
+from .attachment import is_wrapped, prefixes_of
+from .families import EncoderFamily, Inputs, PromptedLayer, register_encoder
+from .pooling import Pool, first_token, last_real_token, patch_mean, token_at
+
+Blocks = Callable[[nn.Module], Sequence[nn.Module]]
+
+
+def _keys_and_values(attention: nn.MultiheadAttention, rows: Tensor) -> Tensor:
+    width, bias = attention.embed_dim, attention.in_proj_bias
+    return F.linear(rows, attention.in_proj_weight[width:], None if bias is None else bias[width:])
+
+
+def _attention(
+    attention: nn.MultiheadAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """``nn.MultiheadAttention.forward`` of one sequence to itself; its masks are True, or -inf, where a token is hidden."""
+    prefixes = prefixes_of(attention)
+    if not prefixes:
+        return type(attention).forward(
+            attention, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        )  # fmt: skip
+    if query is not key or query is not value:
+        raise RuntimeError("prompts reached an nn.MultiheadAttention that attends to another sequence than its own")
+    packed = F.linear(query, attention.in_proj_weight, attention.in_proj_bias)
+    q, k, v = (part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for part in packed.chunk(3, dim=-1))
+    padding = None if key_padding_mask is None else key_padding_mask == 0
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(attn_mask, -torch.inf)
+    bias = attn_mask
+    if attn_mask is not None:
+        bias = attn_mask[None, None] if attn_mask.dim() == 2 else attn_mask.unflatten(0, (-1, attention.num_heads))
+    out = prompt_attention(q, k, v, prefixes, key_padding_mask=padding, bias=bias)
+    return attention.out_proj(out.transpose(1, 2).flatten(2)), None
+
+
+def _family(name: str, model: str, blocks: Blocks, attention: str, **facts: Any) -> None:
+    """Of blocks whose ``ln_1`` is before their attention."""
+    layers, attach = (functools.partial(function, blocks, attention) for function in (_layers, _attach))
+    register_encoder(EncoderFamily(name=name, models=(model,), layers=layers, attach=attach, feature=_output, **facts))
+
+
+def _layers(blocks: Blocks, name: str, encoder: nn.Module) -> list[PromptedLayer]:
+    layers = []
+    for block in blocks(encoder):
+        attention = getattr(block, name)
+        k_proj = functools.partial(_keys_and_values, attention)
+        layers.append(PromptedLayer(block, attention, attention.embed_dim, block.ln_1, k_proj, None, attention.num_heads))
+    return layers
+
+
+def _problem(blocks: Blocks, name: str, supported: str, encoder: nn.Module) -> str | None:
+    for index, block in enumerate(blocks(encoder)):
+        attention = getattr(block, name, None)
+        if f"{type(block).__module__}.{type(block).__qualname__}" != supported or type(attention) is not nn.MultiheadAttention:
+            return f"its block {index} is a {type(block).__name__} with a {type(attention).__name__}; {supported} is supported"
+        if not attention.batch_first:
+            return "its layers take sequences before samples: make it with batch_first=True"
+        if "forward" in vars(attention) and not is_wrapped(attention):
+            return f"the attention of its block {index} has a forward of its own on the object, which prompts would not pass"
+    return None
+
+
+def _attach(blocks: Blocks, name: str, encoder: nn.Module) -> Callable[[nn.Module], None]:
+    detach = functools.partial(_detach, blocks, name)
+    try:
+        for block in blocks(encoder):
+            attention = getattr(block, name)
+            attention.forward = functools.partial(_attention, attention)
+    except BaseException:  # a Ctrl-C too
+        detach(encoder)
+        raise
+    return detach
+
+
+def _detach(blocks: Blocks, name: str, encoder: nn.Module) -> None:
+    for block in blocks(encoder):
+        vars(getattr(block, name)).pop("forward", None)
+
+
+def _output(encoder: nn.Module, output: Tensor, inputs: Inputs) -> Tensor:
+    return output
+
+
+# torchvision
+
+
+def _torchvision_blocks(encoder: nn.Module) -> Sequence[nn.Module]:
+    return encoder.encoder.layers
+
+
+_TORCHVISION_BLOCK = "torchvision.models.vision_transformer.EncoderBlock"
+
+
+def _torchvision_problem(encoder: nn.Module) -> str | None:
+    if not isinstance(encoder.heads, nn.Identity):
+        return "it ends in a classifier: set heads = nn.Identity() on it, and give the fused model num_classes or head"
+    return _problem(_torchvision_blocks, "self_attention", _TORCHVISION_BLOCK, encoder)
+
+
+def _by_class_token(encoder: nn.Module, inputs: Inputs) -> Pool:
+    return first_token
+
+
+def _by_patch_mean(encoder: nn.Module, inputs: Inputs) -> Pool:
+    return patch_mean(1)
+
+
+_IMAGE_POOLS = {"cls": _by_class_token, "mean": _by_patch_mean}
+_family(
+    "torchvision_vit", "torchvision.models.vision_transformer.VisionTransformer", _torchvision_blocks,
+    "self_attention", input_name="x", pool=_by_class_token, pools=_IMAGE_POOLS,
+    feature_width=lambda encoder: encoder.hidden_dim, problem=_torchvision_problem,
+)  # fmt: skip
+
+
+# open_clip
+
+
+def _open_clip_blocks(encoder: nn.Module) -> Sequence[nn.Module]:
+    return encoder.transformer.resblocks
+
+
+def _open_clip_image_pool(encoder: nn.Module, inputs: Inputs) -> Pool:
+    return patch_mean(1) if encoder.pool_type == "avg" else first_token
+
+
+def _open_clip_text_pool(encoder: nn.Module, inputs: Inputs) -> Pool:
+    """As the tower pools its output; its end of text has the largest id."""
+    if encoder.pool_type == "argmax":
+        return token_at(inputs["text"].argmax(-1))
+    return first_token if encoder.pool_type == "first" else last_real_token(None)
+
+
+_OPEN_CLIP_BLOCK = "open_clip.transformer.ResidualAttentionBlock"
+
+
+def _open_clip_problem(encoder: nn.Module) -> str | None:
+    if encoder.output_tokens:
+        return "it gives its tokens beside the feature: set output_tokens = False on it"
+    if encoder.pool_type == "none":
+        return "it doesn't pool its tokens (pool_type='none')"
+    return _problem(_open_clip_blocks, "attn", _OPEN_CLIP_BLOCK, encoder)
+
+
+_OPEN_CLIP = {"feature_width": lambda encoder: encoder.output_dim, "problem": _open_clip_problem}
+_family(
+    "open_clip_vision", "open_clip.transformer.VisionTransformer", _open_clip_blocks, "attn", input_name="x",
+    pool=_open_clip_image_pool, pools=_IMAGE_POOLS, **_OPEN_CLIP,
+)  # fmt: skip
+_family(
+    "open_clip_text", "open_clip.transformer.TextTransformer", _open_clip_blocks, "attn", input_name="text",
+    pool=_open_clip_text_pool, **_OPEN_CLIP,
+)  # fmt: skip
