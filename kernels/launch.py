@@ -81,19 +81,19 @@ def mix_launch(batch: int, experts: int, width: int, itemsize: int, *, gram: boo
 
 
 FEATURE_BLOCK = 64
-"""Of a layer's own feature, that go into its router's query at a time."""
+"""Columns of a layer's own feature that go into its router's query at a time."""
 GRADS_BLOCK = 32
-"""Of its gradient, and that of the weight it meets, at a time."""
-SAMPLES = 16
-"""At a time, where the batch must not change a sample's bits."""
-SUMMED = 64
-"""Rows that are summed at a time."""
-MAX_OWN = 16
-"""Numbers of a router's own query that its kernels hold."""
+"""Columns of that feature's gradient, and of the weight's that it meets, at a time."""
+SAMPLE_BLOCK = 16
+"""Samples whose gradients by their experts, and of their logits, one program makes: the same in any batch, as their bits."""
+SUM_BLOCK = 64
+"""Rows of gradients that are added at a time where all samples share a prompt, or all prompts a shift."""
+MAX_OWN, MAX_ROUTED = 16, 512
+"""Numbers of a layer's own query, and experts, up to which kernels make the products of its router."""
 
 
 def mixture_grads_launch(batch: int, experts: int, rows: int, width: int, itemsize: int) -> MixtureGradsLaunch:
-    """Tile sizes, the same for every batch, of which parts are summed side by side where tiles alone don't fill the GPU."""
+    """Tile sizes, the same for every batch; sums over a large batch are made in parts, so that programs fill the GPU."""
     block_k = _power_of_2_in(experts, 16, 64 if itemsize == 2 else 16)
     block_m = _power_of_2_in(width, 16, 64 if itemsize == 2 else 32)
     tiles = rows * -(-width // block_m) * -(-experts // block_k)
@@ -102,7 +102,7 @@ def mixture_grads_launch(batch: int, experts: int, rows: int, width: int, itemsi
 
 
 def router_grads_launch(batch: int, experts: int) -> RouterGradsLaunch:
-    """Tile sizes of the softmax backward: the whole row of experts in one tile."""
+    """The whole row of experts in one tile, since their softmax goes backward; sums over a batch in parts of 64 samples."""
     k_padded = _power_of_2_in(experts, 16, 1024)
     return RouterGradsLaunch(max(1, min(batch // 64, 64)), 16, k_padded, _power_of_2_in(k_padded // 32, 4, 16))
 

@@ -172,7 +172,7 @@ def _mix_prompt(
     BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
     K_PADDED: tl.constexpr, OWN_PADDED: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """One routed prompt, of each sample, to ``to`` [rows, columns]; the first writes scores and query, each its norm."""
+    """One routed prompt of each sample to ``to`` [rows, columns], and its norms; the first one also writes scores and query."""
     OPERANDS: tl.constexpr = operand_type(to.dtype.element_ty, ACC)
     query = _own_query(
         feature_ptr, weight_ptr, rows, in_batch, D, OWN, feature_strides, weight_strides, BLOCK_B, BLOCK_D, OWN_PADDED, ACC
@@ -543,8 +543,8 @@ def _gram_grads(
         d_norm_sq, _ = _norm_grads(du, s, rstd_ptr, rows, row, L, B)
         s_i = _load_2d(scores_ptr, rows, i, B, K, (K, 1), ACC)
         to_gram = dot(tl.trans(s_i * d_norm_sq[:, None]), s, to_gram)
-    at = grad_gram_ptr + split.to(tl.int64) * grad_gram_strides[0] + row * grad_gram_strides[1]
-    at += i[:, None].to(tl.int64) * grad_gram_strides[2] + cols[None, :].to(tl.int64) * grad_gram_strides[3]
+    at = grad_gram_ptr + split.to(tl.int64) * L * K * K + row * grad_gram_strides[0]
+    at += i[:, None].to(tl.int64) * grad_gram_strides[1] + cols[None, :].to(tl.int64) * grad_gram_strides[2]
     tl.store(at, to_gram.to(grad_gram_ptr.dtype.element_ty), mask=(i < K)[:, None] & (cols < K)[None, :])
 
 

@@ -19,17 +19,18 @@ def warmup(model: nn.Module, *inputs: Any, **named: Any) -> None:
 
     Kernels depend on dtypes, head dimension, kinds of masks and, in 16 bits, on whether the number of queries divided by 64 rounds
     up to an odd number or an even one. So texts of any length take two calls, with 64 and with 128 tokens. More than 511 tokens,
-    more than 255 samples, and no more samples than experts have kernels of their own.
+    more than 127 samples, and no more samples than experts have kernels of their own.
 
-    Parameters, their gradients, buffers, modes, and the state of random numbers are afterwards what they were, and hooks that wait
-    for a parameter's gradient don't run. Of a DistributedDataParallel its module runs. Warm up before parameters are sharded.
+    Parameters, their gradients, buffers, modes, and the state of torch's random numbers are afterwards what they were. Hooks of
+    modules and tensors run, those behind a parameter's accumulated gradient don't. Of a DistributedDataParallel its module
+    runs. Warm up before parameters are sharded.
 
     Args:
         model: what has prompts of this library; it may be a part of the module.
         inputs, named: as of the model's forward.
 
     Raises:
-        Whatever the model's forward or backward does.
+        Whatever the model's forward or backward does; torch's RuntimeError for a part that is checkpointed with use_reentrant=True.
 
     Example:
         >>> warmup(model.train(), images, text, labels=labels)
@@ -50,7 +51,8 @@ def warmup(model: nn.Module, *inputs: Any, **named: Any) -> None:
                     torch.autograd.grad([result.square().sum() for result in taken], wanted, allow_unused=True)
                 for part in _classifiers(model):
                     part._auxiliary = None
-        model.eval()
+        for module in model.modules():  # not eval(), by which a layer may merge weights
+            module.training = False
         with torch.no_grad():
             model(*inputs, **named)
 
@@ -62,12 +64,9 @@ def _classifiers(model: nn.Module) -> list[Classifier]:
 @contextmanager
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [
-        (module._buffers, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
+    names = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    # an inference tensor has no version, and can't be written to here
+    kept = [(buffer, buffer._version, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_inference()]
     auxiliary = [(part, part._auxiliary) for part in _classifiers(model)]
     devices = {parameter.device.index for parameter in model.parameters() if parameter.device.type == "cuda"}
     with torch.random.fork_rng(sorted(devices)):
@@ -80,8 +79,12 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
                 module.training = mode
             for part, loss in auxiliary:
                 part._auxiliary = loss
-            for holder, name, buffer, value in buffers:
-                holder[name] = buffer
-                if not torch.equal(buffer, value):  # who hasn't changed may be saved by a graph, or can't be written to
+            for holder, own in names:
+                holder.clear()
+                holder.update(own)
+            for buffer, version, value in kept:
+                if buffer._version != version and buffer.shape == value.shape:
                     with torch.no_grad():
-                        buffer.copy_(value)
+                        buffer.copy_(value)  # in its own memory, which a CUDA graph may know
+                elif buffer._version != version:
+                    buffer.data = value

@@ -44,13 +44,20 @@ def _reference_forward(feature, cross, weight, keys, experts, before, after, gra
 def _triton_forward(feature, cross, weight, keys, experts, before, after, gram, shift, top_k, renormalize, eps, out_dtype):
     arguments = (feature, cross, weight, keys, experts, before, after, gram, shift)
     rows, scores, rstd, query = _fake_forward(*arguments, top_k, renormalize, eps, out_dtype)
-    layer = mixing.LayerInputs(feature, weight, keys, query, not_empty(before), not_empty(after), shift)
-    if weight.shape[0] > kernels_of("launch").MAX_OWN:
+    layer = mixing.LayerInputs(feature, weight, keys, not_empty(before), not_empty(after), shift)
+    written = query
+    if _routes_by_products(weight, experts):
         cross, query = router_logits(feature, cross, weight, keys, scores.dtype)
-        layer = layer._replace(feature=None, weight=None, keys=None, query=None)
+        layer, written = layer._replace(feature=None, weight=None, keys=None), None
     settings = {"temperature": 1.0, "top_k": top_k, "renormalize": renormalize, "eps": eps}
-    mixing.launch_mixture(cross, experts, None, _by_row(gram), layer, rows, scores, rstd, **settings)
+    mixing.launch_mixture(cross, experts, None, _by_row(gram), layer, rows, scores, rstd, written, **settings)
     return rows, scores, rstd, query
+
+
+def _routes_by_products(weight: Tensor, experts: Tensor) -> bool:
+    """Whether a layer's own router is too large for its kernels, and torch makes its products."""
+    launches = kernels_of("launch")
+    return weight.shape[0] > launches.MAX_OWN or experts.shape[0] > launches.MAX_ROUTED
 
 
 def _by_row(gram: Tensor | None) -> Tensor | None:
@@ -82,13 +89,13 @@ def _triton_backward(
     top_k, renormalize, eps, needs,
 ):  # fmt: skip
     given = (feature, cross, weight, keys, experts, before, after, gram, shift, scores, rstd, query, top_k, renormalize, eps, needs)
-    if weight.shape[0] > kernels_of("launch").MAX_OWN:
+    if _routes_by_products(weight, experts):
         return _backward(mixing._triton_backward)(grad_rows, grad_scores, *given)
     grads = _fake_backward(grad_rows, grad_scores, *given)
     to_feature, to_cross, to_weight, to_keys, to_experts, to_before, to_after, to_gram, to_shift = map(not_empty, grads)
     mixing.launch_gradients(
-        grad_rows, grad_scores, cross, experts, None, _by_row(gram), scores, rstd,
-        mixing.LayerInputs(feature, weight, keys, query, before, after, shift),
+        grad_rows, grad_scores, cross, experts, None, _by_row(gram),
+        mixing.LayerInputs(feature, weight, keys, before, after, shift), scores, rstd, query,
         mixing.Gradients(
             to_cross, to_experts, _by_row(to_gram), to_feature, to_weight, to_keys, to_before, to_after, to_shift
         ),
@@ -185,18 +192,15 @@ class _LayerPrompts(torch.autograd.Function):
             return (None,) * 13
         needs = list(ctx.needs_input_grad[:9])
         settings = (ctx.top_k, ctx.renormalize, ctx.eps)
-        with without_autocast(ctx.saved_tensors[0].device.type):
-            grads = list(layer_prompts_backward(grad_rows, grad_scores, *ctx.saved_tensors, *settings, needs))
-        _, cross, _, _, _, before, after, *_ = ctx.saved_tensors
-        if _of_each_sample(before, cross):
-            grads[5] = _part_of(grad_rows, slice(0, before.shape[1]), before)
-        if _of_each_sample(after, cross):
-            grads[6] = _part_of(grad_rows, slice(-after.shape[1], None), after)
+        saved = ctx.saved_tensors  # once: with checkpointing each reading unpacks anew
+        _, cross, _, _, experts, before, after, *_ = saved
+        with without_autocast(cross.device.type):
+            grads = list(layer_prompts_backward(grad_rows, grad_scores, *saved, *settings, needs))
+        parts = (None, None, None) if grad_rows is None else grad_rows.split(_lengths(before, experts, after), dim=1)
+        for index, part, of_rows in ((5, before, parts[0]), (6, after, parts[2])):
+            if _of_each_sample(part, cross):
+                grads[index] = torch.zeros_like(part) if of_rows is None else cast(of_rows, part.dtype)
         return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None, None, None)
-
-
-def _part_of(grad_rows: Tensor | None, prompts: slice, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if grad_rows is None else cast(grad_rows[:, prompts], like.dtype)
 
 
 def layer_prompts(

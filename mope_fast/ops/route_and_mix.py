@@ -105,21 +105,25 @@ def _reference_backward(
 
 
 class LayerInputs(NamedTuple):
-    """What a layer has beside its logits and experts, see :func:`mope_fast.reference.layer_prompts`; ``query`` is an output."""
+    """What a layer has beside its logits and experts, see :func:`mope_fast.reference.layer_prompts`."""
 
     feature: Tensor | None = None
     weight: Tensor | None = None
     keys: Tensor | None = None
-    query: Tensor | None = None
     before: Tensor | None = None
     after: Tensor | None = None
     shift: Tensor | None = None
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Prompts before and behind the routed ones."""
+        return tuple(0 if part is None else part.shape[1] for part in (self.before, self.after))
 
 
 def _triton_forward(logits, experts, noise, gram, temperature, top_k, renormalize, eps, out_dtype):
     mixed, scores, rstd = _empty_outputs(logits, experts, gram, out_dtype)
     launch_mixture(
-        logits, experts, noise, gram, LayerInputs(), mixed, scores, rstd,
+        logits, experts, noise, gram, LayerInputs(), mixed, scores, rstd, None,
         temperature=temperature, top_k=top_k, renormalize=renormalize, eps=eps,
     )  # fmt: skip
     return mixed, scores, rstd
@@ -134,6 +138,7 @@ def launch_mixture(
     mixed: Tensor,
     scores: Tensor,
     rstd: Tensor,
+    query: Tensor | None,
     *,
     temperature: float,
     top_k: int | None,
@@ -154,9 +159,8 @@ def launch_mixture(
         kernels.mix_kernel, programs,
         logits_ptr=logits, noise_ptr=noise, feature_ptr=layer.feature, weight_ptr=layer.weight, keys_ptr=layer.keys,
         experts_ptr=experts, before_ptr=before, after_ptr=after, gram_ptr=gram, shift_ptr=layer.shift,
-        mixed_ptr=mixed, scores_ptr=scores, rstd_ptr=not_empty(rstd), query_ptr=layer.query,
-        B=batch, K=num_experts, L=rows, M=width, D=feature_width, OWN=own,
-        P_BEFORE=0 if before is None else before.shape[1], P_AFTER=0 if after is None else after.shape[1],
+        mixed_ptr=mixed, scores_ptr=scores, rstd_ptr=not_empty(rstd), query_ptr=query,
+        B=batch, K=num_experts, L=rows, M=width, D=feature_width, OWN=own, P_BEFORE=layer.lengths[0], P_AFTER=layer.lengths[1],
         inv_temperature=1.0 / temperature, eps=eps,
         logits_strides=logits.stride(), noise_strides=strides(noise), feature_strides=strides(layer.feature),
         weight_strides=strides(layer.weight), keys_strides=strides(layer.keys), experts_strides=experts.stride(),
@@ -181,13 +185,18 @@ class Gradients(NamedTuple):
     after: Tensor | None = None
     shift: Tensor | None = None
 
+    @property
+    def behind_du(self) -> bool:
+        """Whether anything is asked for that follows from the gradients of mixtures by their experts."""
+        return any(grad is not None for grad in (self.logits, self.gram, self.feature, self.weight, self.keys))
+
 
 def _triton_backward(
     grad_mixed, grad_scores, logits, experts, noise, gram, scores, rstd, temperature, top_k, renormalize, eps, needs
 ):
     grads = _empty_grads(logits, experts, gram, needs)
     launch_gradients(
-        grad_mixed, grad_scores, logits, experts, noise, gram, scores, rstd, LayerInputs(),
+        grad_mixed, grad_scores, logits, experts, noise, gram, LayerInputs(), scores, rstd, None,
         Gradients(*map(not_empty, grads)), temperature=temperature, recompute_softmax=top_k is not None and not renormalize,
     )  # fmt: skip
     return grads
@@ -200,93 +209,124 @@ def launch_gradients(
     experts: Tensor,
     noise: Tensor | None,
     gram: Tensor | None,
+    layer: LayerInputs,
     scores: Tensor,
     rstd: Tensor,
-    layer: LayerInputs,
+    query: Tensor | None,
     grads: Gradients,
     *,
     temperature: float,
     recompute_softmax: bool,
 ) -> None:
     """Write what was asked for, in two launches; of large batches parts are summed behind them."""
-    kernels, launches = kernels_of("route_and_mix"), kernels_of("launch")
-    (batch, num_experts), (_, rows, width) = logits.shape, experts.shape
-    sums = (grads.experts, grads.before, grads.after, grads.shift)
-    if batch == 0 or grad_rows is None:
-        for grad in grads if batch == 0 else (*sums, grads.gram):
+    if logits.shape[0] == 0:
+        for grad in grads:
             if grad is not None:
                 grad.zero_()
-    if batch == 0:
         return
-
-    of_router = [grad is not None for grad in (grads.logits, grads.feature, grads.weight, grads.keys)]
-    needs_gram = grads.gram is not None and grad_rows is not None
     du = None
-    if grad_rows is not None:
-        launch = launches.mixture_grads_launch(batch, num_experts, rows, width, experts.element_size())
-        if any(of_router) or needs_gram:
-            du = scores.new_empty((rows, batch, num_experts))
-        m_tiles, k_tiles = -(-width // launch.block_m), -(-num_experts // launch.block_k)
-        parts = [_parts(grad, launch.splits, scores) for grad in sums]
-        prompts = [0 if grad is None else count for grad, count in zip(sums, (rows * k_tiles, *_beside(layer), 1), strict=True)]
-        du_programs = 0 if du is None else -(-batch // launches.SAMPLES) * rows * k_tiles
-        of_sums = [count * m_tiles * launch.splits for count in prompts]
-        if programs := du_programs + sum(of_sums):
-            launch_kernel(
-                kernels.mixture_grads_kernel, programs,
-                grad_ptr=grad_rows, scores_ptr=scores, rstd_ptr=not_empty(rstd), experts_ptr=experts, du_ptr=du,
-                grad_experts_ptr=parts[0], grad_before_ptr=parts[1], grad_after_ptr=parts[2], grad_shift_ptr=parts[3],
-                B=batch, K=num_experts, L=rows, M=width, P_BEFORE=_beside(layer)[0], P_AFTER=_beside(layer)[1],
-                splits=launch.splits, du_programs=du_programs,
-                experts_programs=of_sums[0], before_programs=of_sums[1], after_programs=of_sums[2],
-                grad_strides=grad_rows.stride(), experts_strides=experts.stride(),
-                BLOCK_B=launch.block_b, BLOCK_K=launch.block_k, BLOCK_M=launch.block_m, SAMPLES=launches.SAMPLES,
-                SUMMED=launches.SUMMED, num_warps=launch.num_warps,
-            )  # fmt: skip
-        _sum_parts(sums, parts)
-
-    if any(of_router) or needs_gram:
-        launch = launches.router_grads_launch(batch, num_experts)
-        own, feature_width = (1, 1) if layer.weight is None else layer.weight.shape
-        sample_tiles, d_tiles = -(-batch // launches.SAMPLES), -(-feature_width // launches.GRADS_BLOCK)
-        sums = (grads.weight, grads.keys, grads.gram if needs_gram else None)
-        weight, keys, gram_parts = parts = [_parts(grad, launch.splits, scores) for grad in sums]
-        to_samples = 0 if grads.logits is grads.feature is None else sample_tiles * (1 if grads.feature is None else d_tiles)
-        to_weight = 0 if weight is None else d_tiles * launch.splits
-        to_keys = 0 if keys is None else launch.splits
-        to_gram = 0 if gram_parts is None else rows * -(-num_experts // launch.block_i) * launch.splits
-        launch_kernel(
-            kernels.router_grads_kernel, to_samples + to_weight + to_keys + to_gram,
-            du_ptr=du, grad_scores_ptr=grad_scores, logits_ptr=logits, noise_ptr=noise, scores_ptr=scores,
-            rstd_ptr=not_empty(rstd), gram_ptr=gram,
-            feature_ptr=layer.feature, weight_ptr=layer.weight, keys_ptr=layer.keys, query_ptr=layer.query,
-            grad_logits_ptr=grads.logits, grad_gram_ptr=gram_parts,
-            grad_feature_ptr=grads.feature, grad_weight_ptr=weight, grad_keys_ptr=keys,
-            B=batch, K=num_experts, L=rows, D=feature_width, OWN=own, splits=launch.splits,
-            sample_programs=to_samples, weight_programs=to_weight, keys_programs=to_keys, inv_temperature=1.0 / temperature,
-            grad_scores_strides=strides(grad_scores), logits_strides=logits.stride(), noise_strides=strides(noise),
-            gram_strides=strides(gram), feature_strides=strides(layer.feature), weight_strides=strides(layer.weight),
-            keys_strides=strides(layer.keys), grad_gram_strides=strides(gram_parts),
-            RECOMPUTE_SOFTMAX=recompute_softmax, BLOCK_B=launches.SAMPLES, BLOCK_D=launches.GRADS_BLOCK,
-            BLOCK_I=launch.block_i, K_PADDED=launch.k_padded, OWN_PADDED=launches.MAX_OWN,
-            num_warps=launch.num_warps, num_stages=1,
+    if grad_rows is None:
+        for grad in (grads.experts, grads.gram, grads.before, grads.after, grads.shift):
+            if grad is not None:
+                grad.zero_()
+        grads = grads._replace(gram=None)
+    else:
+        du = _launch_mixture_grads(grad_rows, experts, layer, scores, rstd, grads)
+    if grads.behind_du:
+        _launch_router_grads(
+            du, grad_scores, logits, noise, gram, experts, layer, scores, rstd, query, grads,
+            temperature=temperature, recompute_softmax=recompute_softmax,
         )  # fmt: skip
-        _sum_parts(sums, parts)
 
 
-def _beside(layer: LayerInputs) -> tuple[int, int]:
-    """Prompts before and behind the routed ones."""
-    return tuple(0 if part is None else part.shape[1] for part in (layer.before, layer.after))
+def _launch_mixture_grads(
+    grad_rows: Tensor, experts: Tensor, layer: LayerInputs, scores: Tensor, rstd: Tensor, grads: Gradients
+) -> Tensor | None:
+    """All that is a sum of the gradient of prompts; du (L, B, K) if anything asked for needs it."""
+    kernels, launches = kernels_of("route_and_mix"), kernels_of("launch")
+    (batch, num_experts), (_, rows, width) = scores.shape, experts.shape
+    launch = launches.mixture_grads_launch(batch, num_experts, rows, width, grad_rows.element_size())
+    du = scores.new_empty((rows, batch, num_experts)) if grads.behind_du else None
+    sums = (grads.experts, grads.before, grads.after, grads.shift)
+    parts = [_parts(grad, launch.splits, scores) for grad in sums]
+    m_tiles, k_tiles = -(-width // launch.block_m), -(-num_experts // launch.block_k)
+    before, after = layer.lengths
+    row_tiles = (rows * k_tiles, before, after, 1)
+    of_sums = [0 if grad is None else count * m_tiles * launch.splits for grad, count in zip(sums, row_tiles, strict=True)]
+    of_du = 0 if du is None else -(-batch // launches.SAMPLE_BLOCK) * rows * k_tiles
+    if programs := of_du + sum(of_sums):
+        launch_kernel(
+            kernels.mixture_grads_kernel, programs,
+            grad_ptr=grad_rows, scores_ptr=scores, rstd_ptr=not_empty(rstd), experts_ptr=experts, du_ptr=du,
+            grad_experts_ptr=parts[0], grad_before_ptr=parts[1], grad_after_ptr=parts[2], grad_shift_ptr=parts[3],
+            B=batch, K=num_experts, L=rows, M=width, P_BEFORE=before, P_AFTER=after, splits=launch.splits,
+            du_programs=of_du, experts_programs=of_sums[0], before_programs=of_sums[1], after_programs=of_sums[2],
+            grad_strides=grad_rows.stride(), experts_strides=experts.stride(),
+            BLOCK_B=launch.block_b, BLOCK_K=launch.block_k, BLOCK_M=launch.block_m, SAMPLES=launches.SAMPLE_BLOCK,
+            SUMMED=launches.SUM_BLOCK, num_warps=launch.num_warps,
+        )  # fmt: skip
+    _sum_parts(sums, parts)
+    return du
+
+
+def _launch_router_grads(
+    du: Tensor | None,
+    grad_scores: Tensor | None,
+    logits: Tensor,
+    noise: Tensor | None,
+    gram: Tensor | None,
+    experts: Tensor,
+    layer: LayerInputs,
+    scores: Tensor,
+    rstd: Tensor,
+    query: Tensor | None,
+    grads: Gradients,
+    *,
+    temperature: float,
+    recompute_softmax: bool,
+) -> None:
+    """All that comes behind du."""
+    kernels, launches = kernels_of("route_and_mix"), kernels_of("launch")
+    (batch, num_experts), rows = scores.shape, experts.shape[1]
+    launch = launches.router_grads_launch(batch, num_experts)
+    own, feature_width = (1, 1) if layer.weight is None else layer.weight.shape
+    sample_tiles, d_tiles = -(-batch // launches.SAMPLE_BLOCK), -(-feature_width // launches.GRADS_BLOCK)
+    sums = (grads.weight, grads.keys, grads.gram)
+    weight, keys, to_gram = parts = [_parts(grad, launch.splits, scores) for grad in sums]
+    of_samples = 0
+    if grads.feature is not None or grads.logits is not None:
+        of_samples = sample_tiles * (1 if grads.feature is None else d_tiles)
+    of_weight = 0 if weight is None else d_tiles * launch.splits
+    of_keys = 0 if keys is None else launch.splits
+    of_gram = 0 if to_gram is None else rows * -(-num_experts // launch.block_i) * launch.splits
+    launch_kernel(
+        kernels.router_grads_kernel, of_samples + of_weight + of_keys + of_gram,
+        du_ptr=du, grad_scores_ptr=grad_scores, logits_ptr=logits, noise_ptr=noise, scores_ptr=scores,
+        rstd_ptr=not_empty(rstd), gram_ptr=gram,
+        feature_ptr=layer.feature, weight_ptr=layer.weight, keys_ptr=layer.keys, query_ptr=query,
+        grad_logits_ptr=grads.logits, grad_gram_ptr=to_gram,
+        grad_feature_ptr=grads.feature, grad_weight_ptr=weight, grad_keys_ptr=keys,
+        B=batch, K=num_experts, L=rows, D=feature_width, OWN=own, splits=launch.splits,
+        sample_programs=of_samples, weight_programs=of_weight, keys_programs=of_keys, inv_temperature=1.0 / temperature,
+        grad_scores_strides=strides(grad_scores), logits_strides=logits.stride(), noise_strides=strides(noise),
+        gram_strides=strides(gram), feature_strides=strides(layer.feature), weight_strides=strides(layer.weight),
+        keys_strides=strides(layer.keys), grad_gram_strides=strides(grads.gram),
+        RECOMPUTE_SOFTMAX=recompute_softmax, BLOCK_B=launches.SAMPLE_BLOCK, BLOCK_D=launches.GRADS_BLOCK,
+        BLOCK_I=launch.block_i, K_PADDED=launch.k_padded, OWN_PADDED=launches.MAX_OWN, num_warps=launch.num_warps, num_stages=1,
+    )  # fmt: skip
+    _sum_parts(sums, parts)
 
 
 def _parts(grad: Tensor | None, splits: int, like: Tensor) -> Tensor | None:
-    """Where the parts of a sum are written, (splits, ...): the gradient itself if there is one."""
-    return None if grad is None else grad[None] if splits == 1 else like.new_empty((splits, *grad.shape))
+    """Where the parts of a sum are written, (splits, ...), each laid out as the gradient: itself if there is one."""
+    if grad is None or splits == 1:
+        return grad
+    return like.new_empty_strided((splits, *grad.shape), (grad.numel(), *grad.stride()))
 
 
 def _sum_parts(grads: Sequence[Tensor | None], parts: Sequence[Tensor | None]) -> None:
     for grad, part in zip(grads, parts, strict=True):
-        if part is not None and part.shape[0] > 1:
+        if part is not grad:
             grad.copy_(part.sum(0))
 
 

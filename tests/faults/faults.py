@@ -176,8 +176,8 @@ ATTENTION = (
     Fault(
         "layer-cuts-a-wide-router",
         "mope_fast/ops/layer_prompts.py",
-        'if weight.shape[0] > kernels_of("launch").MAX_OWN:\n        cross',
-        "if weight.shape[0] > 10**9:\n        cross",
+        "return weight.shape[0] > launches.MAX_OWN or experts.shape[0] > launches.MAX_ROUTED",
+        "return experts.shape[0] > launches.MAX_ROUTED",
         "On a GPU a router uses the first numbers of a wide query only.",
         (f"{_LAYER}test_any_sizes_are_those_of_the_reference[own1]",),
         interpreted=True,
@@ -608,8 +608,8 @@ FAMILIES = (
     _fault(
         "warm-up-counts-buffers-twice",
         "models/warmup.py",
-        "holder[name] = buffer\n",
-        "pass\n",
+        "holder.update(own)",
+        "pass",
         "What a forward puts in a buffer's place stays behind a warm-up.",
         "tests/models/test_warmup.py::test_a_buffer_that_a_forward_replaces_is_put_back",
     ),
