@@ -431,6 +431,7 @@ _register(
     pools={"mean": _by_real_patches},
 )
 _register("siglip_text", "SiglipTextModel", "siglip", like="clip_text", pool=_by_last_position, pools={"mean": _by_masked_mean})
+_register("siglip2_text", "Siglip2TextModel", "siglip2", like="siglip_text")
 _register("videomae", "VideoMAEModel", like="vit", layers=_videomae_layers, pool=_by_mean, feature=_mean, pools={"mean": _by_mean})
 _register("vivit", "VivitModel", like="vit")
 _register(

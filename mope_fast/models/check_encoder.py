@@ -30,7 +30,7 @@ def check_encoder(encoder: nn.Module, example: Tensor | Inputs, *, tolerance: fl
     copy of the encoder whose weights are moved by noise, so that a bias of zeros shows. In the layers' own words on the longer
     sequence prompts are visible to all tokens, have no bias by position, and their rotation is the identity. Tried are the example,
     its first sample alone, for ``input_ids`` padding before, within and behind a sample, prompts mixed as prompts and, where that
-    is exact, as keys and values, and one compiled graph. A line is printed for each.
+    is exact, as keys and values and folded, and one compiled graph. A line is printed for each.
 
     Args:
         encoder: of a registered family, a small one of its kind; it is left as it is.
@@ -151,6 +151,11 @@ def _checked(
     with _on_concatenation([layer.module for layer in family.layers(plain)], prompts_of, expected_seen):
         feature = family.encode(plain, inputs)
     errors = {"features": _error(output.features, feature), "scores": _error(output.scores, torch.stack(scores))}
+    if mixing == "kv":
+        try:
+            errors["folded features"] = _error(model.fold()(inputs, cross).features, feature)
+        except ValueError as error:
+            print(f"{what}: {error}")
     upstream = torch.randn_like(feature)
     got, expected = (torch.autograd.grad(out, leaves, upstream, allow_unused=True) for out in (output.features, feature))
     of_leaves = {name: _error(a, b) for name, a, b in zip(names, got, expected, strict=True)}

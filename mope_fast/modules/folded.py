@@ -110,7 +110,8 @@ class FoldedBank(nn.Module):
                 self.directions = nn.ModuleDict()
                 for width in bank.stacks:
                     members = [layer for layer, dim in zip(layers, self.dims, strict=True) if dim == int(width)]
-                    if not can_be_stacked([layer.norm for layer in members]):
+                    norms = [layer.norm for layer in members if layer.norm is not None]
+                    if norms and not can_be_stacked(norms):
                         raise ValueError(f"layers of width {width} can't be folded: their norms differ; use the model as it is")
                     self.directions[width] = _Directions(members, int(width), dtype, device)
         self.requires_grad_(False).eval()
@@ -205,9 +206,10 @@ class _Directions(nn.Module):
     def __init__(self, layers: Sequence[FrozenLayer], width: int, dtype: torch.dtype, device: torch.device):
         super().__init__()
         self.norms: Norms | None = None
-        if layers[0].norm is not None:
+        self.plain = [index for index, layer in enumerate(layers) if layer.norm is None]
+        for norm in [layer.norm for layer in layers if layer.norm is not None][:1]:
             # behind its statistics a norm is x * weight + bias
-            self.norms = dataclasses.replace(Norms.of([layers[0].norm], dtype), weight=1.0, bias=0.0)
+            self.norms = dataclasses.replace(Norms.of([norm], dtype), weight=1.0, bias=0.0)
         zero = torch.zeros(1, width, dtype=dtype, device=device)
         units = _LIFT * torch.eye(width, dtype=dtype, device=device)
         weights, biases, self.sizes = [], [], []
@@ -225,9 +227,15 @@ class _Directions(nn.Module):
     def forward(self, rows: Tensor) -> tuple[Tensor, ...]:
         """(R, D) -> for each layer (R, 2 * H * Dh)."""
         rows = rows.to(self.weight.dtype)
-        if self.norms is not None:
-            rows = self.norms(rows).to(self.weight.dtype)
-        return torch.addmm(self.bias, rows, self.weight).split(self.sizes, dim=-1)
+        if self.norms is None:
+            return torch.addmm(self.bias, rows, self.weight).split(self.sizes, dim=-1)
+        normed = self.norms(rows).to(self.weight.dtype)
+        outputs = list(torch.addmm(self.bias, normed, self.weight).split(self.sizes, dim=-1))
+        if self.plain:  # as ModernBERT's first layer, whose embeddings are normed already
+            weights, biases = self.weight.split(self.sizes, dim=-1), self.bias.split(self.sizes)
+            for index in self.plain:
+                outputs[index] = torch.addmm(biases[index], rows, weights[index])
+        return tuple(outputs)
 
 
 def _problem(layer: FrozenLayer, bank: PromptBank) -> str | None:

@@ -147,5 +147,11 @@ ALIASES = {
     "dinov2_with_registers": _row("Dinov2WithRegisters", _IMAGE, make_images, mlp_ratio=1, num_register_tokens=2),
     "vit_mae": _row("ViTMAE", _IMAGE, make_images, mask_ratio=0.0),
     "vit_msn": _row("ViTMSN", _IMAGE, make_images),
+    "siglip2_text": _row("Siglip2Text", _TEXT, model="Siglip2TextModel", projection_size=16),
+    "timm_vit: DeiT III": _timm("vision_transformer.VisionTransformer", no_embed_class=True, init_values=1e-6),
+    "timm_vit: distilled": _timm("deit.VisionTransformerDistilled"),
+    "timm_vit: four registers": _timm("vision_transformer.VisionTransformer", reg_tokens=4, no_embed_class=True),
+    "timm_vit: SO400M": _timm("vision_transformer.VisionTransformer", class_token=False, global_pool="map"),
+    "timm_vit: quick GELU": _timm("vision_transformer.VisionTransformer", act_layer="quick_gelu", pre_norm=True),
     "vivit": _row("Vivit", _IMAGE, make_video, num_frames=4, tubelet_size=[2, 4, 4]),
 }

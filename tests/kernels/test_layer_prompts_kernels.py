@@ -146,7 +146,10 @@ def test_a_forward_is_one_launch_and_a_backward_two(device, monkeypatch):
     with Recorder() as recorder:
         torch.autograd.grad([rows, scores], inputs.values(), upstream)
     assert [name for name, _ in launches] == ["mixture_grads_kernel", "router_grads_kernel"]
-    memory, of_interpreter = {"empty_like", "new_empty", "transpose", "split_with_sizes", "slice", "detach"}, {"set_", "empty", "copy_"}
+    memory, of_interpreter = (
+        {"empty_like", "new_empty", "transpose", "split_with_sizes", "slice", "detach"},
+        {"set_", "empty", "copy_"},
+    )
     assert set(recorder.names) <= memory | of_interpreter, recorder.names
 
 
