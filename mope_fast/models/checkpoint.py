@@ -32,6 +32,7 @@ TRAINING_SETTINGS = frozenset((
 """Settings that change nothing, or only the rounding, in eval mode."""
 BEFORE = {
     "pooling": None, "router_pooling": None, "complementary_pooling": None, "head_inputs": "main", "expert_spread": 1.0,
+    "side_dims": None,
 }  # fmt: skip
 """What saves meant that don't have these settings yet, whatever the defaults are."""
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..encoders import PromptedLayer
 from ..modules import FoldedBank, PromptContext
 from ..modules.folded import KeptTables
+from ..modules.kinds import mapped_rows
 from ..modules.prompts import check_input
 from ..modules.router import Router
 from ..modules.tables import Tables
@@ -221,21 +222,21 @@ class _StackedBanks(nn.Module):
         return torch.where(own, logits, float("-inf")).unbind()
 
     def _mapped(self, ids: Tensor, crosses: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        """For each layer (B, 1, 2 * H * Dh); None if nobody maps."""
+        """For each layer (B, P, 2 * H * Dh), P the most that an adapter maps; None if nobody does."""
         maps = [bank is not None and bank.config.use_mapped for bank in self.banks]
         if not any(maps):
             return [None] * len(self.dims)
         pairs = zip(self.banks, crosses, maps, strict=True)
-        rows = [bank.mapper(cross) if used and cross is not None else None for bank, cross, used in pairs]
+        rows = [mapped_rows(bank, cross) if used and cross is not None else None for bank, cross, used in pairs]
         # the directions depend on the frozen layers only: any adapter's will do
         bank = self.banks[maps.index(True)]
-        some = next((row for row in rows if row is not None), None)
-        if some is None:
-            some = {width: torch.zeros(len(ids), width, device=ids.device) for width in set(self.dims)}
-        own = {
-            str(width): _select([torch.zeros_like(none) if row is None else row[width] for row in rows], ids)[None, :, None]
-            for width, none in some.items()
-        }
+        most = max(_lengths(bank)[2] for bank in self.banks)
+        own = {}
+        for width in set(self.dims):
+            none = torch.zeros(len(ids), most, width, device=ids.device)
+            padded = [none if row is None else F.pad(row[width], (0, 0, 0, most - row[width].shape[1])) for row in rows]
+            dtype = next((row[width].dtype for row in rows if row is not None), none.dtype)
+            own[str(width)] = _select([part.to(dtype) for part in padded], ids)[None]
         return [projected["after"] for projected in bank.project({"mapped": own})]
 
 
@@ -275,4 +276,5 @@ def _lengths(bank: FoldedBank | None) -> tuple[int, int, int]:
     if bank is None:
         return 0, 0, 0
     config = bank.config
-    return config.prompt_length * config.use_static, config.prompt_length * config.use_dynamic, int(config.use_mapped)
+    mapped = len(config.side_dims or [1]) * config.use_mapped
+    return config.prompt_length * config.use_static, config.prompt_length * config.use_dynamic, mapped

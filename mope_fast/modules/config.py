@@ -16,7 +16,7 @@ _PAPERS = {
     "use_dynamic": True, "use_mapped": True, "mapper_norm": "batch", "prompt_init": None, "expert_spread": 1.0,
     "importance_weight": 0.01,
     "importance_threshold": 0.1, "complementary_prompt_length": 4, "head_inputs": "main", "pooling": None, "router_pooling": None,
-    "complementary_pooling": None,
+    "complementary_pooling": None, "side_dims": None,
 }  # fmt: skip
 """What text and released code have in common."""
 _PAPER = "MoPE v1 (arXiv 2403.10568), section 4.1"
@@ -84,6 +84,11 @@ class MoPEConfig(Settings):
     router_pooling: str | None = setting(None, "of a layer's input, for the router; likewise", _OURS)
     complementary_pooling: str | None = setting(None, "of a supported complementary encoder's tokens into psi_y; likewise", _OURS)
     cross_dim: int | None = setting(None, "width of the complementary feature where it can't be inferred", _OURS)
+    side_dims: tuple[int, ...] | None = setting(
+        None,
+        "widths of several complementary features that are given side by side as one: each has a mapped prompt of its own",
+        _OURS,
+    )
 
     def __post_init__(self):
         check_types(self)
@@ -95,6 +100,13 @@ class MoPEConfig(Settings):
                 raise ValueError(f"MoPEConfig.{name} must be >= {least}, got {getattr(self, name)}")
         if self.cross_dim is not None and self.cross_dim < 1:
             raise ValueError(f"MoPEConfig.cross_dim must be >= 1 or None, got {self.cross_dim}")
+        if self.side_dims is not None:
+            widths = self.side_dims if isinstance(self.side_dims, (tuple, list)) else (None,)
+            if not widths or not all(type(width) is int and width >= 1 for width in widths):
+                raise ValueError(f"MoPEConfig.side_dims must be integers >= 1 or None, got {self.side_dims!r}")
+            if self.cross_dim not in (None, sum(widths)):
+                raise ValueError(f"MoPEConfig.side_dims {tuple(widths)} add up to {sum(widths)}, but cross_dim is {self.cross_dim}")
+            vars(self).update(side_dims=tuple(widths), cross_dim=sum(widths))  # a file has a list
         if self.num_experts > 1024:
             raise ValueError(f"MoPEConfig.num_experts must be at most 1024, got {self.num_experts}")
         if not self.temperature > 1e-30:  # 1 / temperature is a float32

@@ -63,7 +63,7 @@ class StaticPrompt(PromptKind):
 
 
 class MappedPrompt(PromptKind):
-    """P_m: the complementary feature as one row."""
+    """P_m: the complementary feature as one row, or each of several (``side_dims``) as one."""
 
     name, before = "mapped", False
 
@@ -71,11 +71,27 @@ class MappedPrompt(PromptKind):
         return config.use_mapped
 
     def add_parameters(self, bank: "PromptBank") -> None:
-        bank.mapper = PromptMapper(bank.cross_dim, bank.dims, bank.config.mapper_norm)
+        sides, norm = bank.config.side_dims, bank.config.mapper_norm
+        if sides is None:
+            bank.mapper = PromptMapper(bank.cross_dim, bank.dims, norm)
+        else:
+            bank.mapper = nn.ModuleList(PromptMapper(width, bank.dims, norm) for width in sides)
 
     def rows(self, bank: "PromptBank", cross: Tensor | None) -> dict[str, Tensor]:
         dropout, training = bank.config.dropout, bank.training
-        return {str(width): F.dropout(row, dropout, training)[None, :, None] for width, row in bank.mapper(cross).items()}
+        return {str(width): F.dropout(rows, dropout, training)[None] for width, rows in mapped_rows(bank, cross).items()}
+
+
+def mappers_of(bank: "PromptBank") -> list[PromptMapper]:
+    """One a side."""
+    return [bank.mapper] if bank.config.side_dims is None else list(bank.mapper)
+
+
+def mapped_rows(bank: "PromptBank", cross: Tensor) -> dict[int, Tensor]:
+    """For each layer width W the mapped prompts (B, sides, W)."""
+    features = cross.split(bank.config.side_dims or [cross.shape[-1]], dim=-1)
+    each = [mapper(feature) for mapper, feature in zip(mappers_of(bank), features, strict=True)]
+    return {width: torch.stack([rows[width] for rows in each], dim=1) for width in each[0]}
 
 
 KINDS: list[PromptKind] = [StaticPrompt(), MappedPrompt()]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .._settings import checked
 from .config import MoPEConfig
-from .kinds import KINDS, PromptKind, in_place
+from .kinds import KINDS, PromptKind, in_place, mappers_of
 from .norms import can_be_stacked
 from .output import MoPEOutput
 from .router import Keys, Router, make_routers, orthogonal_keys
@@ -209,6 +209,10 @@ class PromptBank(nn.Module):
             raise ValueError(
                 f"cross_dim is {cross_dim!r}, but dynamic and mapped prompts need the width of the complementary feature"
             )
+        if config.side_dims is not None and sum(config.side_dims) != cross_dim:
+            raise ValueError(
+                f"MoPEConfig.side_dims {config.side_dims} add up to {sum(config.side_dims)}, but cross_dim is {cross_dim}"
+            )
         widths = sorted(set(self.dims))
         self.stacks = nn.ModuleDict({str(width): _Stack(self.dims.count(width)) for width in widths})
         self.kinds: list[PromptKind] = [kind for kind in KINDS if kind.wanted(config)]
@@ -232,16 +236,16 @@ class PromptBank(nn.Module):
     def start_at(self, centres: Sequence[Tensor], spreads: Sequence[Tensor]) -> None:
         """Draw each layer's static prompts and experts around a row (D,) with standard deviations (D,).
 
-        The mapped prompt becomes the mean of its layers' centres, for every sample.
+        A mapped prompt becomes the mean of its layers' centres, for every sample.
         """
         for width, stack in self.stacks.items():
             members = [index for index, dim in enumerate(self.dims) if dim == int(width)]
             centre, spread = (torch.stack([rows[index] for index in members]) for rows in (centres, spreads))
             stack.draw(centre, spread, self.config)
             if self.config.use_mapped:
-                up = self.mapper.up[width]
-                nn.init.zeros_(up.weight)
-                up.bias.copy_(centre.mean(0))
+                for mapper in mappers_of(self):
+                    nn.init.zeros_(mapper.up[width].weight)
+                    mapper.up[width].bias.copy_(centre.mean(0))
 
     @property
     def routes(self) -> bool:
