@@ -109,6 +109,7 @@ class EncoderFamily:
             image over its patches) and "last" (real token); each is (encoder, its keyword arguments) -> pool.
         tokens: (encoder, its output, its keyword arguments) -> its last layer's tokens (B, S, D), normed, which ``pools`` make a
             feature of; None where the output has none, and the feature's pooling can't be chosen.
+        tokens_width: encoder -> their D, where it isn't that of the feature.
     """
 
     name: str
@@ -125,6 +126,7 @@ class EncoderFamily:
     setup: Callable[[], None] = nothing
     pools: Mapping[str, Callable[[nn.Module, Inputs], Pool]] = field(default_factory=dict)
     tokens: Callable[[nn.Module, Any, Inputs], Tensor] | None = None
+    tokens_width: Callable[[nn.Module], int] | None = None
 
     def keyword_arguments(self, inputs: Tensor | Inputs) -> Inputs:
         """A bare tensor under its name.
@@ -168,7 +170,9 @@ class EncoderFamily:
 
     def pooled_width(self, encoder: nn.Module, pooling: str | None = None) -> int:
         """Width of what :meth:`encode` gives."""
-        return self.feature_width(encoder) * (1 if pooling is None else len(pooling.split("+")))
+        if pooling is None:
+            return self.feature_width(encoder)
+        return (self.tokens_width or self.feature_width)(encoder) * len(pooling.split("+"))
 
     def router_pool(self, encoder: nn.Module, inputs: Inputs, pooling: str | None = None) -> Pool:
         """How a layer's input is pooled for the router; ``pooling`` is None for the family's own way, or one of ``pools``."""
@@ -300,7 +304,8 @@ def _way_out(encoder: object) -> str:
             "MoPEFusion(main, complementary=cnn, config=MoPEConfig(cross_dim=...)), where it gives (B, cross_dim) features"
         )
     return (
-        "add its family with register_encoder (docs/own_transformer.md), or have it as the complementary side, which may be any "
+        "add its family with register_transformers_encoder or register_encoder (docs/own_transformer.md), or have it as the "
+        "complementary side, which may be any "
         "module or function that gives (B, cross_dim) features"
     )
 

@@ -16,9 +16,9 @@ from .pooling import Pool, first_token, last_real_token, patch_mean, token_at
 Blocks = Callable[[nn.Module], Sequence[nn.Module]]
 
 
-def _keys_and_values(attention: nn.MultiheadAttention, rows: Tensor) -> Tensor:
-    width, bias = attention.embed_dim, attention.in_proj_bias
-    return F.linear(rows, attention.in_proj_weight[width:], None if bias is None else bias[width:])
+def _keys_and_values(weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
+    width = weight.shape[1]
+    return F.linear(rows, weight[width:], None if bias is None else bias[width:])
 
 
 def _attention(
@@ -62,7 +62,7 @@ def _layers(blocks: Blocks, name: str, encoder: nn.Module) -> list[PromptedLayer
     layers = []
     for block in blocks(encoder):
         attention = getattr(block, name)
-        k_proj = functools.partial(_keys_and_values, attention)
+        k_proj = functools.partial(_keys_and_values, attention.in_proj_weight, attention.in_proj_bias)
         layers.append(PromptedLayer(block, attention, attention.embed_dim, block.ln_1, k_proj, None, attention.num_heads))
     return layers
 
@@ -72,6 +72,8 @@ def _problem(blocks: Blocks, name: str, supported: str, encoder: nn.Module) -> s
         attention = getattr(block, name, None)
         if f"{type(block).__module__}.{type(block).__qualname__}" != supported or type(attention) is not nn.MultiheadAttention:
             return f"its block {index} is a {type(block).__name__} with a {type(attention).__name__}; {supported} is supported"
+        if attention.bias_k is not None or attention.add_zero_attn or attention.in_proj_weight is None:
+            return f"the attention of its block {index} has keys and values of its own (bias_k, add_zero_attn), or of another width"
         if not attention.batch_first:
             return "its layers take sequences before samples: make it with batch_first=True"
         if "forward" in vars(attention) and not is_wrapped(attention):
@@ -144,16 +146,39 @@ def _open_clip_image_pool(encoder: nn.Module, inputs: Inputs) -> Pool:
 
 
 def _open_clip_text_pool(encoder: nn.Module, inputs: Inputs) -> Pool:
-    """As the tower pools its output; its end of text has the largest id."""
-    if encoder.pool_type == "argmax":
-        return token_at(inputs["text"].argmax(-1))
-    return first_token if encoder.pool_type == "first" else last_real_token(None)
+    """As the tower pools its output; its end of text has the largest id, or is known."""
+    if encoder.cls_emb is not None or encoder.pool_type == "last":
+        return last_real_token(None)
+    if encoder.pool_type == "first":
+        return first_token
+    ids = inputs["text"]
+    return token_at((ids if encoder.pool_type == "argmax" else ids == encoder.eos_id).int().argmax(-1))
 
 
 _OPEN_CLIP_BLOCK = "open_clip.transformer.ResidualAttentionBlock"
 
 
+_CHECKPOINTING = "its own gradient checkpointing is on: call set_grad_checkpointing(False) on it, and use the fused model's own"
+
+
+def _open_clip_run(encoder: nn.Module, inputs: Inputs) -> Tensor:
+    if encoder.transformer.grad_checkpointing:
+        # it would compute layers again after the forward, when their prompts are gone
+        raise RuntimeError(_CHECKPOINTING)
+    return encoder(**inputs)
+
+
+def _open_clip_width(encoder: nn.Module) -> int:
+    projection = getattr(encoder, "proj", None) if hasattr(encoder, "proj") else encoder.text_projection
+    if projection is None:
+        norm = encoder.ln_post if hasattr(encoder, "ln_post") else encoder.ln_final
+        return norm.weight.shape[0]
+    return projection.out_features if isinstance(projection, nn.Linear) else projection.shape[1]
+
+
 def _open_clip_problem(encoder: nn.Module) -> str | None:
+    if encoder.transformer.grad_checkpointing:
+        return _CHECKPOINTING
     if encoder.output_tokens:
         return "it gives its tokens beside the feature: set output_tokens = False on it"
     if encoder.pool_type == "none":
@@ -161,7 +186,7 @@ def _open_clip_problem(encoder: nn.Module) -> str | None:
     return _problem(_open_clip_blocks, "attn", _OPEN_CLIP_BLOCK, encoder)
 
 
-_OPEN_CLIP = {"feature_width": lambda encoder: encoder.output_dim, "problem": _open_clip_problem}
+_OPEN_CLIP = {"feature_width": _open_clip_width, "problem": _open_clip_problem, "run": _open_clip_run}
 _family(
     "open_clip_vision", "open_clip.transformer.VisionTransformer", _open_clip_blocks, "attn", input_name="x",
     pool=_open_clip_image_pool, pools=_IMAGE_POOLS, **_OPEN_CLIP,

@@ -24,15 +24,19 @@ def _layer(block: nn.Module, attention: nn.Module, width: int) -> PromptedLayer:
     if attention.qkv is None:
         k_proj, v_proj = attention.k_proj, attention.v_proj
     else:
-        k_proj, v_proj = functools.partial(_keys_and_values, attention), None
+        k_proj, v_proj = functools.partial(_keys_and_values, attention.qkv, *_key_and_value_bias(attention)), None
     key_norm = None if isinstance(key_norm, nn.Identity) else key_norm
     return PromptedLayer(block, attention, width, block.norm1, k_proj, v_proj, key_heads, key_norm)
 
 
-def _keys_and_values(attention: nn.Module, rows: Tensor) -> Tensor:
-    packed = keys_and_values(attention.qkv, rows)
-    # a bias apart from the packed projection: the keys' is zero in training too
-    return packed if getattr(attention, "q_bias", None) is None else packed + torch.cat([attention.k_bias, attention.v_bias])
+def _key_and_value_bias(attention: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """Apart from the packed projection; that of keys is zero."""
+    return (None, None) if getattr(attention, "q_bias", None) is None else (attention.k_bias, attention.v_bias)
+
+
+def _keys_and_values(qkv: nn.Module, k_bias: Tensor | None, v_bias: Tensor | None, rows: Tensor) -> Tensor:
+    packed = keys_and_values(qkv, rows)
+    return packed if k_bias is None else packed + torch.cat([k_bias, v_bias])
 
 
 def _queries_keys_values(attention: nn.Module, x: Tensor) -> list[Tensor]:

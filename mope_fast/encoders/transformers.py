@@ -89,14 +89,17 @@ def register_transformers_encoder(
         attention: name, within a layer, of the module that calls the interface.
         keys, values: names, within a layer, of the projections to keys and values. ``keys`` alone gives queries, keys and values
             side by side.
-        norm: name of the norm between a layer's input and these; None for a post-norm layer.
+        norm: name of the norm between a layer's input and these; None for a post-norm layer. Like the other names it goes with that
+            of ``layers``: with ``like`` give all of them or none.
         key_norm: name of a norm of keys behind the projection.
         input_name: the keyword that a bare tensor is passed as: "input_ids", "pixel_values", ...
         pooling: how the feature and the router pool tokens: "cls", "mean" (over real tokens) or "last" (real token).
         facts: other fields of :class:`EncoderFamily`: ``problem``, ``run``, ``feature``, ``tokens``, ``pools``, ...
 
     Raises:
-        ValueError: neither ``like`` nor the layers, ``input_name`` and ``pooling``, or an unknown family or pooling.
+        ValueError: neither ``like`` nor the layers, ``input_name`` and ``pooling``; names of a layer's modules without that of the
+            list of layers; or an unknown pooling.
+        RuntimeError: ``like`` is no family.
 
     Example:
         >>> register_transformers_encoder("electra", ElectraModel, like="bert")
@@ -105,6 +108,11 @@ def register_transformers_encoder(
         ...     keys="self_attn.k_proj", values="self_attn.v_proj",
         ... )
     """
+    names = {"attention": attention, "keys": keys, "values": values, "norm": norm, "key_norm": key_norm}
+    if (given := [fact for fact, value in names.items() if value is not None]) and not isinstance(layers, str):
+        raise ValueError(
+            f"{', '.join(given)} can't be told without the name of the list of layers: give layers='encoder.layer' too"
+        )
     full_name = model if isinstance(model, str) else f"{model.__module__}.{model.__qualname__}"
     given = {**({} if input_name is None else {"input_name": input_name}), **facts}
     if isinstance(layers, str):
@@ -157,31 +165,20 @@ def _tokens(encoder: nn.Module, output: Any, inputs: Inputs) -> Tensor:
     return output.last_hidden_state
 
 
-def _class_token(encoder: nn.Module, output: Any, inputs: Inputs) -> Tensor:
-    return output.last_hidden_state[:, 0]
-
-
 def _pooler_output(encoder: nn.Module, output: Any, inputs: Inputs) -> Tensor:
     return output.pooler_output
 
 
-def _mean(encoder: nn.Module, output: Any, inputs: Inputs) -> Tensor:
-    return token_mean(output.last_hidden_state)
+def _pooled(pool: Callable[[nn.Module, Inputs], Pool]) -> dict[str, Any]:
+    """One pool for the router and the feature."""
+    return {"pool": pool, "feature": functools.partial(_pooled_tokens, pool)}
 
 
-def _masked_mean(encoder: nn.Module, output: Any, inputs: Inputs) -> Tensor:
-    return _by_masked_mean(encoder, inputs)(output.last_hidden_state)
+def _pooled_tokens(pool: Callable[[nn.Module, Inputs], Pool], encoder: nn.Module, output: Any, inputs: Inputs) -> Tensor:
+    return pool(encoder, inputs)(output.last_hidden_state)
 
 
-def _last_token(encoder: nn.Module, output: Any, inputs: Inputs) -> Tensor:
-    return _by_last_token(encoder, inputs)(output.last_hidden_state)
-
-
-_POOLINGS: dict[str, dict[str, Any]] = {
-    "cls": {"pool": _by_class_token, "feature": _class_token},
-    "mean": {"pool": _by_masked_mean, "feature": _masked_mean},
-    "last": {"pool": _by_last_token, "feature": _last_token},
-}
+_POOLINGS = {"cls": _pooled(_by_class_token), "mean": _pooled(_by_masked_mean), "last": _pooled(_by_last_token)}
 _TEXT = {"pools": {"cls": _by_class_token, "mean": _by_masked_mean, "last": _by_last_token}}
 
 
@@ -190,7 +187,8 @@ def _image_pools(class_tokens: int) -> dict[str, Any]:
 
 
 def _bert_problem(encoder: nn.Module) -> str | None:
-    return "it is a decoder (config.is_decoder); load it with is_decoder=False" if encoder.config.is_decoder else None
+    is_decoder = getattr(encoder.config, "is_decoder", False)
+    return "it is a decoder (config.is_decoder); load it with is_decoder=False" if is_decoder else None
 
 
 def _dinov2_layers(encoder: nn.Module) -> Sequence[PromptedLayer]:
@@ -322,7 +320,7 @@ _register(
     feature=_siglip_feature, pools={"mean": _by_mean},
 )  # fmt: skip
 _register(
-    "whisper", "WhisperEncoder", layers=_WHISPER_LAYERS, input_name="input_features", pool=_by_mean, feature=_mean,
+    "whisper", "WhisperEncoder", layers=_WHISPER_LAYERS, input_name="input_features", **_pooled(_by_mean),
     pools={"mean": _by_mean},
 )  # fmt: skip
 _register("bart", "BartEncoder", layers=_BART_LAYERS, input_name="input_ids", pooling="mean")
@@ -344,12 +342,45 @@ def _videomae_layers(encoder: nn.Module) -> Sequence[PromptedLayer]:
     )(encoder)  # fmt: skip
 
 
-def _by_all_patches(encoder: nn.Module, inputs: Inputs) -> Pool:
-    return patch_mean(1)
+def _projection_width(encoder: nn.Module) -> int:
+    return encoder.head.out_features
 
 
-def _beit_feature(encoder: nn.Module, output: Any, inputs: Inputs) -> Tensor:
-    return _class_token(encoder, output, inputs) if output.pooler_output is None else output.pooler_output
+def _by_registers_patch_mean(encoder: nn.Module, inputs: Inputs) -> Pool:
+    return patch_mean(1 + encoder.config.num_register_tokens)
+
+
+def _beit_pool(encoder: nn.Module, inputs: Inputs) -> Pool:
+    return patch_mean(1) if encoder.config.use_mean_pooling else first_token
+
+
+def _beit_tokens(encoder: nn.Module, output: Any, inputs: Inputs) -> Tensor:
+    # with mean pooling transformers norms the mean alone
+    norm = encoder.pooler.layernorm if encoder.config.use_mean_pooling else nn.Identity()
+    return norm(output.last_hidden_state)
+
+
+def _beit_problem(encoder: nn.Module) -> str | None:
+    return "its tokens have no norm without the pooling layer (add_pooling_layer=False)" if encoder.pooler is None else None
+
+
+def _modernbert_pool(encoder: nn.Module, inputs: Inputs) -> Pool:
+    return _by_masked_mean(encoder, inputs) if encoder.config.classifier_pooling == "mean" else first_token
+
+
+def _eurobert_pool(encoder: nn.Module, inputs: Inputs) -> Pool:
+    return first_token if encoder.config.classifier_pooling == "bos" else _by_masked_mean(encoder, inputs)
+
+
+def _gemma3_pool(encoder: nn.Module, inputs: Inputs) -> Pool:
+    return _by_masked_mean(encoder, inputs) if encoder.config.use_bidirectional_attention else _by_last_token(encoder, inputs)
+
+
+def _gemma2_problem(encoder: nn.Module) -> str | None:
+    cap = encoder.config.attn_logit_softcapping
+    return (
+        None if cap is None else f"its attention caps its products (attn_logit_softcapping={cap}), which prompts' keys can't join"
+    )
 
 
 def _vit_mae_problem(encoder: nn.Module) -> str | None:
@@ -386,7 +417,8 @@ _register("vit_msn", "ViTMSNModel", like="vit")
 _register(
     "ast", "ASTModel", "audio_spectrogram_transformer", like="deit", input_name="input_values", feature=_pooler_output
 )  # fmt: skip
-_register("dinov2_with_registers", "Dinov2WithRegistersModel", like="dinov2")
+_REGISTERS = {"cls": _by_class_token, "mean": _by_registers_patch_mean}
+_register("dinov2_with_registers", "Dinov2WithRegistersModel", like="dinov2", pools=_REGISTERS)
 
 _register(
     "xlm_roberta_xl", "XLMRobertaXLModel", like="bert", layers="encoder.layer", attention="attention.self",
@@ -394,32 +426,35 @@ _register(
 )  # fmt: skip
 _register(
     "modernbert", "ModernBertModel", layers="layers", attention="attn", norm="attn_norm", keys="attn.Wqkv", input_name="input_ids",
-    pooling="cls",
+    **_pooled(_modernbert_pool),
 )  # fmt: skip
 _LLAMA = {
     "layers": "layers", "attention": "self_attn", "norm": "input_layernorm", "keys": "self_attn.k_proj",
     "values": "self_attn.v_proj",
 }  # fmt: skip
-_register("eurobert", "EuroBertModel", input_name="input_ids", pooling="mean", **_LLAMA)
-for _name, _model in (("gemma2", "Gemma2Model"), ("llama", "LlamaModel"), ("mistral", "MistralModel"), ("qwen2", "Qwen2Model")):
+_register("eurobert", "EuroBertModel", input_name="input_ids", **_pooled(_eurobert_pool), **_LLAMA)
+for _name, _model in (("llama", "LlamaModel"), ("mistral", "MistralModel"), ("qwen2", "Qwen2Model")):
     _register(_name, _model, like="gpt2", **_LLAMA)
-for _name, _model in (("gemma3", "Gemma3TextModel"), ("qwen3", "Qwen3Model")):
-    _register(_name, _model, like="gpt2", key_norm="self_attn.k_norm", **_LLAMA)
+_register("gemma2", "Gemma2Model", like="gpt2", problem=_gemma2_problem, **_LLAMA)
+_register("gemma3", "Gemma3TextModel", like="gpt2", key_norm="self_attn.k_norm", **_pooled(_gemma3_pool), **_LLAMA)
+_register("qwen3", "Qwen3Model", like="gpt2", key_norm="self_attn.k_norm", **_LLAMA)
 _T5 = {
     "layers": "encoder.block", "attention": "layer.0.SelfAttention", "norm": "layer.0.layer_norm",
     "keys": "layer.0.SelfAttention.k", "values": "layer.0.SelfAttention.v",
 }  # fmt: skip
-for _name, _model in (("t5", "T5EncoderModel"), ("umt5", "UMT5EncoderModel")):
-    _register(_name, _model, input_name="input_ids", pooling="mean", **_T5)
+_T5_POOLS = {"mean": _by_masked_mean, "last": _by_last_token}
+_register("t5", "T5EncoderModel", input_name="input_ids", pooling="mean", pools=_T5_POOLS, **_T5)
+for _name, _model in (("mt5", "MT5EncoderModel"), ("umt5", "UMT5EncoderModel")):
+    _register(_name, _model, like="t5")
 _register(
     "esm", "EsmModel", like="bert", layers="encoder.layer", attention="attention.self", norm="attention.LayerNorm",
     keys="attention.self.key", values="attention.self.value",
 )  # fmt: skip
 _register(
-    "dinov3", "DINOv3ViTModel", "dinov3_vit", like="vit", pools=_image_pools(1), layers="model.layer", attention="attention",
+    "dinov3", "DINOv3ViTModel", "dinov3_vit", like="vit", pools=_REGISTERS, layers="model.layer", attention="attention",
     norm="norm1", keys="attention.k_proj", values="attention.v_proj",
 )  # fmt: skip
-_register("beit", "BeitModel", like="vit", pool=_by_all_patches, feature=_beit_feature)
+_register("beit", "BeitModel", like="vit", pool=_beit_pool, feature=_pooler_output, tokens=_beit_tokens, problem=_beit_problem)
 _register(
     "siglip2_vision",
     "Siglip2VisionModel",
@@ -430,9 +465,12 @@ _register(
     attach=_attach_siglip2,
     pools={"mean": _by_real_patches},
 )
-_register("siglip_text", "SiglipTextModel", "siglip", like="clip_text", pool=_by_last_position, pools={"mean": _by_masked_mean})
+_register(
+    "siglip_text", "SiglipTextModel", "siglip", like="clip_text", pool=_by_last_position, pools={"mean": _by_masked_mean},
+    feature_width=_projection_width, tokens_width=_hidden_size,
+)  # fmt: skip
 _register("siglip2_text", "Siglip2TextModel", "siglip2", like="siglip_text")
-_register("videomae", "VideoMAEModel", like="vit", layers=_videomae_layers, pool=_by_mean, feature=_mean, pools={"mean": _by_mean})
+_register("videomae", "VideoMAEModel", like="vit", layers=_videomae_layers, **_pooled(_by_mean), pools={"mean": _by_mean})
 _register("vivit", "VivitModel", like="vit")
 _register(
     "data2vec_audio",
@@ -465,6 +503,8 @@ for _module, _models, _reason in (
     ("deberta", ("DebertaModel",), _BY_CONTENT),
     ("deberta_v2", ("DebertaV2Model",), _BY_CONTENT),
     ("longformer", ("LongformerModel",), _LOCAL),
+    ("t5", ("T5Model", "T5ForConditionalGeneration", "T5Stack"), "its encoder alone takes prompts; load T5EncoderModel"),
+    ("umt5", ("UMT5Model", "UMT5ForConditionalGeneration", "UMT5Stack"), "its encoder alone takes prompts; load UMT5EncoderModel"),
     ("swin", ("SwinModel",), "its attention is given windows, not the image that they are of; take timm's SwinTransformer"),
     ("timesformer", ("TimesformerModel",), f"{_NO_INTERFACE}, and it attends to time and space in turn; take VideoMAEModel"),
     ("wav2vec2_bert", ("Wav2Vec2BertModel",), _CONVOLUTIONS),

@@ -7,6 +7,7 @@ wait for the device. No model is changed.
 
 import copy
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -167,6 +168,17 @@ def register_interfaces() -> None:
 
 
 def attach(encoder: nn.Module) -> Callable[[nn.Module], None]:
+    """Have an encoder's attention call ours; return what undoes that.
+
+    Raises:
+        TypeError: no file that its class comes from knows transformers' attention interface.
+    """
+    files = {cls.__module__ for cls in type(encoder).__mro__} - {"transformers.modeling_utils"}  # which knows it in any case
+    if not any(hasattr(sys.modules.get(file), "ALL_ATTENTION_FUNCTIONS") for file in files):
+        raise TypeError(
+            f"{type(encoder).__name__} doesn't go through transformers' attention interface in this version of it, where prompts "
+            "enter (docs/own_transformer.md says how to attach to another attention)"
+        )
     # a config of its own: the user's may be a decoder's or another encoder's too
     config, ours = encoder.config, copy.copy(encoder.config)
     undo = functools.partial(_replace_config, ours, config)

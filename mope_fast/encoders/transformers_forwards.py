@@ -39,23 +39,29 @@ def mpnet_attention(
     position_bias: Tensor | None = None,
     output_attentions: bool = False,
     **kwargs: Any,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     """``MPNetSelfAttention.forward``; its mask (B, 1, 1, S) is 0 where a token is real."""
+    if not (prefixes := prefixes_of(attention)):
+        return type(attention).forward(attention, hidden_states, attention_mask, position_bias, output_attentions, **kwargs)
     heads = (-1, attention.attention_head_size)
     q, k, v = (proj(hidden_states).unflatten(-1, heads).transpose(1, 2) for proj in (attention.q, attention.k, attention.v))
     padding = None if attention_mask is None else attention_mask[:, 0, 0] == 0
-    out = prompt_attention(q, k, v, prefixes_of(attention), key_padding_mask=padding, bias=position_bias)
-    return (attention.o(out.transpose(1, 2).flatten(2)),)
+    out = prompt_attention(q, k, v, prefixes, key_padding_mask=padding, bias=position_bias)
+    out = attention.o(out.transpose(1, 2).flatten(2))
+    return (out, None) if output_attentions else (out,)
 
 
 def wavlm_attention(
     attention: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None, gated_position_bias: Tensor
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """``WavLMAttention.torch_multi_head_self_attention``; its bias (B * H, S, S) is gated by what a query holds."""
+    if not (prefixes := prefixes_of(attention)):
+        own = type(attention).torch_multi_head_self_attention
+        return own(attention, hidden_states, attention_mask, gated_position_bias)
     heads = (-1, attention.head_dim)
     projections = (attention.q_proj, attention.k_proj, attention.v_proj)
     q, k, v = (proj(hidden_states).unflatten(-1, heads).transpose(1, 2) for proj in projections)
     padding = None if attention_mask is None else attention_mask == 1
     bias = gated_position_bias.unflatten(0, (-1, attention.num_heads))
-    out = prompt_attention(q, k, v, prefixes_of(attention), key_padding_mask=padding, bias=bias)
+    out = prompt_attention(q, k, v, prefixes, key_padding_mask=padding, bias=bias)
     return attention.out_proj(out.transpose(1, 2).flatten(2)), None

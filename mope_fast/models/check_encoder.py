@@ -3,6 +3,7 @@
 import copy
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..encoders import EncoderFamily, family_of
+from ..encoders import EncoderFamily, family_of, unwrap_encoder
 from ..encoders.pooling import Pool
 from ..modules import MoPEConfig
 from .fusion import MoPEFusion
@@ -29,14 +30,18 @@ def check_encoder(encoder: nn.Module, example: Tensor | Inputs, *, tolerance: fl
     That is what a prompt means. Features, routing scores, and the gradients of all that is trained are compared in float64, on a
     copy of the encoder whose weights are moved by noise, so that a bias of zeros shows. In the layers' own words on the longer
     sequence prompts are visible to all tokens, have no bias by position, and their rotation is the identity. Tried are the example,
-    its first sample alone, for ``input_ids`` padding before, within and behind a sample, prompts mixed as prompts and, where that
-    is exact, as keys and values and folded, and one compiled graph. A line is printed for each.
+    its first sample alone, for ``input_ids`` padding before, within (what it holds must change nothing) and behind a sample,
+    prompts mixed as prompts and, where that is exact, as keys and values and folded, and one compiled graph. So are the encoder
+    alone while it is wrapped and after, and the width of its features. A line is printed for each.
+
+    It can't tell whether features are pooled as the encoder's authors mean it, nor what an example doesn't show: take one that is
+    longer than the layers' windows, with a mask where images or audio have one.
 
     Args:
         encoder: of a registered family, a small one of its kind; it is left as it is.
         example: a bare tensor, or the encoder's keyword arguments: two or more samples, of a length that is none of the widths.
         tolerance: of errors, relative to the largest number where that is above 1.
-        compiled: whether to compile too.
+        compiled: whether to compile too, if all else fits.
 
     Raises:
         AssertionError: something doesn't fit; the message says what, and from which layer on.
@@ -45,15 +50,17 @@ def check_encoder(encoder: nn.Module, example: Tensor | Inputs, *, tolerance: fl
     """
     family = family_of(encoder)
     problems: list[str] = []
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), torch.inference_mode(False), torch.enable_grad():
         torch.manual_seed(0)
         moved = _moved(encoder)
-        variants = _variants(family, tree_map(_as_float64, family.keyword_arguments(example)))
+        variants = _variants(family, moved, tree_map(_as_float64, family.keyword_arguments(example)))
         for what, inputs in variants.items():
             for mixing in ("prompt", "kv"):
                 with _Float64():
                     problems += _checked(f"{what}, mixing={mixing!r}", family, moved, inputs, mixing, tolerance)
-        if compiled:
+        with _Float64():
+            problems += _left_alone(family, moved, variants["the example"], tolerance)
+        if compiled and not problems:
             problems += _compiled(family, moved, variants, tolerance)
     if problems:
         raise AssertionError(f"{type(encoder).__name__}, family {family.name!r}, doesn't fit:\n" + "\n".join(problems))
@@ -78,9 +85,10 @@ class _Float64(TorchFunctionMode):
 
 
 def _moved(encoder: nn.Module) -> nn.Module:
-    moved = copy.deepcopy(encoder).cpu().double().eval().requires_grad_(False)
+    moved = unwrap_encoder(copy.deepcopy(encoder)).cpu().double().eval().requires_grad_(False)
     for parameter in moved.parameters():
-        parameter.add_(torch.randn_like(parameter) * 0.1)
+        if parameter.is_floating_point():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
     return moved
 
 
@@ -90,7 +98,7 @@ def _as_float64(value: Any) -> Any:
     return value.detach().cpu().double() if value.is_floating_point() else value.detach().cpu()
 
 
-def _variants(family: EncoderFamily, inputs: Inputs) -> dict[str, Inputs]:
+def _variants(family: EncoderFamily, encoder: nn.Module, inputs: Inputs) -> dict[str, Inputs]:
     batch = family.batch_size(inputs)
     variants = {"the example": inputs}
     if batch > 1:
@@ -99,7 +107,7 @@ def _variants(family: EncoderFamily, inputs: Inputs) -> dict[str, Inputs]:
             for name, value in inputs.items()
         }
     ids = inputs.get("input_ids")
-    if ids is not None and ids.shape[1] >= 4:
+    if ids is not None and ids.shape[1] >= 4 and "attention_mask" in inspect.signature(encoder.forward).parameters:
         position, third = torch.arange(ids.shape[1]).expand_as(ids), ids.shape[1] // 3
         for what, real in (
             ("padding behind", position < 2 * third), ("padding within", (position < third) | (position >= 2 * third)),
@@ -137,20 +145,18 @@ def _checked(
         print(f"{what}: fails")
         return [f"{what}: {type(error).__name__}: {error}"]
 
-    plain = copy.deepcopy(encoder)
-    if hasattr(plain, "set_attn_implementation"):
-        plain.set_attn_implementation("eager")
-    context, scores, expected_seen = model.bank.prepare(cross), [], []
-    pool: Pool = family.router_pool(plain, inputs)
-
-    def prompts_of(index: int, hidden_states: Tensor) -> Tensor:
-        out = model.bank.layer(index, pool(hidden_states), context)
-        scores.append(out.scores)
-        return out.prompts
-
-    with _on_concatenation([layer.module for layer in family.layers(plain)], prompts_of, expected_seen):
-        feature = family.encode(plain, inputs)
+    try:
+        feature, scores, expected_seen = _own_words(family, encoder, inputs, model, cross)
+    except _NoSequenceError:
+        raise
+    except Exception as error:
+        print(f"{what}: fails")
+        return [f"{what}: its own layers on the longer sequence raise {type(error).__name__}: {error}"]
     errors = {"features": _error(output.features, feature), "scores": _error(output.scores, torch.stack(scores))}
+    if feature.shape[-1] != family.feature_width(encoder):
+        return [f"{what}: features are {feature.shape[-1]} wide, feature_width says {family.feature_width(encoder)}"]
+    if "padding within" in what:  # before and behind are where some encoders pool
+        errors["other padding"] = _error(model(_other_padding(inputs), cross).features, output.features)
     if mixing == "kv":
         try:
             errors["folded features"] = _error(model.fold()(inputs, cross).features, feature)
@@ -171,6 +177,43 @@ def _checked(
     return [f"{what}: {', '.join(wrong)} (allowed: {tolerance:.0e}), {where}"]
 
 
+def _own_words(
+    family: EncoderFamily, encoder: nn.Module, inputs: Inputs, model: MoPEFusion, cross: Tensor
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The feature by the encoder's own layers on the concatenation, routing scores, and the tokens behind each layer."""
+    plain = copy.deepcopy(encoder)
+    if hasattr(plain, "set_attn_implementation"):
+        plain.set_attn_implementation("eager")
+    context, scores, seen = model.bank.prepare(cross), [], []
+    pool: Pool = family.router_pool(plain, inputs)
+
+    def prompts_of(index: int, hidden_states: Tensor) -> Tensor:
+        out = model.bank.layer(index, pool(hidden_states), context)
+        scores.append(out.scores)
+        return out.prompts
+
+    with _on_concatenation([layer.module for layer in family.layers(plain)], prompts_of, seen):
+        return family.encode(plain, inputs), scores, seen
+
+
+def _other_padding(inputs: Inputs) -> Inputs:
+    """Where the mask is zero the id of a real token."""
+    ids, real = inputs["input_ids"], inputs["attention_mask"].bool()
+    return {**inputs, "input_ids": torch.where(real, ids, ids[0][real[0]][-1])}
+
+
+def _left_alone(family: EncoderFamily, encoder: nn.Module, inputs: Inputs, tolerance: float) -> list[str]:
+    """What is not as it was of an encoder that is called on its own, while a model holds it and after."""
+    problems, expected = [], family.encode(copy.deepcopy(encoder), inputs)
+    model = _fused(encoder, "auto")
+    for when in ("while wrapped", "after unwrap"):
+        error = _error(family.encode(model.main.encoder if when == "while wrapped" else model.unwrap()[0], inputs), expected)
+        print(f"alone {when}: features {error:.1e}")
+        if not error <= tolerance:
+            problems.append(f"the encoder alone {when}: features differ by {error:.1e} from what they were")
+    return problems
+
+
 def _compiled(family: EncoderFamily, encoder: nn.Module, variants: dict[str, Inputs], tolerance: float) -> list[str]:
     model, problems = _fused(encoder, "auto"), []
     compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
@@ -180,9 +223,8 @@ def _compiled(family: EncoderFamily, encoder: nn.Module, variants: dict[str, Inp
         cross = _cross(family, inputs)
         # the limit counts models of one class together
         with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1000):
-            expected = model(inputs, cross).features
             try:
-                error = _error(compiled(inputs, cross).features, expected)
+                error = _error(compiled(inputs, cross).features, model(inputs, cross).features)
             except Exception as failure:
                 reason = str(failure).strip().partition("\n")[0]
                 problems.append(f"{what}, compiled: torch.compile(fullgraph=True) fails with {type(failure).__name__}: {reason}")
@@ -201,7 +243,8 @@ def _error(got: Tensor | None, expected: Tensor | None) -> float:
         return 0.0 if got is expected else float("inf")
     if got.shape != expected.shape:
         return float("inf")
-    return ((got - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
+    error = ((got - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
+    return float("inf") if math.isnan(error) else error
 
 
 @contextmanager
@@ -230,6 +273,10 @@ def _on_concatenation(modules: list[nn.Module], prompts_of: PromptsOf, seen: lis
         yield
 
 
+class _NoSequenceError(ValueError):
+    pass
+
+
 @contextmanager
 def _attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
     """Set on the object, in place of its own or its class's."""
@@ -252,20 +299,23 @@ def _concatenated(
     *args: Any,
     **named: Any,
 ) -> Any:
-    given = inspect.signature(forward).bind(*args, **named)
-    hidden_name = next(iter(given.arguments))
-    hidden_states = given.arguments[hidden_name]
+    hidden_states = args[0] if args else named["hidden_states"]
     if hidden_states.dim() != 3:
-        raise ValueError(
+        raise _NoSequenceError(
             f"check_encoder takes layers of sequences (B, S, D), but {type(module).__name__} was given {tuple(hidden_states.shape)}"
         )
     prompts = prompts_of(index, hidden_states)
     length, tokens = prompts.shape[1], hidden_states.shape[1]
-    for name, value in given.arguments.items():
-        given.arguments[name] = _longer(name, value, length, tokens)
-    given.arguments[hidden_name] = torch.cat([prompts.expand(len(hidden_states), -1, -1), hidden_states], dim=1)
+    names = [*inspect.signature(forward).parameters, *[""] * len(args)]
+    args = tuple(_longer(name, value, length, tokens) for name, value in zip(names, args, strict=False))
+    named = {name: _longer(name, value, length, tokens) for name, value in named.items()}
+    longer = torch.cat([prompts.expand(len(hidden_states), -1, -1), hidden_states], dim=1)
+    if args:
+        args = (longer, *args[1:])
+    else:
+        named["hidden_states"] = longer
     with _aware_of_prompts(module, length, tokens):
-        output = _without_prompts(forward(*given.args, **given.kwargs), length, tokens)
+        output = _without_prompts(forward(*args, **named), length, tokens)
     seen.append(_first(output).detach())
     return output
 
@@ -281,7 +331,11 @@ def _longer(name: str, value: Any, length: int, tokens: int) -> Any:
     if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[-1] != tokens or "position_ids" in name:
         return value
     square = value.shape[-2] == tokens and (value.dim() > 2 or value.is_floating_point())
-    return F.pad(value, (length, 0, length, 0) if square else (length, 0), value=0.0 if value.is_floating_point() else 1)
+    if value.is_floating_point():
+        shown = 1.0 if value.dim() == 2 and not square and value.max() == 1 else 0.0  # 1 = real, or added to products
+    else:
+        shown = int("padding_mask" not in name)  # torch's own is True where a token is hidden
+    return F.pad(value, (length, 0, length, 0) if square else (length, 0), value=shown)
 
 
 def _without_prompts(output: Any, length: int, tokens: int) -> Any:

@@ -298,21 +298,23 @@ def can_be_projected_ahead(layers: Sequence[FrozenLayer], device: torch.device) 
 
 def _is_at_hand(part: Projection, device: torch.device) -> bool:
     if isinstance(part, functools.partial):
-        if not inspect.isfunction(part.func) or not part.args or part.keywords:
+        given = [value for value in (*part.args, *part.keywords.values()) if value is not None and not isinstance(value, int)]
+        if not inspect.isfunction(part.func) or not given:
             return False
-        children: Sequence[Projection] = part.args
-    elif not isinstance(part, nn.Module) or not is_plain(part):
-        return False
-    else:
-        for tensor in (*part._parameters.values(), *part._buffers.values()):
-            if tensor is not None and not _is_here(tensor, device):
+        for value in given:  # noqa: SIM110
+            if not (_is_here(value, device) if isinstance(value, Tensor) else _is_at_hand(value, device)):
                 return False
-        # a mere attribute is somebody else's to bring
-        if not torch.compiler.is_compiling() and any(isinstance(value, Tensor) for value in vars(part).values()):
+        return True
+    if not isinstance(part, nn.Module) or not is_plain(part):
+        return False
+    for tensor in (*part._parameters.values(), *part._buffers.values()):
+        if tensor is not None and not _is_here(tensor, device):
             return False
-        children = [child for child in part._modules.values() if child is not None]
-    for child in children:  # noqa: SIM110
-        if not _is_at_hand(child, device):
+    # a mere attribute is somebody else's to bring
+    if not torch.compiler.is_compiling() and any(isinstance(value, Tensor) for value in vars(part).values()):
+        return False
+    for child in part._modules.values():  # noqa: SIM110
+        if child is not None and not _is_at_hand(child, device):
             return False
     return True
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import sys
 
 import pytest
 import torch
@@ -10,7 +11,14 @@ from tiny_mechanisms import ALIASES, MECHANISMS, make_ids
 from torch import nn
 
 from mope_fast import MoPEConfig, MoPEFusion, check_encoder, supported_encoders
-from mope_fast.encoders import families, register_transformers_encoder, transformers_attention
+from mope_fast.encoders import encode, families, register_transformers_encoder, transformers_attention
+from mope_fast.modules.tables import can_be_projected_ahead
+
+
+@pytest.fixture
+def register(monkeypatch):
+    monkeypatch.setattr(families, "_FAMILIES", dict(families._FAMILIES))
+    return register_transformers_encoder
 
 
 @pytest.mark.parametrize("name", MECHANISMS)
@@ -56,6 +64,92 @@ def test_an_encoder_that_hides_patches_at_random_is_refused():
     encoder.config.mask_ratio = 0.75
     with pytest.raises(TypeError, match="load it with mask_ratio=0"):
         check_encoder(encoder, example())
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_prompts_of_all_layers_are_projected_ahead(name):
+    """One matrix product for all layers, in place of some in each."""
+    encoder = MECHANISMS[name][0]()
+    model = MoPEFusion(encoder, config=MoPEConfig(num_experts=2, cross_dim=5))
+    assert can_be_projected_ahead(model.main.layers, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("name", "pooling", "pooled"),
+    [
+        ("dinov3: rotation of patches alone", "mean", lambda e, out: out.last_hidden_state[:, 3:].mean(1)),
+        ("beit: one bias for all layers", "mean", lambda e, out: e.pooler.layernorm(out.last_hidden_state[:, 1:]).mean(1)),
+        ("siglip_text: the last position", "mean", lambda e, out: out.last_hidden_state.mean(1)),
+    ],
+)
+def test_other_poolings_leave_registers_out_and_have_norm_and_width_of_tokens(name, pooling, pooled):
+    make, example = MECHANISMS[name]
+    encoder, inputs = make().eval(), example()
+    expected = pooled(encoder, encoder(inputs))
+    model = MoPEFusion(encoder, num_classes=3, config=MoPEConfig(num_experts=2, cross_dim=5, pooling=pooling)).eval()
+    torch.testing.assert_close(encode(model.main.encoder, inputs, pooling), expected, rtol=1e-5, atol=1e-5)
+    assert model(inputs, torch.randn(3, 5)).logits.shape == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"), [("modernbert", {"classifier_pooling": "mean"}), ("gemma3", {"use_bidirectional_attention": True})]
+)
+def test_a_configuration_says_how_its_feature_is_pooled(name, settings):
+    make, example = next(row for key, row in MECHANISMS.items() if key.startswith(name))
+    encoder = make().eval()
+    for key, value in settings.items():
+        setattr(encoder.config, key, value)
+    inputs = {"input_ids": example(), "attention_mask": torch.ones(3, 11, dtype=torch.long)}
+    inputs["attention_mask"][:, 7:] = 0
+    tokens = encoder(**inputs).last_hidden_state
+    torch.testing.assert_close(encode(encoder, inputs), tokens[:, :7].mean(1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("gemma2", lambda e: setattr(e.config, "attn_logit_softcapping", 50.0), "caps its products"),
+        ("open_clip_text", lambda e: e.set_grad_checkpointing(True), "gradient checkpointing is on"),
+        (
+            "torchvision_vit",
+            lambda e: setattr(e.encoder.layers[0].self_attention, "add_zero_attn", True),
+            "keys and values of its own",
+        ),
+        ("beit", lambda e: setattr(e, "pooler", None), "no norm without the pooling layer"),
+    ],
+)
+def test_settings_under_which_prompts_would_be_wrong_are_refused(name, change, message):
+    make, _ = next(row for key, row in MECHANISMS.items() if key.startswith(name))
+    encoder = make()
+    change(encoder)
+    with pytest.raises(TypeError, match=message):
+        MoPEFusion(encoder, config=MoPEConfig(cross_dim=5))
+
+
+def test_an_encoder_without_the_interface_is_refused(register):
+    register("megatron", hf.MegatronBertModel, like="bert")
+    encoder = hf.MegatronBertModel(hf.MegatronBertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=50))
+    with pytest.raises(TypeError, match="MegatronBertModel doesn't go through transformers' attention interface"):
+        MoPEFusion(encoder, config=MoPEConfig(cross_dim=5))
+
+
+@pytest.mark.parametrize("pool_type", ["argmax", "eos", "last", "first"])
+def test_the_router_sees_the_token_that_open_clip_pools(pool_type):
+    transformer = pytest.importorskip("open_clip.transformer")
+    tower = transformer.TextTransformer(11, 50, 32, 4, 2, 1.25, output_dim=None, proj_type="none", pool_type=pool_type, eos_id=40)
+    ids = torch.randint(1, 40, (3, 11))
+    ids[:, 6] = 40
+    place = {"argmax": 6, "eos": 6, "last": 10, "first": 0}[pool_type]
+    family = families.family_of(tower)
+    x = torch.randn(3, 11, 32)
+    assert torch.equal(family.router_pool(tower, {"text": ids})(x), x[:, place])
+    assert family.feature_width(tower) == tower(ids).shape[1] == 32
+
+
+def test_mpnet_gives_no_attention_weights_where_they_are_asked_for():
+    make, example = MECHANISMS["mpnet: a bias by position, no interface"]
+    model = MoPEFusion(make(), config=MoPEConfig(num_experts=2, cross_dim=5)).eval()
+    model({"input_ids": example(), "output_attentions": True}, torch.randn(3, 5))
 
 
 # Planted faults
@@ -134,6 +228,39 @@ def test_a_feature_of_another_token_is_found_behind_the_layers(qwen3):
     fails(encoder, "behind the last layer")
 
 
+def test_a_gradient_that_is_no_number_is_found(qwen3, monkeypatch):
+    check = sys.modules["mope_fast.models.check_encoder"]
+    original = check._error
+    monkeypatch.setattr(check, "_error", lambda got, expected: original(torch.full_like(got, float("nan")), expected))
+    fails(qwen3[0], "features differ by inf")
+
+
+def test_an_encoder_that_is_left_changed_is_found(qwen3):
+    encoder, _ = qwen3
+    family = families.family_of(encoder)
+
+    def attach(encoder):
+        family.attach(encoder)
+        return lambda encoder: encoder.norm.weight.data.mul_(2)
+
+    families.register_encoder(dataclasses.replace(family, attach=attach))
+    fails(encoder, "the encoder alone after unwrap: features differ")
+
+
+def test_a_wrong_width_is_found(qwen3):
+    encoder, _ = qwen3
+    families.register_encoder(dataclasses.replace(families.family_of(encoder), feature_width=lambda encoder: 31))
+    fails(encoder, "features are 32 wide, feature_width says 31")
+
+
+def test_a_wrapped_encoder_is_checked_as_it_was(qwen3):
+    encoder, _ = qwen3
+    model = MoPEFusion(encoder, config=MoPEConfig(num_experts=2, cross_dim=5))
+    with torch.no_grad():
+        check_encoder(encoder, make_ids(), compiled=False)
+    model({"input_ids": make_ids()}, torch.randn(3, 5))
+
+
 def test_what_does_not_compile_is_told(qwen3):
     encoder, _ = qwen3
     family = families.family_of(encoder)
@@ -176,12 +303,6 @@ class Renamed(hf.ElectraModel):
     pass
 
 
-@pytest.fixture
-def register(monkeypatch):
-    monkeypatch.setattr(families, "_FAMILIES", dict(families._FAMILIES))
-    return register_transformers_encoder
-
-
 def test_an_encoder_like_another_is_one_line(register):
     register("renamed", Renamed, like="bert")
     encoder = Renamed(ALIASES["electra"][0]().config)
@@ -206,6 +327,7 @@ def test_an_encoder_by_names_of_its_modules(register):
         ({"layers": "layers", "attention": "attn", "keys": "qkv"}, "needs like=, or input_name, pooling"),
         ({"layers": "layers"}, "needs attention and keys beside the name of the layers"),
         ({"like": "bert", "pooling": "first"}, r"pooling must be one of \['cls', 'mean', 'last'\], got 'first'"),
+        ({"like": "bert", "norm": "attention.ln"}, "norm can't be told without the name of the list of layers"),
         ({"like": "elmo"}, "the encoder family 'elmo' is not registered"),
     ],
 )

@@ -140,6 +140,7 @@ ALIASES = {
     "ernie": _row("Ernie", _TEXT),
     "xlm_roberta": _row("XLMRoberta", _TEXT),
     "xlm_roberta_xl": _row("XLMRobertaXL", _TEXT),
+    "mt5": _row("MT5", _T5, model="MT5EncoderModel"),
     "llama": _row("Llama", {name: value for name, value in _DECODER.items() if name != "sliding_window"}),
     "mistral": _row("Mistral", _DECODER),
     "qwen2": _row("Qwen2", {name: value for name, value in _DECODER.items() if name != "head_dim"}),
