@@ -872,8 +872,8 @@ MODELS = (
     _fault(
         "projected-ahead-of-a-hook",
         "modules/tables.py",
-        "elif not isinstance(part, nn.Module) or not is_plain(part):",
-        "elif not isinstance(part, nn.Module):",
+        "if not isinstance(part, nn.Module) or not is_plain(part):",
+        "if not isinstance(part, nn.Module):",
         "A projection that is offloaded is called while its weights are elsewhere.",
         "tests/models/test_ownership.py::test_a_projection_with_hooks_is_called_within_its_layer",
     ),
