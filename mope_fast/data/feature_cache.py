@@ -306,7 +306,8 @@ def _padded_inputs(encoder: object) -> tuple[str, ...]:
     family, kind = encoders.find_family(encoder), type(encoder)
     if family is None or family.name not in TEXT_FAMILIES or f"{kind.__module__}.{kind.__qualname__}" not in family.models:
         return ()
-    ours = all(function.__module__.startswith(encoders.__name__) for function in (family.run, family.feature))
+    functions = [getattr(function, "func", function) for function in (family.run, family.feature)]  # some are partial
+    ours = all(function.__module__.startswith(encoders.__name__) for function in functions)
     return TOKEN_INPUTS if ours else ()
 
 

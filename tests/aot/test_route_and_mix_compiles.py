@@ -101,9 +101,15 @@ LAYERS = [
 ]
 
 
-@pytest.mark.parametrize("own", [2, 16])
-@pytest.mark.parametrize("case", LAYERS, ids=str)
-def test_a_whole_layer_is_three_launches_that_fit_and_spill_nothing(case, own, monkeypatch):
+@pytest.mark.parametrize(
+    ("case", "capability"),
+    slow_but(
+        [(LAYERS[0], 80), (LAYERS[0], 120), (LAYERS[-1], 89), *((case, 90) for case in LAYERS)],
+        [(case, capability) for capability in (80, 89, 90, 100, 120) for case in LAYERS],
+    ),
+    ids=str,
+)
+def test_a_whole_layer_is_three_launches_that_fit_and_on_sm_90_spill_nothing(case, capability, monkeypatch):
     """ViT-B's and smaller: feature, router, experts in K/V space or as prompts, static prompts before, mapped ones behind."""
     from mope_fast.kernels import route_and_mix as kernels
 
@@ -117,17 +123,15 @@ def test_a_whole_layer_is_three_launches_that_fit_and_spill_nothing(case, own, m
     before, after = (table.new_empty(size, rows if size == 1 else 1, width) for size in (1, batch))
     gram = torch.empty(experts, rows, experts) if in_kv_space else None
     shift = table.new_empty(width) if in_kv_space else None
-    router = (table.new_empty(batch, 197, 768)[:, 0], torch.empty(batch, experts), torch.empty(own, 768), torch.empty(own, experts))
+    router = (table.new_empty(batch, 197, 768)[:, 0], torch.empty(batch, experts), torch.empty(2, 768), torch.empty(2, experts))
     tensors = (*router, table, before, after, gram, shift)
     mixed, *saved = ops._triton_forward(*tensors, None, False, 1e-5, dtype)
     needs = [tensor is not None for tensor in tensors]
     ops._triton_backward(torch.empty_like(mixed), saved[0], *tensors, *saved, None, False, 1e-5, needs)
     assert len(launches) == 3
     for launch in launches:
-        for capability in (80, 89, 100, 120, 90):
-            compiled = compile_launch(launch, capability)
-            assert_fits(compiled, capability)
-        if experts > 512:  # rare: they run, and spill
-            continue
-        allowed = 176 if experts > 16 and triton.__version__.startswith("3.6.") else 0
-        assert compiled.spills <= allowed, f"{compiled.name}: {compiled.spills} bytes of local memory"
+        compiled = compile_launch(launch, capability)
+        assert_fits(compiled, capability)
+        if capability == 90 and experts <= 512:  # more are rare: they run, and spill
+            allowed = 176 if experts > 16 and triton.__version__.startswith("3.6.") else 0
+            assert compiled.spills <= allowed, f"{compiled.name}: {compiled.spills} bytes of local memory"

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,7 @@ def test_tensorboard_has_each_step_once_over_a_resume(folder, tmp_path, monkeypa
         with pytest.raises(KeyboardInterrupt):
             run(folder, tmp_path / "out", "--epochs", 4, "--checkpoint-every", 15)
     assert count == [5]  # then steps 6 to 10 were done and lost
+    time.sleep(1.1)  # files of events are in the order of their names, which begin with the second
     run(folder, tmp_path / "out", "--epochs", 4, "--checkpoint-every", 15, "--resume")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
