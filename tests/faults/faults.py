@@ -627,7 +627,7 @@ FAMILIES = (
         'bias, prefixes = None, kwargs.get("position_bias"), prefixes_of(module)',
         "bias, prefixes = None, None, prefixes_of(module)",
         "T5 with prompts knows no order of its tokens.",
-        f"{_MECHANISMS}[t5: one bias by position for all layers]",
+        f"{_MECHANISMS}[t5: one bias by position for all layers-True]",
     ),
     _fault(
         "checks-of-encoders-see-features-only",
@@ -659,7 +659,7 @@ FAMILIES = (
         "    return _Mask(attention_mask, _window_of(mask_function))",
         "    return attention_mask if torch.compiler.is_compiling() else _Mask(attention_mask, _window_of(mask_function))",
         "An encoder of sliding windows has them in eager mode only: compiled its tokens see all others.",
-        f"{_MECHANISMS}[modernbert: windows, rotation, packed projections]",
+        f"{_MECHANISMS}[modernbert: windows, rotation, packed projections-True]",
     ),
     _fault(
         "window-of-transformers-off-by-one",
@@ -667,7 +667,7 @@ FAMILIES = (
         '"sliding_window_overlay": lambda size: (size - 1, None),',
         '"sliding_window_overlay": lambda size: (size, None),',
         "Tokens of a decoder's sliding window see one too many.",
-        f"{_MECHANISMS}[qwen3: causal, windows, shared keys, a norm of keys]",
+        f"{_MECHANISMS}[qwen3: causal, windows, shared keys, a norm of keys-True]",
     ),
     _fault(
         "joined-windows-are-the-strictest",
@@ -675,7 +675,7 @@ FAMILIES = (
         'return tuple(_strictest(each) if name.startswith("and") else _widest(each) for each in limits)',
         "return tuple(_strictest(each) for each in limits)",
         "A Gemma that looks both ways sees nothing behind a token.",
-        f"{_MECHANISMS}[gemma3: both ways, within windows]",
+        f"{_MECHANISMS}[gemma3: both ways, within windows-True]",
     ),
     _fault(
         "other-attention-passes",
