@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._dispatch import prompt_attention
-from .attachment import is_wrapped, prefixes_of
+from .attachment import prefixes_of
 from .families import EncoderFamily, Inputs, PromptedLayer, register_encoder
 from .pooling import Pool, first_token, last_real_token, patch_mean, token_at
+from .replaced import forward_problem, replace_methods
 
 Blocks = Callable[[nn.Module], Sequence[nn.Module]]
 
@@ -76,26 +77,13 @@ def _problem(blocks: Blocks, name: str, supported: str, encoder: nn.Module) -> s
             return f"the attention of its block {index} has keys and values of its own (bias_k, add_zero_attn), or of another width"
         if not attention.batch_first:
             return "its layers take sequences before samples: make it with batch_first=True"
-        if "forward" in vars(attention) and not is_wrapped(attention):
-            return f"the attention of its block {index} has a forward of its own on the object, which prompts would not pass"
+        if problem := forward_problem(f"block {index}", attention):
+            return problem
     return None
 
 
 def _attach(blocks: Blocks, name: str, encoder: nn.Module) -> Callable[[nn.Module], None]:
-    detach = functools.partial(_detach, blocks, name)
-    try:
-        for block in blocks(encoder):
-            attention = getattr(block, name)
-            attention.forward = functools.partial(_attention, attention)
-    except BaseException:  # a Ctrl-C too
-        detach(encoder)
-        raise
-    return detach
-
-
-def _detach(blocks: Blocks, name: str, encoder: nn.Module) -> None:
-    for block in blocks(encoder):
-        vars(getattr(block, name)).pop("forward", None)
+    return replace_methods((getattr(block, name), _attention) for block in blocks(encoder))
 
 
 def _output(encoder: nn.Module, output: Tensor, inputs: Inputs) -> Tensor:
@@ -169,10 +157,10 @@ def _open_clip_run(encoder: nn.Module, inputs: Inputs) -> Tensor:
 
 
 def _open_clip_width(encoder: nn.Module) -> int:
-    projection = getattr(encoder, "proj", None) if hasattr(encoder, "proj") else encoder.text_projection
+    of_images = hasattr(encoder, "ln_post")
+    projection = encoder.proj if of_images else encoder.text_projection
     if projection is None:
-        norm = encoder.ln_post if hasattr(encoder, "ln_post") else encoder.ln_final
-        return norm.weight.shape[0]
+        return (encoder.ln_post if of_images else encoder.ln_final).weight.shape[0]
     return projection.out_features if isinstance(projection, nn.Linear) else projection.shape[1]
 
 

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from .._dispatch import prompt_attention
 from ..modules.attention import split_attn_mask
-from .attachment import is_wrapped, prefixes_of
+from .attachment import prefixes_of
 from .families import EncoderFamily, Inputs, PromptedLayer, keys_and_values, register_encoder
 from .front import Front
 from .pooling import Pool, first_token, token_mean
+from .replaced import forward_problem, replace_methods
 from .timm import COMMON, method_of, problem_of
 
 
@@ -103,27 +104,27 @@ def _problem(encoder: nn.Module) -> str | None:
             return f"its blocks are {type(block).__name__}s; timm's that norm before their attention are supported"
         if method_of(block.attn, "forward").removesuffix(".forward") not in _OURS:
             return f"the attention of its block {index} is a {type(block.attn).__name__}, which is none of timm's"
-        if "forward" in vars(block.attn) and not is_wrapped(block.attn):
-            return f"the attention of its block {index} has a forward of its own on the object, which prompts would not pass"
+        if problem := forward_problem(f"block {index}", block.attn):
+            return problem
     return problem_of(encoder, encoder.global_pool)
 
 
 def _attach(encoder: nn.Module) -> Callable[[nn.Module], None]:
+    attentions = [block.attn for block in encoder.blocks]
+    detach = functools.partial(
+        _detach, replace_methods((part, _OURS[method_of(part, "forward").removesuffix(".forward")]) for part in attentions)
+    )
     try:
         Front.wrap(encoder)
-        for block in encoder.blocks:
-            ours = _OURS[method_of(block.attn, "forward").removesuffix(".forward")]
-            block.attn.forward = functools.partial(ours, block.attn)
     except BaseException:  # a Ctrl-C too
-        _detach(encoder)
+        detach(encoder)
         raise
-    return _detach
+    return detach
 
 
-def _detach(encoder: nn.Module) -> None:
+def _detach(put_back: Callable[[nn.Module], None], encoder: nn.Module) -> None:
     Front.unwrap(encoder)
-    for block in encoder.blocks:
-        vars(block.attn).pop("forward", None)
+    put_back(encoder)
 
 
 def _pool(encoder: nn.Module, inputs: Inputs) -> Pool:

@@ -44,9 +44,7 @@ def _layers_at(
     for layer in encoder.get_submodule(layers):
         k_proj: Callable[[Tensor], Tensor] = layer.get_submodule(keys)
         if values is None:
-            k_proj = (
-                functools.partial(keys_and_values, k_proj, group=group) if group > 1 else functools.partial(keys_and_values, k_proj)
-            )
+            k_proj = functools.partial(keys_and_values, k_proj, group=group)
         found.append(
             PromptedLayer(
                 layer, layer.get_submodule(attention), config.hidden_size, _norm_at(layer, norm),
@@ -238,15 +236,9 @@ def _wav2vec2_feature(encoder: nn.Module, output: Any, inputs: Inputs) -> Tensor
     return masked_mean(None if mask is None else _real_frames(encoder, tokens.shape[1], mask))(tokens)
 
 
-def _attach_wav2vec2(encoder: nn.Module) -> Callable[[nn.Module], None]:
-    detach = attach(encoder)
+def _attach_wav2vec2(attach_layers: Callable[[nn.Module], Any], encoder: nn.Module) -> Callable[[nn.Module], None]:
+    detach = attach_layers(encoder)
     # the library's own sets ones through an index, which copies them from the host, and that waits for the device
-    encoder._get_feature_vector_attention_mask = functools.partial(_real_frames, encoder)
-    return functools.partial(_detach_wav2vec2, detach)
-
-
-def _attach_wavlm(encoder: nn.Module) -> Callable[[nn.Module], None]:
-    detach = replace_in("encoder.layers", "attention", "torch_multi_head_self_attention", wavlm_attention)(encoder)
     encoder._get_feature_vector_attention_mask = functools.partial(_real_frames, encoder)
     return functools.partial(_detach_wav2vec2, detach)
 
@@ -281,9 +273,13 @@ def _decoder_run(encoder: nn.Module, inputs: Inputs) -> Any:
 
 
 def _register(name: str, model: str, module: str | None = None, **facts: Any) -> None:
-    module = name if module is None else module
+    register_transformers_encoder(name, _full_name(name if module is None else module, model), **facts)
+
+
+def _full_name(module: str, model: str) -> str:
+    """Of a model in the file that is named after its folder, or in the one that ``module`` names."""
     file = module if "." in module else f"{module}.modeling_{module}"
-    register_transformers_encoder(name, f"transformers.models.{file}.{model}", **facts)
+    return f"transformers.models.{file}.{model}"
 
 
 _BERT_LAYERS = layers_at("encoder.layer", attention="attention.self", keys="attention.self.key", values="attention.self.value")
@@ -326,7 +322,8 @@ _register(
 _register("bart", "BartEncoder", layers=_BART_LAYERS, input_name="input_ids", pooling="mean")
 _register(
     "wav2vec2", "Wav2Vec2Model", layers=_wav2vec2_layers, input_name="input_values", pool=_wav2vec2_pool,
-    feature=_wav2vec2_feature, feature_width=_wav2vec2_feature_width, attach=_attach_wav2vec2, tokens=None,
+    feature=_wav2vec2_feature, feature_width=_wav2vec2_feature_width,
+    attach=functools.partial(_attach_wav2vec2, attach), tokens=None,
 )  # fmt: skip
 _register("hubert", "HubertModel", like="wav2vec2")
 _register(
@@ -335,11 +332,10 @@ _register(
 )  # fmt: skip
 
 
-def _videomae_layers(encoder: nn.Module) -> Sequence[PromptedLayer]:
-    return layers_at(
-        "encoder.layer", attention="attention.attention", norm="layernorm_before",
-        keys="attention.attention.key", values="attention.attention.value",
-    )(encoder)  # fmt: skip
+_VIDEOMAE_LAYERS = layers_at(
+    "encoder.layer", attention="attention.attention", norm="layernorm_before", keys="attention.attention.key",
+    values="attention.attention.value",
+)  # fmt: skip
 
 
 def _projection_width(encoder: nn.Module) -> int:
@@ -470,7 +466,7 @@ _register(
     feature_width=_projection_width, tokens_width=_hidden_size,
 )  # fmt: skip
 _register("siglip2_text", "Siglip2TextModel", "siglip2", like="siglip_text")
-_register("videomae", "VideoMAEModel", like="vit", layers=_videomae_layers, **_pooled(_by_mean), pools={"mean": _by_mean})
+_register("videomae", "VideoMAEModel", like="vit", layers=_VIDEOMAE_LAYERS, **_pooled(_by_mean), pools={"mean": _by_mean})
 _register("vivit", "VivitModel", like="vit")
 _register(
     "data2vec_audio",
@@ -485,7 +481,8 @@ _register(
     layers="encoder.layer", attention="attention.attn", keys="attention.attn.k", values="attention.attn.v",
     attach=replace_in("encoder.layer", "attention.attn", "forward", mpnet_attention),
 )  # fmt: skip
-_register("wavlm", "WavLMModel", like="wav2vec2", setup=nothing, attach=_attach_wavlm)
+_WAVLM = replace_in("encoder.layers", "attention", "torch_multi_head_self_attention", wavlm_attention)
+_register("wavlm", "WavLMModel", like="wav2vec2", setup=nothing, attach=functools.partial(_attach_wav2vec2, _WAVLM))
 
 _NO_INTERFACE = "its attention doesn't go through transformers' attention interface, where prompts enter"
 _ONE_MODULE = "its layers are one module that is called again and again, and each layer needs prompts of its own"
@@ -511,5 +508,4 @@ for _module, _models, _reason in (
     ("wav2vec2_conformer", ("Wav2Vec2ConformerModel",), _CONVOLUTIONS),
 ):  # fmt: skip
     for _model in _models:
-        _file = _module if "." in _module else f"{_module}.modeling_{_module}"
-        refuse_encoder(f"transformers.models.{_file}.{_model}", _reason)
+        refuse_encoder(_full_name(_module, _model), _reason)

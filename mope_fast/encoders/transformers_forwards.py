@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .._dispatch import prompt_attention
 from .attachment import prefixes_of
+from .replaced import replace_methods
 
 
 def replace_in(layers: str, attention: str, method: str, ours: Callable[..., Any]) -> Callable[[nn.Module], Any]:
@@ -16,20 +17,7 @@ def replace_in(layers: str, attention: str, method: str, ours: Callable[..., Any
 
 
 def _attach(layers: str, attention: str, method: str, ours: Callable[..., Any], encoder: nn.Module) -> Callable[..., None]:
-    parts = [layer.get_submodule(attention) for layer in encoder.get_submodule(layers)]
-    detach = functools.partial(_detach, parts, method)
-    try:
-        for part in parts:
-            setattr(part, method, functools.partial(ours, part))
-    except BaseException:  # a Ctrl-C too
-        detach(encoder)
-        raise
-    return detach
-
-
-def _detach(parts: list[nn.Module], method: str, encoder: nn.Module) -> None:
-    for part in parts:
-        vars(part).pop(method, None)
+    return replace_methods(((layer.get_submodule(attention), ours) for layer in encoder.get_submodule(layers)), method)
 
 
 def mpnet_attention(

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from .._dispatch import prompt_attention
-from .attachment import is_wrapped, prefixes_of
+from .attachment import prefixes_of
 from .families import EncoderFamily, Inputs, PromptedLayer, keys_and_values, register_encoder
 from .pooling import Pool, first_token, patch_mean, token_mean
+from .replaced import forward_problem, replace_methods
 
 
 def _attentions(encoder: nn.Module) -> list[nn.Module]:
@@ -29,8 +30,8 @@ def _problem(encoder: nn.Module) -> str | None:
     for index, attention in enumerate(_attentions(encoder)):
         if f"{type(attention).__module__}.{type(attention).__qualname__}" != "vit_pytorch.vit.Attention":
             return f"the attention of its layer {index} is a {type(attention).__name__}; vit_pytorch.vit's own is supported"
-        if "forward" in vars(attention) and not is_wrapped(attention):
-            return f"the attention of its layer {index} has a forward of its own on the object, which prompts would not pass"
+        if problem := forward_problem(f"layer {index}", attention):
+            return problem
     if encoder.mlp_head is not None:
         return "its classifier hides its tokens: set mlp_head = None on it, and give the fused model num_classes or head"
     return None
@@ -47,18 +48,7 @@ def _attention(attention: nn.Module, x: Tensor) -> Tensor:
 
 
 def _attach(encoder: nn.Module) -> Callable[[nn.Module], None]:
-    try:
-        for attention in _attentions(encoder):
-            attention.forward = functools.partial(_attention, attention)
-    except BaseException:  # a Ctrl-C too
-        _detach(encoder)
-        raise
-    return _detach
-
-
-def _detach(encoder: nn.Module) -> None:
-    for attention in _attentions(encoder):
-        vars(attention).pop("forward", None)
+    return replace_methods((attention, _attention) for attention in _attentions(encoder))
 
 
 def _pool(encoder: nn.Module, inputs: Inputs) -> Pool:

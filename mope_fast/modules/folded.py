@@ -207,7 +207,7 @@ class _Directions(nn.Module):
         super().__init__()
         self.norms: Norms | None = None
         self.plain = [index for index, layer in enumerate(layers) if layer.norm is None]
-        for norm in [layer.norm for layer in layers if layer.norm is not None][:1]:
+        if (norm := next((layer.norm for layer in layers if layer.norm is not None), None)) is not None:
             # behind its statistics a norm is x * weight + bias
             self.norms = dataclasses.replace(Norms.of([norm], dtype), weight=1.0, bias=0.0)
         zero = torch.zeros(1, width, dtype=dtype, device=device)
