@@ -140,8 +140,8 @@ def _may_have(sample: Post | Mapping[str, Any], field: str) -> bool:
 
 def _value(sample: Post | Mapping[str, Any], field: str) -> Any:
     if isinstance(sample, Post):
-        if field == "image":
-            return sample.open_image()
+        if field in ("image", "audio", "frames"):
+            return getattr(sample, f"open_{field}")()
         if field in Post.__slots__:
             return getattr(sample, field)
         raise ValueError(f"a Post has no field {field!r}: it has {list(Post.__slots__)}")
