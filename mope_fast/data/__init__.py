@@ -1,6 +1,6 @@
 """Features of frozen encoders, computed once and kept on disk; readers of samples, batches of them; few-shot training; metrics."""
 
-from .collator import FusionCollator, StackEach, TimmTransform
+from .collator import EachFrame, FusionCollator, StackEach, TimmTransform
 from .feature_cache import FeatureCache
 from .few_shot import FewShotSplit
 from .images import load_image
@@ -11,6 +11,7 @@ from .readers import read_mvsa_single, read_twitter_sarcasm
 from .recipe import FewShotRecipe, FewShotRun, predict
 
 __all__ = [
+    "EachFrame",
     "FeatureCache",
     "FewShotRecipe",
     "FewShotRun",

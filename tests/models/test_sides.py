@@ -342,7 +342,7 @@ def test_inputs_that_can_not_be_meant_are_refused(change, message):
         (lambda: {"a": make_model()}, r"complementary\['a'\] can't be a MoPEFusion"),
         (lambda: {"a": Side(nn.Sequential(make_model()), trainable=True, width=3)}, "routed prompts at '0.bank', whose importance"),
         (lambda: {"a": Side(nn.Sequential(make_model()), width=3)}, "which would be held frozen, but has a MoPEFusion at '0'"),
-        (lambda: {"a": Side(PromptTuned(make_dinov2(), 2), prompt_length=3)}, "prompt_length=3 was asked for, but a, PromptTuned, has"),
+        (lambda: {"a": Side(PromptTuned(make_dinov2(), 2), prompt_length=3)}, "prompt_length=3 was asked for, but a, PromptTuned"),
         (lambda: {"a": Side(PromptTuned(make_dinov2(), 2), pooling="mean")}, "pooling='mean' was asked for, but a, PromptTuned"),
     ],
 )  # fmt: skip
