@@ -145,9 +145,16 @@ class MoPEFusion(Classifier):
         self._begin(labels, feature_maps)
         side = self.complementary
         main_inputs, complementary_inputs = two_sides(self.main, side, main_inputs, complementary_inputs, named)
-        config, cross = self.config, None
-        if config.uses_cross:
+        cross = None
+        if self.config.uses_cross:
             cross = complementary_feature(side, complementary_inputs, batch_of(self.main, main_inputs), training=self.training)
+        return self._result(self.fused(main_inputs, cross, labels, feature_maps=feature_maps))
+
+    def fused(
+        self, main_inputs: Inputs, cross: Tensor | None, labels: Tensor | None = None, *, feature_maps: bool = False
+    ) -> FusionOutput:
+        """``forward`` with the complementary feature psi_y (B, cross_dim) at hand, whatever ``return_logits`` says."""
+        config = self.config
         features, scores, maps = run_prompted(self.main, self._bank(), main_inputs, cross, feature_maps=feature_maps)
         logits = apply_head(self.head, *head_inputs(config, features, cross))
         task_loss, summed = self._losses(logits, labels, scores)
@@ -155,8 +162,7 @@ class MoPEFusion(Classifier):
         if summed is not None:
             importance = functional.importance_loss(summed, threshold=config.importance_threshold)
         loss = None if task_loss is None else task_loss + config.importance_weight * importance
-        output = self._output_type(logits, labels)(loss, logits, task_loss, importance, scores, features, maps)
-        return self._result(output)
+        return self._output_type(logits, labels)(loss, logits, task_loss, importance, scores, features, maps)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head, see :meth:`PromptTuned.reset_classifier`; without one the feature is the main encoder's alone."""

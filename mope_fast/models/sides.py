@@ -120,18 +120,26 @@ class Sides(nn.Module):
             inputs: by name; see :meth:`MoPEFusion.forward`.
             batch: B, if it is known.
         """
+        return self.joined(self.features(inputs, batch))
+
+    def joined(self, features: Mapping[str, Tensor]) -> Tensor:
+        """One feature of those of all sides."""
+        whole = [features[name] for name in self.facts]
+        return torch.cat(whole, dim=-1) if self.combine == "concat" else sum(whole[1:], whole[0])
+
+    def features(self, inputs: Mapping[str, Any], batch: int | None = None) -> dict[str, Tensor]:
+        """(B, width) of each side, with its stand-in where it is missing."""
         given, present = self._checked(inputs)
-        features = {}
+        found = {}
         for name, source in self.sources().items():
             if given[name] is not None:
-                features[name] = self._feature(name, source, given[name], present.get(name))
-                check_input(f"the feature of {name!r}", features[name], self.facts[name].width)
-                batch = len(features[name]) if batch is None else batch
-                check_same_batch(batch, features[name], name)
+                found[name] = self._feature(name, source, given[name], present.get(name))
+                check_input(f"the feature of {name!r}", found[name], self.facts[name].width)
+                batch = len(found[name]) if batch is None else batch
+                check_same_batch(batch, found[name], name)
         if batch is None:
             raise ValueError(f"all of {list(given)} are missing, and how many samples there are can't be known from the main side")
-        whole = [self._whole(name, features.get(name), present.get(name), batch) for name in self.facts]
-        return torch.cat(whole, dim=-1) if self.combine == "concat" else sum(whole[1:], whole[0])
+        return {name: self._whole(name, found.get(name), present.get(name), batch) for name in self.facts}
 
     def encoder_inputs(self, name: str, inputs: Mapping[str, Any]) -> Inputs | None:
         """What a side's encoder is called with for the samples that have it; None where none has."""
