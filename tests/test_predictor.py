@@ -15,8 +15,8 @@ from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from safetensors.torch import save_file
 
-from mope_fast import FeatureCache, FusionCollator, MoPEConfig, MoPEFusion, Predictor, PromptTuned, predict
-from mope_fast.data import StackEach, TimmTransform
+from mope_fast import FeatureCache, FusionCollator, MoPEConfig, MoPEFusion, Predictor, PromptTuned, Side, predict
+from mope_fast.data import EachFrame, StackEach, TimmTransform
 from mope_fast.encoders import encode
 from mope_fast.encoders.sources import load_source, source_of
 from mope_fast.models import checkpoint
@@ -707,3 +707,45 @@ def test_wrong_arguments_end_with_a_line(home, tmp_path, data, capsys, arguments
     assert message in capsys.readouterr().err.splitlines()[-1]
     with pytest.raises(SystemExit, match=r"^FileNotFoundError: .*mope_fast\.json does not exist"):
         run(tmp_path, data, "-o", tmp_path / "out.jsonl")
+
+
+def several(home):
+    """Text with a picture and a video, each of which may be missing."""
+    sides = {"picture": Side(vit(home), optional=True), "video": Side(timm_vit(home), optional=True, frames="mean")}
+    model = MoPEFusion(bert(home), sides, len(NAMES), CONFIG).eval()
+    torch.nn.init.normal_(model.head.weight)
+    preprocess = {"picture": processor(home), "video": EachFrame(TimmTransform.of(model.complementary.sides["video"].main.encoder))}
+    collate = FusionCollator(tokenizer(home), preprocess)
+    videos = [[home / f"{t}.png" for t in range(i + 1)] for i in range(len(TEXTS))]
+    samples = [{"text": text, "picture": home / f"{i}.png", "video": videos[i]} for i, text in enumerate(TEXTS)]
+    samples[1]["picture"] = samples[2]["video"] = None
+    return model, collate, samples
+
+
+def test_several_sides_are_found_by_the_names_in_the_save(home, tmp_path):
+    model, collate, samples = several(home)
+    predictor = Predictor(model, collate, NAMES)
+    expected = list(predictor(samples))
+    opened = [
+        {**s, "picture": s["picture"] and Image.open(s["picture"]), "video": s["video"] and [Image.open(p) for p in s["video"]]}
+        for s in samples
+    ]
+    with torch.no_grad():
+        logits = model(**collate(opened)).logits
+    assert [NAMES[i] for i in logits.argmax(1)] == [each.label for each in expected]
+    predictor.save_pretrained(tmp_path)
+    again = list(Predictor.from_pretrained(tmp_path)(samples))
+    for got, wanted in zip(again, expected, strict=True):
+        assert got.probabilities == pytest.approx(wanted.probabilities, abs=1e-5)
+    # without the model's preprocessing, by what the encoders' libraries have
+    alone = tmp_path / "alone"
+    model.save_pretrained(alone)
+    with pytest.warns(UserWarning, match=r"of the complementary\.video encoder by timm's transform .* of the field 'frames'"):
+        bare = Predictor.from_pretrained(alone)
+    assert bare.inputs.sides["complementary_inputs.picture"][0] == "image"
+    given = Predictor.from_pretrained(tmp_path, complementary={"picture": vit(home)})
+    assert next(given(samples)).probabilities == pytest.approx(expected[0].probabilities, abs=1e-5)
+    with pytest.raises(ValueError, match=r"of some of the sides \['picture', 'video'\], got \['sound'\]"):
+        Predictor.from_pretrained(tmp_path, complementary={"sound": vit(home)})
+    with pytest.raises(ValueError, match=r"make them by FusionCollator\(main, {'picture': ..., 'video': ...}\)"):
+        Predictor(model, FusionCollator(tokenizer(home), processor(home)))

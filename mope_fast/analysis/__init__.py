@@ -2,5 +2,6 @@
 
 from .alarms import Alarm, Thresholds
 from .recorder import Recorder, TopSample, record
+from .sides import SideEffect, SideEffects, what_sides_add
 
-__all__ = ["Alarm", "Recorder", "Thresholds", "TopSample", "record"]
+__all__ = ["Alarm", "Recorder", "SideEffect", "SideEffects", "Thresholds", "TopSample", "record", "what_sides_add"]

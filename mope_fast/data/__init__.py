@@ -1,7 +1,7 @@
 """Features of frozen encoders, computed once and kept on disk; readers of samples, batches of them; few-shot training; metrics."""
 
 from .audio import load_audio
-from .collator import FusionCollator, StackEach, TimmTransform
+from .collator import EachFrame, FusionCollator, StackEach, TimmTransform
 from .feature_cache import FeatureCache
 from .few_shot import FewShotSplit
 from .images import load_image
@@ -15,6 +15,7 @@ from .writer import write_jsonl_folder
 
 __all__ = [
     "PUBLISHED_SETS",
+    "EachFrame",
     "FeatureCache",
     "FewShotRecipe",
     "FewShotRun",

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from .images import is_pillow_image, load_image
 from .posts import Post
@@ -52,6 +53,41 @@ class TimmTransform(StackEach):
         return cls(config)
 
 
+class EachFrame:
+    """A transform of images made one of videos, for a side of ``frames``: (B, T, ...), T the most frames of a video.
+
+    Called with a list of videos, each a list of images, it gives what the transform gives of all frames together, a tensor being
+    ``"frames"``; shorter videos are padded with zeros, and ``"frame_mask"``, bool (B, T), is True for real frames.
+
+    Args:
+        preprocess: of a list of images, as for :class:`FusionCollator`.
+        most: frames that are taken of a longer video, evenly spread over it; None for all.
+
+    Raises:
+        ValueError: a video has no frame.
+    """
+
+    def __init__(self, preprocess: Preprocess, most: int | None = None):
+        if most is not None and (not isinstance(most, int) or isinstance(most, bool) or most < 1):
+            raise ValueError(f"most must be an integer >= 1 or None, got {most!r}")
+        self.preprocess, self.most = preprocess, most
+
+    def __call__(self, videos: Sequence[Sequence[Any]]) -> dict[str, Tensor]:
+        if empty := [index for index, frames in enumerate(videos) if not len(frames)]:
+            raise ValueError(f"video {empty[0]} of the batch has no frame: a missing one is None")
+        taken = [self._taken(frames) for frames in videos]
+        counts = [len(frames) for frames in taken]
+        made = _inputs("frames", self.preprocess, [frame for frames in taken for frame in frames])
+        made = made if isinstance(made, dict) else {"frames": made}
+        padded = {name: pad_sequence(value.split(counts), batch_first=True) for name, value in made.items()}
+        return {**padded, "frame_mask": torch.arange(max(counts)) < torch.tensor(counts)[:, None]}
+
+    def _taken(self, frames: Sequence[Any]) -> Sequence[Any]:
+        if self.most is None or len(frames) <= self.most:
+            return frames
+        return [frames[index] for index in torch.linspace(0, len(frames) - 1, self.most).round().int().tolist()]
+
+
 class FusionCollator:
     """Makes a batch for :class:`MoPEFusion` of a list of samples: ``collate_fn`` of a DataLoader, ``data_collator`` of a Trainer.
 
@@ -66,13 +102,15 @@ class FusionCollator:
             list of values that gives a tensor or a dict of tensors: ``functools.partial(tokenizer, padding=True, max_length=64,
             ...)``; ``TimmTransform.of(encoder)`` for a timm encoder, ``StackEach(transform)`` for other transforms of one image;
             None for features, stacked as they are.
-        complementary: likewise for the other side.
+        complementary: likewise for the other side; of several sides a dict of these by name, :class:`EachFrame` for video. A
+            sample's side is missing where its value is None: ``"present"`` says so to the model, the row is another sample's, and
+            the whole side is None where no sample of the batch has it. Of a post without an image, too, in place of a grey one.
         main_field, complementary_field, label_field: where a sample has them. Samples without the label field, or with None in it,
-            make batches without labels.
+            make batches without labels. Of several sides ``complementary_field`` is a dict; by default fields are called as sides.
 
     Raises:
         TypeError: ``main`` or ``complementary`` is none of these.
-        ValueError: ``complementary`` without a field.
+        ValueError: ``complementary`` without a field, or fields of other sides.
 
     Example:
         >>> collate = FusionCollator(tokenizer, image_processor)
@@ -83,13 +121,15 @@ class FusionCollator:
     def __init__(
         self,
         main: Preprocess | None,
-        complementary: Preprocess | None,
+        complementary: Preprocess | Mapping[str, Preprocess | None] | None,
         *,
         main_field: str = "text",
-        complementary_field: str | None = "image",
+        complementary_field: str | Mapping[str, str] | None = "image",
         label_field: str = "label",
     ):
-        for name, preprocess in (("main", main), ("complementary", complementary)):
+        self.several = isinstance(complementary, Mapping)
+        others = dict(complementary) if self.several else {"complementary": complementary}
+        for name, preprocess in (("main", main), *others.items()):
             if preprocess is not None and not callable(preprocess):
                 raise TypeError(
                     f"{name} must be a tokenizer, an image processor, a function of a list of values or None, "
@@ -97,10 +137,15 @@ class FusionCollator:
                 )
         if complementary_field is None and complementary is not None:
             raise ValueError("complementary_field=None is for one side: leave complementary at None, or name its field")
-        if complementary_field is None:
-            self.sides = {"inputs": (main_field, main)}
-        else:
-            self.sides = {"main_inputs": (main_field, main), "complementary_inputs": (complementary_field, complementary)}
+        self.sides = {"inputs" if complementary_field is None else "main_inputs": (main_field, main)}
+        """Of each input of the model its field and what makes it; those of several sides are "complementary_inputs.NAME"."""
+        if self.several:
+            fields = {name: name for name in others} if complementary_field == "image" else complementary_field
+            if not isinstance(fields, Mapping) or set(fields) != set(others):
+                raise ValueError(f"complementary_field must be a dict of the fields of {list(others)}, got {complementary_field!r}")
+            self.sides |= {f"complementary_inputs.{name}": (fields[name], each) for name, each in others.items()}
+        elif complementary_field is not None:
+            self.sides["complementary_inputs"] = (complementary_field, complementary)
         self.label_field = label_field
 
     def __call__(self, samples: Sequence[Post | Mapping[str, Any]]) -> dict[str, Any]:
@@ -128,9 +173,16 @@ class FusionCollator:
         """Make a batch without looking at labels."""
         if not samples:
             raise ValueError("there is no sample to make a batch of")
-        batch = {}
+        batch: dict[str, Any] = {}
         for name, (field, preprocess) in self.sides.items():
-            batch[name] = _inputs(name, preprocess, [_value(sample, field) for sample in samples])
+            side, _, one_of = name.partition(".")
+            values = [_value(sample, field, may_be_missing=bool(one_of)) for sample in samples]
+            if not one_of:
+                batch[name] = _inputs(name, preprocess, values)
+                continue
+            others = batch.setdefault(side, {"present": {}})
+            others[one_of], present = _with_missing(name, preprocess, values)
+            others["present"] |= {} if present is None else {one_of: present}
         return batch
 
 
@@ -138,8 +190,10 @@ def _may_have(sample: Post | Mapping[str, Any], field: str) -> bool:
     return isinstance(sample, Post) or field in sample
 
 
-def _value(sample: Post | Mapping[str, Any], field: str) -> Any:
+def _value(sample: Post | Mapping[str, Any], field: str, *, may_be_missing: bool = False) -> Any:
     if isinstance(sample, Post):
+        if may_be_missing and field == "image" and sample.image is None:
+            return None
         if field in ("image", "audio", "frames"):
             return getattr(sample, f"open_{field}")()
         if field in Post.__slots__:
@@ -152,7 +206,13 @@ def _value(sample: Post | Mapping[str, Any], field: str) -> Any:
             f"a sample has no field {field!r}, only {list(sample)}: name it (main_field=..., complementary_field=..., "
             "label_field=...); transformers' Trainer drops fields unless remove_unused_columns=False"
         )
-    value = sample[field]
+    return _as_shown(sample[field])
+
+
+def _as_shown(value: Any) -> Any:
+    """Pillow's images, and lists of them, in RGB as a viewer shows them; all else as it is."""
+    if isinstance(value, (list, tuple)) and value and all(is_pillow_image(each) for each in value):
+        return [load_image(each) for each in value]
     return load_image(value) if is_pillow_image(value) else value
 
 
@@ -173,6 +233,19 @@ def _inputs(name: str, preprocess: Preprocess | None, values: list[Any]) -> Any:
     if wrong := [type(value).__name__ for value in tensors if not isinstance(value, Tensor)]:
         raise TypeError(f"{name} must be a tensor or a dict of tensors, got {wrong[0]}: does it need return_tensors='pt'?")
     return inputs
+
+
+def _with_missing(name: str, preprocess: Preprocess | None, values: list[Any]) -> tuple[Any, Tensor | None]:
+    """Inputs where some are None, and which are not; None and None where all are."""
+    present = torch.tensor([value is not None for value in values])
+    if not present.any():
+        return None, None
+    inputs = _inputs(name, preprocess, [value for value in values if value is not None])
+    if present.all():
+        return inputs, None
+    # a missing one's row is that of one before it, or the first: whatever an encoder makes of it is a number
+    rows = (present.cumsum(0) - 1).clamp(min=0)
+    return ({key: value[rows] for key, value in inputs.items()} if isinstance(inputs, dict) else inputs[rows]), present
 
 
 def _labels(values: list[Any]) -> Tensor:

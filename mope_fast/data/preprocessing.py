@@ -10,7 +10,7 @@ from torch import nn
 
 from ..encoders import family_of
 from ..encoders.sources import Source
-from .collator import Preprocess, StackEach, TimmTransform
+from .collator import EachFrame, Preprocess, StackEach, TimmTransform
 
 FIELDS = {
     "input_ids": "text", "pixel_values": "image", "x": "image", "img": "image", "input_values": "audio", "input_features": "audio",
@@ -23,12 +23,15 @@ def keep(preprocess: Preprocess | None, folder: Path) -> dict[str, Any] | None:
     """Say in plain values what this is; what transformers saves of its own goes into ``folder``, which is made for that.
 
     Returns:
-        None for None; else a dict with a ``kind``: "transformers", "timm", or "function" with the name of what can't be kept.
+        None for None; else a dict with a ``kind``: "transformers", "timm", "frames", or "function" with the name of what can't be
+        kept.
     """
     if preprocess is None:
         return None
     if isinstance(preprocess, TimmTransform) and (config := _plain(preprocess.config)) is not None:
         return {"kind": "timm", "config": config}
+    if isinstance(preprocess, EachFrame) and (inner := keep(preprocess.preprocess, folder))["kind"] != "function":
+        return {"kind": "frames", "inputs": inner, "most": preprocess.most}
     processor, settings = preprocess, None
     if isinstance(preprocess, functools.partial) and not preprocess.args:
         processor, settings = preprocess.func, _plain(preprocess.keywords)
@@ -46,6 +49,8 @@ def read(kept: Mapping[str, Any], folder: Path) -> Preprocess:
     """
     if kept["kind"] == "timm":
         return TimmTransform(kept["config"])
+    if kept["kind"] == "frames":
+        return EachFrame(read(kept["inputs"], folder), kept["most"])
     if kept["kind"] != "transformers" or (cls := _of_transformers(kept["class"])) is None:
         raise ValueError(f"it names {kept!r:.200}, which this version doesn't know")
     processor = cls.from_pretrained(folder)
@@ -104,6 +109,8 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any] | None:
 def _name(function: Callable[..., Any]) -> str:
     if isinstance(function, StackEach):
         return f"StackEach of {_name(function.transform)}"
+    if isinstance(function, EachFrame):
+        return f"EachFrame of {_name(function.preprocess)}"
     if isinstance(function, functools.partial):
         return f"partial of {_name(function.func)}"
     named = function if hasattr(function, "__qualname__") else type(function)

@@ -8,6 +8,7 @@ from .mope_baf import BAFConfig, MoPEBAF
 from .multi_adapter import MultiAdapter
 from .output import FusionOutput
 from .prompt_tuned import PromptTuned
+from .sides import Side
 from .start_prompts import start_prompts
 from .vlmo import VLMo, VLMoConfig, VLMoOutput, VLMoProcessor
 from .warmup import warmup
@@ -20,6 +21,7 @@ __all__ = [
     "MoPEFusion",
     "MultiAdapter",
     "PromptTuned",
+    "Side",
     "VLMo",
     "VLMoConfig",
     "VLMoOutput",

@@ -27,12 +27,12 @@ FORMAT = 2
 KEYS = ("model", "main", "config", "head", "num_classes", "problem_type", "weights")
 TRAINING_SETTINGS = frozenset((
     "noise_std", "dropout", "dynamic_dropout", "mixing", "importance_weight", "importance_threshold",
-    "prompt_init", "prompt_init_std", "expert_spread",
+    "prompt_init", "prompt_init_std", "expert_spread", "side_dropout",
 ))  # fmt: skip
 """Settings that change nothing, or only the rounding, in eval mode."""
 BEFORE = {
     "pooling": None, "router_pooling": None, "complementary_pooling": None, "head_inputs": "main", "expert_spread": 1.0,
-    "side_dims": None,
+    "side_dims": None, "combine": "concat", "side_dropout": 0.0,
 }  # fmt: skip
 """What saves meant that don't have these settings yet, whatever the defaults are."""
 

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from ..encoders import PromptedEncoder
 from ..modules import FoldedBank, PromptBank
+from .complementary import batch_of, head_inputs
 from .image_config import ImageConfig
 from .inputs import takes_named_inputs, two_sides
 from .output import FusionOutput
 from .prompting import Inputs, run_prompted
-from .sides import check_same_batch, complementary_feature, head_inputs
+from .sides import Sides, complementary_feature
 from .task import apply_head
 
 
@@ -27,7 +28,8 @@ class FoldedModel(ImageConfig, nn.Module):
         main: the encoder.
         bank: the trained prompts; None for none.
         head: features -> logits, or None; copied.
-        complementary: where psi_y comes from, if prompts depend on it: a folded model, a callable, or None for features.
+        complementary: where psi_y comes from, if prompts depend on it: a folded model, several sides, a callable, or None for
+            features.
         return_logits: have ``forward`` give the logits alone, a tensor.
     """
 
@@ -36,7 +38,7 @@ class FoldedModel(ImageConfig, nn.Module):
         main: PromptedEncoder,
         bank: PromptBank | None,
         head: nn.Module | None,
-        complementary: "FoldedModel | Callable[..., Tensor] | None" = None,
+        complementary: "FoldedModel | Sides | Callable[..., Tensor] | None" = None,
         *,
         return_logits: bool = False,
     ):
@@ -74,8 +76,7 @@ class FoldedModel(ImageConfig, nn.Module):
         """Return all of them, whatever ``return_logits`` says."""
         cross = None
         if self.uses_cross:
-            cross = complementary_feature(self.complementary, complementary_inputs)
-            check_same_batch(self.main, main_inputs, cross)
+            cross = complementary_feature(self.complementary, complementary_inputs, batch_of(self.main, main_inputs))
         features, scores, maps = run_prompted(self.main, self.bank, main_inputs, cross, feature_maps=feature_maps)
         logits = apply_head(self.head, *self.head_inputs(features, cross))
         return FusionOutput(logits=logits, scores=scores, features=features, feature_maps=maps)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,25 +10,20 @@ from torch import Tensor, nn
 from .. import functional
 from ..encoders import PromptedEncoder, family_of, find_family
 from ..encoders.frozen import Hold
-from ..encoders.sources import Source, encoder_of, source_of
+from ..encoders.sources import Source as Origin
+from ..encoders.sources import encoder_of, source_of
 from ..encoders.weights import Samples, sample_weights
 from ..modules import MoPEConfig, PromptBank
 from . import checkpoint, hub
 from .classifier import Classifier
+from .complementary import batch_of, check_can_be_trained, check_holds_no_prompts, head_inputs, is_prompted_model
 from .folded import FoldedModel
 from .inputs import takes_named_inputs, two_sides
 from .output import FusionOutput
 from .prompt_tuned import PromptTuned
 from .prompting import Inputs, run_prompted
-from .sides import (
-    check_holds_no_prompts,
-    check_same_batch,
-    check_trains_nothing,
-    complementary_feature,
-    head_inputs,
-    is_prompted_model,
-)
-from .task import apply_head, check_head, describe_encoder, make_head, prompted
+from .sides import Side, Sides, complementary_feature, named_sides, restored, sources_of
+from .task import apply_head, check_head, check_is_trained, describe_encoder, make_head, prompted
 
 
 class MoPEFusion(Classifier):
@@ -40,6 +35,8 @@ class MoPEFusion(Classifier):
             ``config.complementary_prompt_length`` in its layers), a :class:`PromptTuned` of your own, any callable that gives
             (B, cross_dim) features (a module is held frozen, in eval mode and without gradient, so it may not hold prompts to be
             trained; nor may a function train anything), or None: then the features themselves are passed to ``forward``.
+            Several of these are a dict of names: each is one of the above, or a :class:`Side`, which may be missing, of video
+            frames, or trained. Their features side by side are psi_y (``config.combine``), and each has a mapped prompt of its own.
         num_classes: outputs of a linear head on the fused feature, and on psi_y unless ``config.head_inputs`` says otherwise; None
             for no head (``logits`` is None, use ``features``).
         config: see :class:`MoPEConfig`; ``config.cross_dim`` is needed unless ``complementary`` is a supported encoder.
@@ -61,7 +58,7 @@ class MoPEFusion(Classifier):
     def __init__(
         self,
         main: nn.Module,
-        complementary: nn.Module | Callable[..., Tensor] | None = None,
+        complementary: nn.Module | Callable[..., Tensor] | Mapping[str, Any] | None = None,
         num_classes: int | None = None,
         config: MoPEConfig | None = None,
         *,
@@ -72,13 +69,10 @@ class MoPEFusion(Classifier):
     ):
         super().__init__()
         check_head(num_classes, head, problem_type, label_smoothing, return_logits)
-        if complementary is not None and not callable(complementary):
-            raise TypeError(f"complementary must be a supported encoder, a callable or None, got {type(complementary).__name__}")
-        if is_prompted_model(complementary) and not isinstance(complementary, (PromptTuned, FoldedModel)):
-            name = type(complementary).__name__
-            raise TypeError(f"complementary can't be a {name}: pass PromptTuned, a folded model, or a function of its features")
-        if getattr(complementary, "return_logits", False):
-            raise ValueError("complementary has return_logits=True, but its features are needed: make it without")
+        several = isinstance(complementary, Mapping)
+        sides = named_sides(complementary) if several else {"complementary": Side(complementary)}
+        for name, side in sides.items():
+            _check_source(f"complementary[{name!r}]" if several else name, side)
         config = MoPEConfig() if config is None else config
         if config.head_inputs is None:
             both = num_classes is not None and config.needs_cross
@@ -87,29 +81,27 @@ class MoPEFusion(Classifier):
             raise ValueError("MoPEConfig.head_inputs='both' needs a head: give num_classes or head, or leave it at 'main'")
         if not isinstance(main, PromptedEncoder):
             family_of(main)
-        cross_dim = _feature_width(complementary, config.complementary_pooling)
-        if cross_dim is not None and config.cross_dim not in (None, cross_dim):
-            raise ValueError(
-                f"config.cross_dim is {config.cross_dim}, but {type(complementary).__name__} gives features of width {cross_dim}"
-            )
-        cross_dim = config.cross_dim if cross_dim is None else cross_dim
+        widths = {name: _width(name, side, config, several) for name, side in sides.items()}
+        if several:
+            config = _of_sides(config, widths)
+            sides = {name: dataclasses.replace(side, width=widths[name]) for name, side in sides.items()}
+        cross_dim = config.cross_dim if several else widths["complementary"]
         if config.uses_cross and cross_dim is None:
             raise ValueError("the width of the complementary feature can't be inferred: set MoPEConfig(cross_dim=...)")
 
         self.problem_type, self.label_smoothing, self.return_logits = problem_type, float(label_smoothing), return_logits
         self.main = prompted(main, pooling=config.pooling, router_pooling=config.router_pooling)
         self._wrapped = [] if self.main is main else [self.main]
-        self._black_box: Hold | None = None
+        self._black_boxes: list[Hold] = []
+        self.made_sides: set[str] = set()
+        """Names of the sides whose prompts are of this model's making."""
         try:
-            self.complementary = self._make_side(complementary, config)
-            self.made_its_side = isinstance(self.complementary, PromptTuned) and self.complementary is not complementary
-            # what came wrapped has poolings of its own
-            own = side.main.pooling if is_prompted_model(side := self.complementary) else None
-            if config.complementary_pooling not in (None, own):
-                raise ValueError(
-                    f"complementary_pooling={config.complementary_pooling!r} was asked for, but complementary, "
-                    f"{type(side).__name__}, has pooling={own!r}: set it where it is made, or leave the model's at None"
-                )
+            values = {name: self._make_side(name, side, config) for name, side in sides.items()}
+            if several:
+                self.complementary = Sides(sides, values, combine=config.combine, dropout=config.side_dropout)
+            else:
+                self.complementary = values["complementary"]
+            own = self.complementary.main.pooling if is_prompted_model(self.complementary) else None
             self.config = dataclasses.replace(
                 config, cross_dim=cross_dim, pooling=self.main.pooling, router_pooling=self.main.router_pooling,
                 complementary_pooling=own,
@@ -139,7 +131,10 @@ class MoPEFusion(Classifier):
         Args:
             main_inputs: the main encoder's input, or a dict of its keyword arguments.
             complementary_inputs: likewise; or the features (B, cross_dim) where ``complementary`` is None; None where no prompt
-                needs them.
+                needs them. Of several sides a dict of these by name. A side that is ``optional`` may be None, or absent, where no
+                sample of the batch has it. Where some have it, ``"present"`` is a dict of names and bool masks (B,), and the
+                others' rows may be any valid input: they have no effect. A side of ``frames`` takes (B, T, ...), or a dict of such
+                tensors, perhaps with ``"frame_mask"``, bool (B, T), True for real frames.
             labels: see ``problem_type``; gives ``loss``. On a CPU wrong values are errors. On other devices, where looking would
                 wait, a class out of range stops the device, and other wrong values make ``loss`` NaN. Where no sample counts,
                 the task loss is 0.
@@ -150,12 +145,16 @@ class MoPEFusion(Classifier):
         self._begin(labels, feature_maps)
         side = self.complementary
         main_inputs, complementary_inputs = two_sides(self.main, side, main_inputs, complementary_inputs, named)
-        config, cross = self.config, None
-        if config.uses_cross:
-            cross = self.complementary_feature(complementary_inputs)
-            if self.training:
-                check_trains_nothing(side, complementary_inputs, cross)
-            check_same_batch(self.main, main_inputs, cross)
+        cross = None
+        if self.config.uses_cross:
+            cross = complementary_feature(side, complementary_inputs, batch_of(self.main, main_inputs), training=self.training)
+        return self._result(self.fused(main_inputs, cross, labels, feature_maps=feature_maps))
+
+    def fused(
+        self, main_inputs: Inputs, cross: Tensor | None, labels: Tensor | None = None, *, feature_maps: bool = False
+    ) -> FusionOutput:
+        """``forward`` with the complementary feature psi_y (B, cross_dim) at hand, whatever ``return_logits`` says."""
+        config = self.config
         features, scores, maps = run_prompted(self.main, self._bank(), main_inputs, cross, feature_maps=feature_maps)
         logits = apply_head(self.head, *head_inputs(config, features, cross))
         task_loss, summed = self._losses(logits, labels, scores)
@@ -163,8 +162,7 @@ class MoPEFusion(Classifier):
         if summed is not None:
             importance = functional.importance_loss(summed, threshold=config.importance_threshold)
         loss = None if task_loss is None else task_loss + config.importance_weight * importance
-        output = self._output_type(logits, labels)(loss, logits, task_loss, importance, scores, features, maps)
-        return self._result(output)
+        return self._output_type(logits, labels)(loss, logits, task_loss, importance, scores, features, maps)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head, see :meth:`PromptTuned.reset_classifier`; without one the feature is the main encoder's alone."""
@@ -178,34 +176,51 @@ class MoPEFusion(Classifier):
     def _loss_is_cross_entropy(self) -> bool:
         return super()._loss_is_cross_entropy() and not self._has_auxiliary_loss()
 
-    def _make_side(self, complementary: Any, config: MoPEConfig) -> Any:
-        if _is_encoder(complementary):
-            side = prompted(complementary, pooling=config.complementary_pooling)
-            if side is not complementary:
-                self._wrapped.append(side)
-            settings = {"dropout": config.dropout, "prompt_init": config.prompt_init}
-            return PromptTuned(side, config.complementary_prompt_length, **settings)
-        if isinstance(complementary, nn.Module) and not is_prompted_model(complementary):
-            check_holds_no_prompts(complementary)
-            self._black_box = Hold(complementary)
-        return complementary
+    def _make_side(self, name: str, side: Side, config: MoPEConfig) -> Any:
+        """What gives this side's feature, ready: wrapped, or held."""
+        source = side.source
+        asked = config.complementary_pooling if side.pooling is None else side.pooling
+        if _is_encoder(source):
+            encoder = prompted(source, pooling=asked)
+            if encoder is not source:
+                self._wrapped.append(encoder)
+            self.made_sides.add(name)
+            length = config.complementary_prompt_length if side.prompt_length is None else side.prompt_length
+            return PromptTuned(encoder, length, dropout=config.dropout, prompt_init=config.prompt_init)
+        # what came wrapped has poolings of its own
+        own = source.main.pooling if is_prompted_model(source) else None
+        if asked not in (None, own):
+            raise ValueError(
+                f"complementary_pooling={asked!r} was asked for, but {name}, {type(source).__name__}, has pooling={own!r}: set it "
+                "where it is made, or leave the model's at None"
+            )
+        if side.prompt_length is not None and (own := getattr(source, "settings", {}).get("prompt_length")) != side.prompt_length:
+            raise ValueError(f"prompt_length={side.prompt_length} was asked for, but {name}, {type(source).__name__}, has {own}")
+        if side.trainable:
+            check_can_be_trained(name, source)
+            check_is_trained(source, self.main, name)
+        elif isinstance(source, nn.Module) and not is_prompted_model(source):
+            check_holds_no_prompts(name, source)
+            self._black_boxes.append(Hold(source))
+        return source
 
     def _give_back(self) -> None:
-        """Undo what this model has done to encoders and to a black box; what came wrapped or tuned stays so."""
+        """Undo what this model has done to encoders and to black boxes; what came wrapped or tuned stays so."""
         for encoder in self._wrapped:
             encoder.detach()
-        if self._black_box is not None:
-            self._black_box.release()
+        for held in self._black_boxes:
+            held.release()
 
     def complementary_feature(self, inputs: Inputs | None) -> Tensor:
         """psi_y, (B, cross_dim)."""
-        return complementary_feature(self.complementary, inputs)
+        return complementary_feature(self.complementary, inputs, None)
 
     def train(self, mode: bool = True) -> "MoPEFusion":
         """Train or evaluate prompts, mapper and head; encoders stay in eval mode."""
         super().train(mode)
-        if self._black_box is not None:
-            self.complementary.eval()
+        for source in sources_of(self.complementary).values():
+            if source.is_held:
+                source.value.eval()
         return self
 
     def fold(self) -> FoldedModel:
@@ -219,67 +234,88 @@ class MoPEFusion(Classifier):
         """
         self._check_whole()
         side = self.complementary
-        side = side.fold() if isinstance(side, PromptTuned) else side
+        side = side.fold() if isinstance(side, Sides) else sources_of(side)["complementary"].folded()
         return FoldedModel(self.main, self.bank, self.head, side, return_logits=self.return_logits)
 
     def parameter_groups(
-        self, main_lr: float, complementary_lr: float | None = None, weight_decay: float = 1e-3
+        self, main_lr: float, complementary_lr: float | Mapping[str, float] | None = None, weight_decay: float = 1e-3
     ) -> list[dict[str, Any]]:
-        """Trained parameters for an optimiser: bank and head at ``main_lr``, the complementary encoder's prompts at theirs.
+        """Trained parameters for an optimiser: bank and head at ``main_lr``, then those of each complementary side at theirs.
 
-        Defaults of the released code: 4e-4 (vision) and 5e-4 (text), weight decay 1e-3 on everything.
+        Of several sides ``complementary_lr`` may be a dict of names; sides that aren't in it have ``main_lr``. A side's stand-in
+        has its side's rate. Defaults of the released code: 4e-4 (vision) and 5e-4 (text), weight decay 1e-3 on everything.
+
+        Raises:
+            ValueError: a name is no side's.
         """
-        side = self.complementary
-        side = [p for p in side.parameters() if p.requires_grad] if isinstance(side, PromptTuned) else []
-        own = [p for module in (self.bank, self.head) if module is not None for p in module.parameters() if p.requires_grad]
-        groups = [{"params": own, "lr": main_lr}]
-        if side:
-            groups.append({"params": side, "lr": main_lr if complementary_lr is None else complementary_lr})
-        return [{**group, "weight_decay": weight_decay} for group in groups]
+        sources, stand_ins = sources_of(self.complementary), getattr(self.complementary, "stand_ins", {})
+        rates = complementary_lr if isinstance(complementary_lr, Mapping) else dict.fromkeys(sources, complementary_lr)
+        if unknown := [name for name in rates if name not in sources]:
+            raise ValueError(f"complementary_lr has {unknown}: this model's sides are {list(sources)}")
+        modules = [module for module in (self.bank, self.head) if module is not None]
+        parts = [(main_lr, [p for module in modules for p in module.parameters()])]
+        for name, source in sources.items():
+            of_side = [*source.value.parameters()] if source.is_tuned or source.trained else []
+            rate = rates.get(name)
+            parts.append((main_lr if rate is None else rate, of_side + ([stand_ins[name]] if name in stand_ins else [])))
+        groups = [
+            {"params": [p for p in part if p.requires_grad], "lr": rate, "weight_decay": weight_decay} for rate, part in parts
+        ]
+        return [group for index, group in enumerate(groups) if group["params"] or index == 0]
 
     def frozen_parts(self) -> list[str]:
         """Names of the modules that are held and not trained."""
-        held = isinstance(self.complementary, nn.Module) and not isinstance(self.complementary, PromptTuned)
-        return [*super().frozen_parts(), *(["complementary"] if held else [])]
+        return [*super().frozen_parts(), *(source.path for source in sources_of(self.complementary).values() if source.is_held)]
 
-    def unwrap(self) -> tuple[nn.Module, nn.Module | Callable[..., Tensor] | None]:
-        """Give both encoders back as they were; this model can't be used afterwards.
+    def unwrap(self) -> tuple[nn.Module, nn.Module | Callable[..., Tensor] | dict[str, Any] | None]:
+        """Give the encoders back as they were, several complementary ones by name; this model can't be used afterwards.
 
         A :class:`PromptedEncoder` or :class:`PromptTuned` that was passed in stays as it is: its owner detaches or unwraps it.
         """
         self._give_back()
-        side = self.complementary
-        wrapped = isinstance(side, PromptTuned) and side.main in self._wrapped
-        return self.main.encoder, side.main.encoder if wrapped else side
+        given = {
+            name: source.value.main.encoder if source.is_tuned and source.value.main in self._wrapped else source.value
+            for name, source in sources_of(self.complementary).items()
+        }
+        return self.main.encoder, given if isinstance(self.complementary, Sides) else given["complementary"]
 
-    def sources(self) -> dict[str, Source | None]:
-        """Where both encoders can be got again; the complementary one isn't named where features are passed in.
+    def sources(self) -> dict[str, Origin | None]:
+        """Where the encoders can be got again; a complementary one isn't named where features are passed in.
 
-        That of a function that is a supported encoder's feature has its ``pooling``.
+        That of a function that is a supported encoder's feature has its ``pooling``. Those of several sides are
+        "complementary.NAME".
         """
-        found, side = {"main": source_of(self.main.encoder)}, self.complementary
-        if isinstance(side, PromptTuned):
-            found["complementary"] = source_of(side.main.encoder)
-        elif side is not None:
-            encoder, pooling = encoder_of(side) or (None, None)
-            source = None if encoder is None else source_of(encoder)
-            found["complementary"] = None if source is None else {**source, "pooling": pooling}
+        found = {"main": source_of(self.main.encoder)}
+        for name, source in sources_of(self.complementary).items():
+            key = f"complementary.{name}" if isinstance(self.complementary, Sides) else name
+            if source.is_tuned:
+                found[key] = source_of(source.value.main.encoder)
+            elif source.value is not None:
+                encoder, pooling = encoder_of(source.value) or (None, None)
+                origin = None if encoder is None else source_of(encoder)
+                found[key] = None if origin is None else {**origin, "pooling": pooling}
         return found
 
     def sampled_encoders(self) -> dict[str, Samples | None]:
         """Of each frozen encoder some of its numbers, of one within a function too; None where they can't be read."""
         found = super().sampled_encoders()
-        if (known := encoder_of(self.complementary)) is not None:
-            layers = family_of(known[0]).layers(known[0])
-            found["complementary.encoder"] = sample_weights(known[0], [layer.module for layer in layers])
+        for name, source in sources_of(self.complementary).items():
+            if (known := encoder_of(source.value)) is not None:
+                layers = family_of(known[0]).layers(known[0])
+                key = f"complementary.{name}.encoder" if isinstance(self.complementary, Sides) else "complementary.encoder"
+                found[key] = sample_weights(known[0], [layer.module for layer in layers])
         return found
 
     def description(self) -> dict[str, Any]:
         side = self.complementary
+        if isinstance(side, Sides):
+            described = side.description()
+        else:
+            described = describe_encoder(side.main) if isinstance(side, PromptTuned) else None
         return {
             "model": "MoPEFusion",
             "main": describe_encoder(self.main),
-            "complementary": describe_encoder(side.main) if isinstance(side, PromptTuned) else None,
+            "complementary": described,
             "config": self.config.to_dict(),
             **self._head_description(),
         }
@@ -289,7 +325,7 @@ class MoPEFusion(Classifier):
         cls,
         path: str | os.PathLike[str],
         main: nn.Module,
-        complementary: nn.Module | Callable[..., Tensor] | None = None,
+        complementary: nn.Module | Callable[..., Tensor] | Mapping[str, Any] | None = None,
         *,
         head: nn.Module | None = None,
         strict: bool = False,
@@ -297,6 +333,8 @@ class MoPEFusion(Classifier):
         return_logits: bool = False,
     ) -> "MoPEFusion":
         """Read a save onto the same encoders; ``head`` only if it was saved with one of its own.
+
+        Of several complementary sides pass a dict of names and encoders; what else their :class:`Side` said is in the save.
 
         ``path`` is a folder of :meth:`save_pretrained`, or "user/name" of one on the Hugging Face Hub (:meth:`push_to_hub`), of
         which ``revision`` is a branch, a tag or a commit. Encoders with other weights are a warning; with ``strict`` an error, see
@@ -323,7 +361,7 @@ class MoPEFusion(Classifier):
         path: str | os.PathLike[str],
         saved: dict[str, Any],
         main: nn.Module,
-        complementary: nn.Module | Callable[..., Tensor] | None = None,
+        complementary: nn.Module | Callable[..., Tensor] | Mapping[str, Any] | None = None,
         *,
         head: nn.Module | None = None,
     ) -> "MoPEFusion":
@@ -332,6 +370,7 @@ class MoPEFusion(Classifier):
         with checkpoint.settings_of(path):
             config = MoPEConfig(**saved["config"])
             check_head(classes, head, **task)
+            complementary = restored(complementary, saved.get("complementary"))
         return cls(main, complementary, classes, config, head=head, **task)
 
 
@@ -339,8 +378,57 @@ def _is_encoder(complementary: object) -> bool:
     return isinstance(complementary, PromptedEncoder) or (complementary is not None and find_family(complementary) is not None)
 
 
-def _feature_width(complementary: object, pooling: str | None) -> int | None:
-    """Of the features that a supported encoder or a prompted model gives; None if that can't be known."""
-    if _is_encoder(complementary) and not isinstance(complementary, PromptedEncoder):
-        return family_of(complementary).pooled_width(complementary, pooling)
-    return getattr(complementary, "feature_width", None)
+def _check_source(name: str, side: Side) -> None:
+    """Raises TypeError or ValueError for what can give no feature."""
+    source = side.source
+    if isinstance(source, Side):
+        raise TypeError(f"{name} is a Side by itself: give it a name, complementary={{'image': Side(...)}}")
+    if source is not None and not callable(source):
+        raise TypeError(f"{name} must be a supported encoder, a callable or None, got {type(source).__name__}")
+    if is_prompted_model(source) and not isinstance(source, (PromptTuned, FoldedModel)):
+        kind = type(source).__name__
+        raise TypeError(f"{name} can't be a {kind}: pass PromptTuned, a folded model, or a function of its features")
+    if getattr(source, "return_logits", False):
+        raise ValueError(f"{name} has return_logits=True, but its features are needed: make it without")
+    if side.trainable and (_is_encoder(source) or is_prompted_model(source)):
+        raise ValueError(
+            f"{name}: trainable=True trains a module whole, and a {type(source).__name__} is held frozen with trained prompts in "
+            "it: leave it out; or wrap the encoder in a module of yours that gives (B, width)"
+        )
+
+
+def _width(name: str, side: Side, config: MoPEConfig, several: bool) -> int | None:
+    """Of a side's feature; None where it can't be known.
+
+    Raises:
+        ValueError: it is another than was asked for.
+    """
+    source, asked = side.source, side.width if several else config.cross_dim
+    pooling = config.complementary_pooling if side.pooling is None else side.pooling
+    if _is_encoder(source) and not isinstance(source, PromptedEncoder):
+        width = family_of(source).pooled_width(source, pooling)
+    else:
+        width = getattr(source, "feature_width", None)
+    if width is not None and asked not in (None, width):
+        what = f"Side.width of {name!r}" if several else "config.cross_dim"
+        raise ValueError(f"{what} is {asked}, but {type(source).__name__} gives features of width {width}")
+    return asked if width is None else width
+
+
+def _of_sides(config: MoPEConfig, widths: dict[str, int | None]) -> MoPEConfig:
+    """The settings with the widths of several features."""
+    if unknown := [name for name, width in widths.items() if width is None]:
+        raise ValueError(f"the width of the feature of {unknown} can't be inferred: Side(..., width=...)")
+    if config.combine == "sum":
+        if len(set(widths.values())) > 1:
+            raise ValueError(f"MoPEConfig.combine='sum' needs features of one width, got {widths}")
+        width = next(iter(widths.values()))
+        if config.side_dims is not None or config.cross_dim not in (None, width):
+            raise ValueError(
+                f"features are summed to one of width {width}: leave MoPEConfig.side_dims and cross_dim at None, "
+                f"got {config.side_dims} and {config.cross_dim}"
+            )
+        return dataclasses.replace(config, cross_dim=width)
+    if config.side_dims not in (None, sizes := tuple(widths.values())):
+        raise ValueError(f"MoPEConfig.side_dims is {config.side_dims}, but the features of {list(widths)} have {sizes}")
+    return dataclasses.replace(config, side_dims=sizes)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..encoders import PromptedEncoder
 from .prompting import Inputs
+from .sides import PRESENT, Sides
 
 NAMES = (
     "input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "pixel_values", "bool_masked_pos",
@@ -98,6 +99,8 @@ def _given(named: Mapping[str, Any]) -> dict[str, Any]:
 
 def _names_of(complementary: object, inputs: Inputs | None) -> frozenset[str] | None:
     """What the complementary side takes by name beside these inputs; None where that can't be known."""
+    if isinstance(complementary, Sides) and inputs is None:
+        return frozenset((*complementary.facts, PRESENT))
     side = getattr(complementary, "main", None)
     if isinstance(side, PromptedEncoder) and (inputs is None or isinstance(inputs, Tensor)):
         return side.input_names

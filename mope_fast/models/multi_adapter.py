@@ -15,13 +15,14 @@ from ..modules.prompts import check_input
 from ..modules.router import Router
 from ..modules.tables import Tables
 from . import checkpoint
+from .complementary import batch_of
 from .folded import FoldedModel
 from .fusion import MoPEFusion
 from .image_config import ImageConfig
 from .output import FusionOutput
 from .prompt_tuned import PromptTuned
 from .prompting import Inputs, stacked_scores
-from .sides import check_same_batch, complementary_feature
+from .sides import complementary_feature
 from .task import apply_head
 
 
@@ -138,9 +139,9 @@ class MultiAdapter(ImageConfig, nn.Module):
             needed = name in used and model.uses_cross
             if needed and name not in given:
                 raise ValueError(f"adapter {name!r} depends on a complementary modality: give complementary_inputs[{name!r}]")
-            cross = complementary_feature(model.complementary, given[name]) if needed else None
+            cross = None
             if needed:
-                check_same_batch(self.main, main_inputs, cross)
+                cross = complementary_feature(model.complementary, given[name], batch_of(self.main, main_inputs))
                 check_input("cross", cross, model.bank.cross_dim)
             crosses.append(cross)
         return crosses

@@ -1,79 +1,289 @@
-"""The complementary side of a fusion."""
+"""Several complementary sides: their features side by side, each of them perhaps missing."""
 
+from __future__ import annotations
+
+import re
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..encoders import PromptedEncoder
-from ..modules import MoPEConfig, MoPELayer, PromptBank, PromptMapper
-from ..modules.block_fusion import PromptFusion
+from .._settings import check_types
 from ..modules.prompts import check_input
+from .complementary import Source, is_prompted_model
+from .frames import as_samples, pooled
 from .prompting import Inputs
-from .task import TaskModel
+from .task import describe_encoder
+
+PRESENT = "present"
+"""Beside the names of sides: which samples have those that may be missing."""
 
 
-def complementary_feature(complementary: nn.Module | Callable[..., Tensor] | None, inputs: Inputs | None) -> Tensor:
-    """psi_y (B, cross_dim): a prompted model's features, what a callable gives, or the inputs themselves.
+@dataclass(frozen=True, eq=False)
+class Side:
+    """One of several complementary sides of a :class:`MoPEFusion`, where there is more to say than its encoder.
+
+    Args:
+        source: what a fusion takes as its one complementary side: a supported encoder, a :class:`PromptTuned`, a callable, or None
+            for features.
+        width: of the feature, where it can't be inferred.
+        trainable: of a module that is no supported encoder: train it with the prompts. Its parameters are the model's then, saved
+            and loaded; by default it is held frozen.
+        optional: this side may be missing. A trained row stands in for its feature; see :meth:`MoPEFusion.forward`.
+        frames: "mean" or "max": inputs are (B, T, ...), T frames of a video. The encoder sees B * T of them, and the feature is the
+            mean or the maximum over a video's frames.
+        pooling, prompt_length: of a supported encoder, in place of the config's ``complementary_pooling`` and
+            ``complementary_prompt_length``.
+
+    Example:
+        >>> sides = {"audio": Side(wav2vec2, optional=True), "video": Side(vit, frames="max")}
+        >>> model = MoPEFusion(bert, sides, num_classes=2)
+        >>> video = {"pixel_values": frames, "frame_mask": real}             # (B, T, 3, 224, 224) and (B, T)
+        >>> output = model(text, {"audio": audio, "video": video, "present": {"audio": heard}}, labels)
+    """
+
+    source: nn.Module | Callable[..., Tensor] | None = None
+    _: KW_ONLY
+    width: int | None = None
+    trainable: bool = False
+    optional: bool = False
+    frames: str | None = None
+    pooling: str | None = None
+    prompt_length: int | None = None
+
+    def __post_init__(self):
+        check_types(self)
+        if self.frames not in (None, "mean", "max"):
+            raise ValueError(f"Side.frames must be 'mean', 'max' or None, got {self.frames!r}")
+        for name, least in (("width", 1), ("prompt_length", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"Side.{name} must be >= {least} or None, got {value}")
+
+
+FACTS = ("width", "trainable", "optional", "frames", "pooling", "prompt_length")
+"""What a save keeps of a :class:`Side`."""
+
+
+def named_sides(given: Mapping[str, Any]) -> dict[str, Side]:
+    """Each value as a :class:`Side`.
 
     Raises:
-        ValueError: there are no inputs.
+        TypeError, ValueError: there are none, or a name can't be one.
+    """
+    if not given:
+        raise ValueError("complementary is an empty dict: give at least one side, or None for features that are passed in")
+    for name in given:
+        if not isinstance(name, str):
+            raise TypeError(f"names of complementary sides must be texts, got {name!r}")
+        if not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII) or name == PRESENT or hasattr(nn.ModuleDict, name):
+            raise ValueError(f"a side can't be called {name!r}: take an identifier that is no method of torch's, such as 'audio'")
+    return {name: value if isinstance(value, Side) else Side(value) for name, value in given.items()}
+
+
+class Sides(nn.Module):
+    """The features of several sides as one, psi_y; a learned row for each side that is missing.
+
+    Args:
+        facts: name -> its :class:`Side` with its width, which every side needs.
+        sources: name -> what gives its feature.
+        combine, dropout: ``combine`` and ``side_dropout`` of :class:`MoPEConfig`.
+    """
+
+    def __init__(self, facts: Mapping[str, Side], sources: Mapping[str, Any], *, combine: str = "concat", dropout: float = 0.0):
+        super().__init__()
+        self.combine, self.dropout = combine, dropout
+        self.facts = {name: _facts(side, sources[name]) for name, side in facts.items()}
+        self.sides = nn.ModuleDict({name: source for name, source in sources.items() if isinstance(source, nn.Module)})
+        self.functions = {name: source for name, source in sources.items() if name not in self.sides}
+        optional = {name: side.width for name, side in facts.items() if side.optional}
+        if self.dropout and not optional:
+            raise ValueError("MoPEConfig.side_dropout is for sides that may be missing: declare them, Side(..., optional=True)")
+        self.stand_ins = nn.ParameterDict({name: nn.Parameter(torch.zeros(width)) for name, width in optional.items()})
+
+    def sources(self) -> dict[str, Source]:
+        """By name, with their paths in a model that has these sides as ``complementary``."""
+        found = {}
+        for name, facts in self.facts.items():
+            if name in self.sides:
+                found[name] = Source(f"complementary.sides.{name}", self.sides[name], facts.trainable)
+            else:
+                found[name] = Source(f"complementary[{name!r}]", self.functions[name])
+        return found
+
+    def forward(self, inputs: Mapping[str, Any], batch: int | None = None) -> Tensor:
+        """psi_y (B, sum of widths), or (B, width) where features are summed.
+
+        Args:
+            inputs: by name; see :meth:`MoPEFusion.forward`.
+            batch: B, if it is known.
+        """
+        return self.joined(self.features(inputs, batch))
+
+    def joined(self, features: Mapping[str, Tensor]) -> Tensor:
+        """One feature of those of all sides."""
+        whole = [features[name] for name in self.facts]
+        return torch.cat(whole, dim=-1) if self.combine == "concat" else sum(whole[1:], whole[0])
+
+    def features(self, inputs: Mapping[str, Any], batch: int | None = None) -> dict[str, Tensor]:
+        """(B, width) of each side, with its stand-in where it is missing."""
+        given, present = self._checked(inputs)
+        found = {}
+        for name, source in self.sources().items():
+            if given[name] is not None:
+                found[name] = self._feature(name, source, given[name], present.get(name))
+                check_input(f"the feature of {name!r}", found[name], self.facts[name].width)
+                batch = len(found[name]) if batch is None else batch
+                check_same_batch(batch, found[name], name)
+        if batch is None:
+            raise ValueError(f"all of {list(given)} are missing, and how many samples there are can't be known from the main side")
+        return {name: self._whole(name, found.get(name), present.get(name), batch) for name in self.facts}
+
+    def encoder_inputs(self, name: str, inputs: Mapping[str, Any]) -> Inputs | None:
+        """What a side's encoder is called with for the samples that have it; None where none has."""
+        given, present = self._checked(inputs)
+        if (own := given[name]) is None:
+            return None
+        if name in present:
+            rows = present[name]
+            own = own[rows] if isinstance(own, Tensor) else {k: v[rows] if isinstance(v, Tensor) else v for k, v in own.items()}
+        return own if self.facts[name].frames is None else as_samples(name, own)[0]
+
+    def _checked(self, inputs: Any) -> tuple[dict[str, Inputs | None], dict[str, Tensor]]:
+        """Inputs of every side, and masks of those that have one."""
+        names = list(self.facts)
+        if not isinstance(inputs, Mapping):
+            raise TypeError(f"complementary_inputs must be a dict of {names}, got {type(inputs).__name__}")
+        if unknown := [name for name in inputs if name not in (*names, PRESENT)]:
+            raise ValueError(f"complementary_inputs has {unknown}: this model's sides are {names}")
+        given = {name: inputs.get(name) for name in names}
+        for name, value in given.items():
+            if value is None and not self.facts[name].optional:
+                raise ValueError(
+                    f"side {name!r} is missing, and was not declared as one that may be: give complementary_inputs[{name!r}], or "
+                    f"make the model with {{{name!r}: Side(..., optional=True)}}"
+                )
+        present = {} if inputs.get(PRESENT) is None else inputs[PRESENT]
+        if not isinstance(present, Mapping):
+            raise TypeError(
+                f"complementary_inputs[{PRESENT!r}] must be a dict of names and masks (B,), got {type(present).__name__}"
+            )
+        present = {name: mask for name, mask in present.items() if mask is not None}
+        for name, mask in present.items():
+            if name not in names or not self.facts[name].optional:
+                optional = [each for each in names if self.facts[each].optional]
+                raise ValueError(f"{PRESENT!r} has a mask of {name!r}: sides that may be missing are {optional}")
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 1:
+                got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+                raise ValueError(f"{PRESENT}[{name!r}] must be a bool tensor (B,), True where there is one; got {got}")
+            if given[name] is None:
+                raise ValueError(f"{PRESENT}[{name!r}] is given, but {name!r} is None: leave the mask out where all are missing")
+        return given, present
+
+    def _feature(self, name: str, source: Source, inputs: Inputs, present: Tensor | None) -> Tensor:
+        how = self.facts[name].frames
+        if how is None:
+            return source.feature(inputs, training=self.training)
+        inputs, shape, mask = as_samples(name, inputs)
+        features = source.feature(inputs, training=self.training).unflatten(0, shape)
+        return pooled(name, features, mask, how, present)
+
+    def _whole(self, name: str, feature: Tensor | None, present: Tensor | None, batch: int) -> Tensor:
+        """(B, width), with the stand-in for samples without this side."""
+        if not self.facts[name].optional:
+            return feature
+        stand_in = self.stand_ins[name]
+        if feature is None:
+            return stand_in.expand(batch, -1)
+        if present is not None:
+            check_same_batch(batch, present, f"{PRESENT}[{name!r}]")
+        if self.training and self.dropout:
+            kept = torch.rand(batch, device=feature.device) >= self.dropout
+            present = kept if present is None else present & kept
+        elif self.training and present is None:
+            # a stand-in outside of the graph would stop DDP, which waits for all gradients
+            present = torch.ones(batch, dtype=torch.bool, device=feature.device)
+        return feature if present is None else torch.where(present[:, None], feature, stand_in.to(feature.dtype))
+
+    def fold(self) -> Sides:
+        """For inference: sources folded, what is trained copied."""
+        folded = Sides(self.facts, {name: source.folded() for name, source in self.sources().items()}, combine=self.combine)
+        for name, row in self.stand_ins.items():
+            folded.stand_ins[name] = nn.Parameter(row.detach().clone(), requires_grad=False)
+        return folded.eval()
+
+    def description(self) -> list[dict[str, Any]]:
+        """Of each side, in order: plain values."""
+        described = []
+        for name, source in self.sources().items():
+            encoder = describe_encoder(source.value.main) if source.is_tuned else None
+            trained = type(source.value).__name__ if source.trained else None
+            facts = {fact: getattr(self.facts[name], fact) for fact in FACTS}
+            described.append({"name": name, "encoder": encoder, "trained": trained, **facts})
+        return described
+
+
+def sources_of(complementary: object) -> dict[str, Source]:
+    """By name: of all sides, or of the only one, "complementary"."""
+    return (
+        complementary.sources() if isinstance(complementary, Sides) else {"complementary": Source("complementary", complementary)}
+    )
+
+
+def complementary_feature(complementary: object, inputs: Any, batch: int | None, *, training: bool = False) -> Tensor:
+    """psi_y (B, cross_dim).
+
+    Raises:
+        ValueError: there are no inputs, or sides differ in their number of samples.
     """
     if inputs is None:
         raise ValueError(
             "complementary_inputs is None, but prompts or head depend on the complementary modality; if transformers' Trainer has "
             "dropped its columns: remove_unused_columns=False"
         )
-    if complementary is None:
-        return inputs
-    if is_prompted_model(complementary):
-        return complementary(inputs).features
-    with torch.no_grad() if isinstance(complementary, nn.Module) else nullcontext():
-        return complementary(**inputs) if isinstance(inputs, Mapping) else complementary(inputs)
+    if isinstance(complementary, Sides):
+        return complementary(inputs, batch)
+    feature = Source("complementary", complementary).feature(inputs, training=training)
+    check_same_batch(batch, feature)
+    return feature
 
 
-def check_holds_no_prompts(complementary: nn.Module) -> None:
-    """Raises ValueError for a module that would be frozen with prompts in it that are to be trained."""
-    kinds = (TaskModel, PromptBank, MoPELayer, PromptMapper, PromptFusion)
-    for name, part in complementary.named_modules():
-        if isinstance(part, kinds) and any(parameter.requires_grad for parameter in part.parameters()):
-            raise ValueError(
-                f"complementary is a {type(complementary).__name__}, which would be held frozen, but has a {type(part).__name__} "
-                f"{f'at {name!r} ' if name else ''}that is to be trained: pass the PromptTuned itself as complementary; if "
-                "it is trained already, call .requires_grad_(False) on it first; or pass its features to forward, with "
-                "complementary=None"
-            )
+def check_same_batch(batch: int | None, feature: Tensor, name: str = "complementary") -> None:
+    """Raises ValueError for another number of samples than the main side has."""
+    if isinstance(feature, Tensor) and feature.dim() and batch is not None and feature.shape[0] != batch:
+        raise ValueError(f"the two sides differ in batch length: main has {batch} samples, {name} {feature.shape[0]}")
 
 
-def check_trains_nothing(complementary: object, inputs: Inputs, feature: Tensor) -> None:
-    """Raises ValueError for a function whose features depend on parameters that nobody would save."""
-    if complementary is None or isinstance(complementary, nn.Module) or not getattr(feature, "requires_grad", False):
-        return
-    given = inputs.values() if isinstance(inputs, Mapping) else [inputs]
-    if not any(isinstance(value, Tensor) and value.requires_grad for value in given):
-        raise ValueError(
-            "complementary is a function whose features ask for a gradient: what is trained in it would not be saved. Call "
-            ".requires_grad_(False) on the module in it; pass a PromptTuned, whose prompts are trained and saved; or train it "
-            "yourself and pass its features to forward, with complementary=None"
-        )
+def restored(given: Any, saved: Any) -> Any:
+    """What is passed to load a save, with what the save says of its sides.
+
+    Raises:
+        ValueError: it was saved with other sides, or its description is damaged.
+    """
+    if not isinstance(saved, list):
+        return given
+    names = {"name", "encoder", "trained", *FACTS}
+    if not all(isinstance(side, Mapping) and set(side) == names for side in saved):
+        raise ValueError(f"it has {saved!r:.200} as its sides")
+    expected = [side["name"] for side in saved]
+    if not isinstance(given, Mapping) or set(given) != set(expected):
+        got = list(given) if isinstance(given, Mapping) else type(given).__name__
+        raise ValueError(f"it was saved with the sides {expected}, got {got}: pass complementary={{{expected[0]!r}: ..., ...}}")
+    default, sides = Side(), {}
+    for side in saved:
+        facts, own = {fact: side[fact] for fact in FACTS}, given[side["name"]]
+        if isinstance(own, Side):
+            facts |= {fact: value for fact in FACTS if (value := getattr(own, fact)) != getattr(default, fact)}
+            own = own.source
+        sides[side["name"]] = Side(own, **facts)
+    return sides
 
 
-def is_prompted_model(complementary: object) -> bool:
-    """Whether it is a model of ours: its output has ``features``."""
-    return isinstance(getattr(complementary, "main", None), PromptedEncoder)
-
-
-def head_inputs(config: MoPEConfig, features: Tensor, cross: Tensor | None) -> list[Tensor]:
-    """What a fusion's head reads, side by side: (B, D), and (B, cross_dim) where ``config.head_inputs`` is "both"."""
-    if config.head_inputs != "both":
-        return [features]
-    check_input("the complementary feature", cross, config.cross_dim, features.shape[0])
-    return [features, cross]
-
-
-def check_same_batch(main: PromptedEncoder, main_inputs: Inputs, cross: Tensor) -> None:
-    """Raises ValueError if the two sides have different numbers of samples, or none."""
-    batch = main.family.batch_size(main.family.keyword_arguments(main_inputs))
-    if isinstance(cross, Tensor) and cross.dim() and batch is not None and cross.shape[0] != batch:
-        raise ValueError(f"the two sides differ in batch length: main has {batch} samples, complementary {cross.shape[0]}")
+def _facts(side: Side, source: Any) -> Side:
+    """Of what a model holds: as a save has to say it, without the source."""
+    if not is_prompted_model(source):
+        return replace(side, source=None)
+    length = source.settings["prompt_length"] if Source("", source).is_tuned else None
+    return replace(side, source=None, pooling=source.main.pooling, prompt_length=length)

@@ -13,9 +13,11 @@ from .fusion import MoPEFusion
 from .inputs import one_side, two_sides
 from .prompt_tuned import PromptTuned
 from .prompting import Inputs
+from .sides import Sides, sources_of
 
 SPREAD = 0.3
 """Of rows around the mean token, over the tokens' standard deviation: tried, not tuned."""
+_SEVERAL = "complementary_inputs["
 
 
 def start_prompts(model: MoPEFusion | PromptTuned, batches: Iterable[Mapping[str, Any]], *, progress: bool = True) -> None:
@@ -58,11 +60,13 @@ def start_prompts(model: MoPEFusion | PromptTuned, batches: Iterable[Mapping[str
                 raise TypeError(f"batches must give dicts of the model's keyword arguments, got {type(batch).__name__}")
             given = _inputs(model, batch)
             for side in sides:
-                if given[side.name] is None:
+                if given.get(side.name) is not None:
+                    side.see(given[side.name])
+                elif not side.name.startswith(_SEVERAL):  # of several, who may be missing has been checked
                     raise ValueError(f"a batch has no {side.name}, only {list(batch)}: prompts start at the mean token of these")
-                side.see(given[side.name])
-    if not sides[0].samples:
+    if not any(side.samples for side in sides):
         raise ValueError("batches gave none: it needs at least one (an iterator can be used only once)")
+    sides = [side for side in sides if side.samples]
     found = [side.mean_and_std() for side in sides]  # all of them, before any is changed
     for side, (means, stds) in zip(sides, found, strict=True):
         side.bank.start_at(means, [SPREAD * std for std in stds])
@@ -74,9 +78,15 @@ def _inputs(model: MoPEFusion | PromptTuned, batch: Mapping[str, Any]) -> dict[s
     if isinstance(model, PromptTuned):
         return {"inputs": one_side(model.main, named.pop("inputs", None), named)}
     given = [named.pop(name, None) for name in ("main_inputs", "complementary_inputs")]
-    return dict(
-        zip(("main_inputs", "complementary_inputs"), two_sides(model.main, model.complementary, *given, named), strict=True)
-    )
+    main, other = two_sides(model.main, model.complementary, *given, named)
+    if not isinstance(model.complementary, Sides):
+        return {"main_inputs": main, "complementary_inputs": other}
+    others = {} if other is None else {name: model.complementary.encoder_inputs(name, other) for name in model.made_sides}
+    return {"main_inputs": main, **{_of(name): inputs for name, inputs in others.items()}}
+
+
+def _of(side: str) -> str:
+    return f"{_SEVERAL}{side!r}]"
 
 
 def _prompted_parts(model: MoPEFusion | PromptTuned) -> dict[str, MoPEFusion | PromptTuned]:
@@ -84,7 +94,9 @@ def _prompted_parts(model: MoPEFusion | PromptTuned) -> dict[str, MoPEFusion | P
     if isinstance(model, PromptTuned):
         parts = {"inputs": model}
     else:
-        parts = {"main_inputs": model} | ({"complementary_inputs": model.complementary} if model.made_its_side else {})
+        several, sources = isinstance(model.complementary, Sides), sources_of(model.complementary)
+        made = {name: source.value for name, source in sources.items() if name in model.made_sides}
+        parts = {"main_inputs": model, **{_of(name) if several else "complementary_inputs": part for name, part in made.items()}}
     return {name: part for name, part in parts.items() if part.bank is not None}
 
 

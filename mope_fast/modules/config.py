@@ -16,7 +16,7 @@ _PAPERS = {
     "use_dynamic": True, "use_mapped": True, "mapper_norm": "batch", "prompt_init": None, "expert_spread": 1.0,
     "importance_weight": 0.01,
     "importance_threshold": 0.1, "complementary_prompt_length": 4, "head_inputs": "main", "pooling": None, "router_pooling": None,
-    "complementary_pooling": None, "side_dims": None,
+    "complementary_pooling": None, "side_dims": None, "combine": "concat", "side_dropout": 0.0,
 }  # fmt: skip
 """What text and released code have in common."""
 _PAPER = "MoPE v1 (arXiv 2403.10568), section 4.1"
@@ -89,6 +89,15 @@ class MoPEConfig(Settings):
         "widths of several complementary features that are given side by side as one: each has a mapped prompt of its own",
         _OURS,
     )
+    combine: str = setting(
+        "concat",
+        "how the features of several sides become one: 'concat', side by side, each with a mapped prompt of its own; 'sum', of one "
+        "width and with one mapped prompt, as the released code has audio and video",
+        _OURS,
+    )
+    side_dropout: float = setting(
+        0.0, "in training each sample's optional sides are taken for missing at this rate, each by itself", _OURS
+    )
 
     def __post_init__(self):
         check_types(self)
@@ -111,7 +120,7 @@ class MoPEConfig(Settings):
             raise ValueError(f"MoPEConfig.num_experts must be at most 1024, got {self.num_experts}")
         if not self.temperature > 1e-30:  # 1 / temperature is a float32
             raise ValueError(f"MoPEConfig.temperature must be > 0, got {self.temperature}")
-        for name in ("dropout", "dynamic_dropout"):
+        for name in ("dropout", "dynamic_dropout", "side_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"MoPEConfig.{name} must be in [0, 1), got {getattr(self, name)}")
         if not 0 <= self.expert_spread <= 1:
@@ -124,7 +133,7 @@ class MoPEConfig(Settings):
             raise ValueError("MoPEConfig has no prompt left: set use_static, use_dynamic or use_mapped")
         for name, choices in (
             ("mapper_norm", ("batch", "layer", "none")), ("mixing", ("auto", "prompt", "kv")),
-            ("head_inputs", (None, "main", "both")),
+            ("head_inputs", (None, "main", "both")), ("combine", ("concat", "sum")),
         ):  # fmt: skip
             if getattr(self, name) not in choices:
                 raise ValueError(f"MoPEConfig.{name} must be one of {choices}, got {getattr(self, name)!r}")

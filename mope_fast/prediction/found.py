@@ -8,7 +8,7 @@ from torch import nn
 
 from ..encoders import PromptedEncoder, encode, family_of, find_family, supported_encoders
 from ..encoders.sources import Source, encoder_of, load_source, source_of
-from ..models import PromptTuned, checkpoint
+from ..models import PromptTuned, Side, checkpoint
 
 
 class Found(NamedTuple):
@@ -25,21 +25,24 @@ class Found(NamedTuple):
 
 
 def find_encoder(folder: Path, side: str, given: Any, saved: dict[str, Any]) -> Found:
-    described, source = saved.get(side), saved.get("sources", {}).get(side)
-    is_function = side == "complementary" and described is None
+    """One side's: "main", "complementary", or "complementary.NAME" of several."""
+    described, source = described_side(saved, side), saved.get("sources", {}).get(side)
+    is_function = side != "main" and described is None
+    if isinstance(given, Side):
+        given = given.source
     if not (is_function or isinstance(described, dict)) or not isinstance(source, (dict, type(None))):
         raise ValueError(
             f"{folder / checkpoint.DESCRIPTION} is damaged: it doesn't say what {side} is; restore it, or save it again"
         )
     if is_function and given is None and "sources" in saved and side not in saved["sources"]:
         return Found(None)  # features are passed in
-    if is_function and callable(given) and find_family(given) is None:
+    if is_function and callable(given) and find_family(given) is None:  # or a module that was trained
         encoder, _ = encoder_of(given) or (None, None)
         return Found(given, encoder, None if encoder is None else source_of(encoder))
     if is_function and source is None:
         raise ValueError(
-            f"the complementary side of {folder} was a function or module of yours, which a save can't hold: pass "
-            "complementary=..., what gives the features, such as functools.partial(mope_fast.encoders.encode, encoder)"
+            f"the {side} side of {folder} was a function or module of yours, which a save can't hold: pass "
+            f"{argument(side)}, what gives the features, such as functools.partial(mope_fast.encoders.encode, encoder)"
         )
     if isinstance(given, nn.Module):
         wrapped = given.main if isinstance(given, PromptTuned) else given
@@ -54,8 +57,8 @@ def find_encoder(folder: Path, side: str, given: Any, saved: dict[str, Any]) -> 
         source = _named(side, given, known, described, source)
     if source is None:
         raise ValueError(
-            f"{folder} doesn't say where its {side} encoder can be got, only that it is {known}: pass {side}=..., the encoder "
-            "itself, or a folder or name that has it ('bert-base-uncased', 'timm/NAME')"
+            f"{folder} doesn't say where its {side} encoder can be got, only that it is {known}: pass {argument(side)}, the "
+            "encoder itself, or a folder or name that has it ('bert-base-uncased', 'timm/NAME')"
         )
     try:
         encoder = load_source(source)
@@ -63,10 +66,43 @@ def find_encoder(folder: Path, side: str, given: Any, saved: dict[str, Any]) -> 
         why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.300}"
         raise ValueError(
             f"the {side} encoder of {folder}, {known}, can't be had by the name {source.get('name')!r:.200} ({why}): pass "
-            f"{side}=..., the encoder itself, or a folder or name that has it ('bert-base-uncased', 'timm/NAME')"
+            f"{argument(side)}, the encoder itself, or a folder or name that has it ('bert-base-uncased', 'timm/NAME')"
         ) from error
-    value = functools.partial(encode, encoder, pooling=source.get("pooling")) if is_function else encoder
-    return Found(value, encoder, source, given is None, f"{side}.{'encoder' if is_function else 'main'}".removeprefix("main."))
+    if is_function:
+        feature = functools.partial(encode, encoder, pooling=source.get("pooling"))
+        return Found(feature, encoder, source, given is None, f"{side}.encoder")
+    path = "main" if side == "main" else f"{side.replace('.', '.sides.')}.main"
+    return Found(encoder, encoder, source, given is None, path)
+
+
+def described_side(saved: dict[str, Any], side: str) -> Any:
+    """What a save says of the supported encoder of a side; None where that was none."""
+    _, _, name = side.partition(".")
+    if not name:
+        return saved.get(side)
+    return next(each["encoder"] for each in saved["complementary"] if each["name"] == name)
+
+
+def names_of_sides(folder: Path, saved: dict[str, Any]) -> list[str]:
+    """Of a save: "main", and "complementary", or "complementary.NAME" of each of several.
+
+    Raises:
+        ValueError: its description is damaged.
+    """
+    if saved["model"] == "PromptTuned":
+        return ["main"]
+    sides = saved.get("complementary")
+    if not isinstance(sides, list):
+        return ["main", "complementary"]
+    if not all(isinstance(each, dict) and isinstance(each.get("name"), str) and "encoder" in each for each in sides):
+        raise ValueError(f"{folder / checkpoint.DESCRIPTION} is damaged: it has {sides!r:.200} as its sides; restore it")
+    return ["main", *(f"complementary.{each['name']}" for each in sides)]
+
+
+def argument(side: str, suffix: str = "") -> str:
+    """How it, or what makes its inputs, is passed."""
+    name, _, one = side.partition(".")
+    return f"{name}{suffix}={{{one!r}: ...}}" if one else f"{name}{suffix}=..."
 
 
 def _in_words(described: dict[str, Any] | None, source: Source | None) -> str:

@@ -6,15 +6,15 @@ import re
 import shutil
 import uuid
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .._files import make_names_durable, write_atomically
-from ..data import preprocessing
+from ..data import EachFrame, preprocessing
 from ..encoders import find_family
 from ..models import checkpoint
-from .found import Found
+from .found import Found, argument
 
 DESCRIPTION = "predictor.json"
 FORMAT = 1
@@ -84,7 +84,7 @@ def kept_inputs(folder: Path, side: str, given: Callable[..., Any] | None, saved
     if kept["inputs"]["kind"] == "function":
         raise ValueError(
             f"{folder} was saved with a function of yours that makes inputs of the {side} encoder, {kept['inputs']['name']}, of "
-            f"which only the name could be saved: pass {side}_inputs=..., that function"
+            f"which only the name could be saved: pass {argument(side, '_inputs')}, that function"
         )
     try:
         return Inputs(field, preprocessing.read(kept["inputs"], folder / saved["predictor"] / side), True)
@@ -92,12 +92,14 @@ def kept_inputs(folder: Path, side: str, given: Callable[..., Any] | None, saved
         raise ValueError(f"{folder / saved['predictor']} can't be read ({type(error).__name__}: {error}): save it again") from error
 
 
-def completed(folder: Path, inputs: dict[str, Inputs], found: "dict[str, Found]") -> dict[str, Inputs]:
-    """With what encoders' libraries have, where nothing is known; warns of it."""
+def completed(folder: Path, inputs: dict[str, Inputs], found: dict[str, Found], of_frames: Collection[str]) -> dict[str, Inputs]:
+    """With what encoders' libraries have, where nothing is known; warns of it. Sides ``of_frames`` take videos."""
     words = []
     for side, (field, preprocess, known) in inputs.items():
         encoder = found[side].encoder
-        if field is None and encoder is not None:
+        if field is None and side in of_frames:
+            field = "frames"
+        elif field is None and encoder is not None:
             field = preprocessing.FIELDS.get(find_family(encoder).input_name)
         if field is None or (not known and encoder is None):
             raise ValueError(
@@ -110,13 +112,15 @@ def completed(folder: Path, inputs: dict[str, Inputs], found: "dict[str, Found]"
             except (ImportError, OSError, ValueError) as error:
                 raise ValueError(
                     f"{folder} was saved by the model alone, and nothing was found that makes inputs of its {side} encoder "
-                    f"({error}): pass {side}_inputs=..., a tokenizer, an image processor or a function of a list of values"
+                    f"({error}): pass {argument(side, '_inputs')}, a tokenizer, an image processor or a function of a list of "
+                    "values"
                 ) from error
+            preprocess = EachFrame(preprocess) if side in of_frames else preprocess
             words.append(f"of the {side} encoder by {what}, of the field {field!r}")
         inputs[side] = Inputs(field, preprocess, True)
     if words and len({each.field for each in inputs.values()}) < len(inputs):
         raise ValueError(
-            f"{folder} was saved by the model alone, and both of its encoders would read the field {field!r}: make "
+            f"{folder} was saved by the model alone, and two of its encoders would read one field: make "
             "Predictor(MoPEFusion.from_pretrained(...), FusionCollator(..., main_field=..., complementary_field=...))"
         )
     if words:

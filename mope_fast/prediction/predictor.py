@@ -23,7 +23,8 @@ from ..data import FusionCollator, Post, load_image, preprocessing
 from ..encoders import find_family
 from ..encoders.sources import encoder_of
 from ..models import MoPEFusion, PromptTuned, checkpoint, hub
-from .found import find_encoder
+from ..models.sides import Sides, sources_of
+from .found import find_encoder, names_of_sides
 from .kept import DESCRIPTION, FORMAT, Inputs, completed, content_hash, is_whole, kept_inputs, read_kept, write_subfolder
 
 KINDS = {"MoPEFusion": MoPEFusion, "PromptTuned": PromptTuned}
@@ -71,9 +72,15 @@ class Predictor(hub.PushToHub):
             raise TypeError(f"inputs must be the FusionCollator that makes the model's batches, got {type(inputs).__name__}")
         if model.head is None:
             raise ValueError(f"this {type(model).__name__} has no head, so it predicts nothing: make it with num_classes")
-        if len(inputs.sides) != (sides := 1 if isinstance(model, PromptTuned) else 2):
-            needed = "FusionCollator(..., None, complementary_field=None)" if sides == 1 else "FusionCollator(main, complementary)"
-            raise ValueError(f"a {type(model).__name__} has inputs of {sides} side{'s' * (sides > 1)}: make them by {needed}")
+        encoders = _encoders(model)
+        if set(inputs.sides) != set(encoders):
+            needed, count = "FusionCollator(main, complementary)", len(encoders)
+            if len(encoders) == 1:
+                needed = "FusionCollator(..., None, complementary_field=None)"
+            elif "complementary_inputs" not in encoders:
+                names = ", ".join(f"{name.partition('.')[2]!r}: ..." for name in encoders if "." in name)
+                needed = f"FusionCollator(main, {{{names}}})"
+            raise ValueError(f"a {type(model).__name__} has inputs of {count} side{'s' * (count > 1)}: make them by {needed}")
         self.class_names = None if class_names is None else _checked_names(class_names, model)
         self.model, self.inputs = model, inputs
         try:
@@ -83,7 +90,7 @@ class Predictor(hub.PushToHub):
             plain = copy.copy(model)
             plain.return_logits = False
             self._outputs, self._mode = plain, functools.partial(evaluating, model)
-        self._sides = [_Side(encoder, field) for encoder, (field, _) in zip(_encoders(model), inputs.sides.values(), strict=False)]
+        self._sides = {name: _Side(encoders[name], field) for name, (field, _) in inputs.sides.items()}
 
     def __call__(
         self, samples: Iterable[Post | Mapping[str, Any]], batch_size: int = 32, progress: bool = False
@@ -117,10 +124,10 @@ class Predictor(hub.PushToHub):
             done += len(batch)
 
     def _predict(self, samples: list[Post | Mapping[str, Any]], done: int) -> list[Prediction]:
-        inputs = self.inputs.inputs([self._opened(sample) for sample in samples]).values()
+        inputs = self.inputs.inputs([self._opened(sample) for sample in samples])
         device = next(self.model.main.parameters()).device
         with torch.inference_mode(), self._mode():
-            output = self._outputs(*[side.moved(value, device) for side, value in zip(self._sides, inputs, strict=True)])
+            output = self._outputs(*[self._moved(name, value, device) for name, value in inputs.items()])
             logits = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32)).cpu()
         classes = logits.shape[-1] if self.class_names is None else len(self.class_names)
         if logits.shape != (len(samples), classes):
@@ -133,6 +140,11 @@ class Predictor(hub.PushToHub):
             scores, chosen = (value.t().tolist() for value in output.scores.max(-1))
             experts = [list(zip(*layers, strict=True)) for layers in zip(chosen, scores, strict=True)]
         return [self._prediction(row, layers) for row, layers in zip(logits, experts, strict=True)]
+
+    def _moved(self, name: str, value: Any, device: torch.device) -> Any:
+        if name in self._sides:
+            return self._sides[name].moved(value, device)
+        return {each: self._sides.get(f"{name}.{each}", _Side(None, "")).moved(part, device) for each, part in value.items()}
 
     def _prediction(self, logits: Tensor, experts: list[tuple[int, float]] | None) -> Prediction:
         if self.model.problem_type == "regression":
@@ -151,8 +163,8 @@ class Predictor(hub.PushToHub):
         """With the images that it names by their paths."""
         if not isinstance(sample, Mapping):
             return sample
-        paths = {side.field: sample.get(side.field) for side in self._sides if side.is_image}
-        return {**sample, **{field: load_image(path) for field, path in paths.items() if isinstance(path, (str, os.PathLike))}}
+        fields = [side.field for side in self._sides.values() if side.is_image and side.field in sample]
+        return {**sample, **{field: _opened(sample[field]) for field in fields}}
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write what the model's own ``save_pretrained`` writes, and a subfolder that says how inputs are made and classes named.
@@ -180,7 +192,8 @@ class Predictor(hub.PushToHub):
         """Name of the whole subfolder."""
         with TemporaryDirectory() as scratch:
             sides = {}
-            for side, (field, preprocess) in zip(("main", "complementary"), self.inputs.sides.values(), strict=False):
+            for name, (field, preprocess) in self.inputs.sides.items():
+                side = "main" if name == "inputs" else name.replace("_inputs", "")
                 sides[side] = {"field": field, "inputs": preprocessing.keep(preprocess, Path(scratch, side))}
             files = sorted(path for path in Path(scratch).rglob("*") if path.is_file())
             content = {path.relative_to(scratch).as_posix(): path.read_bytes() for path in files}
@@ -203,9 +216,9 @@ class Predictor(hub.PushToHub):
         folder: str | os.PathLike[str],
         *,
         main: nn.Module | str | None = None,
-        complementary: nn.Module | Callable[..., Tensor] | str | None = None,
+        complementary: nn.Module | Callable[..., Tensor] | str | Mapping[str, Any] | None = None,
         main_inputs: Callable[..., Any] | None = None,
-        complementary_inputs: Callable[..., Any] | None = None,
+        complementary_inputs: Callable[..., Any] | Mapping[str, Callable[..., Any]] | None = None,
         head: nn.Module | None = None,
         class_names: Sequence[str] | None = None,
         device: str | torch.device | None = None,
@@ -221,9 +234,9 @@ class Predictor(hub.PushToHub):
 
         Args:
             main, complementary: the encoder itself, or another name for it: "bert-base-uncased", a folder, "timm/NAME". Where the
-                complementary side was a function of your own, that function.
+                complementary side was a function of your own, that function. Of several sides a dict of these by name.
             main_inputs, complementary_inputs: in place of what is saved, as for :class:`FusionCollator`; needed where that was a
-                function of your own.
+                function of your own. Of several sides a dict by name.
             head: as for the model's ``from_pretrained``.
             class_names: in place of those saved.
             device: where to run; None for where the encoders are, which is the CPU for those got by name.
@@ -244,21 +257,33 @@ class Predictor(hub.PushToHub):
         if saved["head"] not in (None, "Linear") and head is None:
             raise ValueError(f"{folder} was saved with a head of its own, {saved['head']}: pass head=..., the same module")
         kept = read_kept(folder, saved["predictor"]) if "predictor" in saved else {"class_names": None, "sides": {}}
-        given = {"main": (main, main_inputs), "complementary": (complementary, complementary_inputs)}
-        if name == "PromptTuned" and given.pop("complementary") != (None, None):
+        if name == "PromptTuned" and (complementary, complementary_inputs) != (None, None):
             raise ValueError(f"{folder} was saved by PromptTuned, which has no complementary side: pass main and main_inputs")
+        names = names_of_sides(folder, saved)
+        encoders = [main, *_each("complementary", complementary, names)]
+        makers = [main_inputs, *_each("complementary_inputs", complementary_inputs, names)]
+        given = dict(zip(names, zip(encoders, makers, strict=True), strict=True))
         inputs = {side: kept_inputs(folder, side, each, saved, kept) for side, (_, each) in given.items()}
         found = {side: find_encoder(folder, side, encoder, saved) for side, (encoder, _) in given.items()}
-        inputs = completed(folder, inputs, found)
-        model = KINDS[name]._make(folder, saved, *[side.value for side in found.values()], head=head)
+        facts = saved.get("complementary") if "complementary" not in names else None
+        of_frames = [f"complementary.{side['name']}" for side in facts or () if side.get("frames")]
+        inputs = completed(folder, inputs, found, of_frames)
+        values = [side.value for side in found.values()]
+        if facts:
+            values = [values[0], {side.partition(".")[2]: value for side, value in zip(names[1:], values[1:], strict=True)}]
+        model = KINDS[name]._make(folder, saved, *values, head=head)
         model._load(folder, saved, False, [side.sampled_as for side in found.values() if side.by_save])
         if device is not None:
             for module in (model, *(side.encoder for side in found.values() if side.encoder is not None)):
                 module.to(device)
-        names = kept["class_names"] if class_names is None else class_names
         own, other = inputs["main"], inputs.get("complementary", Inputs(None, None, True))
-        collate = FusionCollator(own.preprocess, other.preprocess, main_field=own.field, complementary_field=other.field)
-        return cls(model, collate, names)
+        made, fields = other.preprocess, other.field
+        if facts:
+            others = {side.partition(".")[2]: each for side, each in inputs.items() if side != "main"}
+            made = {side: each.preprocess for side, each in others.items()}
+            fields = {side: each.field for side, each in others.items()}
+        collate = FusionCollator(own.preprocess, made, main_field=own.field, complementary_field=fields)
+        return cls(model, collate, kept["class_names"] if class_names is None else class_names)
 
 
 class _Side:
@@ -271,6 +296,8 @@ class _Side:
 
     def moved(self, value: Any, device: torch.device) -> Any:
         """On the device; numbers with a point in the encoder's precision."""
+        if value is None:
+            return None
         if isinstance(value, Mapping):
             return {name: self.moved(each, device) for name, each in value.items()}
         if self.encoder is None or not value.is_floating_point():
@@ -278,12 +305,33 @@ class _Side:
         return value.to(device, next(p.dtype for p in self.encoder.parameters() if p.is_floating_point()))
 
 
-def _encoders(model: MoPEFusion | PromptTuned) -> list[nn.Module | None]:
-    """Of both sides; None where a function of the user's, or nothing, stands for one."""
-    side = getattr(model, "complementary", None)
-    if isinstance(side, PromptTuned):
-        return [model.main.encoder, side.main.encoder]
-    return [model.main.encoder, (encoder_of(side) or (None, None))[0]]
+def _encoders(model: MoPEFusion | PromptTuned) -> dict[str, nn.Module | None]:
+    """By the names of the model's inputs; None where a function of the user's, or nothing, stands for one."""
+    if isinstance(model, PromptTuned):
+        return {"inputs": model.main.encoder}
+    encoders = {"main_inputs": model.main.encoder}
+    for name, source in sources_of(model.complementary).items():
+        key = "complementary_inputs" + (f".{name}" if isinstance(model.complementary, Sides) else "")
+        encoders[key] = source.value.main.encoder if source.is_tuned else (encoder_of(source.value) or (None, None))[0]
+    return encoders
+
+
+def _each(argument: str, given: Any, names: list[str]) -> list[Any]:
+    """What is given for each complementary side of a save."""
+    if names[1:] in ([], ["complementary"]):
+        return [given] * len(names[1:])
+    known = [name.partition(".")[2] for name in names[1:]]
+    if given is not None and (not isinstance(given, Mapping) or not set(given) <= set(known)):
+        got = list(given) if isinstance(given, Mapping) else type(given).__name__
+        raise ValueError(f"{argument} must be a dict of some of the sides {known}, got {got}")
+    return [None if given is None else given.get(name) for name in known]
+
+
+def _opened(value: Any) -> Any:
+    """Images for their paths, and for lists of them."""
+    if isinstance(value, (list, tuple)):
+        return [_opened(each) for each in value]
+    return load_image(value) if isinstance(value, (str, os.PathLike)) else value
 
 
 def _checked_names(names: Sequence[str], model: MoPEFusion | PromptTuned) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from torchvision.transforms import functional as vision
 from transformers import BertTokenizerFast, ViTImageProcessor, WhisperFeatureExtractor
 
 from mope_fast import FusionCollator
-from mope_fast.data import Post, Posts, StackEach, TimmTransform
+from mope_fast.data import EachFrame, Post, Posts, StackEach, TimmTransform
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "circle", "is", "it", "?"]
 
@@ -187,3 +187,44 @@ def test_bad_input(posts, tokenizer):
     for samples in ([{**image, "label": 1}, image], [image, {**image, "label": 1}]):
         with pytest.raises(ValueError, match="1 of 2 samples have no 'label'"):
             collate(samples)
+
+
+def test_several_sides_some_of_them_missing(posts):
+    collate = FusionCollator(None, {"image": StackEach(pixels), "given": None}, main_field="id")
+    samples = [{"id": i, "image": None if i == 1 else posts[i].open_image(), "given": torch.tensor([float(i)])} for i in range(3)]
+    others = collate(samples)["complementary_inputs"]
+    assert list(others) == ["present", "image", "given"]
+    assert others["present"]["image"].tolist() == [True, False, True]
+    assert list(others["present"]) == ["image"]
+    for i in (0, 2):
+        assert torch.equal(others["image"][i], pixels(posts[i].open_image()))
+    assert torch.equal(others["image"][1], others["image"][0])  # a number, which nobody looks at
+    assert collate([samples[1]])["complementary_inputs"]["image"] is None
+    # a post without an image lacks it, and is not given a grey one
+    bare = Post("3", "circle", None, 0)
+    both = FusionCollator(
+        lambda texts: torch.ones(len(texts), 1), {"picture": StackEach(pixels)}, complementary_field={"picture": "image"}
+    )
+    assert both([posts[0], bare])["complementary_inputs"]["present"]["picture"].tolist() == [True, False]
+    with pytest.raises(ValueError, match=r"complementary_field must be a dict of the fields of \['a'\], got 'b'"):
+        FusionCollator(None, {"a": None}, complementary_field="b")
+
+
+@pytest.mark.parametrize("preprocess", [PROCESSOR, StackEach(pixels)])
+def test_videos_are_padded_and_say_which_frames_are_there(preprocess):
+    torch.manual_seed(0)
+    videos = [[Image.new("RGB", (8, 8), (20 * t, 10 * length, 0)) for t in range(length)] for length in (2, 5, 1)]
+    made = EachFrame(preprocess)(videos)
+    name = "pixel_values" if preprocess is PROCESSOR else "frames"
+    assert made["frame_mask"].sum(1).tolist() == [2, 5, 1]
+    assert made[name].shape[:2] == (3, 5)
+    expected = PROCESSOR(videos[1], return_tensors="pt")["pixel_values"] if preprocess is PROCESSOR else preprocess(videos[1])
+    assert torch.equal(made[name][1], expected)
+    assert not made[name][2, 1:].any()
+    few = EachFrame(preprocess, most=3)(videos)
+    assert few["frame_mask"].sum(1).tolist() == [2, 3, 1]
+    assert torch.equal(few[name][1], expected[[0, 2, 4]])
+    with pytest.raises(ValueError, match="video 1 of the batch has no frame: a missing one is None"):
+        EachFrame(preprocess)([videos[0], []])
+    with pytest.raises(ValueError, match="most must be an integer >= 1 or None, got 0"):
+        EachFrame(preprocess, most=0)

@@ -1,0 +1,59 @@
+"""Videos as a side: frames go through an encoder of images, and their features are pooled."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._values import can_be_looked_at
+from .prompting import Inputs
+
+FRAMES, FRAME_MASK = "frames", "frame_mask"
+"""Names of inputs that are no encoder's: all frames as a tensor, and which of them are there."""
+
+
+def as_samples(name: str, inputs: Any) -> tuple[Inputs, tuple[int, int], Tensor | None]:
+    """Inputs of all frames (B * T, ...), (B, T), and which of them are there (B, T) or None.
+
+    Raises:
+        ValueError: shapes differ, or there is no frame.
+    """
+    arguments = dict(inputs) if isinstance(inputs, Mapping) else {FRAMES: inputs}
+    mask = arguments.pop(FRAME_MASK, None)
+    tensors = {key: value for key, value in arguments.items() if isinstance(value, Tensor)}
+    shapes = sorted({tuple(value.shape[:2]) for value in (*tensors.values(), *([] if mask is None else [mask]))})
+    if len(shapes) != 1 or len(shapes[0]) != 2:
+        raise ValueError(f"{name!r} is of frames: its inputs must be tensors (B, T, ...) of the same B and T, got {shapes}")
+    if shapes[0][1] == 0:
+        raise ValueError(f"{name!r} has videos without frames, (B, T) = {shapes[0]}: where all are missing pass None")
+    if mask is not None and (mask.dtype != torch.bool or mask.dim() != 2):
+        got = f"{mask.dtype} {tuple(mask.shape)}"
+        raise ValueError(f"{FRAME_MASK} of {name!r} must be a bool tensor (B, T), True for real frames; got {got}")
+    folded = {key: value.flatten(0, 1) if key in tensors else value for key, value in arguments.items()}
+    return folded.pop(FRAMES) if [*folded] == [FRAMES] else folded, shapes[0], mask
+
+
+def pooled(name: str, features: Tensor, mask: Tensor | None, how: str, present: Tensor | None) -> Tensor:
+    """(B, T, D) -> (B, D): "mean" or "max" over the frames that are there.
+
+    Args:
+        present: (B,), which samples have a video; None for all.
+
+    Raises:
+        ValueError: one that is there has no frame; where nobody can look its feature is NaN.
+    """
+    if mask is None:
+        return features.mean(1) if how == "mean" else features.amax(1)
+    count = mask.sum(1, keepdim=True)
+    empty = count == 0
+    if can_be_looked_at(mask):
+        lost = empty[:, 0] if present is None else empty[:, 0] & present
+        if lost.any():
+            first = int(lost.int().argmax())
+            raise ValueError(f"{name!r}: video {first} of the batch has no frame, its {FRAME_MASK} is False everywhere")
+    if how == "mean":
+        feature = features.masked_fill(~mask[..., None], 0).sum(1) / count.clamp(min=1)
+    else:
+        feature = features.masked_fill(~mask[..., None], float("-inf")).amax(1)
+    return torch.where(empty, float("nan"), feature)
