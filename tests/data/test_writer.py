@@ -194,4 +194,3 @@ def test_program_says_what_is_wrong_in_a_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
         program.main(["snli-ve", str(folder), "--val", "3"])
     assert "--val is not for snli-ve" in capsys.readouterr().err
-    assert program._takers("seed") == ["food101", "mustard"]

@@ -15,6 +15,7 @@ from mope_fast import MoPEFusion, Predictor, analysis
 
 REASON = "needs the packages of the examples extra"
 classify_jsonl = pytest.importorskip("classify_jsonl", reason=REASON)
+training_run = pytest.importorskip("training_run", reason=REASON)
 jsonl_task = pytest.importorskip("jsonl_task", reason=REASON)
 tiny_task = pytest.importorskip("tiny_task", reason=REASON)
 run_folder = pytest.importorskip("run_folder", reason=REASON)
@@ -80,7 +81,7 @@ def partly(self, folder, **settings):
         (run_folder.RunFolder, "keep_adapter", stop),
         (Predictor, "save_pretrained", stop),
         (MoPEFusion, "_save", stop),
-        (classify_jsonl, "write_atomically", stop),
+        (training_run, "write_atomically", stop),
         (analysis.Recorder, "report", stop),
     ],
 )
@@ -305,7 +306,7 @@ def test_a_damaged_checkpoint_is_named(folder, tmp_path, file, damage):
 
 @pytest.mark.usefixtures("_tiny_encoders")
 def test_a_run_that_diverges_keeps_its_last_good_checkpoint(folder, tmp_path, monkeypatch):
-    step = classify_jsonl.Run._step
+    step = training_run.Run._step
 
     def diverging(self, batch):
         if self.done == 6:
@@ -314,7 +315,7 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(folder, tmp_path, mo
         return step(self, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(classify_jsonl.Run, "_step", diverging)
+        patch.setattr(training_run.Run, "_step", diverging)
         with pytest.raises(ValueError, match=r"loss or gradients became NaN or infinite, at step 7 or shortly before"):
             run(folder, tmp_path / "out", "--checkpoint-every", 1)
     assert [path.name for path in (tmp_path / "out").glob("step-*")] == ["step-00000006"]

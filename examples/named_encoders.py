@@ -1,0 +1,84 @@
+"""Encoders by name, each with what makes its inputs of a list of texts, images or sounds."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from pretrained import dinov2_small, minilm, whisper_tiny_en
+from torch import nn
+
+from mope_fast.data import TimmTransform
+from mope_fast.data.audio import RATE
+
+PACKAGED_TEXT, PACKAGED_IMAGE, PACKAGED_AUDIO = "minilm", "dinov2-small", "whisper-tiny-en"
+PACKAGED_PIXELS = {
+    "interpolation": "bicubic", "crop_mode": "squash", "crop_pct": 1.0,
+    "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225),
+}  # fmt: skip
+"""How the packaged image encoder's images are made: the whole one, squeezed into a square."""
+STATISTICS = {"mmbt": ((0.46777044, 0.44531429, 0.40661017), (0.12221994, 0.12145835, 0.14380469))}
+"""Mean and standard deviation of pixels that MoPE's released code takes, whatever the encoder."""
+Encoder = tuple[nn.Module, Callable[..., Any]]
+"""A frozen encoder, and what makes its inputs of a list of texts, images, sounds or videos."""
+
+
+def text_encoder(name: str, max_length: int) -> Encoder:
+    if name == PACKAGED_TEXT:
+        encoder, tokenizer = minilm()
+    else:
+        from transformers import AutoModel, AutoTokenizer
+
+        encoder, tokenizer = AutoModel.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # GPT-2 has none
+    return encoder, partial(tokenizer, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+
+
+def image_encoder(name: str, size: int) -> Encoder:
+    if name == PACKAGED_IMAGE:
+        return dinov2_small(), TimmTransform({"input_size": (3, size, size), **PACKAGED_PIXELS})
+    if name.startswith("timm/"):
+        import timm
+
+        encoder = timm.create_model(name.removeprefix("timm/"), pretrained=True)
+        return encoder, TimmTransform.of(encoder)
+    from transformers import AutoImageProcessor, AutoModel
+
+    return AutoModel.from_pretrained(name), AutoImageProcessor.from_pretrained(name)
+
+
+def image_transform(own: Callable[..., Any], name: str, statistics: str) -> Callable[..., Any]:
+    """See ``--image-transform``.
+
+    Raises:
+        ValueError: size, mean and deviation of the encoder's own are not known.
+    """
+    if name == "own":
+        return own
+    if isinstance(own, TimmTransform):
+        size, mean, std = own.config["input_size"], own.config["mean"], own.config["std"]
+    elif hasattr(own, "image_mean"):
+        described = own.to_dict()
+        sizes = described.get("crop_size") or described["size"]
+        size, mean, std = (3, sizes.get("height"), sizes.get("width")), own.image_mean, own.image_std
+    else:
+        size = ()
+    if len(size) != 3 or None in size:
+        raise ValueError(f"--image-transform {name} can't be made of {type(own).__name__}, whose size isn't known: leave it at own")
+    mean, std = STATISTICS.get(statistics, (mean, std))
+    mode = {"crop": "center", "squash": "squash"}[name]
+    config = {"input_size": tuple(size), "mean": tuple(mean), "std": tuple(std), "interpolation": "bilinear"}
+    return TimmTransform({**config, "crop_mode": mode, "crop_pct": 224 / 256})
+
+
+def audio_encoder(name: str, seconds: float) -> Encoder:
+    settings = {"sampling_rate": RATE, "return_tensors": "pt"}
+    if name == PACKAGED_AUDIO:
+        encoder, extractor = whisper_tiny_en()
+        return encoder, partial(extractor, **settings)
+    from transformers import AutoFeatureExtractor, AutoModel
+
+    extractor = AutoFeatureExtractor.from_pretrained(name)
+    settings |= {"max_length": round(seconds * RATE), "truncation": True, "padding": "max_length", "return_attention_mask": True}
+    # all of one length: wav2vec 2.0's first norm is over all of a sound, so that a feature would depend on the batch's longest.
+    # With a mask the mean over time leaves the silence out
+    return AutoModel.from_pretrained(name), partial(extractor, **settings)

@@ -1,0 +1,279 @@
+"""One training run of a task in an output folder: killed at any moment it goes on, and ends as if undisturbed."""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, skip_first_batches
+from files import write_atomically
+from jsonl_task import Task, argument_parser, check, default_device, to_device
+from progress import Steps, tracked
+from run_folder import RunFolder
+from torch import Tensor
+from torch.utils.data import DistributedSampler
+from torch.utils.tensorboard import SummaryWriter
+
+from mope_fast import analysis
+from mope_fast.data.images import Hdf5Image
+
+MAY_CHANGE = (
+    "folder", "outside", "images_in", "frames_in", "output", "resume", "workers", "checkpoint_every", "check_images", "debug",
+)  # fmt: skip
+"""Arguments that a resumed run may have otherwise."""
+
+
+def run_parser(description: str, output: str, sets: Mapping[str, str] | None = None) -> argparse.ArgumentParser:
+    """Arguments of a task and of its run, see :func:`argument_parser`."""
+    parser = argument_parser(description, output, sets)
+    parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no", help="autocast")
+    parser.add_argument("--checkpoint-every", type=int, default=100, help="steps; there is one after each epoch too")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of --output, if there is one")
+    return parser
+
+
+def check_run(parser: argparse.ArgumentParser, args: argparse.Namespace, **settings: Any) -> argparse.Namespace:
+    """See :func:`check`."""
+    args = check(parser, args, **settings)
+    if args.checkpoint_every < 1:
+        parser.error(f"--checkpoint-every must be at least 1, got {args.checkpoint_every}")
+    return args
+
+
+def settings_of(task: Task, processes: int) -> dict[str, Any]:
+    """What a run's numbers depend on: arguments, processes, and which samples there are."""
+    settings = {name: value for name, value in vars(task.args).items() if name not in MAY_CHANGE}
+    samples = [
+        (split, post.id, post.text, _place(post.image, task), post.label)
+        + ((_place(post.audio, task), *(_place(frame, task) for frame in post.frames)) if post.audio or post.frames else ())
+        for split, posts in task.splits.items()
+        for post in posts
+    ]
+    data = hashlib.sha256(repr((task.class_names, samples)).encode()).hexdigest()[:16]
+    return {"data": data, "processes": processes, **settings}
+
+
+def _place(file: Path | Hdf5Image | None, task: Task) -> str | None:
+    """In the folder, wherever that is."""
+    if isinstance(file, Hdf5Image):
+        return f"{_place(file.file, task)}[{file.index}]"
+    return None if file is None else os.path.relpath(file, task.args.folder)
+
+
+@dataclass
+class Position:
+    """Where training is, and what it has found: after ``step`` steps of ``epoch``."""
+
+    epoch: int = 0
+    step: int = 0
+    best_epoch: int = 0  # from 1
+    history: list[dict[str, float]] = field(default_factory=list)
+    """Metrics on val after each epoch."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+
+class Run:
+    """One training run in an output folder."""
+
+    def __init__(self, task: Task, accelerator: Accelerator):
+        args = task.args
+        self.task, self.args, self.accelerator, self.position = task, args, accelerator, Position()
+        self.folder = RunFolder(args.output, accelerator)
+        self.folder.claim(settings_of(task, accelerator.num_processes), args.resume)
+        if not (args.resume and self.folder.has_checkpoint):
+            task.fit_head()
+        self.sampler = DistributedSampler(
+            task.splits["train"], accelerator.num_processes, accelerator.process_index, seed=args.seed, drop_last=True
+        )
+        self.loader = task.loader("train", self.sampler)
+        optimizer, self.schedule = task.optimizer(len(self.loader))
+        task.model.leave_frozen_out_of_state_dict()
+        self.model, self.optimizer = accelerator.prepare(task.model, optimizer)
+        # once: the accelerator keeps every loader that it has prepared
+        self.judged = {name: accelerator.prepare_data_loader(task.loader(name)) for name in task.splits if name != "train"}
+        if accelerator.num_processes > 1:
+            task.model.use_joint_batch()
+        self.trained = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
+        accelerator.register_for_checkpointing(self.position, self.schedule)
+        if args.resume:
+            self.folder.load()
+        # of the losses and gradients since it was looked at; not finite if one of them wasn't
+        self.health = torch.zeros((), device=accelerator.device)
+        # append-only: behind a kill the last record may be cut, which TensorBoard skips
+        self.writer = SummaryWriter(args.output / "tensorboard", purge_step=self.done + 1) if accelerator.is_main_process else None
+
+    @property
+    def done(self) -> int:
+        """Steps."""
+        return self.position.epoch * len(self.loader) + self.position.step
+
+    def train(self) -> None:
+        """From the position to the end."""
+        steps = self.args.epochs * len(self.loader)
+        with Steps("training", steps, self.done, self.accelerator.is_main_process) as progress:
+            while self.position.epoch < self.args.epochs:
+                self.model.train()
+                self.sampler.set_epoch(self.position.epoch)
+                self.task.set_epoch(self.position.epoch)
+                for batch in skip_first_batches(self.loader, self.position.step):
+                    loss = self._step(to_device(batch, self.accelerator.device))
+                    note = None
+                    if self.done % 10 == 0:
+                        self._check_health()
+                        self._log({"train/loss": loss.item(), "train/lr": self.schedule.get_last_lr()[0]})
+                        note = f"epoch {self.position.epoch + 1}/{self.args.epochs}, loss {loss.item():.3f}"
+                    progress.reach(self.done, note)
+                    if self.done % self.args.checkpoint_every == 0 and self.position.step < len(self.loader):
+                        self._save()
+                metrics = self._end_epoch()
+                self.accelerator.print(f"val after epoch {self.position.epoch}: {readable(metrics)}")
+
+    def _step(self, batch: dict[str, Any]) -> Tensor:
+        accelerator = self.accelerator
+        # dropout and routing noise
+        torch.manual_seed((self.args.seed * 1_000_003 + self.done) * accelerator.num_processes + accelerator.process_index)
+        loss = self.model(**batch).loss
+        accelerator.backward(loss)
+        norm = accelerator.clip_grad_norm_(self.trained, self.args.clip)
+        # in float16 a norm may be infinite: the scaler leaves such a step out
+        self.health += loss.detach() if self.args.precision == "fp16" else loss.detach() + norm
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        self.position.step += 1
+        return loss.detach()
+
+    def _check_health(self) -> None:
+        if not math.isfinite(self.health.item()):
+            raise ValueError(
+                f"loss or gradients became NaN or infinite, at step {self.done} or shortly before: the last checkpoint is from "
+                "before that; try a smaller --lr"
+            )
+        self.health.zero_()
+
+    def _save(self) -> None:
+        self._check_health()
+        self.folder.save(self.done)
+
+    def _end_epoch(self) -> dict[str, float]:
+        self._check_health()
+        position, chosen_by = self.position, self.task.chosen_by
+        metrics = self.task.metrics(self._predict("val"), self.task.splits["val"].labels)
+        best = max((earlier[chosen_by] for earlier in position.history), default=float("-inf"))
+        position.epoch, position.step = position.epoch + 1, 0
+        position.history.append(metrics)
+        if metrics[chosen_by] > best or self.args.choose == "last":
+            position.best_epoch = position.epoch
+            if self.accelerator.is_main_process:
+                self.task.save(self.folder.adapter(position.epoch))
+        self._log({f"val/{name}": value for name, value in metrics.items()})
+        self.folder.save(self.done)
+        self.folder.keep_adapter(position.best_epoch)
+        return metrics
+
+    def _log(self, values: dict[str, float]) -> None:
+        if self.writer is not None:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, self.done)
+
+    @torch.inference_mode()
+    def _predict(self, split: str) -> Tensor:
+        """Logits, in the split's order."""
+        self.model.eval()
+        batches = tracked(self.judged[split], f"predicting {split}", self.accelerator.is_main_process)
+        logits = [self.accelerator.gather_for_metrics(self.model(**batch).logits.float()) for batch in batches]
+        return torch.cat(logits).cpu()
+
+    def finish(self) -> dict[str, Any]:
+        """Metrics, predictions and a report of the best epoch's adapter."""
+        position, output = self.position, self.args.output
+        self.accelerator.wait_for_everyone()
+        self.folder.keep_adapter(position.best_epoch)
+        self.task.model.load_pretrained(self.folder.adapter(position.best_epoch))
+        results = {"samples": self.samples(), "best_epoch": position.best_epoch, "history": position.history}
+        for split in self.judged:
+            with analysis.record(self.task.model, class_names=self.task.class_names) as recorder:
+                logits = self._predict(split)
+            posts = self.task.splits[split]
+            if posts.labelled:
+                results[split] = self.task.metrics(logits, posts.labels)
+                self.accelerator.print(f"{split}: {readable(results[split])}{self._commonest(posts.labels)}")
+            else:
+                self.accelerator.print(f"{split}: it has no labels, so there are predictions and no metrics")
+            if self.accelerator.is_main_process:
+                lines = "".join(f"{json.dumps(row)}\n" for row in self._predictions(split, logits))
+                write_atomically(output / f"predictions-{split}.jsonl", lines)
+                write_atomically(output / "results.json", json.dumps(results, indent=2))
+        if "test" not in self.judged:
+            self.accelerator.print("there is no test.jsonl: the numbers are of val, which the epoch was chosen by")
+        alone = self.accelerator.num_processes == 1
+        recorder = recorder if alone else recorder.gather()
+        if self.accelerator.is_main_process:
+            title = f"Experts on {split} of {self.args.folder.resolve().name}"
+            # which process had which sample isn't noted
+            recorder.report(output / "report.html", samples=self.task.splits[split] if alone else None, title=title)
+            self.writer.close()
+        self.accelerator.print(f"{output / 'results.json'}, {output / 'report.html'}, {self.folder.adapter(position.best_epoch)}")
+        return results
+
+    def samples(self) -> dict[str, dict[str, int]]:
+        """Of each split: those there are, those left out, and those that lack something."""
+        counts = {}
+        for split, posts in self.task.splits.items():
+            counts[split] = {"samples": len(posts), "left out, without image": len(posts.dropped.get("no image", ()))}
+            others = {reason: len(ids) for reason, ids in posts.dropped.items() if reason != "no image"}
+            counts[split] |= {f"left out, {reason}": count for reason, count in others.items() if count}
+            if "image" in self.task.fields:
+                counts[split]["with a grey picture"] = sum(post.image is None for post in posts)
+            if "audio" in self.task.fields:
+                counts[split]["without sound"] = sum(post.audio is None for post in posts)
+            if "video" in self.task.fields:
+                counts[split]["without frames"] = sum(not post.frames for post in posts)
+        return counts
+
+    def _commonest(self, labels: Tensor) -> str:
+        if labels.dim() == 2:
+            return ""
+        return f" (the commonest class: {100 * labels.bincount().max().item() / len(labels):.1f} %)"
+
+    def _predictions(self, split: str, logits: Tensor) -> list[dict[str, Any]]:
+        posts, names, several = self.task.splits[split], self.task.class_names, self.task.splits["train"].multi_label
+        scores = logits.sigmoid() if several else logits.softmax(1)
+        rows = []
+        for post, score in zip(posts, scores.tolist(), strict=True):
+            if several:
+                label = post.label and [name for name, there in zip(names, post.label, strict=True) if there]
+                predicted = [name for name, value in zip(names, score, strict=True) if value > 0.5]
+            else:
+                label = None if post.label is None else names[post.label]
+                predicted = names[max(range(len(names)), key=score.__getitem__)]
+            rows.append({"id": post.id, "label": label, "predicted": predicted, "scores": [round(value, 4) for value in score]})
+        return rows
+
+
+def readable(metrics: dict[str, float]) -> str:
+    return ", ".join(f"{name} {100 * value:.1f} %" for name, value in metrics.items())
+
+
+def run(args: argparse.Namespace, load: Callable[[argparse.Namespace], Task]) -> dict[str, Any]:
+    """Train, judge and report; returns what ``results.json`` has."""
+    # without cpu=True it would take the processes of a torchrun on a CPU for strangers
+    accelerator = Accelerator(mixed_precision=args.precision, cpu=default_device() == "cpu")
+    this = Run(load(args), accelerator)
+    for split, counts in this.samples().items():
+        accelerator.print(f"{split}: " + ", ".join(f"{count:,} {what}" for what, count in counts.items() if count))
+    this.train()
+    results = this.finish()
+    accelerator.end_training()
+    return results
