@@ -1,5 +1,6 @@
 """Features of frozen encoders, computed once and kept on disk; readers of samples, batches of them; few-shot training; metrics."""
 
+from .audio import load_audio
 from .collator import EachFrame, FusionCollator, StackEach, TimmTransform
 from .feature_cache import FeatureCache
 from .few_shot import FewShotSplit
@@ -7,10 +8,13 @@ from .images import load_image
 from .jsonl import read_jsonl_folder
 from .metrics import Summary, classification_metrics, multi_label_metrics, summarize
 from .posts import Post, Posts
+from .published import PUBLISHED_SETS, differences, read_food101, read_hateful_memes, read_mm_imdb, read_mustard, read_snli_ve
 from .readers import read_mvsa_single, read_twitter_sarcasm
 from .recipe import FewShotRecipe, FewShotRun, predict
+from .writer import write_jsonl_folder
 
 __all__ = [
+    "PUBLISHED_SETS",
     "EachFrame",
     "FeatureCache",
     "FewShotRecipe",
@@ -23,11 +27,19 @@ __all__ = [
     "Summary",
     "TimmTransform",
     "classification_metrics",
+    "differences",
+    "load_audio",
     "load_image",
     "multi_label_metrics",
     "predict",
+    "read_food101",
+    "read_hateful_memes",
     "read_jsonl_folder",
+    "read_mm_imdb",
+    "read_mustard",
     "read_mvsa_single",
+    "read_snli_ve",
     "read_twitter_sarcasm",
     "summarize",
+    "write_jsonl_folder",
 ]

@@ -194,8 +194,8 @@ def _value(sample: Post | Mapping[str, Any], field: str, *, may_be_missing: bool
     if isinstance(sample, Post):
         if may_be_missing and field == "image" and sample.image is None:
             return None
-        if field == "image":
-            return sample.open_image()
+        if field in ("image", "audio", "frames"):
+            return getattr(sample, f"open_{field}")()
         if field in Post.__slots__:
             return getattr(sample, field)
         raise ValueError(f"a Post has no field {field!r}: it has {list(Post.__slots__)}")

@@ -33,6 +33,10 @@ class Folder:
         self._allowed = [os.path.realpath(folder) for folder in (root, *outside)]
         self._listings: dict[Path, _Listing] = {}
 
+    def allow(self, folder: Path) -> None:
+        """Let in files of one more folder, which somebody has named."""
+        self._allowed.append(os.path.realpath(folder))
+
     def find(self, path: Path) -> Path | None:
         """A file by its path, as the disk spells it; None if there is none.
 
@@ -55,6 +59,19 @@ class Folder:
             if not found.is_file():
                 return None
         return found
+
+    def entries(self, folder: Path) -> tuple[list[Path], list[Path]]:
+        """Files and folders in a folder, sorted by name; none where it isn't there. A link is in both: :meth:`find` follows it.
+
+        Raises:
+            ValueError: it is outside.
+            OSError: it can't be listed.
+        """
+        listing = self._list(folder)
+        if listing.refusal:
+            raise ValueError(listing.refusal)
+        files, folders = ([listing.folder / name for name in sorted(names)] for names in (listing.files, listing.folders))
+        return files, folders
 
     def _list(self, folder: Path) -> "_Listing":
         if folder not in self._listings:

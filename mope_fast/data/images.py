@@ -4,6 +4,8 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +24,50 @@ GREY_STEPS = {"L;2": 85, "L;4": 17}
 GREY_16 = ("I;16", "I;16B", "I;16L", "I;16N")
 
 
+CAFFE_MEAN = (103.939, 116.779, 123.68)
+"""Of blue, green and red in ImageNet, which Caffe's networks want taken off."""
+
+
+def hdf5() -> Any:
+    """``h5py``; an ImportError that says what to do."""
+    try:
+        import h5py
+    except ImportError as error:
+        raise ImportError("HDF5 files need h5py: pip install 'mope_fast[data]'") from error
+    return h5py
+
+
+@dataclass(frozen=True, slots=True)
+class Hdf5Image:
+    """A picture within an HDF5 file, which is opened for each reading: workers of a DataLoader share no handle.
+
+    Attributes:
+        dataset: its name in the file; (N, 3, H, W), numbers.
+        caffe: whether channels are blue, green, red with :data:`CAFFE_MEAN` taken off; else red, green, blue, 0 to 255.
+    """
+
+    file: Path
+    dataset: str
+    index: int
+    caffe: bool
+
+    def open(self) -> "Image.Image":
+        """The picture in RGB.
+
+        Raises:
+            ImportError: h5py or Pillow is not installed.
+            OSError, KeyError, ValueError: it can't be read.
+        """
+        with hdf5().File(self.file, "r") as file:
+            pixels = np.asarray(file[self.dataset][self.index], np.float32)
+        if self.caffe:
+            pixels = (pixels + np.array(CAFFE_MEAN, np.float32)[:, None, None])[::-1]
+        return pillow().fromarray(pixels.round().clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
+
+    def __str__(self) -> str:
+        return f"{self.file}, {self.dataset}[{self.index}]"
+
+
 def pillow() -> Any:
     """``PIL.Image``; an ImportError that says what to do."""
     try:
@@ -31,7 +77,7 @@ def pillow() -> Any:
     return Image
 
 
-def load_image(image: "str | os.PathLike[str] | Image.Image") -> "Image.Image":
+def load_image(image: "str | os.PathLike[str] | Hdf5Image | Image.Image") -> "Image.Image":
     """Give a picture as a viewer shows it: a new PIL image of mode RGB, 8 bits.
 
     Grey of 16 bits is scaled by the file's depth. What is transparent shows white. The picture is turned as its EXIF data says.
@@ -39,23 +85,25 @@ def load_image(image: "str | os.PathLike[str] | Image.Image") -> "Image.Image":
     the first, or the one at which an opened file stands.
 
     Args:
-        image: a path, or an image of PIL, which stays as it is. One that you turned yourself must not have an EXIF orientation any
-            more: ``PIL.ImageOps.exif_transpose`` turns and removes it.
+        image: a path, a place in an HDF5 file, or an image of PIL, which stays as it is. One that you turned yourself must not have
+            an EXIF orientation any more: ``PIL.ImageOps.exif_transpose`` turns and removes it.
 
     Raises:
         ImportError: Pillow is not installed.
-        TypeError: it is neither.
+        TypeError: it is none of these.
         FileNotFoundError: there is no such file.
         OSError: it can't be shown: a file that is no picture, is cut short (whatever ``PIL.ImageFile.LOAD_TRUNCATED_IMAGES`` says)
             or has more pixels than ``PIL.Image.MAX_IMAGE_PIXELS``; an image without pixels; numbers without a known range, as in
             modes F and I. The message names file and reason.
     """
     Image = pillow()  # noqa: N806
-    if not isinstance(image, (str, os.PathLike, Image.Image)):
+    if not isinstance(image, (str, os.PathLike, Hdf5Image, Image.Image)):
         raise TypeError(f"a picture must be a path or an image of PIL, got {type(image).__name__}")
     path, frame = image, 0
     try:
         with _cut_files_refused():
+            if isinstance(image, Hdf5Image):
+                return image.open()
             if isinstance(image, Image.Image):
                 if not _would_be_scrambled(image):
                     return _as_shown(image)

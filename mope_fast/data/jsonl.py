@@ -1,7 +1,6 @@
 """Folders in the format of MoPE's released code: a JSON object in each line, an image file for each."""
 
 import difflib
-import json
 import os
 import unicodedata
 from collections import Counter
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .folder import Folder
-from .lines import SHOWN, check_choice, is_unicode, problems_in, read_lines
+from .lines import SHOWN, check_choice, is_unicode, json_object, problems_in, read_lines
 from .posts import Post, Posts
 
 MISSING_IMAGES = ("error", "skip", "grey")
@@ -36,6 +35,9 @@ def read_jsonl_folder(
 
     Where no line of a split has a label, or all have null, its samples' labels are None: they are there to be predicted.
 
+    A line may have ``audio``, the path of a sound, and ``frames``, a list of paths of a video's frames; where they are absent or
+    null the sample has none. A line with one of these fields needs no ``img``. A path that names no file is an error.
+
     Names of files may have accents in one form (NFC) here and in the other (NFD) on disk, and ``img`` Windows' separators.
 
     Nothing is decoded: an image that can't be read raises when it is opened, see :meth:`Post.open_image` and
@@ -44,7 +46,7 @@ def read_jsonl_folder(
     Args:
         root: the folder.
         splits: which to read. Default: train and val, and test if there is one.
-        missing_images: what to do where ``img`` is absent, null or names no file: "error"; "skip" leaves the sample out, into
+        missing_images: what to do where an image is absent, null or names no file: "error"; "skip" leaves the sample out, into
             ``dropped["no image"]``; "grey" gives it a grey picture, as the released code does.
         outside: folders outside of ``root`` that its files may be in too. Whatever leads anywhere else, by an absolute path, ``..``
             or a link, is an error: what it finds would be shown in reports.
@@ -154,7 +156,7 @@ def _read_split(path: Path, folder: Folder, classes: "_Classes", missing_images:
     with_label, without_label = None, []
     for number, line in read_lines(path):
         try:
-            row = _fields(line)
+            row = _fields(line, ("id", "text", "img", "label", "audio", "frames"))
             label = row["label"]
             if label is None:
                 without_label.append(number)
@@ -164,16 +166,20 @@ def _read_split(path: Path, folder: Folder, classes: "_Classes", missing_images:
                     several = isinstance(label, list)
                 # looking for what was meant takes a while
                 label = classes.label(label, several, hint=len(problems) < SHOWN)
-            image = _image(folder, row["img"], missing_images)
+            # one with sound or a video alone lacks no image
+            needed = row["img"] is not None or not {"audio", "frames"} & row.keys()
+            image = _image(folder, row["img"], missing_images) if needed else None
+            audio = row.get("audio") and _file(folder, "audio", row["audio"])
+            frames = tuple(_file(folder, "frames", frame) for frame in row.get("frames") or ())
         except ValueError as error:
             problems.append(f"line {number}: {error}")
             continue
-        if image is not None or missing_images == "grey":
+        if needed and image is None and missing_images == "skip":
+            dropped.append(str(row["id"]))
+        else:
             # samples of the same classes share one tuple
             label = shared.setdefault(label, label) if several else label
-            posts.append(Post(str(row["id"]), row["text"], image, label))
-        else:
-            dropped.append(str(row["id"]))
+            posts.append(Post(str(row["id"]), row["text"], image, label, audio or None, frames))
     if with_label:
         problems += [
             f"line {number}: has no label, line {with_label} has one: give it to all lines, or to none" for number in without_label
@@ -192,37 +198,51 @@ def _posts(path: Path, posts: list[Post], class_names: tuple[str, ...], problems
 
 def _image(folder: Folder, img: str | None, missing_images: str) -> Path | None:
     """The file, None if there is none and that is no error."""
-    found = None
-    try:
-        if img:
-            # the second: a file written on Windows
-            found = folder.find(folder.root / img) or ("\\" in img and folder.find(folder.root / img.replace("\\", "/"))) or None
-    except ValueError as error:
-        raise ValueError(f'field "img": {error}') from None
+    found = _find(folder, "img", img) if img else None
     if found is None and missing_images == "error":
         what = f"{folder.root / img} is not there" if img else "there is none"
         raise ValueError(f'field "img": {what}; missing_images="skip" leaves such samples out, "grey" gives a grey picture')
     return found
 
 
+def _file(folder: Folder, field: str, name: str) -> Path:
+    if (found := _find(folder, field, name)) is None:
+        raise ValueError(f'field "{field}": {folder.root / name} is not there; null says that the sample has none')
+    return found
+
+
+def _find(folder: Folder, field: str, name: str) -> Path | None:
+    try:
+        # the second: a file written on Windows
+        return folder.find(folder.root / name) or ("\\" in name and folder.find(folder.root / name.replace("\\", "/"))) or None
+    except ValueError as error:
+        raise ValueError(f'field "{field}": {error}') from None
+
+
 def _fields(line: str, read: tuple[str, ...] = ("id", "text", "img", "label")) -> dict[str, Any]:
     """A line's object, the fields that are read of the right types."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON ({error}): {line!r:.120}") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"expected an object with id, text, img and label, got {line!r:.120}")
+    row = json_object(line)
     if lacking := [name for name in ("id", "text") if name in read and name not in row]:
         raise ValueError(f"lacks {', '.join(map(repr, lacking))}; it has {list(row)!r:.200}")
     row = {"text": "", "img": None, "label": None, **{name: value for name, value in row.items() if name in read}}
-    kinds = {"id": (str, int), "text": (str,), "img": (str, type(None)), "label": (str, int, list, type(None))}
-    expected = {"id": "a text or an integer", "text": "a text", "img": "a path or null", "label": "a name, a list of names or null"}
+    none = type(None)
+    kinds = {
+        "id": (str, int), "text": (str,), "img": (str, none), "label": (str, int, list, none), "audio": (str, none),
+        "frames": (list, none),
+    }  # fmt: skip
+    expected = {
+        "id": "a text or an integer", "text": "a text", "img": "a path or null", "label": "a name, a list of names or null",
+        "audio": "a path or null", "frames": "a list of paths or null",
+    }  # fmt: skip
     for name, kind in kinds.items():
+        if name not in row:
+            continue
         if not isinstance(row[name], kind) or isinstance(row[name], bool):
             raise ValueError(f'field "{name}": expected {expected[name]}, got {row[name]!r:.120}')
         if isinstance(row[name], str) and not is_unicode(row[name]):
             raise ValueError(f'field "{name}" is not UTF-8: {row[name]!r:.120}')
+    if bad := [frame for frame in row.get("frames") or () if not (isinstance(frame, str) and frame)]:
+        raise ValueError(f'field "frames": expected {expected["frames"]}, got {bad[0]!r:.120} in it')
     return row
 
 

@@ -1,7 +1,9 @@
 """What readers of text files share: numbered lines, choices, and one exception for all problems of a file."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 SHOWN = 10
 """Problems of a file that are told one by one."""
@@ -11,6 +13,29 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
     """Lines that aren't blank, with their numbers; bytes that aren't UTF-8 are kept as surrogates."""
     text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
     return [(number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def decoded(data: bytes) -> str:
+    """A text of UTF-8; of Windows-1252, with U+FFFD for bytes that it doesn't have, where it isn't."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return data.decode("cp1252", errors="replace")
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """The object that a text is.
+
+    Raises:
+        ValueError: it isn't JSON, or none.
+    """
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({error}): {text!r:.120}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object with id, text, img and label, got {text!r:.120}")
+    return row
 
 
 def is_unicode(text: str) -> bool:

@@ -1,35 +1,41 @@
-"""Posts: an image and a text each, with a label or several."""
+"""Posts: a text each with an image, sound or frames of a video, and a label or several."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 
 from .._progress import tracked
-from .images import load_image, pillow
+from .audio import load_audio
+from .images import Hdf5Image, load_image, pillow
 from .lines import listed
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL import Image
 
 
 @dataclass(frozen=True, slots=True)
 class Post:
-    """A text, the path of its image, and a class.
+    """A text, where its image, sound and frames are, and a class. Files are read when they are opened.
 
     Attributes:
         image: None for a post without one.
         label: the class; or, where a post may have several, 0 or 1 for each class; None for one that is there to be predicted.
+        audio: None for a post without sound.
+        frames: of a video, in order; none for a post without one.
     """
 
     id: str
     text: str
-    image: Path | None
+    image: Path | Hdf5Image | None
     label: int | tuple[int, ...] | None
+    audio: Path | None = None
+    frames: tuple[Path, ...] = ()
 
     def open_image(self) -> "Image.Image":
         """The image as a viewer shows it, in RGB (:func:`load_image`).
@@ -37,18 +43,39 @@ class Post:
         For a post without one a grey picture of 256 x 256, as MoPE's released code has it.
 
         Raises:
-            ImportError: Pillow is not installed.
+            ImportError: Pillow is not installed; or h5py, for an image in an HDF5 file.
             OSError: the file is missing (FileNotFoundError), or can't be shown; the message names it.
         """
         if self.image is None:
             return pillow().new("RGB", (256, 256), (128, 128, 128))
+        return self._opened("image", self.image, load_image)
+
+    def open_audio(self) -> "np.ndarray | None":
+        """The sound, float32 (samples,) at 16 kHz (:func:`load_audio`); None for a post without it.
+
+        Raises:
+            ImportError: soundfile is not installed; or SciPy, for another rate.
+            OSError: the file is missing (FileNotFoundError), or can't be read; the message names it.
+        """
+        return None if self.audio is None else self._opened("sound", self.audio, load_audio)
+
+    def open_frames(self) -> "list[Image.Image] | None":
+        """The frames as a viewer shows them, in RGB (:func:`load_image`); None for a post without them.
+
+        Raises:
+            ImportError: Pillow is not installed.
+            OSError: a file is missing (FileNotFoundError), or can't be shown; the message names it.
+        """
+        return [self._opened("frame", frame, load_image) for frame in self.frames] or None
+
+    def _opened(self, kind: str, place: Path | Hdf5Image, load: Callable[[Any], Any]) -> Any:
         try:
-            return load_image(self.image)
+            return load(place)
         except FileNotFoundError:
-            raise FileNotFoundError(f"the image of post {self.id} is missing: {self.image}") from None
+            raise FileNotFoundError(f"the {kind} of post {self.id} is missing: {place}") from None
         except OSError as error:
             reason = f"{error}; get it again or leave the post out"
-            raise OSError(f"the image of post {self.id} can't be read: {reason}") from error.__cause__
+            raise OSError(f"the {kind} of post {self.id} can't be read: {reason}") from error.__cause__
 
 
 @dataclass(frozen=True, repr=False)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from .folder import Folder
-from .lines import check_choice, is_unicode, problems_in, read_lines
+from .lines import check_choice, decoded, is_unicode, problems_in, read_lines
 from .posts import Post, Posts
 
 _TWITTER = "Cai et al. 2019, https://github.com/headacheboy/data-of-multimodal-sarcasm-detection"
@@ -142,7 +142,7 @@ def read_mvsa_single(
             elif (text := files.find(data / f"{post}.txt")) is None:
                 raise ValueError(f"its text is missing, {data / f'{post}.txt'}")
             else:
-                posts.append(Post(post, _decoded(text.read_bytes()), image, label))
+                posts.append(Post(post, decoded(text.read_bytes()).strip(), image, label))
         except ValueError as error:
             problems.append(f"{path}, line {number}: {error}")
     return _finish(path, problems, posts, _SENTIMENTS, dropped)
@@ -173,14 +173,6 @@ def _combine(text: int, image: int) -> int | None:
     if text == image or image == neutral:
         return text
     return image if text == neutral else None
-
-
-def _decoded(data: bytes) -> str:
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = data.decode("cp1252", errors="replace")
-    return text.strip()
 
 
 def _lines(files: Folder, path: Path, source: str) -> list[tuple[int, str]]:

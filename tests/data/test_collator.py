@@ -166,7 +166,7 @@ def test_bad_input(posts, tokenizer):
         collate([3])
     with pytest.raises(ValueError, match=r"no field 'image', only \['text', 'label'\].*remove_unused_columns=False"):
         collate([{"text": "red", "label": 1}])
-    with pytest.raises(ValueError, match=r"a Post has no field 'sentence': it has \['id', 'text', 'image', 'label'\]"):
+    with pytest.raises(ValueError, match=r"a Post has no field 'sentence': it has \['id', 'text', 'image', 'label', 'audio'"):
         FusionCollator(tokenizer, PROCESSOR, main_field="sentence")(posts)
     with pytest.raises(TypeError, match=r"main must be a tokenizer, .* got str"):
         FusionCollator("bert", PROCESSOR)

@@ -58,6 +58,7 @@ _SAVES = "tests/models/test_checkpoint.py::"
 _CACHE = "tests/data/test_feature_cache.py::"
 _PICTURES = "tests/data/test_images.py::"
 _JSONL = "tests/data/test_jsonl.py::"
+_PUBLISHED = "tests/data/test_published.py::"
 _CANCEL = "tests/properties/test_route_and_mix_properties.py::test_experts_that_cancel_have_finite_results_and_gradients"
 
 # kernels of the router and of mixing
@@ -1263,6 +1264,54 @@ DATA = (
         "if repeated := sorted(name for name, count in Counter(names).items() if count > 2):",
         "Two classes have one name, and the first has no samples.",
         "tests/data/test_jsonl.py::test_labels_file",
+    ),
+    _fault(
+        "television-kept",
+        "data/published/mm_imdb.py",
+        "if not _LEFT_OUT.isdisjoint(genres):",
+        "if _LEFT_OUT >= set(genres):",
+        "Movies of News and a genre of a class stay in MM-IMDB: figures can't be compared with published ones.",
+        f"{_PUBLISHED}test_television_other_genres_and_empty_plots_are_left_out",
+    ),
+    _fault(
+        "friends-in-train",
+        "data/published/mustard.py",
+        'show != "FRIENDS"',
+        'show != "BBT"',
+        "The split by speakers has the test's speakers in train.",
+        f"{_PUBLISHED}test_both_splits_of_mustard_are_334_and_356[speaker-independent]",
+    ),
+    _fault(
+        "posters-in-caffes-colors",
+        "data/images.py",
+        "[:, None, None])[::-1]",
+        "[:, None, None])",
+        "Posters of MM-IMDB's HDF5 have red for blue.",
+        f"{_PUBLISHED}test_posters_and_words_of_the_authors_hdf5[True]",
+    ),
+    _fault(
+        "pickles-called",
+        "data/plain_pickle.py",
+        'raise pickle.UnpicklingError(f"it names {module}.{name}, and only lists, dicts, texts, numbers and arrays are read")',
+        "return super().find_class(module, name)",
+        "A data set's pickled file runs whatever it says.",
+        f"{_PUBLISHED}test_nothing_that_metadata_names_is_called",
+    ),
+    _fault(
+        "listed-links-lead-out",
+        "data/published/food101.py",
+        "if (image := reading.files.find(path)) is not None:",
+        "if (image := path) is not None:",
+        "A link among the pictures of Food-101 that leads to any file is shown in its report.",
+        f"{_PUBLISHED}test_a_link_that_leads_out_of_the_set_is_refused[food101]",
+    ),
+    _fault(
+        "half-a-folder",
+        "data/writer.py",
+        "part = Path(made) / folder.name",
+        "part = folder",
+        "A conversion that was stopped leaves a folder that looks whole.",
+        "tests/data/test_writer.py::test_nothing_is_left_of_a_folder_that_could_not_be_written",
     ),
 )
 

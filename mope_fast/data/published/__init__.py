@@ -1,0 +1,19 @@
+"""Readers of the sets that MoPE was measured on, in the files that their owners publish. Nothing is downloaded."""
+
+from .food101 import read_food101
+from .hateful_memes import read_hateful_memes
+from .mm_imdb import read_mm_imdb
+from .mustard import read_mustard
+from .sets import PUBLISHED_SETS, PublishedSet, differences
+from .snli_ve import read_snli_ve
+
+__all__ = [
+    "PUBLISHED_SETS",
+    "PublishedSet",
+    "differences",
+    "read_food101",
+    "read_hateful_memes",
+    "read_mm_imdb",
+    "read_mustard",
+    "read_snli_ve",
+]

@@ -1,0 +1,150 @@
+"""MM-IMDB: the genres of a movie, by its poster and its plot."""
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from ..images import Hdf5Image, hdf5
+from ..lines import decoded, json_object
+from ..plain_pickle import load_pickled_object
+from ..posts import Posts
+from .common import Reading, Split, field
+
+TITLE = "MM-IMDB"
+GENRES = (
+    "Drama", "Family", "Comedy", "Biography", "Romance", "War", "Thriller", "History", "Crime", "Music", "Action", "Animation",
+    "Adventure", "Musical", "Horror", "Western", "Documentary", "Sport", "Mystery", "Short", "Sci-Fi", "Film-Noir", "Fantasy",
+)  # fmt: skip
+"""In the order of MoPE's release."""
+_LEFT_OUT = {"News", "Reality-TV", "Talk-Show"}
+_TELEVISION, _OTHER, _NO_PLOT = "News, Reality-TV or Talk-Show", "a genre of no class", "no plot"
+_SPLITS = {"train": "train", "val": "dev", "test": "test"}
+
+
+def read_mm_imdb(
+    folder: str | os.PathLike[str], *, missing_images: str = "error", outside: Iterable[str | os.PathLike[str]] = ()
+) -> dict[str, Posts]:
+    """Read MM-IMDB (Arevalo et al. 2017) in either form of its authors: 23 genres, several a movie.
+
+    **Files**: ``split.json`` has ids under train, dev and test; ``dataset/<id>.json`` has ``plot``, a list of texts of which the
+    longest is taken, and ``genres``, a list of names; ``dataset/<id>.jpeg`` is the poster. Movies of News, Reality-TV or Talk-Show
+    are left out, as by the scripts of MMBT and MoPE, and so are those of another genre than the 23 and those with an empty plot:
+    see ``dropped``. Bytes that aren't UTF-8 are read as Windows-1252.
+
+    **HDF5**, where there is no ``split.json``: ``multimodal_imdb.hdf5`` and ``metadata.npy``, which has its words. Texts are its
+    ``sequences``: words in lower case, numbers as "N", as the authors' ``make_dataset.py`` leaves them. Posters are 160 x 256
+    pixels, read when they are opened. It has no genres but the 23, so no movie is left out by its genre, and figures on it can't be
+    compared with those on the files. ``metadata.npy`` is a pickle: it is read as data, and nothing that it names is called.
+
+    Written from public code and descriptions, not run on the owner's files.
+
+    Args:
+        folder: that holds ``split.json`` and ``dataset``, or ``multimodal_imdb.hdf5``.
+        missing_images: "error", "skip" or "grey", as in :func:`read_jsonl_folder`.
+        outside: other folders that a link may lead to; a file that is anywhere else is an error.
+
+    Returns:
+        train, val (their dev), test.
+
+    Raises:
+        FileNotFoundError: the folder, or a file, is not there; a folder of another set says which.
+        ImportError: h5py, for HDF5, is not installed.
+        OSError: a file or folder can't be read.
+        TypeError: ``outside`` is no list.
+        ValueError: another ``missing_images``, or problems in the set; one exception has the first ten, and their number.
+    """
+    reading = Reading(folder, TITLE, missing_images, outside)
+    return _read_files(reading) if (reading.root / "split.json").exists() else _read_hdf5(reading)
+
+
+def _read_files(reading: Reading) -> dict[str, Posts]:
+    path = reading.root / "split.json"
+    try:
+        ids = json_object(decoded(reading.read_bytes(path)))
+        ids = {name: field(ids, theirs, list, "a list of ids") for name, theirs in _SPLITS.items()}
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    index, seen = {genre: i for i, genre in enumerate(GENRES)}, set()
+    splits = {name: Split(reading, _TELEVISION, _OTHER, _NO_PLOT) for name in ids}
+    for name, split in splits.items():
+        for movie in ids[name]:
+            # it becomes a path
+            if not re.fullmatch(r"\w+", movie, re.ASCII) or movie in seen:
+                reading.problem(path, f"id {movie!r:.80} " + ("occurs twice" if movie in seen else "is no id"))
+                continue
+            seen.add(movie)
+            file = reading.root / "dataset" / f"{movie}.json"
+            try:
+                row = json_object(decoded(reading.read_bytes(file)))
+                genres = field(row, "genres", list, "a list of names")
+                plot = max(field(row, "plot", list, "a list of texts"), key=len, default="")
+                if not _LEFT_OUT.isdisjoint(genres):
+                    split.dropped[_TELEVISION].append(movie)
+                elif not index.keys() >= set(genres):
+                    split.dropped[_OTHER].append(movie)
+                elif not plot.strip():
+                    split.dropped[_NO_PLOT].append(movie)
+                else:
+                    poster = reading.image(file.with_suffix(".jpeg"), file.with_suffix(".jpg"))
+                    split.add(movie, plot, poster, tuple(int(genre in genres) for genre in GENRES))
+            except (ValueError, FileNotFoundError) as error:
+                reading.problem(file, error)
+    return reading.finish(splits, GENRES)
+
+
+def _read_hdf5(reading: Reading) -> dict[str, Posts]:
+    path, words = reading.files.find(reading.root / "multimodal_imdb.hdf5"), reading.files.find(reading.root / "metadata.npy")
+    if words is None:
+        raise FileNotFoundError(f"{reading.root / 'metadata.npy'} is not there: it has the words of multimodal_imdb.hdf5")
+    vocabulary = load_pickled_object(words)
+    vocabulary = vocabulary.get("ix_to_word") if isinstance(vocabulary, dict) else None
+    if not isinstance(vocabulary, dict) or not all(isinstance(word, str) for word in vocabulary.values()):
+        raise ValueError(f"{words} must have ix_to_word, a dict of numbers to words")
+    try:
+        file = hdf5().File(path, "r")
+    except OSError as error:
+        raise OSError(f"{path} can't be read as HDF5 ({error})") from error
+    with file:
+        try:
+            ranges = _ranges(file)
+            genres, ids, sequences = (file[name][:] for name in ("genres", "imdb_ids", "sequences"))
+            names = tuple(json.loads(file["genres"].attrs["target_names"]))
+            shape, some = file["images"].shape, file["images"][:8]
+        except (KeyError, TypeError, ValueError, OSError) as error:
+            raise ValueError(f"{path} is not as make_dataset.py of MM-IMDB's authors writes it: {error}") from None
+    count = len(ids)
+    if genres.shape != (count, len(names)) or len(sequences) != count or len(shape) != 4 or shape[:2] != (count, 3):
+        shapes = f"images {shape}, genres {genres.shape}, {len(names)} names of genres, {len(sequences)} sequences, {count} ids"
+        raise ValueError(f"{path} must have images (N, 3, H, W), genres (N, names) and N ids and sequences, got {shapes}")
+    class_names = GENRES if set(names) == set(GENRES) else names
+    order = [names.index(genre) for genre in class_names]
+    # make_dataset.py stores what Caffe's networks take: a poster without a negative number is rare, eight of them aren't
+    caffe = bool((some < 0).any())
+    splits = {name: Split(reading, _NO_PLOT) for name in _SPLITS}
+    for name, split in splits.items():
+        start, stop = ranges[_SPLITS[name]]
+        for i in range(max(start, 0), min(stop, count)):
+            movie = ids[i].decode("ascii", "replace")
+            if unknown := [number for number in sequences[i].tolist() if number not in vocabulary]:
+                reading.problem(f"{path}, movie {movie}", f"word {unknown[0]} is not in metadata.npy")
+            elif not len(sequences[i]):
+                split.dropped[_NO_PLOT].append(movie)
+            elif not np.isin(genres[i], (0, 1)).all():
+                reading.problem(f"{path}, movie {movie}", f"genres must be 0 or 1, got {genres[i].tolist()}")
+            else:
+                plot = " ".join(vocabulary[number] for number in sequences[i].tolist())
+                split.add(movie, plot, Hdf5Image(path, "images", i, caffe), tuple(genres[i][order].tolist()))
+    return reading.finish(splits, class_names)
+
+
+def _ranges(file: Any) -> dict[str, tuple[int, int]]:
+    """Of the rows of each split, as Fuel writes them down."""
+    rows = [row for row in file.attrs["split"] if row["source"] == b"genres" and row["available"]]
+    ranges = {row["split"].decode(): (int(row["start"]), int(row["stop"])) for row in rows}
+    if lacking := set(_SPLITS.values()) - ranges.keys():
+        raise ValueError(f"the splits lack {sorted(lacking)}")
+    return ranges

@@ -1,0 +1,114 @@
+"""The published sets by name, with the counts that are published."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ..posts import Posts
+from . import food101, hateful_memes, mm_imdb, mustard, snli_ve
+
+ALL = ()
+"""In place of names of splits: the whole set."""
+
+
+@dataclass(frozen=True)
+class PublishedSet:
+    """A set that is published, its reader, and how many samples are said to be in it.
+
+    Attributes:
+        read: folder -> split -> samples.
+        classes: how many.
+        counts: names of one or several splits, or :data:`ALL` -> who says so -> how many samples, those that the reader leaves out
+            among them. Where sources differ each has its own.
+    """
+
+    title: str
+    read: Callable[..., dict[str, Posts]]
+    classes: int
+    counts: Mapping[tuple[str, ...], Mapping[str, int]]
+
+
+PUBLISHED_SETS = {
+    "food101": PublishedSet(
+        food101.TITLE,
+        food101.read_food101,
+        101,
+        {("test",): {"test_titles.csv": 22_716}, ALL: {"MoPE's paper": 90_840}},
+    ),
+    "mm-imdb": PublishedSet(
+        mm_imdb.TITLE,
+        mm_imdb.read_mm_imdb,
+        23,
+        {
+            ("train",): {"the authors": 15_552},
+            ("val",): {"the authors": 2_608},
+            ("test",): {"the authors": 7_799},
+            ALL: {"the authors": 25_959, "MoPE's paper": 25_956},
+        },
+    ),
+    "snli-ve": PublishedSet(
+        snli_ve.TITLE,
+        snli_ve.read_snli_ve,
+        3,
+        {
+            ("train",): {"the authors": 529_527},
+            ("val",): {"the authors": 17_858},
+            ("test",): {"the authors": 17_901},
+            ALL: {"the authors and MoPE's paper": 565_286},
+        },
+    ),
+    "mustard": PublishedSet(
+        mustard.TITLE,
+        mustard.read_mustard,
+        2,
+        {
+            ("train", "val"): {"the authors and MoPE's release": 334},
+            ("test",): {"the authors and MoPE's release": 356},
+            ALL: {"the authors": 690},
+        },
+    ),
+    "hateful-memes": PublishedSet(
+        hateful_memes.TITLE,
+        hateful_memes.read_hateful_memes,
+        2,
+        {
+            ("train",): {"the authors": 8_500},
+            ("val",): {"the authors, seen": 500, "unseen": 540},
+            ("test",): {"the authors, seen": 1_000, "unseen": 2_000},
+        },
+    ),
+}
+"""Name on the command line -> set."""
+
+
+def differences(name: str, splits: Mapping[str, Posts]) -> list[str]:
+    """Compare the samples that a reader has found with the counts that are published.
+
+    Samples that the reader left out are counted too: the published counts are of the whole set.
+
+    Args:
+        name: of :data:`PUBLISHED_SETS`.
+        splits: of its reader.
+
+    Returns:
+        A sentence for each difference; none where all is as published.
+
+    Raises:
+        ValueError: another ``name``.
+    """
+    if name not in PUBLISHED_SETS:
+        raise ValueError(f"name must be one of {list(PUBLISHED_SETS)}, got {name!r}")
+    published, found = PUBLISHED_SETS[name], []
+    for part, counts in published.counts.items():
+        got = count(splits, part or tuple(splits))
+        if got not in counts.values():
+            said = ", ".join(f"{expected:,} by {who}" for who, expected in counts.items())
+            found.append(f"{' + '.join(part) or 'all'}: {got:,} samples are here, {said}")
+    classes = {len(posts.class_names) for posts in splits.values()}
+    if classes != {published.classes}:
+        found.append(f"{', '.join(map(str, sorted(classes)))} classes are here, {published.classes} are published")
+    return found
+
+
+def count(splits: Mapping[str, Posts], part: Sequence[str]) -> int:
+    """Samples of these splits, and those that were left out."""
+    return sum(len(posts) + sum(map(len, posts.dropped.values())) for name, posts in splits.items() if name in part)

@@ -1,0 +1,131 @@
+"""Posts written as a folder of JSON lines, with what they refer to."""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from .._files import make_names_durable
+from .._progress import tracked
+from .images import Hdf5Image
+from .lines import check_choice, is_unicode
+from .posts import Post, Posts
+
+_MEDIA: dict[str, Callable[[Path, Path], Any]] = {
+    "hardlink": os.link,
+    "symlink": lambda source, target: os.symlink(os.path.abspath(source), target),
+    "copy": shutil.copyfile,
+}
+
+
+def write_jsonl_folder(
+    splits: Mapping[str, Posts], folder: str | os.PathLike[str], *, media: str = "copy", progress: bool = True
+) -> None:
+    """Write samples as a folder that :func:`read_jsonl_folder` reads: ``<split>.jsonl``, ``labels.txt``, images, sound and frames.
+
+    The folder is there whole or not at all: it is made beside its place, under another name, and renamed in the end. A file that
+    several samples refer to is written once. Images within HDF5 files are written as PNGs.
+
+    Args:
+        splits: name -> samples, of the same classes, as a reader of a published set gives them.
+        folder: must not be there, or be empty.
+        media: "copy"; "hardlink" takes no space, on the same disk only; "symlink" leads to the files where they are now, which the
+            reader lets in by ``outside=[...]``.
+        progress: show a bar.
+
+    Raises:
+        FileExistsError: there is something in the folder.
+        OSError: a file can't be read or written; for "hardlink" also where it is on another disk.
+        TypeError: ``splits`` is no mapping of names to :class:`Posts`.
+        ValueError: another ``media``; no split; splits of different classes; a split's name that can't be a file's, or a class's
+            that can't be a line.
+    """
+    check_choice("media", media, tuple(_MEDIA))
+    folder = Path(folder)
+    names = _check(splits)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is there already, and not empty: give another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent) as made:
+        part = Path(made) / folder.name
+        part.mkdir()
+        places = _Places(part, _MEDIA[media])
+        (part / "labels.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+        for split, posts in splits.items():
+            with open(part / f"{split}.jsonl", "w", encoding="utf-8") as file:
+                for post in tracked(posts, f"writing {split}", "sample", shown=progress):
+                    file.write(json.dumps(dict(_line(post, names, places)), ensure_ascii=False) + "\n")
+        os.replace(part, folder)
+    make_names_durable(folder)
+
+
+def _check(splits: object) -> tuple[str, ...]:
+    """The names of classes."""
+    if not isinstance(splits, Mapping) or not all(isinstance(posts, Posts) for posts in splits.values()):
+        raise TypeError(f"splits must be a dict of names to Posts, got {splits!r:.120}")
+    if not splits:
+        raise ValueError("splits must have at least one")
+    if bad := [name for name in splits if not re.fullmatch(r"\w[\w.-]*", name)]:
+        raise ValueError(f"a split's name becomes a file's: expected letters, digits, . _ and -, got {bad[0]!r}")
+    (first, names), *others = ((split, posts.class_names) for split, posts in splits.items())
+    for split, other in others:
+        if other != names:
+            raise ValueError(f"splits must have the same classes: {first} has {names!r:.200}, {split} {other!r:.200}")
+    if bad := [name for name in names if not name.strip() or name != name.strip() or "\n" in name or not is_unicode(name)]:
+        raise ValueError(f"a class has a line of labels.txt: expected a name without space around it or line ends, got {bad[0]!r}")
+    return names
+
+
+def _line(post: Post, names: tuple[str, ...], places: "_Places") -> Iterator[tuple[str, Any]]:
+    yield "id", post.id
+    yield "text", post.text
+    if post.image is not None:
+        yield "img", places.image(post)
+    if isinstance(post.label, tuple):
+        yield "label", [name for name, there in zip(names, post.label, strict=True) if there]
+    elif post.label is not None:
+        yield "label", names[post.label]
+    # null says that no image is lacking
+    if post.audio is not None or (post.image is None and not post.frames):
+        yield "audio", None if post.audio is None else places.file("audio", post.audio)
+    if post.frames:
+        yield "frames", [places.file("frames", frame) for frame in post.frames]
+
+
+class _Places:
+    """Where each file is in the new folder: a kind, the name of the folder it was in, its own name."""
+
+    def __init__(self, root: Path, put: Callable[[Path, Path], Any]):
+        self._root, self._put = root, put
+        self._of: dict[Path | Hdf5Image, str] = {}
+        self._taken: set[str] = set()
+
+    def image(self, post: Post) -> str:
+        image = post.image
+        if not isinstance(image, Hdf5Image):
+            return self.file("images", image)
+        if image not in self._of:
+            place = self._new("images", image.file.stem, f"{image.index}.png")
+            post.open_image().save(self._root / place)
+            self._of[image] = place
+        return self._of[image]
+
+    def file(self, kind: str, source: Path) -> str:
+        if source not in self._of:
+            place = self._new(kind, source.parent.name, source.name)
+            self._put(source, self._root / place)
+            self._of[source] = place
+        return self._of[source]
+
+    def _new(self, kind: str, folder: str, name: str) -> str:
+        """A place that no other file has, on a disk that ignores case neither."""
+        number = 1
+        while (place := f"{kind}/{folder or 'files'}{f'-{number}' if number > 1 else ''}/{name}").casefold() in self._taken:
+            number += 1
+        self._taken.add(place.casefold())
+        (self._root / place).parent.mkdir(parents=True, exist_ok=True)
+        return place
