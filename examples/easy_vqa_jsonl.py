@@ -24,15 +24,15 @@ VALIDATION_IMAGES = 400
 
 def lines(split: Split, answers: list[str], chosen: torch.Tensor, folder: str, multi_label: bool) -> Iterator[dict]:
     """A line for each chosen question that can be labelled."""
-    shown = _shown(split, answers) if multi_label else {}
+    names = shown(split, answers) if multi_label else {}
     for i in chosen.tolist():
         image = int(split.images[i])
-        label = shown.get(image) if multi_label else answers[split.answers[i]]
+        label = names.get(image) if multi_label else answers[split.answers[i]]
         if label is not None:
             yield {"id": f"{folder}-{i}", "text": split.questions[i], "img": f"images/{folder}/{image}.png", "label": label}
 
 
-def _shown(split: Split, answers: list[str]) -> dict[int, list[str]]:
+def shown(split: Split, answers: list[str]) -> dict[int, list[str]]:
     """Image -> its shape and color, where both are answers to its questions."""
     shown: dict[int, set[str]] = {image: set() for image in split.images.tolist()}
     for image, answer in zip(split.images.tolist(), split.answers.tolist(), strict=True):

@@ -29,11 +29,16 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "data",
         type=Path,
-        help='a line {"id": ..., "text": ..., "img": ...} for each sample; img is a path from this file\'s folder',
+        help='a line {"id": ..., "text": ..., "img": ..., "audio": ..., "frames": [...]} for each sample, of which it has what the '
+        "model reads; paths are from this file's folder",
     )
     add("-o", "--output", type=Path, required=True, help="a line with id, label, probabilities and experts for each sample")
     add("--main", help=f"in place of the main encoder's name in the save: {_OTHERS}")
-    add("--complementary", help="likewise for the complementary encoder; a function may give what gives the features, too")
+    add(
+        "--complementary", nargs="+", default=[], metavar="[SIDE=]NAME",
+        help="likewise for the complementary encoder, or for some of several by their names; a function may give what gives the "
+        "features, too",
+    )  # fmt: skip
     add("--batch-size", type=int, default=32)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default here: %(default)s")
     add("--missing-images", choices=MISSING_IMAGES, default="error", help="leave such samples out, or put a grey picture in place")
@@ -64,24 +69,40 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _predict(args: argparse.Namespace) -> int:
     sides: dict[str, Any] = {"device": args.device}
-    for side in ("main", "complementary"):
-        sides[side], inputs = _encoder(getattr(args, side))
-        sides |= {} if inputs is None else {f"{side}_inputs": inputs}
+    sides["main"], inputs = _encoder(args.main)
+    sides |= {} if inputs is None else {"main_inputs": inputs}
+    sides |= _complementary(args.complementary)
     predictor = Predictor.from_pretrained(args.folder, **sides)
     fields = {field for field, _ in predictor.inputs.sides.values()}
-    if not fields <= {"text", "image"}:
+    if not fields <= (known := {"text", "image", "audio", "frames"}):
         raise ValueError(
-            f"{args.folder} reads fields {sorted(fields)}, and lines have a text and an image: call the Predictor in Python"
+            f"{args.folder} reads fields {sorted(fields)}, and lines have some of {sorted(known)}: call the Predictor in Python"
         )
-    posts = read_unlabelled(
-        args.data, text="text" in fields, image="image" in fields, missing_images=args.missing_images, outside=args.outside
-    )
+    posts = read_unlabelled(args.data, fields=fields, missing_images=args.missing_images, outside=args.outside)
     for reason, left_out in posts.dropped.items():
         print(f"{len(left_out):,} samples are left out: {reason}")
     with published(args.output) as file:
         for post, prediction in zip(posts, predictor(posts, args.batch_size, progress=True), strict=True):
             file.write(json.dumps({"id": post.id, **vars(prediction)}).encode() + b"\n")
     return len(posts)
+
+
+def _complementary(given: list[str]) -> dict[str, Any]:
+    """Arguments of the Predictor: of the only other side, or of several by name."""
+    named = [re.match(r"([A-Za-z]\w*)=(.+)", value, re.ASCII) for value in given]
+    if not any(named):
+        if len(given) > 1:
+            raise ValueError(f"--complementary got {given}: give one name, or SIDE=NAME for each of several sides")
+        made = {"": _encoder(given[0] if given else None)}
+    elif all(named):
+        made = {match[1]: _encoder(match[2]) for match in named}
+    else:
+        raise ValueError(f"--complementary got {given}: give SIDE=NAME for all of them, or one name alone")
+    encoders = {side: encoder for side, (encoder, _) in made.items() if encoder is not None}
+    inputs = {side: make for side, (_, make) in made.items() if make is not None}
+    if "" in made:
+        return {"complementary": encoders.get(""), **({"complementary_inputs": inputs[""]} if inputs else {})}
+    return {"complementary": encoders, "complementary_inputs": inputs}
 
 
 def _encoder(name: str | None) -> tuple[Any, Callable[..., Any] | None]:

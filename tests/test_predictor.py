@@ -749,3 +749,30 @@ def test_several_sides_are_found_by_the_names_in_the_save(home, tmp_path):
         Predictor.from_pretrained(tmp_path, complementary={"sound": vit(home)})
     with pytest.raises(ValueError, match=r"make them by FusionCollator\(main, {'picture': ..., 'video': ...}\)"):
         Predictor(model, FusionCollator(tokenizer(home), processor(home)))
+
+
+def test_the_program_reads_several_sides(home, tmp_path):
+    model, collate, samples = several(home)
+    expected = list(Predictor(model, collate, NAMES)(samples))
+    preprocess = {name.partition(".")[2]: made for name, (_, made) in collate.sides.items() if "." in name}
+    collate = FusionCollator(tokenizer(home), preprocess, complementary_field={"picture": "image", "video": "frames"})
+    Predictor(model, collate, NAMES).save_pretrained(tmp_path / "adapter")
+    data, output = home / "several.jsonl", tmp_path / "out.jsonl"
+    with open(data, "w") as file:
+        for i, sample in enumerate(samples):
+            picture, video = sample["picture"], sample["video"]
+            row = {"id": i, "text": sample["text"], "img": picture and picture.name, "frames": video and [p.name for p in video]}
+            file.write(json.dumps(row) + "\n")
+    run(tmp_path / "adapter", data, "-o", output)
+    found = rows(output)
+    for got, wanted in zip(found, expected, strict=True):
+        assert got["probabilities"] == pytest.approx(wanted.probabilities, abs=1e-5)
+    run(tmp_path / "adapter", data, "-o", output, "--complementary", f"picture={home / 'vit'}")
+    assert rows(output) == found
+    for given, message in (
+        (["picture=a", "b"], "give SIDE=NAME for all of them"),
+        (["a", "b"], "give one name, or SIDE=NAME for each"),
+        (["sound=a"], r"of some of the sides \['picture', 'video'\], got \['sound'\]"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            run(tmp_path / "adapter", data, "-o", output, "--complementary", *given)

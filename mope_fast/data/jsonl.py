@@ -4,7 +4,7 @@ import difflib
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -86,16 +86,15 @@ def read_jsonl_folder(
 def read_unlabelled(
     path: str | os.PathLike[str],
     *,
-    text: bool = True,
-    image: bool = True,
+    fields: Collection[str] = ("text", "image"),
     missing_images: str = "error",
     outside: Iterable[str | os.PathLike[str]] = (),
 ) -> Posts:
     """The lines of one file as :func:`read_jsonl_folder` reads a split of its folder, whatever their labels are.
 
     Args:
-        path: the file; ``img`` is a path from its folder.
-        text, image: which of them to read; the other may be absent or anything, and is "" or None in the posts.
+        path: the file; paths in it are from its folder.
+        fields: which of text, image, audio and frames to read; others may be absent or anything, and posts don't have them.
         missing_images, outside: as for a folder.
 
     Raises:
@@ -106,18 +105,19 @@ def read_unlabelled(
     if not path.is_file():
         raise FileNotFoundError(f'{path} is not there: expected a line {{"id": ..., "text": ..., "img": ...}} for each sample')
     folder, problems, posts, dropped = Folder(path.parent, outside), [], [], []
-    read = ("id", *(["text"] if text else []), *(["img"] if image else []))
+    read = ("id", *("img" if field == "image" else field for field in fields))
     for number, line in read_lines(path):
         try:
             row = _fields(line, read)
-            found = _image(folder, row["img"], missing_images) if image else None
+            needed, *media = _media(folder, row, missing_images, wanted="image" in fields)
         except ValueError as error:
             problems.append(f"line {number}: {error}")
             continue
-        if image and found is None and missing_images == "skip":
+        if needed and media[0] is None and missing_images == "skip":
             dropped.append(str(row["id"]))
         else:
-            posts.append(Post(str(row["id"]), row["text"], found, None))
+            image, *others = media
+            posts.append(Post(str(row["id"]), row["text"], image, None, *others))
     return _posts(path, posts, (), problems, dropped)
 
 
@@ -166,11 +166,7 @@ def _read_split(path: Path, folder: Folder, classes: "_Classes", missing_images:
                     several = isinstance(label, list)
                 # looking for what was meant takes a while
                 label = classes.label(label, several, hint=len(problems) < SHOWN)
-            # one with sound or a video alone lacks no image
-            needed = row["img"] is not None or not {"audio", "frames"} & row.keys()
-            image = _image(folder, row["img"], missing_images) if needed else None
-            audio = row.get("audio") and _file(folder, "audio", row["audio"])
-            frames = tuple(_file(folder, "frames", frame) for frame in row.get("frames") or ())
+            needed, image, *others = _media(folder, row, missing_images)
         except ValueError as error:
             problems.append(f"line {number}: {error}")
             continue
@@ -179,7 +175,7 @@ def _read_split(path: Path, folder: Folder, classes: "_Classes", missing_images:
         else:
             # samples of the same classes share one tuple
             label = shared.setdefault(label, label) if several else label
-            posts.append(Post(str(row["id"]), row["text"], image, label, audio or None, frames))
+            posts.append(Post(str(row["id"]), row["text"], image, label, *others))
     if with_label:
         problems += [
             f"line {number}: has no label, line {with_label} has one: give it to all lines, or to none" for number in without_label
@@ -194,6 +190,17 @@ def _posts(path: Path, posts: list[Post], class_names: tuple[str, ...], problems
     if problems:
         raise problems_in(path, problems)
     return Posts(tuple(posts), class_names, {_NO_IMAGE: tuple(dropped)} if dropped else {})
+
+
+def _media(
+    folder: Folder, row: dict[str, Any], missing_images: str, *, wanted: bool = True
+) -> tuple[bool, Path | None, Path | None, tuple[Path, ...]]:
+    """Whether a line needs an image; its image, sound and frames."""
+    # one with sound or a video alone lacks no image
+    needed = wanted and (row["img"] is not None or not {"audio", "frames"} & row.keys())
+    image = _image(folder, row["img"], missing_images) if needed else None
+    audio = _file(folder, "audio", row["audio"]) if row.get("audio") else None
+    return needed, image, audio, tuple(_file(folder, "frames", frame) for frame in row.get("frames") or ())
 
 
 def _image(folder: Folder, img: str | None, missing_images: str) -> Path | None:

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from op_recorder import Recorder
 from tiny_baf import make_baf, make_inputs, make_vlmo
 from tiny_fusion import CLASSES, DETERMINISTIC, close, make_bert, make_dinov2, make_fusion, make_images, make_text
+from tiny_fusion import SETTINGS as TINY
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from two_processes import RANKS, UNEVEN, cut, gradients, part, run_in_two_processes
 
-from mope_fast import PromptTuned
+from mope_fast import MoPEConfig, MoPEFusion, PromptTuned, Side
 
 SETTINGS = {**DETERMINISTIC, "mapper_norm": "layer", "importance_weight": 0.5}
 
@@ -57,7 +58,8 @@ def check_ddp_alone_does_not(rank, folder):
     _, alone, expected, batch = joint_and_alone()
     model = copy.deepcopy(alone)
     model.zero_grad()
-    output = DistributedDataParallel(model)(*cut(batch, part(rank)))
+    parallel = DistributedDataParallel(model)  # nothing is averaged once it is gone
+    output = parallel(*cut(batch, part(rank)))
     output.loss.backward()
     moved = {name: (grad - gradients(alone)[name]).abs().max() for name, grad in gradients(model).items()}
     assert all(distance > 1e-4 for distance in moved.values())
@@ -183,6 +185,27 @@ def check_one_all_reduce_a_step_and_no_wait_for_the_device(rank, folder):
         model(*mine).loss.backward()
     assert recorder.names.count("allreduce_") == 1
     assert not recorder.waits()
+
+
+def check_sides_missing_for_some_samples_are_those_of_the_joint_batch(rank, folder):
+    torch.manual_seed(0)
+    sides = {"picture": Side(make_dinov2(), optional=True), "given": Side(width=4, optional=True)}
+    model = MoPEFusion(make_bert(), sides, CLASSES, MoPEConfig(**TINY, **SETTINGS)).double().train()
+    alone, count = copy.deepcopy(model), sum(UNEVEN)
+    text, labels = make_text(count), torch.arange(count) % CLASSES
+    # the second rank's samples have all pictures and lack all that is given
+    present = {"picture": torch.arange(count) != 1, "given": torch.arange(count) < UNEVEN[0]}
+    others = {"picture": make_images(count), "given": torch.randn(count, 4, dtype=torch.float64)}
+    expected = alone(text, {**others, "present": present}, labels)
+    expected.loss.backward()
+    model.use_joint_batch()
+    mine = part(rank)
+    own = {**cut(others, mine), "present": cut(present, mine)}
+    parallel = DistributedDataParallel(model)
+    output = parallel(cut(text, mine), own, labels[mine])
+    output.loss.backward()
+    close(losses(output), losses(expected))
+    close(gradients(model), gradients(alone))
 
 
 QUICK = [check_a_group_outlives_copies_and_pickles, check_one_all_reduce_a_step_and_no_wait_for_the_device]
