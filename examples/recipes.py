@@ -53,7 +53,7 @@ def _image_text(batch_size: int, transform: str, augment: list[int] | None, *tab
 _MEMES = {**_SIDES, **_STEPS, "epochs": 10, "batch_size": 32, "image_transform": "squash"}
 _MUSTARD = {
     **_STEPS, "main": "text", "other": ["audio", "video"], "text_model": BERT, "max_length": 512, "epochs": 10, "batch_size": 16,
-    "complementary": "frozen", "combine": "concat", "lr": 5e-4,
+    "complementary": "frozen", "combine": "concat",
 }  # fmt: skip
 RECIPES = {
     "food101": _image_text(38, "crop", None, "accuracy"),

@@ -286,7 +286,7 @@ def test_missing_media_of_mustard(tmp_path):
     assert "1 problem in" in message
     assert f"'1_60': no sound, {folder / 'utterances_final' / '1_60.wav'} is not there; missing_media='skip' leaves" in message
     train = read_mustard(folder, split="speaker-independent", val=0, missing_media="skip")["train"]
-    assert train.dropped == {"no sound": ["1_60"], "no frames": [], "no image": []}
+    assert train.dropped == {"no sound": ["1_60"], "no frames": []}
     post = read_mustard(folder, split="speaker-independent", val=0, missing_media="none")["train"][0]
     assert (post.audio, post.open_audio(), len(post.frames)) == (None, None, 8)
 

@@ -131,6 +131,22 @@ def test_a_converted_set_trains_by_classify_jsonl_as_by_the_recipe(tmp_path, enc
     assert (got["history"], got["test"]) == (expected["history"], expected["test"])
 
 
+def test_what_mustards_recipe_leaves_predicts_the_converted_set(tmp_path, encoders):
+    from mope_fast import predict
+
+    folder = MAKE["mustard"](tmp_path / "set")
+    run("mustard", folder, tmp_path / "out", encoders, "--complementary", "prompted", "--epochs", 1)
+    settings = {"split": "speaker-independent", "val": 2, "missing_media": "none"}
+    write_jsonl_folder(train_recipe.PUBLISHED_SETS["mustard"].read(folder, **settings), tmp_path / "lines", progress=False)
+    (adapter,) = (tmp_path / "out").glob("adapter-epoch-1")
+    predict.main([str(adapter), str(tmp_path / "lines" / "test.jsonl"), "-o", str(tmp_path / "predicted.jsonl")])
+    expected = [json.loads(line) for line in (tmp_path / "out" / "predictions-test.jsonl").read_text().splitlines()]
+    got = [json.loads(line) for line in (tmp_path / "predicted.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["label"]) for row in got] == [(row["id"], row["predicted"]) for row in expected]
+    for row, other in zip(got, expected, strict=True):
+        assert list(row["probabilities"].values()) == pytest.approx(other["scores"], abs=2e-4)
+
+
 # settings
 
 

@@ -105,7 +105,7 @@ class Split:
 
     def __init__(self, reading: Reading, *reasons: str):
         self.posts: list[Post] = []
-        self.dropped: dict[str, list[str]] = {reason: [] for reason in (*reasons, NO_IMAGE)}
+        self.dropped: dict[str, list[str]] = {reason: [] for reason in reasons}
         self._skips = reading.missing_images == "skip"
 
     def add(self, name: str, text: str, image: Path | Hdf5Image | None, label: int | tuple[int, ...] | None) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..lines import check_choice, decoded
 from ..posts import Posts
-from .common import Reading, Split, hold_out
+from .common import NO_IMAGE, Reading, Split, hold_out
 
 TITLE = "UPMC Food-101"
 _PUNCTUATION = str.maketrans(dict.fromkeys("<>/\\+=-_[]{}'\":;.,()*&^%$#@!~`", " "))
@@ -61,7 +61,7 @@ def read_food101(
         text = "pages" if (root / "texts_txt").is_dir() else "titles"
     check_choice("text", text, ("pages", "titles"))
     class_names = tuple(folder.name for folder in _dishes(reading, "train"))
-    splits = {name: Split(reading, _NO_TEXT) for name in ("train", "test")}
+    splits = {name: Split(reading, _NO_TEXT, NO_IMAGE) for name in ("train", "test")}
     for name, split in splits.items():
         read = _read_titles if text == "titles" else _read_pages
         read(reading, name, split, {each: index for index, each in enumerate(class_names)})

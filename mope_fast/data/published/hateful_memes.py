@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from ..lines import check_choice, json_object, read_lines
 from ..posts import Posts
-from .common import Reading, Split, field
+from .common import NO_IMAGE, Reading, Split, field
 
 TITLE = "Hateful Memes"
 CLASSES = ("not hateful", "hateful")
@@ -53,7 +53,7 @@ def read_hateful_memes(
             if name == "test":
                 continue
             raise FileNotFoundError(f"{path} is not there: expected the file of that name of {TITLE}")
-        split, with_label, without = Split(reading), None, []
+        split, with_label, without = Split(reading, NO_IMAGE), None, []
         for number, line in read_lines(found):
             try:
                 row = json_object(line)

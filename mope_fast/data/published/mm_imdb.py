@@ -12,7 +12,7 @@ from ..images import Hdf5Image, hdf5
 from ..lines import decoded, json_object
 from ..plain_pickle import load_pickled_object
 from ..posts import Posts
-from .common import Reading, Split, field
+from .common import NO_IMAGE, Reading, Split, field
 
 TITLE = "MM-IMDB"
 GENRES = (
@@ -69,7 +69,7 @@ def _read_files(reading: Reading) -> dict[str, Posts]:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     index, seen = {genre: i for i, genre in enumerate(GENRES)}, set()
-    splits = {name: Split(reading, _TELEVISION, _OTHER, _NO_PLOT) for name in ids}
+    splits = {name: Split(reading, _TELEVISION, _OTHER, _NO_PLOT, NO_IMAGE) for name in ids}
     for name, split in splits.items():
         for movie in ids[name]:
             # it becomes a path

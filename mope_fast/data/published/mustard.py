@@ -36,7 +36,7 @@ def read_mustard(
     ``utterances_final/<id>.mp4``, aren't read: make ``utterances_final/<id>.wav`` and a folder ``<id>`` of frames, in the order of
     their names, of each by ffmpeg.
 
-    Written from public code and descriptions, not run on the owner's videos; ``sarcasm_data.json`` is in the authors' repository.
+    Written from public code and descriptions, not run on the owner's videos; the authors' ``sarcasm_data.json`` was read.
 
     Args:
         folder: that holds ``sarcasm_data.json`` and ``utterances_final``.

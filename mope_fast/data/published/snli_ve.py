@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from ..lines import json_object, read_lines
 from ..posts import Posts
-from .common import Reading, Split, field
+from .common import NO_IMAGE, Reading, Split, field
 
 TITLE = "SNLI-VE"
 CLASSES = ("contradiction", "entailment", "neutral")
@@ -57,7 +57,7 @@ def read_snli_ve(
         path = reading.root / f"snli_ve_{theirs}.jsonl"
         if (found := reading.files.find(path)) is None:
             raise FileNotFoundError(f"{path} is not there: expected the file of that name of {TITLE}")
-        split = splits[name] = Split(reading, _NO_GOLD)
+        split = splits[name] = Split(reading, _NO_GOLD, NO_IMAGE)
         for number, line in read_lines(found):
             try:
                 row = json_object(line)
