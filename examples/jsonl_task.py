@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -140,7 +141,6 @@ def argument_parser(description: str, output: str, sets: Mapping[str, str] | Non
     add("--schedule", choices=("linear", "steps"), default="linear", help="warm-up and decay; or the paper's x 0.4 at epochs 3, 6")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
     add("--epochs", type=int, default=5)
-    add("--choose", choices=("best", "last"), default="best", help="the epoch that is tested: the best on val, or the last one")
     add("--batch-size", type=int, default=32, help="of each process")
     add("--samples", type=int, default=None, help="use the first so many of each split, for a quick try")
     add("--missing-images", choices=("error", "skip", "grey"), default="error", help="leave out, or put a grey picture in place")
@@ -410,6 +410,12 @@ def run_from_shell(main: Callable[[], Any]) -> None:
         if "--debug" in sys.argv:
             raise
         raise SystemExit(f"{type(error).__name__}: {error}") from None
+
+
+def say(text: str) -> None:
+    """Print it in the first of several processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
 
 
 def default_device() -> str:

@@ -14,11 +14,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from jsonl_task import Task, default_device, load_task, run_from_shell
+from jsonl_task import Task, default_device, load_task, run_from_shell, say
 from recipes import NOTES, RECIPES
 from training_run import check_run, readable, run, run_parser
 
-from mope_fast.data import PUBLISHED_SETS, Posts, differences
+from mope_fast.data import PUBLISHED_SETS, Posts, compare_counts
 from mope_fast.data.published.arguments import add_reading_arguments, reading_settings
 
 PRESETS = ("paper", "released")
@@ -46,7 +46,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
                 parser.error(f"--{preset} is not for {asked.name}: {changes}; leave it out for ours")
             parser.set_defaults(**changes)
     if parser.get_default("precision") == "fp16" and default_device() == "cpu":
-        parser.set_defaults(precision="no")  # a CPU has no float16 to train in
+        say("float16 is for a GPU: here it is float32")
+        parser.set_defaults(precision="no")
     args = parser.parse_args(arguments)
     reading_settings(parser, args)
     return check_run(parser, args, expected=f"that of {PUBLISHED_SETS[asked.name].title}, as published")
@@ -55,8 +56,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def read(args: argparse.Namespace) -> dict[str, Posts]:
     """The set; without val test stands for it, as in the release."""
     splits = PUBLISHED_SETS[args.name].read(args.folder, **reading_settings(make_parser(), args))
-    for difference in differences(args.name, splits):
-        print(f"not as published: {difference}")
+    for difference in compare_counts(args.name, splits):
+        say(f"not as published: {difference}")
     return {"train": splits["train"], "val": splits.get("val", splits.get("test")), **splits}
 
 
@@ -69,10 +70,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     recipe = RECIPES[args.name]
     preset = next((preset for preset in PRESETS if getattr(args, preset)), "ours")
     for note in (NOTES[preset], *(recipe.notes if preset == "released" else ())):
-        print(f"{preset}: {note}")
+        say(f"{preset}: {note}")
     results = run(args, load)
     judged = "test" if "test" in results else "val"
-    print(f"{judged}, as in published tables: {readable({name: results[judged][name] for name in recipe.table})}")
+    # a split of one class has no ROC curve
+    table = {name: results[judged][name] for name in recipe.table if name in results[judged]}
+    say(f"{judged}, as in published tables: {readable(table)}")
     return results
 
 

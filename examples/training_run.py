@@ -33,6 +33,9 @@ def run_parser(description: str, output: str, sets: Mapping[str, str] | None = N
     """Arguments of a task and of its run, see :func:`argument_parser`."""
     parser = argument_parser(description, output, sets)
     parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no", help="autocast")
+    parser.add_argument(
+        "--choose", choices=("best", "last"), default="best", help="the epoch that is tested: the best on val, or the last"
+    )
     parser.add_argument("--checkpoint-every", type=int, default=100, help="steps; there is one after each epoch too")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of --output, if there is one")
     return parser

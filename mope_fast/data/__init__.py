@@ -8,7 +8,7 @@ from .images import load_image
 from .jsonl import read_jsonl_folder
 from .metrics import Summary, classification_metrics, multi_label_metrics, summarize
 from .posts import Post, Posts
-from .published import PUBLISHED_SETS, differences, read_food101, read_hateful_memes, read_mm_imdb, read_mustard, read_snli_ve
+from .published import PUBLISHED_SETS, compare_counts, read_food101, read_hateful_memes, read_mm_imdb, read_mustard, read_snli_ve
 from .readers import read_mvsa_single, read_twitter_sarcasm
 from .recipe import FewShotRecipe, FewShotRun, predict
 from .writer import write_jsonl_folder
@@ -27,7 +27,7 @@ __all__ = [
     "Summary",
     "TimmTransform",
     "classification_metrics",
-    "differences",
+    "compare_counts",
     "load_audio",
     "load_image",
     "multi_label_metrics",

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .published import PUBLISHED_SETS, differences
+from .published import PUBLISHED_SETS, compare_counts
 from .published.arguments import add_reading_arguments, reading_settings
 from .published.sets import count
 from .writer import write_jsonl_folder
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
         for name, posts in splits.items():
             left_out = "".join(f"; left out, {reason}: {len(ids):,}" for reason, ids in posts.dropped.items() if ids)
             print(f"{name}: {len(posts):,} samples{left_out}")
-        found = differences(args.name, splits)
+        found = compare_counts(args.name, splits)
         for difference in found:
             print(f"differs: {difference}")
         if not found:

@@ -19,7 +19,7 @@ from published_formats import (
 
 from mope_fast.data import (
     PUBLISHED_SETS,
-    differences,
+    compare_counts,
     read_food101,
     read_hateful_memes,
     read_mm_imdb,
@@ -375,16 +375,16 @@ def test_a_link_that_leads_out_of_the_set_is_refused(tmp_path, name):
 
 def test_differences_of_counts_are_named(tmp_path):
     splits = read_mustard(make_mustard(tmp_path / "whole"), missing_media="none")
-    assert differences("mustard", splits) == []
+    assert compare_counts("mustard", splits) == []
     part = read_mustard(make_mustard(tmp_path / "part", utterances=600), missing_media="none")
-    assert differences("mustard", part) == [
+    assert compare_counts("mustard", part) == [
         "test: 266 samples are here, 356 by the authors and MoPE's release", "all: 600 samples are here, 690 by the authors",
     ]  # fmt: skip
     # those left out are counted: the published counts are of the whole set
     skipped = read_mustard(make_mustard(tmp_path / "whole", media=range(0, 690, 50), frames=1), missing_media="skip", val=0)
-    assert differences("mustard", skipped) == []
+    assert compare_counts("mustard", skipped) == []
     with pytest.raises(ValueError, match=r"name must be one of \['food101'"):
-        differences("imagenet", splits)
+        compare_counts("imagenet", splits)
 
 
 def test_published_counts_of_parts_add_up():

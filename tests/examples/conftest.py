@@ -1,4 +1,5 @@
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[2] / "examples"), str(Path(__file__).parents[1] / "models"), str(Path(__file__).parent)]
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = map(str, [TESTS.parent / "examples", TESTS / "models", TESTS / "data", TESTS / "examples"])

@@ -1,7 +1,6 @@
 """Recipes of published sets: their settings, their readers, whole runs on fixtures in the sets' own formats."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ from safetensors.torch import load_file
 
 from mope_fast.data import write_jsonl_folder
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 REASON = "needs the packages of the examples extra"
 train_recipe = pytest.importorskip("train_recipe", reason=REASON)
 classify_jsonl = pytest.importorskip("classify_jsonl", reason=REASON)

@@ -4,13 +4,13 @@ from .food101 import read_food101
 from .hateful_memes import read_hateful_memes
 from .mm_imdb import read_mm_imdb
 from .mustard import read_mustard
-from .sets import PUBLISHED_SETS, PublishedSet, differences
+from .sets import PUBLISHED_SETS, PublishedSet, compare_counts
 from .snli_ve import read_snli_ve
 
 __all__ = [
     "PUBLISHED_SETS",
     "PublishedSet",
-    "differences",
+    "compare_counts",
     "read_food101",
     "read_hateful_memes",
     "read_mm_imdb",

@@ -80,7 +80,7 @@ PUBLISHED_SETS = {
 """Name on the command line -> set."""
 
 
-def differences(name: str, splits: Mapping[str, Posts]) -> list[str]:
+def compare_counts(name: str, splits: Mapping[str, Posts]) -> list[str]:
     """Compare the samples that a reader has found with the counts that are published.
 
     Samples that the reader left out are counted too: the published counts are of the whole set.
