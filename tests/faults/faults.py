@@ -49,6 +49,7 @@ _CONCATENATED = f"{_TRANSFORMERS}test_fusion_equals_the_librarys_layers_on_conca
 _RECOMPUTED = "tests/models/test_gradient_checkpointing.py::test_recomputing_gives_the_same_step_to_the_bit"
 _OF_ITS_OWN = "tests/modules/test_prompt_bank.py::test_each_layer_has_keys_and_noise_of_its_own"
 _JOINT = "tests/models/test_distributed.py::"
+_SIDES = "tests/models/test_sides.py::"
 _THREADS = "tests/models/test_threads.py::"
 _FRONT_DOOR = "tests/models/test_front_door.py::test_hooks_on_a_timm_model_run_and_its_classifier_does_not"
 _OTHER_ATTENTION = "tests/encoders/test_other_attention.py::"
@@ -829,10 +830,66 @@ ENCODER = (
     _fault(
         "black-box-trains",
         "models/fusion.py",
-        "            self.complementary.eval()\n",
-        "            self.complementary.train(mode)\n",
+        "                source.value.eval()\n",
+        "                source.value.train(mode)\n",
         "model.train() turns dropout and batch statistics of a frozen complementary module on.",
         "tests/models/test_fusion.py::test_complementary_module_is_frozen_in_eval_mode_and_without_gradients",
+    ),
+    _fault(
+        "missing-side-counts",
+        "models/sides.py",
+        "torch.where(present[:, None], feature, stand_in.to(feature.dtype))",
+        "feature + 0 * stand_in.to(feature.dtype)",
+        "What stands in the place of a missing side is taken for its feature.",
+        f"{_SIDES}test_a_missing_side_is_its_stand_in_and_moves_no_other_sample",
+    ),
+    _fault(
+        "stand-in-outside-of-the-graph",
+        "models/sides.py",
+        "elif self.training and present is None:",
+        "elif False:",
+        "In DDP the first batch without a missing side ends in an error about unused parameters.",
+        f"{_SIDES}test_each_side_has_prompts_of_its_own_and_all_that_is_trained_gets_a_gradient",
+    ),
+    _fault(
+        "side-dropout-in-eval",
+        "models/sides.py",
+        "if self.training and self.dropout:",
+        "if self.dropout:",
+        "Predictions lose sides at random.",
+        f"{_SIDES}test_side_dropout_takes_optional_sides_away_in_training_only",
+    ),
+    _fault(
+        "padded-frames-count",
+        "models/frames.py",
+        "features.masked_fill(~mask[..., None], 0).sum(1) / count.clamp(min=1)",
+        "features.mean(1)",
+        "A video's feature depends on the longest video of its batch.",
+        f"{_SIDES}test_frames_are_pooled_over_those_that_are_there[mean]",
+    ),
+    _fault(
+        "sides-in-another-order",
+        "models/sides.py",
+        "    for side in saved:\n        facts, own",
+        "    for side in sorted(saved, key=lambda side: list(given).index(side['name'])):\n        facts, own",
+        "A save is put on with its sides in the order in which the user names them: features meet other sides' weights.",
+        f"{_SIDES}test_a_save_holds_what_each_side_is",
+    ),
+    _fault(
+        "a-side-folded-is-trained-on",
+        "models/sides.py",
+        "nn.Parameter(row.detach().clone(), requires_grad=False)",
+        "nn.Parameter(row.detach(), requires_grad=False)",
+        "A folded model changes while the one that it was made of is trained on.",
+        f"{_SIDES}test_folded_frozen_and_checkpointed_it_is_the_same",
+    ),
+    _fault(
+        "rows-of-a-missing-side",
+        "data/collator.py",
+        "rows = (present.cumsum(0) - 1).clamp(min=0)",
+        "rows = torch.arange(len(present)) % int(present.sum())",
+        "Samples behind one without a picture get the pictures of others.",
+        "tests/data/test_collator.py::test_several_sides_some_of_them_missing",
     ),
 )
 
