@@ -221,6 +221,11 @@ class Run:
         if "test" not in self.judged:
             self.accelerator.print("there is no test.jsonl: the numbers are of val, which the epoch was chosen by")
         alone = self.accelerator.num_processes == 1
+        if alone and len(self.args.other) > 1 and posts.labelled:
+            effects = analysis.what_sides_add(self.task.model, self.judged[split])
+            self.accelerator.print(f"{split}, without each side:\n{effects}")
+            results[f"{split}, without each side"] = [row._asdict() for row in effects.rows]
+            write_atomically(output / "results.json", json.dumps(results, indent=2))
         recorder = recorder if alone else recorder.gather()
         if self.accelerator.is_main_process:
             title = f"Experts on {split} of {self.args.folder.resolve().name}"
