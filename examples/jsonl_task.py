@@ -336,8 +336,7 @@ def load_task(args: argparse.Namespace, read: Callable[[argparse.Namespace], dic
         posts.check_images()
     (main, main_inputs), *others = (_encoder(args, side) for side in (args.main, *args.other))
     torch.manual_seed(args.seed)
-    # either alone is never missing: without an image a sample has a grey one
-    alone = args.other[0] if args.other in (["text"], ["image"]) else None
+    alone = only_other(args)
     made = {side: _complementary(args, side, encoder) for side, (encoder, _) in zip(args.other, others, strict=True)}
     inputs = {side: preprocess for side, (_, preprocess) in zip(args.other, others, strict=True)}
     complementary = made[alone] if alone else {side: _side(side, source) for side, source in made.items()}
@@ -362,6 +361,11 @@ def load_task(args: argparse.Namespace, read: Callable[[argparse.Namespace], dic
     )  # fmt: skip
     augmented = Augmented(splits["train"], *args.rand_augment, args.seed) if args.rand_augment else None
     return Task(splits, collate, model, args, augmented)
+
+
+def only_other(args: argparse.Namespace) -> str | None:
+    """The other side where it is text or images alone: no sample lacks it, for without an image there is a grey one."""
+    return args.other[0] if args.other in (["text"], ["image"]) else None
 
 
 def _encoder(args: argparse.Namespace, side: str) -> Encoder:

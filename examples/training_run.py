@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, skip_first_batches
+from accelerate import Accelerator, DistributedDataParallelKwargs, skip_first_batches
 from files import write_atomically
-from jsonl_task import Task, argument_parser, check, default_device, to_device
+from jsonl_task import Task, argument_parser, check, default_device, only_other, to_device
 from progress import Steps, tracked
 from run_folder import RunFolder
 from torch import Tensor
@@ -277,7 +277,10 @@ def readable(metrics: dict[str, float]) -> str:
 def run(args: argparse.Namespace, load: Callable[[argparse.Namespace], Task]) -> dict[str, Any]:
     """Train, judge and report; returns what ``results.json`` has."""
     # without cpu=True it would take the processes of a torchrun on a CPU for strangers
-    accelerator = Accelerator(mixed_precision=args.precision, cpu=default_device() == "cpu")
+    settings = {"mixed_precision": args.precision, "cpu": default_device() == "cpu"}
+    # where no sample of a process has a side, nothing that is trained in it has a gradient there
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=only_other(args) is None)
+    accelerator = Accelerator(**settings, kwargs_handlers=[ddp])
     this = Run(load(args), accelerator)
     for split, counts in this.samples().items():
         accelerator.print(f"{split}: " + ", ".join(f"{count:,} {what}" for what, count in counts.items() if count))
