@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import functional
-from ..encoders import PromptedEncoder, family_of, find_family
+from ..encoders import PromptedEncoder, family_of
 from ..encoders.frozen import Hold
 from ..encoders.sources import Source as Origin
 from ..encoders.sources import encoder_of, source_of
@@ -16,14 +16,15 @@ from ..encoders.weights import Samples, sample_weights
 from ..modules import MoPEConfig, PromptBank
 from . import checkpoint, hub
 from .classifier import Classifier
-from .complementary import batch_of, check_can_be_trained, check_holds_no_prompts, head_inputs, is_prompted_model
+from .complementary import batch_of, head_inputs, is_prompted_model
 from .folded import FoldedModel
 from .inputs import takes_named_inputs, two_sides
+from .making_sides import check_source, make_side, settings_of_sides, width_of
 from .output import FusionOutput
 from .prompt_tuned import PromptTuned
 from .prompting import Inputs, run_prompted
 from .sides import Side, Sides, complementary_feature, named_sides, restored, sources_of
-from .task import apply_head, check_head, check_is_trained, describe_encoder, make_head, prompted
+from .task import apply_head, check_head, describe_encoder, make_head, prompted
 
 
 class MoPEFusion(Classifier):
@@ -72,7 +73,7 @@ class MoPEFusion(Classifier):
         several = isinstance(complementary, Mapping)
         sides = named_sides(complementary) if several else {"complementary": Side(complementary)}
         for name, side in sides.items():
-            _check_source(f"complementary[{name!r}]" if several else name, side)
+            check_source(f"complementary[{name!r}]" if several else name, side)
         config = MoPEConfig() if config is None else config
         if config.head_inputs is None:
             both = num_classes is not None and config.needs_cross
@@ -81,9 +82,9 @@ class MoPEFusion(Classifier):
             raise ValueError("MoPEConfig.head_inputs='both' needs a head: give num_classes or head, or leave it at 'main'")
         if not isinstance(main, PromptedEncoder):
             family_of(main)
-        widths = {name: _width(name, side, config, several) for name, side in sides.items()}
+        widths = {name: width_of(name, side, config, several=several) for name, side in sides.items()}
         if several:
-            config = _of_sides(config, widths)
+            config = settings_of_sides(config, widths)
             sides = {name: dataclasses.replace(side, width=widths[name]) for name, side in sides.items()}
         cross_dim = config.cross_dim if several else widths["complementary"]
         if config.uses_cross and cross_dim is None:
@@ -92,11 +93,17 @@ class MoPEFusion(Classifier):
         self.problem_type, self.label_smoothing, self.return_logits = problem_type, float(label_smoothing), return_logits
         self.main = prompted(main, pooling=config.pooling, router_pooling=config.router_pooling)
         self._wrapped = [] if self.main is main else [self.main]
-        self._black_boxes: list[Hold] = []
+        self._holds: list[Hold] = []
         self.made_sides: set[str] = set()
         """Names of the sides whose prompts are of this model's making."""
         try:
-            values = {name: self._make_side(name, side, config) for name, side in sides.items()}
+            values = {}
+            for name, side in sides.items():
+                made = make_side(name, side, config, self.main)
+                values[name] = made.value
+                self._wrapped += made.wrapped
+                self._holds += made.holds
+                self.made_sides |= {name} if made.has_new_prompts else set()
             if several:
                 self.complementary = Sides(sides, values, combine=config.combine, dropout=config.side_dropout)
             else:
@@ -176,39 +183,11 @@ class MoPEFusion(Classifier):
     def _loss_is_cross_entropy(self) -> bool:
         return super()._loss_is_cross_entropy() and not self._has_auxiliary_loss()
 
-    def _make_side(self, name: str, side: Side, config: MoPEConfig) -> Any:
-        """What gives this side's feature, ready: wrapped, or held."""
-        source = side.source
-        asked = config.complementary_pooling if side.pooling is None else side.pooling
-        if _is_encoder(source):
-            encoder = prompted(source, pooling=asked)
-            if encoder is not source:
-                self._wrapped.append(encoder)
-            self.made_sides.add(name)
-            length = config.complementary_prompt_length if side.prompt_length is None else side.prompt_length
-            return PromptTuned(encoder, length, dropout=config.dropout, prompt_init=config.prompt_init)
-        # what came wrapped has poolings of its own
-        own = source.main.pooling if is_prompted_model(source) else None
-        if asked not in (None, own):
-            raise ValueError(
-                f"complementary_pooling={asked!r} was asked for, but {name}, {type(source).__name__}, has pooling={own!r}: set it "
-                "where it is made, or leave the model's at None"
-            )
-        if side.prompt_length is not None and (own := getattr(source, "settings", {}).get("prompt_length")) != side.prompt_length:
-            raise ValueError(f"prompt_length={side.prompt_length} was asked for, but {name}, {type(source).__name__}, has {own}")
-        if side.trainable:
-            check_can_be_trained(name, source)
-            check_is_trained(source, self.main, name)
-        elif isinstance(source, nn.Module) and not is_prompted_model(source):
-            check_holds_no_prompts(name, source)
-            self._black_boxes.append(Hold(source))
-        return source
-
     def _give_back(self) -> None:
         """Undo what this model has done to encoders and to black boxes; what came wrapped or tuned stays so."""
         for encoder in self._wrapped:
             encoder.detach()
-        for held in self._black_boxes:
+        for held in self._holds:
             held.release()
 
     def complementary_feature(self, inputs: Inputs | None) -> Tensor:
@@ -372,63 +351,3 @@ class MoPEFusion(Classifier):
             check_head(classes, head, **task)
             complementary = restored(complementary, saved.get("complementary"))
         return cls(main, complementary, classes, config, head=head, **task)
-
-
-def _is_encoder(complementary: object) -> bool:
-    return isinstance(complementary, PromptedEncoder) or (complementary is not None and find_family(complementary) is not None)
-
-
-def _check_source(name: str, side: Side) -> None:
-    """Raises TypeError or ValueError for what can give no feature."""
-    source = side.source
-    if isinstance(source, Side):
-        raise TypeError(f"{name} is a Side by itself: give it a name, complementary={{'image': Side(...)}}")
-    if source is not None and not callable(source):
-        raise TypeError(f"{name} must be a supported encoder, a callable or None, got {type(source).__name__}")
-    if is_prompted_model(source) and not isinstance(source, (PromptTuned, FoldedModel)):
-        kind = type(source).__name__
-        raise TypeError(f"{name} can't be a {kind}: pass PromptTuned, a folded model, or a function of its features")
-    if getattr(source, "return_logits", False):
-        raise ValueError(f"{name} has return_logits=True, but its features are needed: make it without")
-    if side.trainable and (_is_encoder(source) or is_prompted_model(source)):
-        raise ValueError(
-            f"{name}: trainable=True trains a module whole, and a {type(source).__name__} is held frozen with trained prompts in "
-            "it: leave it out; or wrap the encoder in a module of yours that gives (B, width)"
-        )
-
-
-def _width(name: str, side: Side, config: MoPEConfig, several: bool) -> int | None:
-    """Of a side's feature; None where it can't be known.
-
-    Raises:
-        ValueError: it is another than was asked for.
-    """
-    source, asked = side.source, side.width if several else config.cross_dim
-    pooling = config.complementary_pooling if side.pooling is None else side.pooling
-    if _is_encoder(source) and not isinstance(source, PromptedEncoder):
-        width = family_of(source).pooled_width(source, pooling)
-    else:
-        width = getattr(source, "feature_width", None)
-    if width is not None and asked not in (None, width):
-        what = f"Side.width of {name!r}" if several else "config.cross_dim"
-        raise ValueError(f"{what} is {asked}, but {type(source).__name__} gives features of width {width}")
-    return asked if width is None else width
-
-
-def _of_sides(config: MoPEConfig, widths: dict[str, int | None]) -> MoPEConfig:
-    """The settings with the widths of several features."""
-    if unknown := [name for name, width in widths.items() if width is None]:
-        raise ValueError(f"the width of the feature of {unknown} can't be inferred: Side(..., width=...)")
-    if config.combine == "sum":
-        if len(set(widths.values())) > 1:
-            raise ValueError(f"MoPEConfig.combine='sum' needs features of one width, got {widths}")
-        width = next(iter(widths.values()))
-        if config.side_dims is not None or config.cross_dim not in (None, width):
-            raise ValueError(
-                f"features are summed to one of width {width}: leave MoPEConfig.side_dims and cross_dim at None, "
-                f"got {config.side_dims} and {config.cross_dim}"
-            )
-        return dataclasses.replace(config, cross_dim=width)
-    if config.side_dims not in (None, sizes := tuple(widths.values())):
-        raise ValueError(f"MoPEConfig.side_dims is {config.side_dims}, but the features of {list(widths)} have {sizes}")
-    return dataclasses.replace(config, side_dims=sizes)
