@@ -22,8 +22,8 @@ def as_samples(name: str, inputs: Any) -> tuple[Inputs, tuple[int, int], Tensor 
     arguments = dict(inputs) if isinstance(inputs, Mapping) else {FRAMES: inputs}
     mask = arguments.pop(FRAME_MASK, None)
     tensors = {key: value for key, value in arguments.items() if isinstance(value, Tensor)}
-    shapes = sorted({tuple(value.shape[:2]) for value in (*tensors.values(), *([] if mask is None else [mask]))})
-    if len(shapes) != 1 or len(shapes[0]) != 2:
+    shapes = [tuple(value.shape[:2]) for value in (*tensors.values(), *([] if mask is None else [mask]))]
+    if not shapes or len(shapes[0]) != 2 or any(shape != shapes[0] for shape in shapes):
         raise ValueError(f"{name!r} is of frames: its inputs must be tensors (B, T, ...) of the same B and T, got {shapes}")
     if shapes[0][1] == 0:
         raise ValueError(f"{name!r} has videos without frames, (B, T) = {shapes[0]}: where all are missing pass None")

@@ -97,9 +97,12 @@ class MoPEFusion(Classifier):
         self.made_sides: set[str] = set()
         """Names of the sides whose prompts are of this model's making."""
         try:
-            values = {}
+            values, frozen = (
+                {},
+                [side.source for side in sides.values() if isinstance(side.source, nn.Module) and not side.trainable],
+            )
             for name, side in sides.items():
-                made = make_side(name, side, config, self.main)
+                made = make_side(name, side, config, [self.main, *frozen])
                 values[name] = made.value
                 self._wrapped += made.wrapped
                 self._holds += made.holds
@@ -231,16 +234,19 @@ class MoPEFusion(Classifier):
         rates = complementary_lr if isinstance(complementary_lr, Mapping) else dict.fromkeys(sources, complementary_lr)
         if unknown := [name for name in rates if name not in sources]:
             raise ValueError(f"complementary_lr has {unknown}: this model's sides are {list(sources)}")
-        modules = [module for module in (self.bank, self.head) if module is not None]
-        parts = [(main_lr, [p for module in modules for p in module.parameters()])]
+        parts = [(main_lr, [module.parameters() for module in (self.bank, self.head) if module is not None])]
         for name, source in sources.items():
-            of_side = [*source.value.parameters()] if source.is_tuned or source.trained else []
-            rate = rates.get(name)
-            parts.append((main_lr if rate is None else rate, of_side + ([stand_ins[name]] if name in stand_ins else [])))
-        groups = [
-            {"params": [p for p in part if p.requires_grad], "lr": rate, "weight_decay": weight_decay} for rate, part in parts
-        ]
-        return [group for index, group in enumerate(groups) if group["params"] or index == 0]
+            of_side = [source.value.parameters()] if source.is_tuned or source.trained else []
+            rate = main_lr if rates.get(name) is None else rates[name]
+            parts.append((rate, [*of_side, [stand_ins[name]] if name in stand_ins else []]))
+        groups, seen = [], set()
+        for rate, part in parts:
+            # what two sides share is the first one's
+            trained = [p for each in part for p in each if p.requires_grad and p not in seen]
+            seen.update(trained)
+            if trained or not groups:
+                groups.append({"params": trained, "lr": rate, "weight_decay": weight_decay})
+        return groups
 
     def frozen_parts(self) -> list[str]:
         """Names of the modules that are held and not trained."""

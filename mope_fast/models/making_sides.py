@@ -1,7 +1,7 @@
 """A fusion's complementary sides made of what the user gives: checked, wrapped, held."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -25,8 +25,8 @@ class MadeSide(NamedTuple):
     has_new_prompts: bool = False
 
 
-def make_side(name: str, side: Side, config: MoPEConfig, main: PromptedEncoder) -> MadeSide:
-    """One side, ready.
+def make_side(name: str, side: Side, config: MoPEConfig, frozen: Sequence[nn.Module]) -> MadeSide:
+    """One side, ready; ``frozen`` is all that is held in this model.
 
     Raises:
         ValueError: settings that don't fit the source, or a module that can't be trained, or held frozen.
@@ -49,7 +49,7 @@ def make_side(name: str, side: Side, config: MoPEConfig, main: PromptedEncoder) 
         raise ValueError(f"prompt_length={side.prompt_length} was asked for, but {name}, {type(source).__name__}, has {own}")
     if side.trainable:
         check_can_be_trained(name, source)
-        check_is_trained(source, main, name)
+        check_is_trained(source, *frozen, name=name)
     elif isinstance(source, nn.Module) and not is_prompted_model(source):
         check_holds_no_prompts(name, source)
         return MadeSide(source, holds=(Hold(source),))

@@ -184,6 +184,8 @@ class Sides(nn.Module):
 
     def _feature(self, name: str, source: Source, inputs: Inputs, present: Tensor | None) -> Tensor:
         how = self.facts[name].frames
+        if present is not None and (source.is_tuned or source.trained):
+            inputs = _without_numbers(inputs, present)
         if how is None:
             return source.feature(inputs, training=self.training)
         inputs, shape, mask = as_samples(name, inputs)
@@ -279,6 +281,15 @@ def restored(given: Any, saved: Any) -> Any:
             own = own.source
         sides[side["name"]] = Side(own, **facts)
     return sides
+
+
+def _without_numbers(inputs: Inputs, present: Tensor) -> Inputs:
+    """Zeros in place of numbers with a point where nobody is: NaN there would be NaN in gradients, whatever is done behind."""
+    if isinstance(inputs, Mapping):
+        return {name: _without_numbers(value, present) for name, value in inputs.items()}
+    if not isinstance(inputs, Tensor) or not inputs.is_floating_point() or inputs.shape[:1] != present.shape:
+        return inputs
+    return torch.where(present.view(-1, *[1] * (inputs.dim() - 1)), inputs, 0)
 
 
 def _facts(side: Side, source: Any) -> Side:

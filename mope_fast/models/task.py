@@ -161,11 +161,11 @@ def make_head(main: PromptedEncoder, num_classes: int | None, head: nn.Module | 
     return head
 
 
-def check_is_trained(module: nn.Module | None, frozen: nn.Module, name: str = "head") -> None:
-    """Raises ValueError for a module that shares parameters with a frozen encoder."""
-    parameters = {id(parameter) for parameter in frozen.parameters()}
+def check_is_trained(module: nn.Module | None, *frozen: nn.Module, name: str = "head") -> None:
+    """Raises ValueError for a module that shares parameters with a frozen one."""
+    parameters = {id(parameter) for part in frozen for parameter in part.parameters()}
     if module is not None and any(id(parameter) in parameters for parameter in module.parameters()):
-        raise ValueError(f"{name} is a part of the frozen encoder and would not be trained: pass copy.deepcopy({name})")
+        raise ValueError(f"{name} is a part of what is held frozen and would not be trained: pass a copy.deepcopy() of it")
 
 
 def prompted(encoder: nn.Module, **poolings: str | None) -> PromptedEncoder:

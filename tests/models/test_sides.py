@@ -122,11 +122,11 @@ def test_a_missing_side_is_its_stand_in_and_moves_no_other_sample(training):
     close(model(text, {name: value for name, value in others.items() if name != "picture"}).logits, nobody)
 
 
-def test_features_that_are_not_numbers_reach_nothing_where_their_side_is_missing():
-    model = make_model({"given": Side(width=4, optional=True), "other": Side(width=3)}).train()
-    given = torch.randn(B, 4, dtype=torch.float64)
-    given[2] = torch.nan
-    inputs = {"given": given, "other": torch.randn(B, 3, dtype=torch.float64), "present": masks(given=(2,))}
+def test_what_is_no_number_reaches_nothing_where_its_side_is_missing():
+    sides = {"given": Side(width=4, optional=True), "picture": Side(make_dinov2(), optional=True)}
+    model, given, pictures = make_model(sides).train(), torch.randn(B, 4, dtype=torch.float64), make_images(B)
+    given[2] = pictures[3] = torch.nan
+    inputs = {"given": given, "picture": pictures, "present": masks(given=(2,), picture=(3,))}
     model(make_text(B), inputs, torch.arange(B)).loss.backward()
     assert all(parameter.grad.isfinite().all() for parameter in trained(model).values())
 
@@ -224,6 +224,9 @@ def test_every_side_has_its_own_learning_rate():
     assert [group["lr"] for group in groups] == [1e-3, 1e-3, 2e-3, 3e-3]
     assert {id(p) for group in groups for p in group["params"]} == {id(p) for p in trained(model).values()}
     assert [group["lr"] for group in model.parameter_groups(1e-3, 5e-4)] == [1e-3, 5e-4, 5e-4, 5e-4]
+    bag = Bag()
+    twice = make_model({name: Side(bag, trainable=True, width=7) for name in ("left", "right")})
+    torch.optim.AdamW(twice.parameter_groups(1e-3))  # what both share is there once
     with pytest.raises(ValueError, match=r"complementary_lr has \['sound'\]: this model's sides are"):
         model.parameter_groups(1e-3, {"sound": 1})
 
@@ -236,7 +239,9 @@ def test_folded_frozen_and_checkpointed_it_is_the_same():
     folded = model.fold()
     with torch.no_grad(), model.frozen():
         close(model(text, others).logits, expected.logits)
-    exported = torch.export.export(folded.for_export(), (text, others)).module()
+    batch = torch.export.Dim("batch", min=2, max=64)
+    shapes = torch.utils._pytree.tree_map(lambda _: {0: batch}, (text, others))
+    exported = torch.export.export(folded.for_export(), (text, others), dynamic_shapes=shapes).module()
     close(exported(text, others), expected.logits)
     expected.logits.square().sum().backward()
     grads = {name: parameter.grad for name, parameter in trained(model).items()}
@@ -324,6 +329,10 @@ def test_inputs_that_can_not_be_meant_are_refused(change, message):
         make_model()(text, change(others))
 
 
+def both_trained_and_held(bag):
+    return {"a": Side(bag, trainable=True, width=7), "b": Side(bag, width=7)}
+
+
 @pytest.mark.parametrize(
     ("sides", "message"),
     [
@@ -339,6 +348,7 @@ def test_inputs_that_can_not_be_meant_are_refused(change, message):
         (lambda: {"a": Side(make_dinov2(), trainable=True)}, "trainable=True trains a module whole, and a Dinov2Model is held"),
         (lambda: {"a": Side(lambda x: x, trainable=True, width=3)}, "trainable=True is for a module, got function"),
         (lambda: {"a": Side(Bag().requires_grad_(False), trainable=True, width=7)}, "no parameter of the Bag asks for a gradient"),
+        (lambda: both_trained_and_held(Bag()), "a is a part of what is held frozen"),
         (lambda: {"a": make_model()}, r"complementary\['a'\] can't be a MoPEFusion"),
         (lambda: {"a": Side(nn.Sequential(make_model()), trainable=True, width=3)}, "routed prompts at '0.bank', whose importance"),
         (lambda: {"a": Side(nn.Sequential(make_model()), width=3)}, "which would be held frozen, but has a MoPEFusion at '0'"),

@@ -216,7 +216,7 @@ def test_two_frozen_models_share_a_vlmo():
         (lambda v, c: MoPEBAF(v, True, c), ValueError, "num_classes must be an integer >= 1, got True"),
         (lambda v, c: MoPEBAF(v, 2, c, head=nn.Linear(68, 2)), ValueError, "give num_classes for a linear head or head"),
         (lambda v, c: MoPEBAF(v, 2, c, problem_type="ranking"), ValueError, "problem_type must be one of"),
-        (lambda v, c: MoPEBAF(v, None, c, head=v.pooler.dense), ValueError, "head is a part of the frozen encoder"),
+        (lambda v, c: MoPEBAF(v, None, c, head=v.pooler.dense), ValueError, "head is a part of what is held frozen"),
     ],
 )
 def test_wrong_arguments_are_named_and_leave_the_vlmo_as_it_was(build, error, message):
