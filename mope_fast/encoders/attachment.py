@@ -38,19 +38,29 @@ class Encoded(NamedTuple):
     scores: list[Tensor | None]
     """Routing scores (B, K) of each layer, or None; without prompts there are none."""
     feature_maps: tuple[Tensor, ...] | None = None
-    """(B, C, H, W) of each stage, if asked for."""
+    """(B, C, H, W) of each stage, if asked for; of an encoder without stages one, of its last layer's patches."""
+    tokens: Tensor | None = None
+    """(B, S, D) of the last layer, if asked for, normed as the encoder's own last hidden state is."""
+
+
+class Wanted(NamedTuple):
+    """What a forward shall give beside the feature."""
+
+    feature_maps: bool = False
+    tokens: bool = False
 
 
 @dataclass
 class _Running:
     """A forward on its way."""
 
-    prompts: PromptProvider
-    pool: Pool
+    prompts: PromptProvider | None
+    pool: Pool | None
     gradient_checkpointing: bool
     takes_gradients: bool
     scores: list[Tensor | None]  # of the layers that have run
     thread: int
+    last: Tensor | None = None  # what the last layer gave
 
 
 class _State:
@@ -84,6 +94,10 @@ def prefixes_of(attention: nn.Module) -> Sequence[Prefix]:
         return ()
     call.read = True
     return call.prefixes
+
+
+def _hidden_states(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _is_trained(prompts: PromptProvider) -> bool:
@@ -157,17 +171,17 @@ class Attachment(Guarded):
         self.owners = weakref.WeakSet()
         vars(self).update(state)
 
-    def run(self, inputs: Inputs, prompts: PromptProvider | None, *, feature_maps: bool, gradient_checkpointing: bool) -> Encoded:
+    def run(self, inputs: Inputs, prompts: PromptProvider | None, wanted: Wanted, *, gradient_checkpointing: bool) -> Encoded:
         """See :meth:`PromptedEncoder.forward`."""
         if torch.compiler.is_dynamo_compiling():
-            return self._run(self._traced, 0, inputs, prompts, feature_maps, gradient_checkpointing)
+            return self._run(self._traced, 0, inputs, prompts, wanted, gradient_checkpointing)
         with self.lock:
             if self._eager.running is not None:
                 raise RuntimeError(
                     f"this {type(self.encoder).__name__} is in a forward that called it again (from a hook, or from what gives the "
                     "prompts?): let one end before the next, or deep-copy the model"
                 )
-            return self._run(self._eager, threading.get_ident(), inputs, prompts, feature_maps, gradient_checkpointing)
+            return self._run(self._eager, threading.get_ident(), inputs, prompts, wanted, gradient_checkpointing)
 
     def _run(
         self,
@@ -175,7 +189,7 @@ class Attachment(Guarded):
         thread: int,
         inputs: Inputs,
         prompts: PromptProvider | None,
-        feature_maps: bool,
+        wanted: Wanted,
         gradient_checkpointing: bool,
     ) -> Encoded:
         if not self.active:
@@ -183,30 +197,32 @@ class Attachment(Guarded):
         if self.encoder.training and not torch.compiler.is_dynamo_compiling():
             # by its own train(), or by that of another module that holds it
             self.encoder.eval()
-        if prompts is None:
-            return self._encode(inputs, [], feature_maps)
         scores: list[Tensor | None] = []
-        pool = self.family.router_pool(self.encoder, inputs, self.router_pooling)
+        if prompts is None and wanted == Wanted():
+            return Encoded(self.family.encode(self.encoder, inputs, self.pooling), scores)
+        pool = None if prompts is None else self.family.router_pool(self.encoder, inputs, self.router_pooling)
         running = _Running(prompts, pool, gradient_checkpointing, torch.is_grad_enabled(), scores, thread)
         state.running = running
         try:
-            encoded = self._encode(inputs, scores, feature_maps)
+            encoded = self._encode(inputs, running, wanted)
         finally:
             if state.running is running:  # else it is of one that began meanwhile, and has to find out
                 state.running = None
-        if len(scores) < len(self.layers):
+        if prompts is not None and len(scores) < len(self.layers):
             raise RuntimeError(
                 f"{len(scores)} of {len(self.layers)} layers of this {type(self.encoder).__name__} took their prompts: the others "
                 "were skipped or replaced after wrapping, or ran in another thread, or this is a replica (use DDP)"
             )
         return encoded
 
-    def _encode(self, inputs: Inputs, scores: list[Tensor | None], feature_maps: bool) -> Encoded:
-        """``scores`` are filled by the layers on the way."""
-        if feature_maps:
-            feature, maps = self.family.encode_with_maps(self.encoder, inputs, self.pooling)
-            return Encoded(feature, scores, maps)
-        return Encoded(self.family.encode(self.encoder, inputs, self.pooling), scores)
+    def _encode(self, inputs: Inputs, running: _Running, wanted: Wanted) -> Encoded:
+        """The layers leave their scores in ``running`` on the way."""
+        if wanted == Wanted():
+            return Encoded(self.family.encode(self.encoder, inputs, self.pooling), running.scores)
+        feature, maps, tokens = self.family.encode_more(
+            self.encoder, inputs, self.pooling, lambda: running.last, feature_maps=wanted.feature_maps, tokens=wanted.tokens
+        )
+        return Encoded(feature, running.scores, maps, tokens)
 
     def _layer_forward(self, index: int, /, *args: Any, **kwargs: Any) -> Any:
         """In place of the layer's own forward."""
@@ -218,6 +234,10 @@ class Attachment(Guarded):
                 running = None
         if running is None:
             return self._plain_layer(index, *args, **kwargs)
+        if running.prompts is None:
+            output = self._plain_layer(index, *args, **kwargs)
+            running.last = _hidden_states(output)
+            return output
         if len(running.scores) != index:
             raise RuntimeError(
                 f"layer {index} of this {type(self.encoder).__name__} was called out of order, by another forward within this one: "
@@ -237,6 +257,7 @@ class Attachment(Guarded):
         else:
             output, layer_scores = run(*args, **kwargs)
         running.scores.append(layer_scores)
+        running.last = _hidden_states(output)
         return output
 
     def _prompted_layer(

@@ -104,12 +104,14 @@ class EncoderFamily:
         run: (encoder, its keyword arguments) -> its output.
         problem: encoder -> why this one can't take prompts, or None.
         feature_maps: (encoder, its keyword arguments) -> its output and, of each stage, the map (B, C, H, W); None for no stages.
+        grid: of an encoder of images, (encoder, its keyword arguments) -> rows and columns of patches, which are its last tokens.
         setup: makes the encoder's library ready, in this process; called before a model is wrapped and when one is unpickled.
         pools: other poolings by name, as far as this family can have them: "cls" (class token), "mean" (over real tokens, of an
             image over its patches) and "last" (real token); each is (encoder, its keyword arguments) -> pool.
         tokens: (encoder, its output, its keyword arguments) -> its last layer's tokens (B, S, D), normed, which ``pools`` make a
             feature of; None where the output has none, and the feature's pooling can't be chosen.
         tokens_width: encoder -> their D, where it isn't that of the feature.
+        last_norm: where the output has no tokens, encoder -> the norm behind its last layer.
     """
 
     name: str
@@ -127,6 +129,18 @@ class EncoderFamily:
     pools: Mapping[str, Callable[[nn.Module, Inputs], Pool]] = field(default_factory=dict)
     tokens: Callable[[nn.Module, Any, Inputs], Tensor] | None = None
     tokens_width: Callable[[nn.Module], int] | None = None
+    grid: Callable[[nn.Module, Inputs], tuple[int, int]] | None = None
+    last_norm: Callable[[nn.Module], Callable[[Tensor], Tensor]] | None = None
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether the last layer's tokens can be asked for."""
+        return self.tokens is not None or self.last_norm is not None
+
+    @property
+    def has_feature_maps(self) -> bool:
+        """Whether maps can be asked for."""
+        return self.feature_maps is not None or (self.grid is not None and self.has_tokens)
 
     def keyword_arguments(self, inputs: Tensor | Inputs) -> Inputs:
         """A bare tensor under its name.
@@ -180,10 +194,13 @@ class EncoderFamily:
 
     def encode(self, encoder: nn.Module, inputs: Inputs, pooling: str | None = None) -> Tensor:
         """The encoder's global feature (B, D); ``pooling`` is None for the family's own, or of ``pools``: "cls", or "cls+mean"."""
+        return self._pooled(encoder, self._run(encoder, inputs), inputs, pooling)
+
+    def _run(self, encoder: nn.Module, inputs: Inputs) -> Any:
         output = self.run(encoder, inputs)
         if isinstance(output, tuple):
             raise ValueError(f"{type(encoder).__name__} gave a tuple: leave return_dict at its default")
-        return self._pooled(encoder, output, inputs, pooling)
+        return output
 
     def _pooled(self, encoder: nn.Module, output: Any, inputs: Inputs, pooling: str | None) -> Tensor:
         if pooling is None:
@@ -192,17 +209,45 @@ class EncoderFamily:
         features = [self.pools[part](encoder, inputs)(tokens) for part in pooling.split("+")]
         return features[0] if len(features) == 1 else torch.cat(features, dim=-1)
 
-    def encode_with_maps(self, encoder: nn.Module, inputs: Inputs, pooling: str | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The global feature (B, D), pooled as by :meth:`encode`, and the maps (B, C, H, W) of the encoder's stages.
+    def encode_more(
+        self,
+        encoder: nn.Module,
+        inputs: Inputs,
+        pooling: str | None,
+        last: Callable[[], Tensor],
+        *,
+        feature_maps: bool = False,
+        tokens: bool = False,
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None, Tensor | None]:
+        """The global feature (B, D), pooled as by :meth:`encode`; maps (B, C, H, W) and last tokens (B, S, D) on demand.
+
+        Args:
+            last: gives what the last layer gave, once the encoder has run.
 
         Raises:
-            ValueError: this family has none.
+            ValueError: this family has none of these.
         """
-        if self.feature_maps is None:
-            having = [name for name, family in _FAMILIES.items() if family.feature_maps is not None]
-            raise ValueError(f"{self.name} has no feature maps of several scales: they are there for {', '.join(having)}")
-        output, maps = self.feature_maps(encoder, inputs)
-        return self._pooled(encoder, output, inputs, pooling), tuple(maps)
+        for asked, has, what in ((feature_maps, "has_feature_maps", "feature maps"), (tokens, "has_tokens", "tokens to give")):
+            if asked and not getattr(self, has):
+                having = [name for name, family in _FAMILIES.items() if getattr(family, has)]
+                raise ValueError(f"{self.name} has no {what}: they are there for {', '.join(having)}")
+        maps = None
+        if feature_maps and self.feature_maps is not None:
+            output, stages = self.feature_maps(encoder, inputs)
+            maps = tuple(stages)
+        else:
+            output = self._run(encoder, inputs)
+        feature = self._pooled(encoder, output, inputs, pooling)
+        of_last = None
+        if tokens or (feature_maps and maps is None):
+            if self.tokens is not None:
+                of_last = self.tokens(encoder, output, inputs)
+            else:
+                of_last = self.last_norm(encoder)(last()).flatten(1, -2)
+        if feature_maps and maps is None:
+            rows, columns = self.grid(encoder, inputs)
+            maps = (of_last[:, -rows * columns :].transpose(1, 2).unflatten(2, (rows, columns)),)
+        return feature, maps, of_last if tokens else None
 
     def __reduce__(self):
         """Pickled by name: the process that loads it registers the family first."""

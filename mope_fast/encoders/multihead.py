@@ -114,11 +114,20 @@ def _by_patch_mean(encoder: nn.Module, inputs: Inputs) -> Pool:
     return patch_mean(1)
 
 
+def _torchvision_grid(encoder: nn.Module, inputs: Inputs) -> tuple[int, int]:
+    return inputs["x"].shape[-2] // encoder.patch_size, inputs["x"].shape[-1] // encoder.patch_size
+
+
+def _open_clip_grid(encoder: nn.Module, inputs: Inputs) -> tuple[int, int]:
+    return tuple(encoder.grid_size)
+
+
 _IMAGE_POOLS = {"cls": _by_class_token, "mean": _by_patch_mean}
 _family(
     "torchvision_vit", "torchvision.models.vision_transformer.VisionTransformer", _torchvision_blocks,
     "self_attention", input_name="x", pool=_by_class_token, pools=_IMAGE_POOLS,
-    feature_width=lambda encoder: encoder.hidden_dim, problem=_torchvision_problem,
+    feature_width=lambda encoder: encoder.hidden_dim, problem=_torchvision_problem, grid=_torchvision_grid,
+    last_norm=lambda encoder: encoder.encoder.ln,
 )  # fmt: skip
 
 
@@ -177,9 +186,9 @@ def _open_clip_problem(encoder: nn.Module) -> str | None:
 _OPEN_CLIP = {"feature_width": _open_clip_width, "problem": _open_clip_problem, "run": _open_clip_run}
 _family(
     "open_clip_vision", "open_clip.transformer.VisionTransformer", _open_clip_blocks, "attn", input_name="x",
-    pool=_open_clip_image_pool, pools=_IMAGE_POOLS, **_OPEN_CLIP,
+    pool=_open_clip_image_pool, pools=_IMAGE_POOLS, grid=_open_clip_grid, last_norm=lambda encoder: encoder.ln_post, **_OPEN_CLIP,
 )  # fmt: skip
 _family(
     "open_clip_text", "open_clip.transformer.TextTransformer", _open_clip_blocks, "attn", input_name="text",
-    pool=_open_clip_text_pool, **_OPEN_CLIP,
+    pool=_open_clip_text_pool, last_norm=lambda encoder: encoder.ln_final, **_OPEN_CLIP,
 )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from .attachment import Attachment, Encoded, PromptProvider, wrapping
+from .attachment import Attachment, Encoded, PromptProvider, Wanted, wrapping
 from .families import Inputs, PromptedLayer, family_of
 
 _WITHOUT_MASK, _MASKS = ("pixel_values", "x", "input_features"), frozenset({"attention_mask"})
@@ -90,21 +90,29 @@ class PromptedEncoder(nn.Module):
 
     default_cfg = pretrained_cfg
 
-    def forward(self, inputs: Tensor | Inputs, prompts: PromptProvider | None = None, *, feature_maps: bool = False) -> Encoded:
-        """The encoder's global feature, its layers' routing scores and, if asked for, the maps of its stages.
+    def forward(
+        self,
+        inputs: Tensor | Inputs,
+        prompts: PromptProvider | None = None,
+        *,
+        feature_maps: bool = False,
+        tokens: bool = False,
+    ) -> Encoded:
+        """The encoder's global feature, its layers' routing scores and, if asked for, its maps and its last layer's tokens.
 
         Args:
             inputs: the encoder's main input, or a dict of its keyword arguments.
             prompts: called once for each layer with its input; None for the plain encoder.
-            feature_maps: see :class:`Encoded`.
+            feature_maps, tokens: see :class:`Encoded`.
 
         Raises:
-            ValueError: feature maps of an encoder that has none.
+            ValueError: feature maps or tokens of an encoder that has none.
             RuntimeError: the encoder was given back, was called from within its own forward, or does not ask for its prompts any
                 more.
         """
         inputs = self.family.keyword_arguments(inputs)
-        return self._attachment.run(inputs, prompts, feature_maps=feature_maps, gradient_checkpointing=self.gradient_checkpointing)
+        wanted = Wanted(feature_maps, tokens)
+        return self._attachment.run(inputs, prompts, wanted, gradient_checkpointing=self.gradient_checkpointing)
 
     def train(self, mode: bool = True) -> "PromptedEncoder":
         """Stays in eval mode: a frozen encoder has no dropout, whatever the fused model does."""

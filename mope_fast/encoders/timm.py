@@ -232,7 +232,20 @@ _SWIN_V2 = (
     "Swin v2 compares queries and keys by their cosine, with a learned scale for each head, and norms behind its layers, where "
     "prompts as keys and values have no place of their own; take timm's SwinTransformer"
 )
-COMMON: dict[str, Any] = {"input_name": "x", "feature": _feature, "feature_width": _feature_width, "run": _run}
+
+
+def patch_grid(encoder: nn.Module, inputs: Inputs) -> tuple[int, int]:
+    """Rows and columns of an image's patches."""
+    return encoder.patch_embed.dynamic_feat_size(inputs["x"].shape[-2:])
+
+
+def _last_norm(encoder: nn.Module) -> nn.Module:
+    return encoder.norm
+
+
+COMMON: dict[str, Any] = {
+    "input_name": "x", "feature": _feature, "feature_width": _feature_width, "run": _run, "last_norm": _last_norm,
+}  # fmt: skip
 register_encoder(
     EncoderFamily(
         name="timm_vit",
@@ -242,6 +255,7 @@ register_encoder(
         attach=_attach_vit,
         problem=_vit_problem,
         pools={"cls": _by_class_token, "mean": _by_patch_mean},
+        grid=patch_grid,
         **COMMON,
     )
 )

@@ -13,7 +13,7 @@ from .families import EncoderFamily, Inputs, PromptedLayer, keys_and_values, reg
 from .front import Front
 from .pooling import Pool, first_token, token_mean
 from .replaced import forward_problem, replace_methods
-from .timm import COMMON, method_of, problem_of
+from .timm import COMMON, method_of, patch_grid, problem_of
 
 
 def _layers(encoder: nn.Module) -> Sequence[PromptedLayer]:
@@ -133,5 +133,7 @@ def _pool(encoder: nn.Module, inputs: Inputs) -> Pool:
 
 for _name, _model in (("timm_eva", "timm.models.eva.Eva"), ("timm_beit", "timm.models.beit.Beit")):
     register_encoder(
-        EncoderFamily(name=_name, models=(_model,), layers=_layers, pool=_pool, attach=_attach, problem=_problem, **COMMON)
+        EncoderFamily(
+            name=_name, models=(_model,), layers=_layers, pool=_pool, attach=_attach, problem=_problem, grid=patch_grid, **COMMON
+        )
     )

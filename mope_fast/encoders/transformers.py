@@ -203,6 +203,12 @@ def _clip_text_pool(encoder: nn.Module, inputs: Inputs) -> Pool:
     return token_at((ids if encoder.config.eos_token_id == 2 else ids == encoder.config.eos_token_id).int().argmax(1))
 
 
+def _patch_grid(encoder: nn.Module, inputs: Inputs) -> tuple[int, int]:
+    size, patch = inputs["pixel_values"].shape[-2:], encoder.config.patch_size
+    rows, columns = (patch, patch) if isinstance(patch, int) else patch
+    return size[0] // rows, size[1] // columns
+
+
 def _clip_vision_tokens(encoder: nn.Module, output: Any, inputs: Inputs) -> Tensor:
     # transformers norms the class token alone
     return encoder.post_layernorm(output.last_hidden_state)
@@ -301,7 +307,9 @@ _register(
     "distilbert", "DistilBertModel", like="bert", problem=no_problem,
     layers="transformer.layer", attention="attention", keys="attention.k_lin", values="attention.v_lin",
 )  # fmt: skip
-_register("vit", "ViTModel", layers=_VIT_LAYERS, input_name="pixel_values", pooling="cls", pools=_image_pools(1))
+_register(
+    "vit", "ViTModel", layers=_VIT_LAYERS, input_name="pixel_values", pooling="cls", pools=_image_pools(1), grid=_patch_grid
+)  # fmt: skip
 _register("deit", "DeiTModel", like="vit", pools=_image_pools(2))
 _register("dinov2", "Dinov2Model", like="vit", layers=_dinov2_layers)
 _register(
@@ -313,7 +321,7 @@ _register(
 )  # fmt: skip
 _register(
     "siglip_vision", "SiglipVisionModel", "siglip", layers=_CLIP_LAYERS, input_name="pixel_values", pool=_by_mean,
-    feature=_siglip_feature, pools={"mean": _by_mean},
+    feature=_siglip_feature, pools={"mean": _by_mean}, grid=_patch_grid,
 )  # fmt: skip
 _register(
     "whisper", "WhisperEncoder", layers=_WHISPER_LAYERS, input_name="input_features", **_pooled(_by_mean),
@@ -323,7 +331,7 @@ _register("bart", "BartEncoder", layers=_BART_LAYERS, input_name="input_ids", po
 _register(
     "wav2vec2", "Wav2Vec2Model", layers=_wav2vec2_layers, input_name="input_values", pool=_wav2vec2_pool,
     feature=_wav2vec2_feature, feature_width=_wav2vec2_feature_width,
-    attach=functools.partial(_attach_wav2vec2, attach), tokens=None,
+    attach=functools.partial(_attach_wav2vec2, attach),
 )  # fmt: skip
 _register("hubert", "HubertModel", like="wav2vec2")
 _register(
@@ -408,10 +416,10 @@ for _name, _model, _module in (
     ("electra", "ElectraModel", None), ("ernie", "ErnieModel", None), ("xlm_roberta", "XLMRobertaModel", None),
 ):  # fmt: skip
     _register(_name, _model, _module, like="bert")
-_register("vit_mae", "ViTMAEModel", like="vit", problem=_vit_mae_problem)
+_register("vit_mae", "ViTMAEModel", like="vit", problem=_vit_mae_problem, grid=None)  # its patches are shuffled
 _register("vit_msn", "ViTMSNModel", like="vit")
 _register(
-    "ast", "ASTModel", "audio_spectrogram_transformer", like="deit", input_name="input_values", feature=_pooler_output
+    "ast", "ASTModel", "audio_spectrogram_transformer", like="deit", input_name="input_values", feature=_pooler_output, grid=None
 )  # fmt: skip
 _REGISTERS = {"cls": _by_class_token, "mean": _by_registers_patch_mean}
 _register("dinov2_with_registers", "Dinov2WithRegistersModel", like="dinov2", pools=_REGISTERS)
@@ -460,14 +468,17 @@ _register(
     feature=_siglip2_feature,
     attach=_attach_siglip2,
     pools={"mean": _by_real_patches},
+    grid=None,
 )
 _register(
     "siglip_text", "SiglipTextModel", "siglip", like="clip_text", pool=_by_last_position, pools={"mean": _by_masked_mean},
     feature_width=_projection_width, tokens_width=_hidden_size,
 )  # fmt: skip
 _register("siglip2_text", "Siglip2TextModel", "siglip2", like="siglip_text")
-_register("videomae", "VideoMAEModel", like="vit", layers=_VIDEOMAE_LAYERS, **_pooled(_by_mean), pools={"mean": _by_mean})
-_register("vivit", "VivitModel", like="vit")
+_register(
+    "videomae", "VideoMAEModel", like="vit", layers=_VIDEOMAE_LAYERS, **_pooled(_by_mean), pools={"mean": _by_mean}, grid=None
+)  # fmt: skip
+_register("vivit", "VivitModel", like="vit", grid=None)
 _register(
     "data2vec_audio",
     "Data2VecAudioModel",

@@ -115,12 +115,12 @@ class Classifier(TaskModel):
             self._auxiliary = self.config.importance_weight * output.importance_loss
         return output.features if output.logits is None else output.logits
 
-    def _begin(self, labels: Tensor | None, feature_maps: bool) -> None:
+    def _begin(self, labels: Tensor | None, more: bool) -> None:
         """Of a forward: refuses what a tensor of logits has no place for."""
         if self.return_logits and labels is not None:
             raise ValueError("return_logits=True gives logits and no loss: keep the labels for your criterion, or leave it False")
-        if self.return_logits and feature_maps:
-            raise ValueError("return_logits=True gives logits and no feature maps: set it to False to have them")
+        if self.return_logits and more:
+            raise ValueError("return_logits=True gives logits, no feature maps and no tokens: set it to False to have them")
         self._drop_auxiliary(stacklevel=6)
 
     def _drop_auxiliary(self, stacklevel: int) -> None:

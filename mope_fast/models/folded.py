@@ -12,7 +12,7 @@ from .complementary import batch_of, head_inputs
 from .image_config import ImageConfig
 from .inputs import takes_named_inputs, two_sides
 from .output import FusionOutput
-from .prompting import Inputs, run_prompted
+from .prompting import Inputs, run_prompted, stacked_scores
 from .sides import Sides, complementary_feature
 from .task import apply_head
 
@@ -61,25 +61,26 @@ class FoldedModel(ImageConfig, nn.Module):
         complementary_inputs: Inputs | None = None,
         *,
         feature_maps: bool = False,
+        tokens: bool = False,
         **named: Any,
     ) -> FusionOutput | Tensor:
-        """As :class:`MoPEFusion`'s or :class:`PromptTuned`'s, without labels: logits, scores, features and feature maps."""
+        """As :class:`MoPEFusion`'s or :class:`PromptTuned`'s, without labels."""
         main_inputs, complementary_inputs = two_sides(self.main, self.complementary, main_inputs, complementary_inputs, named)
-        output = self.outputs(main_inputs, complementary_inputs, feature_maps=feature_maps)
+        output = self.outputs(main_inputs, complementary_inputs, feature_maps=feature_maps, tokens=tokens)
         if not self.return_logits:
             return output
         return output.features if output.logits is None else output.logits
 
-    def outputs(
-        self, main_inputs: Inputs, complementary_inputs: Inputs | None = None, *, feature_maps: bool = False
-    ) -> FusionOutput:
+    def outputs(self, main_inputs: Inputs, complementary_inputs: Inputs | None = None, **wanted: bool) -> FusionOutput:
         """Return all of them, whatever ``return_logits`` says."""
         cross = None
         if self.uses_cross:
             cross = complementary_feature(self.complementary, complementary_inputs, batch_of(self.main, main_inputs))
-        features, scores, maps = run_prompted(self.main, self.bank, main_inputs, cross, feature_maps=feature_maps)
-        logits = apply_head(self.head, *self.head_inputs(features, cross))
-        return FusionOutput(logits=logits, scores=scores, features=features, feature_maps=maps)
+        encoded = run_prompted(self.main, self.bank, main_inputs, cross, **wanted)
+        return FusionOutput(
+            logits=apply_head(self.head, *self.head_inputs(encoded.feature, cross)), scores=stacked_scores(encoded),
+            features=encoded.feature, feature_maps=encoded.feature_maps, tokens=encoded.tokens,
+        )  # fmt: skip
 
     @property
     def uses_cross(self) -> bool:
@@ -94,7 +95,8 @@ class FoldedModel(ImageConfig, nn.Module):
         """This model with plain outputs, for ``torch.export``: what is exported of it is loaded without mope_fast.
 
         Args:
-            outputs: out of "logits", "scores", "features" and "feature_maps"; none for the logits, or the features without a head.
+            outputs: out of "logits", "scores", "features", "feature_maps" and "tokens"; none for the logits, or the features
+                without a head.
 
         Returns:
             A module on the same weights, called with the same inputs. It gives one output as it is, several as a dict by name.
@@ -106,7 +108,8 @@ class FoldedModel(ImageConfig, nn.Module):
             "logits": self.head is not None,
             "scores": self.bank is not None and self.bank.routes,
             "features": True,
-            "feature_maps": self.main.family.feature_maps is not None,
+            "feature_maps": self.main.family.has_feature_maps,
+            "tokens": self.main.family.has_tokens,
         }
         known = [name for name, is_there in there.items() if is_there]
         outputs = outputs or ("logits" if there["logits"] else "features",)
@@ -130,7 +133,8 @@ class _PlainOutputs(nn.Module):
     def forward(
         self, main_inputs: Inputs, complementary_inputs: Inputs | None = None
     ) -> Tensor | tuple[Tensor, ...] | dict[str, Tensor | tuple[Tensor, ...]]:
-        output = self.model.outputs(main_inputs, complementary_inputs, feature_maps="feature_maps" in self.outputs)
+        wanted = {name: name in self.outputs for name in ("feature_maps", "tokens")}
+        output = self.model.outputs(main_inputs, complementary_inputs, **wanted)
         return output[self.outputs[0]] if len(self.outputs) == 1 else {name: output[name] for name in self.outputs}
 
     def extra_repr(self) -> str:

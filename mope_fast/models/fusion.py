@@ -22,7 +22,7 @@ from .inputs import takes_named_inputs, two_sides
 from .making_sides import check_source, make_side, settings_of_sides, width_of
 from .output import FusionOutput
 from .prompt_tuned import PromptTuned
-from .prompting import Inputs, run_prompted
+from .prompting import Inputs, run_prompted, stacked_scores
 from .sides import Side, Sides, complementary_feature, named_sides, restored, sources_of
 from .task import apply_head, check_head, describe_encoder, make_head, prompted
 
@@ -134,6 +134,7 @@ class MoPEFusion(Classifier):
         labels: Tensor | None = None,
         *,
         feature_maps: bool = False,
+        tokens: bool = False,
         **named: Any,
     ) -> FusionOutput | Tensor:
         """One pass.
@@ -148,31 +149,32 @@ class MoPEFusion(Classifier):
             labels: see ``problem_type``; gives ``loss``. On a CPU wrong values are errors. On other devices, where looking would
                 wait, a class out of range stops the device, and other wrong values make ``loss`` NaN. Where no sample counts,
                 the task loss is 0.
-            feature_maps: give those of the main encoder's stages too, for dense prediction (Swin).
+            feature_maps, tokens: give these of the main encoder too, for dense prediction; see :class:`FusionOutput`.
             named: encoders' keyword arguments themselves, in place of these or beside their tensors: what the main encoder's
                 forward names is the main one's, the rest the other's.
         """
-        self._begin(labels, feature_maps)
+        self._begin(labels, feature_maps or tokens)
         side = self.complementary
         main_inputs, complementary_inputs = two_sides(self.main, side, main_inputs, complementary_inputs, named)
         cross = None
         if self.config.uses_cross:
             cross = complementary_feature(side, complementary_inputs, batch_of(self.main, main_inputs), training=self.training)
-        return self._result(self.fused(main_inputs, cross, labels, feature_maps=feature_maps))
+        return self._result(self.fused(main_inputs, cross, labels, feature_maps=feature_maps, tokens=tokens))
 
-    def fused(
-        self, main_inputs: Inputs, cross: Tensor | None, labels: Tensor | None = None, *, feature_maps: bool = False
-    ) -> FusionOutput:
+    def fused(self, main_inputs: Inputs, cross: Tensor | None, labels: Tensor | None = None, **wanted: bool) -> FusionOutput:
         """``forward`` with the complementary feature psi_y (B, cross_dim) at hand, whatever ``return_logits`` says."""
         config = self.config
-        features, scores, maps = run_prompted(self.main, self._bank(), main_inputs, cross, feature_maps=feature_maps)
+        encoded = run_prompted(self.main, self._bank(), main_inputs, cross, **wanted)
+        features, scores = encoded.feature, stacked_scores(encoded)
         logits = apply_head(self.head, *head_inputs(config, features, cross))
         task_loss, summed = self._losses(logits, labels, scores)
         importance = features.new_zeros(())
         if summed is not None:
             importance = functional.importance_loss(summed, threshold=config.importance_threshold)
         loss = None if task_loss is None else task_loss + config.importance_weight * importance
-        return self._output_type(logits, labels)(loss, logits, task_loss, importance, scores, features, maps)
+        return self._output_type(logits, labels)(
+            loss, logits, task_loss, importance, scores, features, encoded.feature_maps, encoded.tokens
+        )
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head, see :meth:`PromptTuned.reset_classifier`; without one the feature is the main encoder's alone."""

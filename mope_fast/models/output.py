@@ -28,7 +28,10 @@ class FusionOutput:
     features: Tensor | None = None
     """(B, D), the main encoder's global feature."""
     feature_maps: tuple[Tensor, ...] | None = None
-    """(B, C, H, W) of each stage of the main encoder, prompts seen, before any last norm; None unless asked for."""
+    """(B, C, H, W) of each stage of the main encoder, prompts seen, before any last norm; of an encoder without stages one, of its
+    last layer's patches, normed. None unless asked for."""
+    tokens: Tensor | None = None
+    """(B, S, D) of the main encoder's last layer, prompts seen, normed as its own last hidden state; None unless asked for."""
 
     def to_tuple(self) -> tuple[Any, ...]:
         """Loss, if there is one, and logits; without a head the features."""

@@ -85,26 +85,33 @@ class PromptTuned(Classifier):
 
     @takes_named_inputs
     def forward(
-        self, inputs: Inputs | None = None, labels: Tensor | None = None, *, feature_maps: bool = False, **named: Any
+        self,
+        inputs: Inputs | None = None,
+        labels: Tensor | None = None,
+        *,
+        feature_maps: bool = False,
+        tokens: bool = False,
+        **named: Any,
     ) -> FusionOutput | Tensor:
         """One pass.
 
         Args:
             inputs: the encoder's main input, or a dict of its keyword arguments.
             labels: see ``problem_type``; gives ``loss``.
-            feature_maps: give those of the encoder's stages too (Swin).
+            feature_maps, tokens: give these of the encoder too; see :class:`FusionOutput`.
             named: the encoder's keyword arguments themselves, in place of ``inputs`` or beside its main one.
         """
-        self._begin(labels, feature_maps)
+        self._begin(labels, feature_maps or tokens)
         inputs = one_side(self.main, inputs, named)
-        features, _, maps = run_prompted(self.main, self._bank(), inputs, feature_maps=feature_maps)
-        logits = apply_head(self.head, features)
+        encoded = run_prompted(self.main, self._bank(), inputs, feature_maps=feature_maps, tokens=tokens)
+        logits = apply_head(self.head, encoded.feature)
         loss = self.task_loss(logits, labels)
-        return self._result(self._output_type(logits, labels)(loss, logits, loss, None, None, features, maps))
+        output = self._output_type(logits, labels)
+        return self._result(output(loss, logits, loss, None, None, encoded.feature, encoded.feature_maps, encoded.tokens))
 
     def forward_features(self, inputs: Inputs) -> Tensor:
         """Return what the head reads, (B, D); with :meth:`forward_head` this is ``forward``, as timm's models have it."""
-        return run_prompted(self.main, self._bank(), inputs)[0]
+        return run_prompted(self.main, self._bank(), inputs).feature
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Return the logits of :meth:`forward_features`; with ``pre_logits``, or without a head, the features."""

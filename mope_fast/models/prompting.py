@@ -16,18 +16,15 @@ def run_prompted(
     bank: PromptBank | FoldedBank | None,
     inputs: Inputs,
     cross: Tensor | None = None,
-    *,
-    feature_maps: bool = False,
-) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...] | None]:
-    """The feature (B, D), routing scores (N, B, K) or None, and feature maps; without gradient if there is no bank."""
+    **wanted: bool,
+) -> Encoded:
+    """What the encoder gives, without gradient if there is no bank; ``wanted`` are feature maps and tokens."""
     if bank is None:
         with torch.no_grad():
-            encoded = encoder(inputs, feature_maps=feature_maps)
-        return encoded.feature, None, encoded.feature_maps
+            return encoder(inputs, **wanted)
     # a layer that is computed again projects its prompts again, in place of keeping them
     prompts = bank.prepare(cross, encoder.layers, encoder.dtype, ahead=not encoder.gradient_checkpointing)
-    encoded = encoder(inputs, prompts, feature_maps=feature_maps)
-    return encoded.feature, stacked_scores(encoded), encoded.feature_maps
+    return encoder(inputs, prompts, **wanted)
 
 
 def stacked_scores(encoded: Encoded) -> Tensor | None:

@@ -101,7 +101,7 @@ def test_families_register_is_untouched_by_other_tests():
 def test_each_layer_asks_once_for_its_prompts(family, by_keyword):
     encoder = PromptedEncoder(Encoder().double())
     x, seen = torch.randn(4, 5, DIM, dtype=torch.float64), []
-    prompted, scores, _ = encoder({"x": x, "by_keyword": by_keyword}, provider(seen))
+    prompted, scores, *_ = encoder({"x": x, "by_keyword": by_keyword}, provider(seen))
     assert scores == [None] * LAYERS
     assert seen == [(i, (4, 5, DIM)) for i in range(LAYERS)]
     assert not torch.allclose(prompted, encoder(x)[0])

@@ -154,12 +154,6 @@ def test_feature_maps_of_prompt_tuning_and_of_no_prompts():
     assert all(g.norm() > 0 for g in gradients(tuned, *maps).values())
 
 
-def test_a_vision_transformer_has_no_feature_maps():
-    model = make_fusion(make_encoder("vit"))
-    with pytest.raises(ValueError, match="timm_vit has no feature maps of several scales: they are there for timm_swin"):
-        model(make_images(2, "vit", {}), make_cross(2), feature_maps=True)
-
-
 class RowsOnly(nn.Linear):
     """Takes rows, not a single vector, as quantised projections do."""
 

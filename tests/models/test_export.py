@@ -179,7 +179,7 @@ def test_outputs_are_chosen_by_name():
     assert torch.equal(both["features"], output.features)
     headless = make_small(num_classes=None, use_dynamic=False).fold()
     assert torch.equal(headless.for_export()(*inputs), headless(*inputs).features)
-    with pytest.raises(ValueError, match=r"for_export got \['logits', 'scores', 'loss'\], .* it has \['features'\]"):
+    with pytest.raises(ValueError, match=r"for_export got \['logits', 'scores', 'loss'\], .* it has \['features', 'tokens'\]"):
         headless.for_export("logits", "features", "scores", "loss")
     with pytest.raises(ValueError, match=r"for_export got \['feature_maps'\]"):
         folded.for_export("feature_maps")

@@ -186,8 +186,8 @@ def test_output_is_read_by_attribute_name_and_position():
     model = make_fusion()
     output = model(make_text(3), make_images(3), torch.zeros(3, dtype=torch.long))
     names = [f.name for f in dataclasses.fields(FusionOutput)]
-    assert names == ["loss", "logits", "task_loss", "importance_loss", "scores", "features", "feature_maps"]
-    assert output.feature_maps is output["feature_maps"] is None
+    assert names == ["loss", "logits", "task_loss", "importance_loss", "scores", "features", "feature_maps", "tokens"]
+    assert output.feature_maps is output["feature_maps"] is output.tokens is None
     assert all(output[name] is getattr(output, name) for name in names)
     loss, logits = output
     assert (len(output), output[0] is loss, output[1:][0] is logits) == (2, True, True)

@@ -49,7 +49,7 @@ def test_logits_alone_are_those_of_all_outputs_for_folded_models_too():
     close(model.fold().for_export("scores")(*inputs), expected.scores)
     with pytest.raises(ValueError, match="return_logits=True gives logits and no loss"):
         model(*inputs, LABELS)
-    with pytest.raises(ValueError, match="return_logits=True gives logits and no feature maps"):
+    with pytest.raises(ValueError, match="return_logits=True gives logits, no feature maps and no tokens"):
         model(*inputs, feature_maps=True)
     model.reset_classifier(0)
     close(model(*inputs), expected.features, 0)
