@@ -67,6 +67,11 @@ class PromptedEncoder(nn.Module):
         return self._facts
 
     @property
+    def map_width(self) -> int:
+        """C of the last feature map, D of the tokens."""
+        return self.widths[-1]
+
+    @property
     def pooling(self) -> str | None:
         return self._attachment.pooling
 

@@ -1,6 +1,7 @@
 """Whole models: fused, prompt-tuned, and folded for inference."""
 
 from .check_encoder import check_encoder
+from .dense import SETRHead, SimplePyramid, segmentation_loss
 from .fit_head import fit_head
 from .folded import FoldedModel
 from .fusion import MoPEFusion
@@ -21,13 +22,16 @@ __all__ = [
     "MoPEFusion",
     "MultiAdapter",
     "PromptTuned",
+    "SETRHead",
     "Side",
+    "SimplePyramid",
     "VLMo",
     "VLMoConfig",
     "VLMoOutput",
     "VLMoProcessor",
     "check_encoder",
     "fit_head",
+    "segmentation_loss",
     "start_prompts",
     "warmup",
 ]

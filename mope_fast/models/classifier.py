@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..encoders import PromptedEncoder
 from .output import FusionOutput
-from .task import TaskModel
+from .task import DENSE, TaskModel, make_head
 
 
 class Classifier(TaskModel):
@@ -28,6 +28,11 @@ class Classifier(TaskModel):
             return 0
         weight = getattr(self.head, "weight", None)
         return None if weight is None else weight.shape[0]
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the head reads feature maps: of ``problem_type="segmentation"``."""
+        return self.problem_type == DENSE
 
     @property
     @abstractmethod
@@ -53,7 +58,7 @@ class Classifier(TaskModel):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head by a new linear one, on its device and in its dtype; by none where ``num_classes`` is 0.
+        """Replace the head by a new one as ``num_classes`` makes it, on its device, in its dtype; by none where that is 0.
 
         Raises:
             ValueError: ``num_classes`` is no integer >= 0, or ``global_pool`` is given: pooling is a setting of the model.
@@ -65,7 +70,8 @@ class Classifier(TaskModel):
         like = next(p for module in (self.head, self.bank, self.main) if module is not None for p in module.parameters())
         self.head = None
         if num_classes:
-            self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
+            head = make_head(self.main, num_classes, None, self.problem_type, self.num_features - self.main.feature_width)
+            self.head = head.to(device=like.device, dtype=like.dtype)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Turn gradient checkpointing on or off; see :meth:`gradient_checkpointing_enable`."""

@@ -105,12 +105,12 @@ def is_prompted_model(complementary: object) -> bool:
     return isinstance(getattr(complementary, "main", None), PromptedEncoder)
 
 
-def head_inputs(config: MoPEConfig, features: Tensor, cross: Tensor | None) -> list[Tensor]:
-    """What a fusion's head reads, side by side: (B, D), and (B, cross_dim) where ``config.head_inputs`` is "both"."""
+def head_inputs(config: MoPEConfig, own: Tensor | tuple[Tensor, ...], cross: Tensor | None) -> list[Tensor | tuple[Tensor, ...]]:
+    """What a fusion's head reads: its feature (B, D) or its maps, and (B, cross_dim) where ``config.head_inputs`` is "both"."""
     if config.head_inputs != "both":
-        return [features]
-    check_input("the complementary feature", cross, config.cross_dim, features.shape[0])
-    return [features, cross]
+        return [own]
+    check_input("the complementary feature", cross, config.cross_dim, (own if isinstance(own, Tensor) else own[0]).shape[0])
+    return [own, cross]
 
 
 def batch_of(main: PromptedEncoder, main_inputs: Any) -> int | None:

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from .._distributed import is_sharded
 from .._modes import evaluating
 from .._progress import tracked
-from .task import TaskModel
+from .task import DENSE, TaskModel
 
 
 def fit_head(
@@ -59,6 +59,8 @@ def fit_head(
         raise TypeError(f"fit_head takes a model of this library, neither compiled nor in DDP, got {type(model).__name__}")
     if model.head is None:
         raise ValueError(f"this {type(model).__name__} has no head to fit: give it num_classes or head")
+    if model.problem_type == DENSE:
+        raise ValueError("the head reads feature maps, of which too many would be kept: train it with the prompts")
     if not any(parameter.requires_grad for parameter in model.head.parameters()):
         raise ValueError(f"the head, {type(model.head).__name__}, has no parameters to train")
     if any(is_sharded(parameter) for parameter in model.head.parameters()):

@@ -31,6 +31,7 @@ class FoldedModel(ImageConfig, nn.Module):
         complementary: where psi_y comes from, if prompts depend on it: a folded model, several sides, a callable, or None for
             features.
         return_logits: have ``forward`` give the logits alone, a tensor.
+        dense: the head reads feature maps.
     """
 
     def __init__(
@@ -41,9 +42,10 @@ class FoldedModel(ImageConfig, nn.Module):
         complementary: "FoldedModel | Sides | Callable[..., Tensor] | None" = None,
         *,
         return_logits: bool = False,
+        dense: bool = False,
     ):
         super().__init__()
-        self.main, self.return_logits = main, return_logits
+        self.main, self.return_logits, self.is_dense = main, return_logits, dense
         self.bank = None if bank is None else FoldedBank(bank, main.layers, main.dtype)
         self.head = None if head is None else copy.deepcopy(head).requires_grad_(False)
         self.complementary = complementary
@@ -71,15 +73,25 @@ class FoldedModel(ImageConfig, nn.Module):
             return output
         return output.features if output.logits is None else output.logits
 
-    def outputs(self, main_inputs: Inputs, complementary_inputs: Inputs | None = None, **wanted: bool) -> FusionOutput:
+    def outputs(
+        self,
+        main_inputs: Inputs,
+        complementary_inputs: Inputs | None = None,
+        *,
+        feature_maps: bool = False,
+        tokens: bool = False,
+    ) -> FusionOutput:
         """Return all of them, whatever ``return_logits`` says."""
         cross = None
         if self.uses_cross:
             cross = complementary_feature(self.complementary, complementary_inputs, batch_of(self.main, main_inputs))
-        encoded = run_prompted(self.main, self.bank, main_inputs, cross, **wanted)
+        encoded = run_prompted(
+            self.main, self.bank, main_inputs, cross, feature_maps=feature_maps or self.is_dense, tokens=tokens
+        )  # fmt: skip
+        read = self.head_inputs(encoded.feature_maps if self.is_dense else encoded.feature, cross)
         return FusionOutput(
-            logits=apply_head(self.head, *self.head_inputs(encoded.feature, cross)), scores=stacked_scores(encoded),
-            features=encoded.feature, feature_maps=encoded.feature_maps, tokens=encoded.tokens,
+            logits=apply_head(self.head, *read), scores=stacked_scores(encoded), features=encoded.feature,
+            feature_maps=encoded.feature_maps if feature_maps else None, tokens=encoded.tokens,
         )  # fmt: skip
 
     @property
@@ -87,9 +99,9 @@ class FoldedModel(ImageConfig, nn.Module):
         """Whether prompts or the head depend on the complementary feature."""
         return self.bank is not None and self.bank.config.uses_cross
 
-    def head_inputs(self, features: Tensor, cross: Tensor | None) -> list[Tensor]:
-        """What the head reads, side by side."""
-        return [features] if self.bank is None else head_inputs(self.bank.config, features, cross)
+    def head_inputs(self, own: Tensor | tuple[Tensor, ...], cross: Tensor | None) -> list[Tensor | tuple[Tensor, ...]]:
+        """What the head reads."""
+        return [own] if self.bank is None else head_inputs(self.bank.config, own, cross)
 
     def for_export(self, *outputs: str) -> nn.Module:
         """This model with plain outputs, for ``torch.export``: what is exported of it is loaded without mope_fast.

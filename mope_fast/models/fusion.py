@@ -24,7 +24,7 @@ from .output import FusionOutput
 from .prompt_tuned import PromptTuned
 from .prompting import Inputs, run_prompted, stacked_scores
 from .sides import Side, Sides, complementary_feature, named_sides, restored, sources_of
-from .task import apply_head, check_head, describe_encoder, make_head, prompted
+from .task import DENSE, apply_head, check_head, describe_encoder, make_head, prompted
 
 
 class MoPEFusion(Classifier):
@@ -45,7 +45,10 @@ class MoPEFusion(Classifier):
             psi_y behind it where ``config.head_inputs`` is "both".
         problem_type: "single_label_classification": labels (B,) are integer classes, -100 for samples that don't count, or
             probabilities (B, C) in 0..1. "multi_label_classification": labels (B, C) in 0..1. "regression": numbers (B, C), or (B,)
-            of one output. Losses are in float32 at least.
+            of one output. "segmentation": the head reads feature maps, ``head(maps)``, or ``head(maps, psi_y)`` where
+            ``config.head_inputs`` is "both", and gives logits (B, C, h, w); ``num_classes`` makes a :class:`SETRHead`. Labels
+            (B, H, W) are classes of pixels, 0 and 1 where C is 1, -100 for those that don't count; see
+            :func:`segmentation_loss`. Losses are in float32 at least.
         label_smoothing: of single-label classification: this part of each label is spread over all classes, in every ``loss``.
         return_logits: have ``forward`` give the logits alone, a tensor, for scripts that call ``criterion(model(x, y), labels)``;
             the importance loss is :meth:`auxiliary_loss` then, to be added.
@@ -77,6 +80,7 @@ class MoPEFusion(Classifier):
         config = MoPEConfig() if config is None else config
         if config.head_inputs is None:
             both = num_classes is not None and config.needs_cross
+            both = both and problem_type != DENSE
             config = dataclasses.replace(config, head_inputs="both" if both else "main")
         if config.head_inputs == "both" and num_classes is None and head is None:
             raise ValueError("MoPEConfig.head_inputs='both' needs a head: give num_classes or head, or leave it at 'main'")
@@ -117,7 +121,7 @@ class MoPEFusion(Classifier):
                 complementary_pooling=own,
             )  # fmt: skip
             self.bank = PromptBank(self.main.widths, cross_dim, self.config)
-            self.head = make_head(self.main, num_classes, head, cross_dim if config.head_inputs == "both" else 0)
+            self.head = make_head(self.main, num_classes, head, problem_type, cross_dim if config.head_inputs == "both" else 0)
         except BaseException:
             self._give_back()
             raise
@@ -161,19 +165,27 @@ class MoPEFusion(Classifier):
             cross = complementary_feature(side, complementary_inputs, batch_of(self.main, main_inputs), training=self.training)
         return self._result(self.fused(main_inputs, cross, labels, feature_maps=feature_maps, tokens=tokens))
 
-    def fused(self, main_inputs: Inputs, cross: Tensor | None, labels: Tensor | None = None, **wanted: bool) -> FusionOutput:
+    def fused(
+        self,
+        main_inputs: Inputs,
+        cross: Tensor | None,
+        labels: Tensor | None = None,
+        *,
+        feature_maps: bool = False,
+        tokens: bool = False,
+    ) -> FusionOutput:
         """``forward`` with the complementary feature psi_y (B, cross_dim) at hand, whatever ``return_logits`` says."""
-        config = self.config
-        encoded = run_prompted(self.main, self._bank(), main_inputs, cross, **wanted)
+        config, dense = self.config, self.is_dense
+        encoded = run_prompted(self.main, self._bank(), main_inputs, cross, feature_maps=feature_maps or dense, tokens=tokens)
         features, scores = encoded.feature, stacked_scores(encoded)
-        logits = apply_head(self.head, *head_inputs(config, features, cross))
+        logits = apply_head(self.head, *head_inputs(config, encoded.feature_maps if dense else features, cross))
         task_loss, summed = self._losses(logits, labels, scores)
         importance = features.new_zeros(())
         if summed is not None:
             importance = functional.importance_loss(summed, threshold=config.importance_threshold)
         loss = None if task_loss is None else task_loss + config.importance_weight * importance
         return self._output_type(logits, labels)(
-            loss, logits, task_loss, importance, scores, features, encoded.feature_maps, encoded.tokens
+            loss, logits, task_loss, importance, scores, features, encoded.feature_maps if feature_maps else None, encoded.tokens
         )
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -219,7 +231,7 @@ class MoPEFusion(Classifier):
         self._check_whole()
         side = self.complementary
         side = side.fold() if isinstance(side, Sides) else sources_of(side)["complementary"].folded()
-        return FoldedModel(self.main, self.bank, self.head, side, return_logits=self.return_logits)
+        return FoldedModel(self.main, self.bank, self.head, side, return_logits=self.return_logits, dense=self.is_dense)
 
     def parameter_groups(
         self, main_lr: float, complementary_lr: float | Mapping[str, float] | None = None, weight_decay: float = 1e-3

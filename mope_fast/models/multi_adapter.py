@@ -65,6 +65,8 @@ class MultiAdapter(ImageConfig, nn.Module):
                     f"adapter {name!r} runs another encoder object than {self.names[0]!r}: wrap the encoder once in a "
                     "PromptedEncoder and make every model on it"
                 )
+            if model.is_dense:
+                raise ValueError(f"adapter {name!r} predicts pixels (segmentation), which can't stand beside others yet")
             if others := sorted((set() if model.bank is None else model.bank.kind_names) - {"static", "mapped"}):
                 raise ValueError(f"adapter {name!r} has {', '.join(others)} prompts, which can't stand beside other adapters' yet")
             # a score of zero keeps a number of another adapter out, but not NaN

@@ -63,7 +63,7 @@ class PromptTuned(Classifier):
         }  # fmt: skip
         self._shared = self.main is encoder
         self.bank = PromptBank(self.main.widths, None, config) if prompt_length else None
-        self.head = make_head(self.main, num_classes, head)
+        self.head = make_head(self.main, num_classes, head, problem_type)
 
     @property
     def feature_width(self) -> int:
@@ -103,15 +103,18 @@ class PromptTuned(Classifier):
         """
         self._begin(labels, feature_maps or tokens)
         inputs = one_side(self.main, inputs, named)
-        encoded = run_prompted(self.main, self._bank(), inputs, feature_maps=feature_maps, tokens=tokens)
-        logits = apply_head(self.head, encoded.feature)
+        dense = self.is_dense
+        encoded = run_prompted(self.main, self._bank(), inputs, feature_maps=feature_maps or dense, tokens=tokens)
+        logits = apply_head(self.head, encoded.feature_maps if dense else encoded.feature)
         loss = self.task_loss(logits, labels)
         output = self._output_type(logits, labels)
-        return self._result(output(loss, logits, loss, None, None, encoded.feature, encoded.feature_maps, encoded.tokens))
+        maps = encoded.feature_maps if feature_maps else None
+        return self._result(output(loss, logits, loss, None, None, encoded.feature, maps, encoded.tokens))
 
     def forward_features(self, inputs: Inputs) -> Tensor:
-        """Return what the head reads, (B, D); with :meth:`forward_head` this is ``forward``, as timm's models have it."""
-        return run_prompted(self.main, self._bank(), inputs).feature
+        """Return what the head reads, (B, D) or maps; with :meth:`forward_head` this is ``forward``, as timm's models have it."""
+        encoded = run_prompted(self.main, self._bank(), inputs, feature_maps=self.is_dense)
+        return encoded.feature_maps if self.is_dense else encoded.feature
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Return the logits of :meth:`forward_features`; with ``pre_logits``, or without a head, the features."""
@@ -120,7 +123,7 @@ class PromptTuned(Classifier):
     def fold(self) -> FoldedModel:
         """For inference: a new model whose prompts' keys and values are computed already; see :meth:`MoPEFusion.fold`."""
         self._check_whole()
-        return FoldedModel(self.main, self.bank, self.head, return_logits=self.return_logits)
+        return FoldedModel(self.main, self.bank, self.head, return_logits=self.return_logits, dense=self.is_dense)
 
     def parameter_groups(self, lr: float, weight_decay: float = 1e-3) -> list[dict[str, Any]]:
         """Trained parameters for an optimiser."""

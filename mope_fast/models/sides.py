@@ -135,7 +135,7 @@ class Sides(nn.Module):
             if given[name] is not None:
                 found[name] = self._feature(name, source, given[name], present.get(name))
                 check_input(f"the feature of {name!r}", found[name], self.facts[name].width)
-                batch = len(found[name]) if batch is None else batch
+                batch = found[name].shape[0] if batch is None else batch
                 check_same_batch(batch, found[name], name)
         if batch is None:
             raise ValueError(f"all of {list(given)} are missing, and how many samples there are can't be known from the main side")

@@ -20,10 +20,13 @@ from ..encoders.sources import Source
 from ..encoders.weights import Samples, plain_name, sample_weights
 from ..modules import FoldedBank, PromptBank
 from . import checkpoint
+from .dense import SETRHead, segmentation_loss
 from .hub import PushToHub
 from .image_config import ImageConfig
 from .output import FusionOutput, UnlabelledOutput
 
+DENSE = "segmentation"
+"""The problem type whose head reads feature maps."""
 NOT_A_LABEL = -100
 """Samples of this class are left out of a loss: cross entropy's default."""
 
@@ -56,13 +59,16 @@ TASK_LOSSES: dict[str, Callable[..., Tensor]] = {
     "single_label_classification": _cross_entropy,
     "multi_label_classification": _multi_label_loss,
     "regression": _regression_loss,
+    DENSE: segmentation_loss,
 }
 
 
 def _sum_and_terms(problem_type: str, logits: Tensor, labels: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
     """A task loss as a sum and how many terms its mean is over."""
     total = TASK_LOSSES[problem_type](logits, labels, reduction="sum", label_smoothing=label_smoothing)
-    if problem_type != "single_label_classification":
+    if problem_type == DENSE:
+        terms = len(logits)
+    elif problem_type != "single_label_classification":
         terms = logits.numel()
     elif labels.is_floating_point():
         terms = labels.numel() // labels.shape[1]
@@ -79,6 +85,9 @@ def check_labels(problem_type: str, logits: Tensor, labels: Tensor) -> None:
     """
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
+    if problem_type == DENSE:
+        _check_masks(logits, labels)
+        return
     shape, single = tuple(logits.shape), problem_type == "single_label_classification"
     if len(shape) < 2:
         raise ValueError(
@@ -106,6 +115,26 @@ def check_labels(problem_type: str, logits: Tensor, labels: Tensor) -> None:
         raise ValueError(f"labels are on {labels.device}, the model on {logits.device}: call labels.to({str(logits.device)!r})")
     if can_be_looked_at(labels):
         _check_values(problem_type, labels, shape[1])
+
+
+def _check_masks(logits: Tensor, masks: Tensor) -> None:
+    if logits.dim() != 4:
+        raise ValueError(f"{DENSE} needs logits (B, C, h, w), the head gave {tuple(logits.shape)}")
+    if masks.is_floating_point() or masks.is_complex():
+        raise TypeError(f"labels of {DENSE} must be integers or bool, got {masks.dtype}: of probabilities take (masks > 0.5)")
+    if masks.dim() != 3 or masks.shape[0] != logits.shape[0]:
+        hint = "; for (B, 1, H, W) call .squeeze(1)" if masks.dim() == 4 else ""
+        raise ValueError(f"labels of {DENSE} must be ({logits.shape[0]}, H, W), got {tuple(masks.shape)}{hint}")
+    if masks.device != logits.device:
+        raise ValueError(f"labels are on {masks.device}, the model on {logits.device}: call labels.to({str(logits.device)!r})")
+    if can_be_looked_at(masks):
+        values, classes = masks.detach().long(), max(2, logits.shape[1])
+        good = ((values >= 0) & (values < classes)) | (values == NOT_A_LABEL)
+        if not good.all():
+            raise ValueError(
+                f"labels of {DENSE} must be classes 0 to {classes - 1}, or {NOT_A_LABEL} for pixels that don't count, got "
+                f"{int(values[~good][0])}"
+            )
 
 
 def _check_values(problem_type: str, labels: Tensor, classes: int) -> None:
@@ -137,24 +166,36 @@ def check_head(
         raise TypeError(f"label_smoothing must be a number, got {label_smoothing!r}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be in 0..1, got {label_smoothing}")
+    if problem_type == DENSE and head is None and num_classes is None:
+        raise ValueError(f"problem_type={DENSE!r} needs a head: give num_classes for SETR's, or head for one of your own")
     if label_smoothing and problem_type != "single_label_classification":
         raise ValueError(f"label_smoothing is for single_label_classification, got {label_smoothing} with {problem_type}")
 
 
-def apply_head(head: nn.Module | None, *features: Tensor) -> Tensor | None:
-    """Logits of features side by side, in the head's dtype; None without a head."""
+def apply_head(head: nn.Module | None, *read: Tensor | tuple[Tensor, ...]) -> Tensor | None:
+    """Logits in the head's dtype: of features side by side; or of maps, behind which a feature may be. None without a head."""
     if head is None:
         return None
-    dtype = next((p.dtype for p in head.parameters() if p.is_floating_point()), features[0].dtype)
-    return head(torch.cat([feature.to(dtype) for feature in features], dim=-1))
+    first = read[0] if isinstance(read[0], Tensor) else read[0][0]
+    dtype = next((p.dtype for p in head.parameters() if p.is_floating_point()), first.dtype)
+    if isinstance(read[0], Tensor):
+        return head(torch.cat([feature.to(dtype) for feature in read], dim=-1))
+    maps, *features = read
+    return head([each.to(dtype) for each in maps], *[feature.to(dtype) for feature in features])
 
 
-def make_head(main: PromptedEncoder, num_classes: int | None, head: nn.Module | None, cross_dim: int = 0) -> nn.Module | None:
-    """The linear head on the feature and so many numbers more, the given one, or None.
+def make_head(
+    main: PromptedEncoder, num_classes: int | None, head: nn.Module | None, problem_type: str, cross_dim: int = 0
+) -> nn.Module | None:
+    """The linear head on the feature and so many numbers more, SETR's on maps, the given one, or None.
 
     Raises:
-        ValueError: the given one is a part of the frozen encoder.
+        ValueError: the given one is a part of the frozen encoder, or this has no maps.
     """
+    if problem_type == DENSE and not main.family.has_feature_maps:
+        raise ValueError(f"problem_type={DENSE!r} reads feature maps of the main encoder, and {main.family.name} has none")
+    if num_classes is not None and problem_type == DENSE:
+        return SETRHead(main.map_width, num_classes)
     if num_classes is not None:
         return nn.Linear(main.feature_width + cross_dim, num_classes)
     check_is_trained(head, main)

@@ -72,6 +72,8 @@ class Predictor(hub.PushToHub):
             raise TypeError(f"inputs must be the FusionCollator that makes the model's batches, got {type(inputs).__name__}")
         if model.head is None:
             raise ValueError(f"this {type(model).__name__} has no head, so it predicts nothing: make it with num_classes")
+        if model.is_dense:
+            raise ValueError("a Predictor names classes of samples, and this model's are of pixels: call the model, or its fold()")
         encoders = _encoders(model)
         if set(inputs.sides) != set(encoders):
             needed, count = "FusionCollator(main, complementary)", len(encoders)

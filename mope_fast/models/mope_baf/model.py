@@ -12,7 +12,7 @@ from ...modules.block_fusion import BlockAwareFusion, PromptFusion
 from ...receptive_field import ReceptiveField
 from .. import checkpoint
 from ..output import FusionOutput
-from ..task import TaskModel, apply_head, check_head, check_is_trained
+from ..task import DENSE, TaskModel, apply_head, check_head, check_is_trained
 from ..vlmo import VLMo
 from ..vlmo.layers import Visibility
 from ..vlmo.model import check_same_batch
@@ -59,6 +59,8 @@ class MoPEBAF(TaskModel):
     ):
         super().__init__()
         check_head(num_classes, head, problem_type, label_smoothing)
+        if problem_type == DENSE:
+            raise ValueError(f"problem_type={DENSE!r} needs feature maps, which a VLMo has none of: take MoPEFusion")
         if not isinstance(vlmo, VLMo):
             raise TypeError(f"MoPEBAF takes a VLMo, got {type(vlmo).__name__}: VLMo.from_checkpoint or VLMo.from_config makes one")
         if not isinstance(config, BAFConfig):
