@@ -6,11 +6,21 @@ from .feature_cache import FeatureCache
 from .few_shot import FewShotSplit
 from .images import load_image
 from .jsonl import read_jsonl_folder
-from .metrics import Summary, classification_metrics, multi_label_metrics, summarize
+from .metrics import Summary, classification_metrics, multi_label_metrics, segmentation_metrics, summarize
 from .posts import Post, Posts
-from .published import PUBLISHED_SETS, compare_counts, read_food101, read_hateful_memes, read_mm_imdb, read_mustard, read_snli_ve
+from .published import (
+    PUBLISHED_SETS,
+    compare_counts,
+    read_food101,
+    read_hateful_memes,
+    read_mm_imdb,
+    read_mustard,
+    read_refcoco,
+    read_snli_ve,
+)
 from .readers import read_mvsa_single, read_twitter_sarcasm
 from .recipe import FewShotRecipe, FewShotRun, predict
+from .referring import Reference, References, read_reference_folder
 from .writer import write_jsonl_folder
 
 __all__ = [
@@ -23,6 +33,8 @@ __all__ = [
     "FusionCollator",
     "Post",
     "Posts",
+    "Reference",
+    "References",
     "StackEach",
     "Summary",
     "TimmTransform",
@@ -38,8 +50,11 @@ __all__ = [
     "read_mm_imdb",
     "read_mustard",
     "read_mvsa_single",
+    "read_refcoco",
+    "read_reference_folder",
     "read_snli_ve",
     "read_twitter_sarcasm",
+    "segmentation_metrics",
     "summarize",
     "write_jsonl_folder",
 ]

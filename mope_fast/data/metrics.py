@@ -100,6 +100,39 @@ def multi_label_metrics(logits: Tensor, labels: Tensor, *, threshold: float = 0.
     return {"accuracy": float(accuracy_score(truth, guess)), **f1}
 
 
+def segmentation_metrics(predictions: Tensor, masks: Tensor) -> dict[str, float]:
+    """Measure predicted masks as referring segmentation does, over samples.
+
+    ``mean_iou`` is the mean over samples of intersection over union, ``overall_iou`` all intersections over all unions, which large
+    objects rule, ``precision@0.5`` to ``precision@0.9`` the shares of samples with an IoU of at least that. A sample whose mask is
+    empty has an IoU of 1 where nothing is predicted, else 0.
+
+    Args:
+        predictions: (N, H, W) bool; or floating-point logits, of which those above 0 are predicted.
+        masks: (N, H, W), bool or 0 and 1.
+
+    Raises:
+        ValueError: no sample, shapes that don't fit, masks with other values, NaN in logits.
+    """
+    predictions, masks = _tensor("predictions", predictions), _tensor("masks", masks)
+    if predictions.dim() != 3 or predictions.shape != masks.shape or not predictions.numel():
+        raise ValueError(
+            f"predictions and masks must be (N, H, W) of N >= 1 samples, got {tuple(predictions.shape)} and {tuple(masks.shape)}"
+        )
+    if predictions.is_floating_point():
+        if (bad := predictions.isnan().flatten(1).any(1)).any():
+            raise ValueError(f"logits of {int(bad.sum())} of {len(bad)} samples have NaN: there is nothing to measure")
+        predictions = predictions > 0
+    if not ((masks == 0) | (masks == 1)).all():
+        raise ValueError("masks must be 0 or 1 for each pixel")
+    predictions, masks = predictions.bool().flatten(1), masks.bool().flatten(1)
+    intersection, union = (predictions & masks).sum(1).double(), (predictions | masks).sum(1).double()
+    iou = torch.where(union > 0, intersection / union.clamp(min=1), 1.0)
+    overall = intersection.sum() / union.sum() if union.sum() else torch.ones(())
+    precision = {f"precision@{least}": (iou >= least).double().mean().item() for least in (0.5, 0.6, 0.7, 0.8, 0.9)}
+    return {"mean_iou": iou.mean().item(), "overall_iou": overall.item(), **precision}
+
+
 def _tensor(name: str, values: object) -> Tensor:
     try:
         return torch.as_tensor(values).detach().cpu()

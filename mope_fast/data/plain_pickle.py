@@ -38,16 +38,17 @@ def _latin_1(text: str, encoding: str = "latin1") -> bytes:
     return text.encode("latin1")
 
 
-def load_plain_pickle(file: BinaryIO) -> Any:
+def load_plain_pickle(file: BinaryIO, encoding: str = "ASCII") -> Any:
     """Read containers, texts and numbers of a pickled file.
 
-    Nothing that the file names is imported or called: a file with anything else in it is refused.
+    Nothing that the file names is imported or called: a file with anything else in it is refused. ``encoding`` is of the texts that
+    Python 2 has written as bytes.
 
     Raises:
         ValueError: it has something else, or is damaged.
     """
     try:
-        return _PlainUnpickler(file).load()
+        return _PlainUnpickler(file, encoding=encoding).load()
     except Exception as error:  # what a damaged stream makes pickle do is anything
         raise ValueError(f"can't be read as plain data ({type(error).__name__}: {error})") from None
 

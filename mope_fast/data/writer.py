@@ -11,9 +11,10 @@ from typing import Any
 
 from .._files import make_names_durable
 from .._progress import tracked
-from .images import Hdf5Image
+from .images import Hdf5Image, pillow
 from .lines import check_choice, is_unicode
 from .posts import Post, Posts
+from .referring import Reference, References
 
 _MEDIA: dict[str, Callable[[Path, Path], Any]] = {
     "hardlink": os.link,
@@ -23,9 +24,15 @@ _MEDIA: dict[str, Callable[[Path, Path], Any]] = {
 
 
 def write_jsonl_folder(
-    splits: Mapping[str, Posts], folder: str | os.PathLike[str], *, media: str = "copy", progress: bool = True
+    splits: Mapping[str, Posts] | Mapping[str, References],
+    folder: str | os.PathLike[str],
+    *,
+    media: str = "copy",
+    progress: bool = True,
 ) -> None:
     """Write samples as a folder that :func:`read_jsonl_folder` reads: ``<split>.jsonl``, ``labels.txt``, images, sound and frames.
+
+    References become one that :func:`read_reference_folder` reads; masks of polygons and run lengths are written as PNGs.
 
     The folder is there whole or not at all: it is made beside its place, under another name, and renamed in the end. A file that
     several samples refer to is written once. Images within HDF5 files are written as PNGs.
@@ -54,23 +61,28 @@ def write_jsonl_folder(
         part = Path(made) / folder.name
         part.mkdir()
         places = _Places(part, _MEDIA[media])
-        (part / "labels.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+        if names is not None:
+            (part / "labels.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
         for split, posts in splits.items():
             with open(part / f"{split}.jsonl", "w", encoding="utf-8") as file:
                 for post in tracked(posts, f"writing {split}", "sample", shown=progress):
-                    file.write(json.dumps(dict(_line(post, names, places)), ensure_ascii=False) + "\n")
+                    line = _reference(post, split, places) if names is None else dict(_line(post, names, places))
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
         os.replace(part, folder)
     make_names_durable(folder)
 
 
-def _check(splits: object) -> tuple[str, ...]:
-    """The names of classes."""
-    if not isinstance(splits, Mapping) or not all(isinstance(posts, Posts) for posts in splits.values()):
-        raise TypeError(f"splits must be a dict of names to Posts, got {splits!r:.120}")
+def _check(splits: object) -> tuple[str, ...] | None:
+    """The names of classes; None of references."""
+    kinds = {type(each) for each in splits.values()} if isinstance(splits, Mapping) else {object}
+    if len(kinds) > 1 or not kinds <= {Posts, References}:
+        raise TypeError(f"splits must be a dict of names to Posts, or to References, got {splits!r:.120}")
     if not splits:
         raise ValueError("splits must have at least one")
     if bad := [name for name in splits if not re.fullmatch(r"\w[\w.-]*", name)]:
         raise ValueError(f"a split's name becomes a file's: expected letters, digits, . _ and -, got {bad[0]!r}")
+    if kinds == {References}:
+        return None
     (first, names), *others = ((split, posts.class_names) for split, posts in splits.items())
     for split, other in others:
         if other != names:
@@ -96,6 +108,14 @@ def _line(post: Post, names: tuple[str, ...], places: "_Places") -> Iterator[tup
         yield "frames", [places.file("frames", frame) for frame in post.frames]
 
 
+def _reference(reference: Reference, split: str, places: "_Places") -> dict[str, Any]:
+    if isinstance(reference.segmentation, Path):
+        mask = places.file("masks", reference.segmentation)
+    else:
+        mask = places.mask(split, reference)
+    return {"id": reference.id, "texts": list(reference.phrases), "img": places.file("images", reference.image), "mask": mask}
+
+
 class _Places:
     """Where each file is in the new folder: a kind, the name of the folder it was in, its own name."""
 
@@ -113,6 +133,11 @@ class _Places:
             post.open_image().save(self._root / place)
             self._of[image] = place
         return self._of[image]
+
+    def mask(self, split: str, reference: Reference) -> str:
+        place = self._new("masks", split, f"{reference.id}.png")
+        pillow().fromarray(reference.open_mask().astype("uint8") * 255).save(self._root / place)
+        return place
 
     def file(self, kind: str, source: Path) -> str:
         if source not in self._of:

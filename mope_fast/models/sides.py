@@ -147,7 +147,8 @@ class Sides(nn.Module):
         if (own := given[name]) is None:
             return None
         if name in present:
-            rows = present[name]
+            if not (rows := present[name]).any():
+                return None
             own = own[rows] if isinstance(own, Tensor) else {k: v[rows] if isinstance(v, Tensor) else v for k, v in own.items()}
         return own if self.facts[name].frames is None else as_samples(name, own)[0]
 
@@ -185,7 +186,7 @@ class Sides(nn.Module):
     def _feature(self, name: str, source: Source, inputs: Inputs, present: Tensor | None) -> Tensor:
         how = self.facts[name].frames
         if present is not None and (source.is_tuned or source.trained):
-            inputs = _without_numbers(inputs, present)
+            inputs = _zero_where_missing(inputs, present)
         if how is None:
             return source.feature(inputs, training=self.training)
         inputs, shape, mask = as_samples(name, inputs)
@@ -283,10 +284,10 @@ def restored(given: Any, saved: Any) -> Any:
     return sides
 
 
-def _without_numbers(inputs: Inputs, present: Tensor) -> Inputs:
+def _zero_where_missing(inputs: Inputs, present: Tensor) -> Inputs:
     """Zeros in place of numbers with a point where nobody is: NaN there would be NaN in gradients, whatever is done behind."""
     if isinstance(inputs, Mapping):
-        return {name: _without_numbers(value, present) for name, value in inputs.items()}
+        return {name: _zero_where_missing(value, present) for name, value in inputs.items()}
     if not isinstance(inputs, Tensor) or not inputs.is_floating_point() or inputs.shape[:1] != present.shape:
         return inputs
     return torch.where(present.view(-1, *[1] * (inputs.dim() - 1)), inputs, 0)

@@ -129,7 +129,7 @@ def _check_masks(logits: Tensor, masks: Tensor) -> None:
         raise ValueError(f"labels are on {masks.device}, the model on {logits.device}: call labels.to({str(logits.device)!r})")
     if can_be_looked_at(masks):
         values, classes = masks.detach().long(), max(2, logits.shape[1])
-        good = ((values >= 0) & (values < classes)) | (values == NOT_A_LABEL)
+        good = (values.ge(0) & values.lt(classes)) | values.eq(NOT_A_LABEL)
         if not good.all():
             raise ValueError(
                 f"labels of {DENSE} must be classes 0 to {classes - 1}, or {NOT_A_LABEL} for pixels that don't count, got "

@@ -766,7 +766,7 @@ ENCODER = (
     _fault(
         "layers-without-prompts-pass",
         "encoders/attachment.py",
-        "if len(scores) < len(self.layers):",
+        "if prompts is not None and len(scores) < len(self.layers):",
         "if not scores:",
         "A layer that was replaced after wrapping runs without prompts, and nobody says so.",
         f"{_THREADS}test_a_layer_that_takes_no_prompts_is_an_error",
@@ -834,6 +834,22 @@ ENCODER = (
         "                source.value.train(mode)\n",
         "model.train() turns dropout and batch statistics of a frozen complementary module on.",
         "tests/models/test_fusion.py::test_complementary_module_is_frozen_in_eval_mode_and_without_gradients",
+    ),
+    _fault(
+        "a-map-with-rows-for-columns",
+        "encoders/families.py",
+        "transpose(1, 2).unflatten(2, (rows, columns))",
+        "transpose(1, 2).unflatten(2, (columns, rows)).transpose(2, 3)",
+        "A ViT's map is mirrored along its diagonal: masks are put in the wrong place.",
+        "tests/encoders/test_tokens_and_maps.py::test_a_map_has_each_patch_in_its_place",
+    ),
+    _fault(
+        "pixels-that-do-not-count",
+        "models/dense.py",
+        "value.flatten(2) * counted[:, None] for value in (probabilities, truth)",
+        "value.flatten(2) for value in (probabilities, truth)",
+        "What is predicted where the mask says nothing changes the loss.",
+        "tests/models/test_segmentation.py::test_the_loss_is_cross_entropy_and_dice_of_each_sample",
     ),
     _fault(
         "missing-side-counts",

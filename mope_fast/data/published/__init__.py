@@ -4,6 +4,7 @@ from .food101 import read_food101
 from .hateful_memes import read_hateful_memes
 from .mm_imdb import read_mm_imdb
 from .mustard import read_mustard
+from .refcoco import read_refcoco
 from .sets import PUBLISHED_SETS, PublishedSet, compare_counts
 from .snli_ve import read_snli_ve
 
@@ -15,5 +16,6 @@ __all__ = [
     "read_hateful_memes",
     "read_mm_imdb",
     "read_mustard",
+    "read_refcoco",
     "read_snli_ve",
 ]

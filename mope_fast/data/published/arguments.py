@@ -14,6 +14,7 @@ _CHOICES = {
     "text": ("pages", "titles"),
     "split": ("speaker-dependent", "speaker-independent"),
     "part": ("seen", "unseen"),
+    "split_by": ("unc", "umd", "google"),
 }
 _FLAGS = {"text": "texts", "seed": "val_seed", "images": "images_in", "frames": "frames_in"}
 """Where a reader's argument alone would say too little."""
@@ -36,6 +37,7 @@ def add_reading_arguments(parser: argparse.ArgumentParser, *, but: Collection[st
     add("text", "which text", choices=_CHOICES["text"])
     add("split", "which of two", choices=_CHOICES["split"])
     add("part", "which dev and test", choices=_CHOICES["part"])
+    add("split_by", "whose splits", choices=_CHOICES["split_by"])
     add("val", "samples of train that become val", type=int)
     add("seed", "of that draw", type=int)
     add("images", "the folder of images", type=Path)

@@ -19,6 +19,7 @@ LOOKS = {
     "SNLI-VE": (("snli_ve_train.jsonl",), ("snli_ve_dev.jsonl",), ("snli_ve_test.jsonl",)),
     "MUStARD": (("sarcasm_data.json",), ("data/sarcasm_data.json",)),
     "Hateful Memes": (("train.jsonl", "dev_seen.jsonl"), ("train.jsonl", "dev_unseen.jsonl"), ("train.jsonl", "dev.jsonl", "img")),
+    **{f"RefCOCO{name}": (("refs(unc).p",), ("refs(google).p",), ("refs(umd).p",)) for name in ("", "+", "g")},
     "the sarcasm tweets of Cai et al. 2019": (("text/train.txt",),),
     "MVSA": (("labelResultAll.txt",),),
     "a folder of JSON lines, for read_jsonl_folder": (("labels.txt", "train.jsonl"),),

@@ -1,10 +1,12 @@
 """The published sets by name, with the counts that are published."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..posts import Posts
-from . import food101, hateful_memes, mm_imdb, mustard, snli_ve
+from ..referring import References
+from . import food101, hateful_memes, mm_imdb, mustard, refcoco, snli_ve
 
 ALL = ()
 """In place of names of splits: the whole set."""
@@ -16,17 +18,28 @@ class PublishedSet:
 
     Attributes:
         read: folder -> split -> samples.
-        classes: how many.
+        classes: how many; 0 of references.
         counts: names of one or several splits, or :data:`ALL` -> who says so -> how many samples, those that the reader leaves out
             among them. Where sources differ each has its own.
     """
 
     title: str
-    read: Callable[..., dict[str, Posts]]
+    read: Callable[..., dict[str, Posts] | dict[str, References]]
     classes: int
     counts: Mapping[tuple[str, ...], Mapping[str, int]]
 
 
+_UMD_OR_GOOGLE = "umd's split", "google's"
+_COUNTS: dict[str, dict[tuple[str, ...], dict[str, int]]] = {
+    "refcoco": {("train",): {"unc's split": 42_404}, ("val",): {"unc's split": 3_811}, ("testA",): {"unc's split": 1_975}}
+    | {("testB",): {"unc's split": 1_810}},
+    "refcoco+": {("train",): {"the authors": 42_278}, ("val",): {"the authors": 3_805}, ("testA",): {"the authors": 1_975}}
+    | {("testB",): {"the authors": 1_798}},
+    "refcocog": {
+        ("train",): dict(zip(_UMD_OR_GOOGLE, (42_226, 44_822), strict=True)),
+        ("val",): dict(zip(_UMD_OR_GOOGLE, (2_573, 5_000), strict=True)),
+    },
+}
 PUBLISHED_SETS = {
     "food101": PublishedSet(
         food101.TITLE,
@@ -76,11 +89,15 @@ PUBLISHED_SETS = {
             ("test",): {"the authors, seen": 1_000, "unseen": 2_000},
         },
     ),
+    **{
+        name: PublishedSet(title, functools.partial(refcoco.read_refcoco, variant=name), 0, _COUNTS[name])
+        for name, title in refcoco.TITLES.items()
+    },
 }
 """Name on the command line -> set."""
 
 
-def compare_counts(name: str, splits: Mapping[str, Posts]) -> list[str]:
+def compare_counts(name: str, splits: Mapping[str, Posts | References]) -> list[str]:
     """Compare the samples that a reader has found with the counts that are published.
 
     Samples that the reader left out are counted too: the published counts are of the whole set.
@@ -109,6 +126,6 @@ def compare_counts(name: str, splits: Mapping[str, Posts]) -> list[str]:
     return found
 
 
-def count(splits: Mapping[str, Posts], part: Sequence[str]) -> int:
+def count(splits: Mapping[str, Posts | References], part: Sequence[str]) -> int:
     """Samples of these splits, and those that were left out."""
     return sum(len(posts) + sum(map(len, posts.dropped.values())) for name, posts in splits.items() if name in part)
