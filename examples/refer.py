@@ -49,7 +49,7 @@ class LateHead(nn.Module):
 
 
 def make_model(method: str, main: PromptedEncoder, cross_dim: int, channels: int) -> MoPEFusion:
-    settings = {"dropout": 0.0, "prompt_init": 0.06, "cross_dim": cross_dim, "router_pooling": "mean"}
+    settings = {"dropout": 0.0, "prompt_init": 0.06, "cross_dim": cross_dim}
     if method in ("without the phrase", "late fusion"):
         settings |= {"use_dynamic": False, "use_mapped": False}
     elif method == "sequential":
