@@ -733,6 +733,8 @@ def test_several_sides_are_found_by_the_names_in_the_save(home, tmp_path):
     with torch.no_grad():
         logits = model(**collate(opened)).logits
     assert [NAMES[i] for i in logits.argmax(1)] == [each.label for each in expected]
+    lacking = [{name: value for name, value in sample.items() if value is not None} for sample in samples]
+    assert list(predictor(lacking)) == expected
     predictor.save_pretrained(tmp_path)
     again = list(Predictor.from_pretrained(tmp_path)(samples))
     for got, wanted in zip(again, expected, strict=True):

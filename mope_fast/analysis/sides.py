@@ -62,7 +62,7 @@ def what_sides_add(model: MoPEFusion, batches: Iterable[Mapping[str, Any]], *, p
 
     Raises:
         TypeError: it is another model, or ``batches`` gives no dicts.
-        ValueError: the model has no head, or depends on no other side; there are no batches, or one has no labels.
+        ValueError: the model has no head, or depends on no other side; there are no batches, or one has no labels; no label counts.
 
     Example:
         >>> print(what_sides_add(model, test_loader))
@@ -92,6 +92,8 @@ def what_sides_add(model: MoPEFusion, batches: Iterable[Mapping[str, Any]], *, p
         if not labels:
             raise ValueError("batches gave none: it needs at least one (an iterator can be used only once)")
         truth = torch.cat(labels).cpu()
+        if model.problem_type == "single_label_classification" and not truth.is_floating_point() and not (truth >= 0).any():
+            raise ValueError("no sample counts, all labels are -100: the model is measured against labels")
         logits = {case: torch.cat([each for each, _ in found]) for case, found in seen.items()}
         scores = {case: None if found[0][1] is None else torch.cat([each for _, each in found], 1) for case, found in seen.items()}
         ways = {WHOLE: "", ALL: " and ".join(sorted(set(replaced_by.values()))), **replaced_by}

@@ -64,7 +64,7 @@ class EachFrame:
         most: frames that are taken of a longer video, evenly spread over it; None for all.
 
     Raises:
-        ValueError: a video has no frame.
+        ValueError: a video has no frame, or the transform gives no row of each frame.
     """
 
     def __init__(self, preprocess: Preprocess, most: int | None = None):
@@ -73,12 +73,15 @@ class EachFrame:
         self.preprocess, self.most = preprocess, most
 
     def __call__(self, videos: Sequence[Sequence[Any]]) -> dict[str, Tensor]:
+        videos = [video if hasattr(video, "__len__") else list(video) for video in videos]
         if empty := [index for index, frames in enumerate(videos) if not len(frames)]:
             raise ValueError(f"video {empty[0]} of the batch has no frame: a missing one is None")
         taken = [self._taken(frames) for frames in videos]
         counts = [len(frames) for frames in taken]
         made = _inputs("frames", self.preprocess, [frame for frames in taken for frame in frames])
         made = made if isinstance(made, dict) else {"frames": made}
+        if wrong := {name: tuple(value.shape) for name, value in made.items() if value.shape[:1] != (sum(counts),)}:
+            raise ValueError(f"{sum(counts)} frames were given, but the transform made {wrong} of them: it must give a row of each")
         padded = {name: pad_sequence(value.split(counts), batch_first=True) for name, value in made.items()}
         return {**padded, "frame_mask": torch.arange(max(counts)) < torch.tensor(counts)[:, None]}
 
@@ -140,6 +143,8 @@ class FusionCollator:
         self.sides = {"inputs" if complementary_field is None else "main_inputs": (main_field, main)}
         """Of each input of the model its field and what makes it; those of several sides are "complementary_inputs.NAME"."""
         if self.several:
+            if not others or "present" in others:
+                raise ValueError(f"complementary must be a dict of sides, none of them called 'present', got {list(others)}")
             fields = {name: name for name in others} if complementary_field == "image" else complementary_field
             if not isinstance(fields, Mapping) or set(fields) != set(others):
                 raise ValueError(f"complementary_field must be a dict of the fields of {list(others)}, got {complementary_field!r}")
@@ -245,7 +250,10 @@ def _with_missing(name: str, preprocess: Preprocess | None, values: list[Any]) -
         return inputs, None
     # a missing one's row is that of one before it, or the first: whatever an encoder makes of it is a number
     rows = (present.cumsum(0) - 1).clamp(min=0)
-    return ({key: value[rows] for key, value in inputs.items()} if isinstance(inputs, dict) else inputs[rows]), present
+    if not isinstance(inputs, dict):
+        return inputs[rows], present
+    count = present.sum()
+    return {key: value[rows] if value.shape[:1] == (count,) else value for key, value in inputs.items()}, present
 
 
 def _labels(values: list[Any]) -> Tensor:

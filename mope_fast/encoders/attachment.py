@@ -341,8 +341,8 @@ def _take_over(encoder: nn.Module) -> None:
         gc.collect()  # a model that was dropped may be waiting for that
     if any(attachment.owners for attachment in attachments):
         raise ValueError(
-            f"this {type(encoder).__name__} already takes prompts from another model: unwrap() that one first, let both share one "
-            "PromptedEncoder, or take it back with mope_fast.unwrap_encoder(encoder)"
+            f"this {type(encoder).__name__} already takes prompts from another model, or another side of this one: unwrap() that "
+            "one first, let both share one PromptedEncoder, or take it back with mope_fast.unwrap_encoder(encoder)"
         )
     for attachment in attachments:
         attachment.detach()

@@ -16,7 +16,7 @@ from .prompting import Inputs
 from .task import TaskModel
 
 
-class Source(NamedTuple):
+class FeatureSource(NamedTuple):
     """What gives the feature of one side, as a model holds it."""
 
     path: str

@@ -17,10 +17,13 @@ def as_samples(name: str, inputs: Any) -> tuple[Inputs, tuple[int, int], Tensor 
     """Inputs of all frames (B * T, ...), (B, T), and which of them are there (B, T) or None.
 
     Raises:
+        TypeError: the mask is no tensor.
         ValueError: shapes differ, or there is no frame.
     """
     arguments = dict(inputs) if isinstance(inputs, Mapping) else {FRAMES: inputs}
     mask = arguments.pop(FRAME_MASK, None)
+    if mask is not None and not isinstance(mask, Tensor):
+        raise TypeError(f"{FRAME_MASK} of {name!r} must be a bool tensor (B, T), got {type(mask).__name__}")
     tensors = {key: value for key, value in arguments.items() if isinstance(value, Tensor)}
     shapes = [tuple(value.shape[:2]) for value in (*tensors.values(), *([] if mask is None else [mask]))]
     if not shapes or len(shapes[0]) != 2 or any(shape != shapes[0] for shape in shapes):

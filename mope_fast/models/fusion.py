@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from .. import functional
 from ..encoders import PromptedEncoder, family_of
 from ..encoders.frozen import Hold
-from ..encoders.sources import Source as Origin
-from ..encoders.sources import encoder_of, source_of
+from ..encoders.sources import Source, encoder_of, source_of
 from ..encoders.weights import Samples, sample_weights
 from ..modules import MoPEConfig, PromptBank
 from . import checkpoint, hub
@@ -79,14 +78,18 @@ class MoPEFusion(Classifier):
             check_source(f"complementary[{name!r}]" if several else name, side)
         config = MoPEConfig() if config is None else config
         if config.head_inputs is None:
-            both = num_classes is not None and config.needs_cross
-            both = both and problem_type != DENSE
+            both = num_classes is not None and config.needs_cross and problem_type != DENSE
             config = dataclasses.replace(config, head_inputs="both" if both else "main")
         if config.head_inputs == "both" and num_classes is None and head is None:
             raise ValueError("MoPEConfig.head_inputs='both' needs a head: give num_classes or head, or leave it at 'main'")
         if not isinstance(main, PromptedEncoder):
             family_of(main)
         widths = {name: width_of(name, side, config, several=several) for name, side in sides.items()}
+        if not several and (config.side_dropout or config.combine != "concat"):
+            raise ValueError(
+                f"MoPEConfig.side_dropout={config.side_dropout} and combine={config.combine!r} are for several sides, which are a "
+                "dict of names: complementary={'image': ...}"
+            )
         if several:
             config = settings_of_sides(config, widths)
             sides = {name: dataclasses.replace(side, width=widths[name]) for name, side in sides.items()}
@@ -101,12 +104,10 @@ class MoPEFusion(Classifier):
         self.made_sides: set[str] = set()
         """Names of the sides whose prompts are of this model's making."""
         try:
-            values, frozen = (
-                {},
-                [side.source for side in sides.values() if isinstance(side.source, nn.Module) and not side.trainable],
-            )
+            values: dict[str, Any] = {}
+            frozen = [side.source for side in sides.values() if isinstance(side.source, nn.Module) and not side.trainable]
             for name, side in sides.items():
-                made = make_side(name, side, config, [self.main, *frozen])
+                made = make_side(name, side, config, [self.main, *frozen], several=several)
                 values[name] = made.value
                 self._wrapped += made.wrapped
                 self._holds += made.holds
@@ -278,7 +279,7 @@ class MoPEFusion(Classifier):
         }
         return self.main.encoder, given if isinstance(self.complementary, Sides) else given["complementary"]
 
-    def sources(self) -> dict[str, Origin | None]:
+    def sources(self) -> dict[str, Source | None]:
         """Where the encoders can be got again; a complementary one isn't named where features are passed in.
 
         That of a function that is a supported encoder's feature has its ``pooling``. Those of several sides are

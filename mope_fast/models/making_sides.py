@@ -25,7 +25,7 @@ class MadeSide(NamedTuple):
     has_new_prompts: bool = False
 
 
-def make_side(name: str, side: Side, config: MoPEConfig, frozen: Sequence[nn.Module]) -> MadeSide:
+def make_side(name: str, side: Side, config: MoPEConfig, frozen: Sequence[nn.Module], *, several: bool) -> MadeSide:
     """One side, ready; ``frozen`` is all that is held in this model.
 
     Raises:
@@ -38,12 +38,13 @@ def make_side(name: str, side: Side, config: MoPEConfig, frozen: Sequence[nn.Mod
         length = config.complementary_prompt_length if side.prompt_length is None else side.prompt_length
         tuned = PromptTuned(encoder, length, dropout=config.dropout, prompt_init=config.prompt_init)
         return MadeSide(tuned, () if encoder is source else (encoder,), has_new_prompts=True)
-    # what came wrapped has poolings of its own
-    own = source.main.pooling if is_prompted_model(source) else None
+    # what came wrapped has poolings of its own; of several sides the config's is for those that are encoders
+    own, asked = source.main.pooling if is_prompted_model(source) else None, side.pooling if several else asked
     if asked not in (None, own):
+        what = "Side.pooling" if several else "complementary_pooling"
         raise ValueError(
-            f"complementary_pooling={asked!r} was asked for, but {name}, {type(source).__name__}, has pooling={own!r}: set it "
-            "where it is made, or leave the model's at None"
+            f"{what}={asked!r} was asked for, but {name}, {type(source).__name__}, has pooling={own!r}: set it where it is made, "
+            "or leave the model's at None"
         )
     if side.prompt_length is not None and (own := getattr(source, "settings", {}).get("prompt_length")) != side.prompt_length:
         raise ValueError(f"prompt_length={side.prompt_length} was asked for, but {name}, {type(source).__name__}, has {own}")
@@ -70,6 +71,8 @@ def check_source(name: str, side: Side) -> None:
     if is_prompted_model(source) and not isinstance(source, (PromptTuned, FoldedModel)):
         kind = type(source).__name__
         raise TypeError(f"{name} can't be a {kind}: pass PromptTuned, a folded model, or a function of its features")
+    if isinstance(source, FoldedModel) and source.uses_cross:
+        raise TypeError(f"{name} can't be a folded fusion, which needs another side itself: pass a function of its features")
     if getattr(source, "return_logits", False):
         raise ValueError(f"{name} has return_logits=True, but its features are needed: make it without")
     if side.trainable and (_is_encoder(source) or is_prompted_model(source)):

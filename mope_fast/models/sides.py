@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -12,13 +12,15 @@ from torch import Tensor, nn
 
 from .._settings import check_types
 from ..modules.prompts import check_input
-from .complementary import Source, is_prompted_model
+from .complementary import FeatureSource, is_prompted_model
 from .frames import as_samples, pooled
 from .prompting import Inputs
 from .task import describe_encoder
 
 PRESENT = "present"
 """Beside the names of sides: which samples have those that may be missing."""
+_ARGUMENTS = (PRESENT, "main_inputs", "complementary_inputs", "labels", "feature_maps", "tokens")
+"""What a model is called with by name, as its sides may be."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +65,7 @@ class Side:
                 raise ValueError(f"Side.{name} must be >= {least} or None, got {value}")
 
 
-FACTS = ("width", "trainable", "optional", "frames", "pooling", "prompt_length")
+FACTS = tuple(field.name for field in fields(Side) if field.name != "source")
 """What a save keeps of a :class:`Side`."""
 
 
@@ -78,8 +80,9 @@ def named_sides(given: Mapping[str, Any]) -> dict[str, Side]:
     for name in given:
         if not isinstance(name, str):
             raise TypeError(f"names of complementary sides must be texts, got {name!r}")
-        if not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII) or name == PRESENT or hasattr(nn.ModuleDict, name):
-            raise ValueError(f"a side can't be called {name!r}: take an identifier that is no method of torch's, such as 'audio'")
+        taken = name in _ARGUMENTS or hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name)
+        if taken or not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII):
+            raise ValueError(f"a side can't be called {name!r}: take an identifier that nothing else is called by, such as 'audio'")
     return {name: value if isinstance(value, Side) else Side(value) for name, value in given.items()}
 
 
@@ -103,14 +106,14 @@ class Sides(nn.Module):
             raise ValueError("MoPEConfig.side_dropout is for sides that may be missing: declare them, Side(..., optional=True)")
         self.stand_ins = nn.ParameterDict({name: nn.Parameter(torch.zeros(width)) for name, width in optional.items()})
 
-    def sources(self) -> dict[str, Source]:
+    def sources(self) -> dict[str, FeatureSource]:
         """By name, with their paths in a model that has these sides as ``complementary``."""
         found = {}
         for name, facts in self.facts.items():
             if name in self.sides:
-                found[name] = Source(f"complementary.sides.{name}", self.sides[name], facts.trainable)
+                found[name] = FeatureSource(f"complementary.sides.{name}", self.sides[name], facts.trainable)
             else:
-                found[name] = Source(f"complementary[{name!r}]", self.functions[name])
+                found[name] = FeatureSource(f"complementary[{name!r}]", self.functions[name])
         return found
 
     def forward(self, inputs: Mapping[str, Any], batch: int | None = None) -> Tensor:
@@ -142,15 +145,18 @@ class Sides(nn.Module):
         return {name: self._whole(name, found.get(name), present.get(name), batch) for name in self.facts}
 
     def encoder_inputs(self, name: str, inputs: Mapping[str, Any]) -> Inputs | None:
-        """What a side's encoder is called with for the samples that have it; None where none has."""
+        """What a side's encoder is called with for the samples, or frames, that are there; None where there is none."""
         given, present = self._checked(inputs)
-        if (own := given[name]) is None:
+        if given[name] is None:
             return None
-        if name in present:
-            if not (rows := present[name]).any():
-                return None
-            own = own[rows] if isinstance(own, Tensor) else {k: v[rows] if isinstance(v, Tensor) else v for k, v in own.items()}
-        return own if self.facts[name].frames is None else as_samples(name, own)[0]
+        own, _, _, rows = self._as_rows(name, given[name], present.get(name))
+        if rows is None:
+            return own
+        if not rows.any():
+            return None
+        if isinstance(own, Tensor):
+            return own[rows]
+        return {key: value[rows] if isinstance(value, Tensor) else value for key, value in own.items()}
 
     def _checked(self, inputs: Any) -> tuple[dict[str, Inputs | None], dict[str, Tensor]]:
         """Inputs of every side, and masks of those that have one."""
@@ -175,7 +181,10 @@ class Sides(nn.Module):
         for name, mask in present.items():
             if name not in names or not self.facts[name].optional:
                 optional = [each for each in names if self.facts[each].optional]
-                raise ValueError(f"{PRESENT!r} has a mask of {name!r}: sides that may be missing are {optional}")
+                raise ValueError(
+                    f"{PRESENT!r} has a mask of {name!r}: sides that may be missing are {optional}; make the model with "
+                    f"{{{name!r}: Side(..., optional=True)}}"
+                )
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 1:
                 got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
                 raise ValueError(f"{PRESENT}[{name!r}] must be a bool tensor (B,), True where there is one; got {got}")
@@ -183,15 +192,28 @@ class Sides(nn.Module):
                 raise ValueError(f"{PRESENT}[{name!r}] is given, but {name!r} is None: leave the mask out where all are missing")
         return given, present
 
-    def _feature(self, name: str, source: Source, inputs: Inputs, present: Tensor | None) -> Tensor:
-        how = self.facts[name].frames
-        if present is not None and (source.is_tuned or source.trained):
-            inputs = _zero_where_missing(inputs, present)
-        if how is None:
-            return source.feature(inputs, training=self.training)
+    def _as_rows(
+        self, name: str, inputs: Inputs, present: Tensor | None
+    ) -> tuple[Inputs, tuple[int, int] | None, Tensor | None, Tensor | None]:
+        """What the encoder is called with, (B, T) and the frames' mask of a video, and which rows are there; None for all."""
+        if self.facts[name].frames is None:
+            return inputs, None, None, present
         inputs, shape, mask = as_samples(name, inputs)
-        features = source.feature(inputs, training=self.training).unflatten(0, shape)
-        return pooled(name, features, mask, how, present)
+        if present is not None:
+            check_same_batch(shape[0], present, f"{PRESENT}[{name!r}]")
+            there = present[:, None].expand(shape)
+            return inputs, shape, mask, (there if mask is None else there & mask).flatten()
+        return inputs, shape, mask, None if mask is None else mask.flatten()
+
+    def _feature(self, name: str, source: FeatureSource, inputs: Inputs, present: Tensor | None) -> Tensor:
+        inputs, shape, mask, rows = self._as_rows(name, inputs, present)
+        if rows is not None and (source.is_tuned or source.trained):
+            # NaN there would be NaN in gradients, whatever is done with the feature
+            inputs = _filled(inputs, rows)
+        feature = source.feature(inputs, training=self.training)
+        if shape is None:
+            return feature
+        return pooled(name, feature.unflatten(0, shape), mask, self.facts[name].frames, present)
 
     def _whole(self, name: str, feature: Tensor | None, present: Tensor | None, batch: int) -> Tensor:
         """(B, width), with the stand-in for samples without this side."""
@@ -228,11 +250,11 @@ class Sides(nn.Module):
         return described
 
 
-def sources_of(complementary: object) -> dict[str, Source]:
+def sources_of(complementary: object) -> dict[str, FeatureSource]:
     """By name: of all sides, or of the only one, "complementary"."""
-    return (
-        complementary.sources() if isinstance(complementary, Sides) else {"complementary": Source("complementary", complementary)}
-    )
+    if isinstance(complementary, Sides):
+        return complementary.sources()
+    return {"complementary": FeatureSource("complementary", complementary)}
 
 
 def complementary_feature(complementary: object, inputs: Any, batch: int | None, *, training: bool = False) -> Tensor:
@@ -248,7 +270,7 @@ def complementary_feature(complementary: object, inputs: Any, batch: int | None,
         )
     if isinstance(complementary, Sides):
         return complementary(inputs, batch)
-    feature = Source("complementary", complementary).feature(inputs, training=training)
+    feature = FeatureSource("complementary", complementary).feature(inputs, training=training)
     check_same_batch(batch, feature)
     return feature
 
@@ -284,18 +306,21 @@ def restored(given: Any, saved: Any) -> Any:
     return sides
 
 
-def _zero_where_missing(inputs: Inputs, present: Tensor) -> Inputs:
-    """Zeros in place of numbers with a point where nobody is: NaN there would be NaN in gradients, whatever is done behind."""
+def _filled(inputs: Inputs, there: Tensor) -> Inputs:
+    """Numbers with a point of rows that aren't there replaced by those of the first that is."""
     if isinstance(inputs, Mapping):
-        return {name: _zero_where_missing(value, present) for name, value in inputs.items()}
-    if not isinstance(inputs, Tensor) or not inputs.is_floating_point() or inputs.shape[:1] != present.shape:
+        return {name: _filled(value, there) for name, value in inputs.items()}
+    if not isinstance(inputs, Tensor) or not inputs.is_floating_point() or inputs.shape[:1] != there.shape:
         return inputs
-    return torch.where(present.view(-1, *[1] * (inputs.dim() - 1)), inputs, 0)
+    positions = torch.arange(there.shape[0], device=there.device)
+    taken = inputs[torch.where(there, positions, there.int().argmax())]
+    # where nobody is there the first row may be anything
+    return torch.where(there.view(-1, *[1] * (inputs.dim() - 1)), inputs, taken.nan_to_num(0, 0, 0))
 
 
 def _facts(side: Side, source: Any) -> Side:
     """Of what a model holds: as a save has to say it, without the source."""
     if not is_prompted_model(source):
         return replace(side, source=None)
-    length = source.settings["prompt_length"] if Source("", source).is_tuned else None
+    length = source.settings["prompt_length"] if FeatureSource("", source).is_tuned else None
     return replace(side, source=None, pooling=source.main.pooling, prompt_length=length)

@@ -81,7 +81,7 @@ def _inputs(model: MoPEFusion | PromptTuned, batch: Mapping[str, Any]) -> dict[s
     main, other = two_sides(model.main, model.complementary, *given, named)
     if not isinstance(model.complementary, Sides):
         return {"main_inputs": main, "complementary_inputs": other}
-    others = {} if other is None else {name: model.complementary.encoder_inputs(name, other) for name in model.made_sides}
+    others = {name: model.complementary.encoder_inputs(name, {} if other is None else other) for name in model.made_sides}
     return {"main_inputs": main, **{_of(name): inputs for name, inputs in others.items()}}
 
 

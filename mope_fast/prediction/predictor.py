@@ -93,6 +93,8 @@ class Predictor(hub.PushToHub):
             plain.return_logits = False
             self._outputs, self._mode = plain, functools.partial(evaluating, model)
         self._sides = {name: _Side(encoders[name], field) for name, (field, _) in inputs.sides.items()}
+        facts = getattr(getattr(model, "complementary", None), "facts", {})
+        self._may_lack = {inputs.sides[f"complementary_inputs.{name}"][0]: None for name, side in facts.items() if side.optional}
 
     def __call__(
         self, samples: Iterable[Post | Mapping[str, Any]], batch_size: int = 32, progress: bool = False
@@ -162,11 +164,11 @@ class Predictor(hub.PushToHub):
         return Prediction(label, values if self.class_names is None else dict(zip(names, values, strict=True)), experts)
 
     def _opened(self, sample: Any) -> Any:
-        """With the images that it names by their paths."""
+        """With the images that it names by their paths, and None for a side that may be missing and isn't named."""
         if not isinstance(sample, Mapping):
             return sample
         fields = [side.field for side in self._sides.values() if side.is_image and side.field in sample]
-        return {**sample, **{field: _opened(sample[field]) for field in fields}}
+        return {**self._may_lack, **sample, **{field: _opened(sample[field]) for field in fields}}
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write what the model's own ``save_pretrained`` writes, and a subfolder that says how inputs are made and classes named.

@@ -88,6 +88,8 @@ def test_what_can_not_be_measured_is_refused(bert):
         analysis.what_sides_add(bert, batches)
     with pytest.raises(ValueError, match="a batch has no labels"):
         analysis.what_sides_add(model, [{**batches[0], "labels": None}], progress=False)
+    with pytest.raises(ValueError, match="no sample counts, all labels are -100"):
+        analysis.what_sides_add(model, [{**b, "labels": torch.full_like(b["labels"], -100)} for b in batches], progress=False)
     with pytest.raises(ValueError, match="batches gave none"):
         analysis.what_sides_add(model, [], progress=False)
     with pytest.raises(ValueError, match="batches gave none"):

@@ -36,7 +36,7 @@ class Recorder:
 
     def __getitem__(self, grid):
         def record(*args, **kwargs):
-            options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+            options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion") if name in kwargs}
             bound = inspect.signature(self.kernel.fn).bind(*args, **kwargs)
             self.launches.append(Launch(self.kernel, grid, dict(bound.arguments), options))
 

@@ -85,6 +85,11 @@ def test_spills_nothing_on_sm_90(case, record):
         assert compiled.spills == 0, f"{compiled.name}: {compiled.spills} bytes of local memory"
 
 
+def test_a_product_and_a_sum_are_one_instruction_whatever_tritons_default_is(record, monkeypatch):
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
+    assert "fma.rn" in compile_launch(record(*CASES[1])[0], 90).ptx
+
+
 @pytest.mark.parametrize("case", COMMON, ids=str)
 def test_tables_and_results_move_in_words_of_16_bytes_on_sm_90(case, record):
     for launch in record(*case)[:2]:  # the router's gradients are few numbers

@@ -208,6 +208,16 @@ def test_several_sides_some_of_them_missing(posts):
     assert both([posts[0], bare])["complementary_inputs"]["present"]["picture"].tolist() == [True, False]
     with pytest.raises(ValueError, match=r"complementary_field must be a dict of the fields of \['a'\], got 'b'"):
         FusionCollator(None, {"a": None}, complementary_field="b")
+    for sides in ({}, {"present": None}):
+        with pytest.raises(ValueError, match="complementary must be a dict of sides, none of them called 'present'"):
+            FusionCollator(None, sides)
+
+
+def test_what_is_not_of_a_sample_stays_where_others_lack_a_side():
+    collate = FusionCollator(None, {"a": lambda values: {"x": torch.stack(values), "scale": torch.tensor(2.0)}}, main_field="id")
+    samples = [{"id": 0, "a": None}, {"id": 1, "a": torch.tensor([3.0])}]
+    a = collate(samples)["complementary_inputs"]["a"]
+    assert (a["x"].tolist(), a["scale"].item()) == ([[3.0], [3.0]], 2.0)
 
 
 @pytest.mark.parametrize("preprocess", [PROCESSOR, StackEach(pixels)])
@@ -228,3 +238,11 @@ def test_videos_are_padded_and_say_which_frames_are_there(preprocess):
         EachFrame(preprocess)([videos[0], []])
     with pytest.raises(ValueError, match="most must be an integer >= 1 or None, got 0"):
         EachFrame(preprocess, most=0)
+    again = EachFrame(preprocess)([iter(video) for video in videos])
+    assert torch.equal(again[name], made[name])
+
+
+def test_a_transform_that_makes_no_row_of_each_frame_is_refused():
+    frames = [Image.new("RGB", (8, 8))] * 3
+    with pytest.raises(ValueError, match=r"3 frames were given, but the transform made {'frames': \(1, 2\)} of them"):
+        EachFrame(lambda images: torch.zeros(1, 2))([frames])

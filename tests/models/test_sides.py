@@ -131,6 +131,34 @@ def test_what_is_no_number_reaches_nothing_where_its_side_is_missing():
     assert all(parameter.grad.isfinite().all() for parameter in trained(model).values())
 
 
+def test_rows_of_a_missing_side_are_such_as_its_encoder_takes():
+    class Unit(nn.Module):
+        """Zeros would be NaN in its gradients."""
+
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(6, 7)
+
+        def forward(self, x):
+            return self.linear(x / x.norm(dim=1, keepdim=True))
+
+    for missing in ((1,), range(B)):
+        model = make_model({"words": Side(Unit(), trainable=True, optional=True, width=7)}).train()
+        model(make_text(B), {"words": torch.rand(B, 6).double(), "present": masks(words=missing)}, torch.arange(B)).loss.backward()
+        assert all(p.grad.isfinite().all() for p in trained(model).values())
+
+
+def test_frames_that_are_not_there_reach_nothing():
+    model = make_model({"video": Side(make_dinov2(), frames="max")}).train()
+    video, mask = make_images(B * T).unflatten(0, (B, T)), torch.ones(B, T, dtype=torch.bool)
+    mask[:, 2] = False
+    video[:, 2] = torch.nan
+    inputs = {"video": {"frames": video, "frame_mask": mask}}
+    model(make_text(B), inputs, torch.arange(B)).loss.backward()
+    assert all(p.grad.isfinite().all() for p in trained(model).values())
+    start_prompts(model, [{"main_inputs": make_text(B), "complementary_inputs": inputs}], progress=False)
+
+
 def test_side_dropout_takes_optional_sides_away_in_training_only():
     sides = {"given": Side(width=4, optional=True), "other": Side(width=3)}
     model = make_model(sides, side_dropout=0.25).train()
@@ -290,6 +318,8 @@ def test_prompts_of_every_side_start_among_its_tokens():
     before = rows.clone()
     start_prompts(model, [{"main_inputs": text, "complementary_inputs": {**others, "picture": None}}], progress=False)
     assert torch.equal(rows, before)
+    with pytest.raises(ValueError, match="side 'video' is missing, and was not declared as one that may be"):
+        start_prompts(model, [{"main_inputs": text}], progress=False)
 
 
 def test_encoders_are_given_back():
@@ -339,9 +369,13 @@ def both_trained_and_held(bag):
         (dict, "complementary is an empty dict"),
         (lambda: {"items": None}, "a side can't be called 'items'"),
         (lambda: {"present": None}, "a side can't be called 'present'"),
+        (lambda: {"training": None}, "a side can't be called 'training'"),
+        (lambda: {"tokens": None}, "a side can't be called 'tokens'"),
+        (lambda: {"a": make_model({"b": Side(width=3)}).fold()}, r"'a'\] can't be a folded fusion"),
         (lambda: {"a.b": None}, "a side can't be called 'a.b'"),
         (lambda: {3: None}, "names of complementary sides must be texts, got 3"),
         (lambda: Side(None, width=3), "give it a name"),
+        (lambda: dict.fromkeys("ab", make_dinov2()), "already takes prompts from another model, or another side of this one"),
         (lambda: {"a": 3}, r"complementary\['a'\] must be a supported encoder, a callable or None, got int"),
         (lambda: {"a": None}, r"the width of the feature of \['a'\] can't be inferred"),
         (lambda: {"a": Side(make_dinov2(), width=3)}, "Side.width of 'a' is 3, but Dinov2Model gives features of width 48"),
@@ -362,6 +396,12 @@ def test_sides_that_can_not_be_meant_are_refused_and_nothing_stays_held(sides, m
         make_model(sides, bert)
     assert bert.training is False or bert.pooler.dense.weight.requires_grad
     MoPEFusion(bert, None, 2, MoPEConfig(cross_dim=3)).unwrap()
+
+
+def test_settings_of_several_sides_need_several():
+    for settings in ({"side_dropout": 0.1}, {"combine": "sum"}):
+        with pytest.raises(ValueError, match="are for several sides, which are a dict of names"):
+            MoPEFusion(make_bert(), None, 2, MoPEConfig(cross_dim=3, **settings))
 
 
 def test_settings_of_a_side_are_checked():
