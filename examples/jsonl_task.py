@@ -1,30 +1,20 @@
-"""What the programs on posts share: arguments, encoders by name, batches, optimiser, metrics."""
+"""What the programs on posts share: encoders by name, batches, optimiser, metrics."""
 
 import argparse
+import hashlib
 import itertools
-import math
 import os
-import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from named_encoders import (
-    PACKAGED_AUDIO,
-    PACKAGED_IMAGE,
-    PACKAGED_TEXT,
-    STATISTICS,
-    Encoder,
-    audio_encoder,
-    image_encoder,
-    image_transform,
-    text_encoder,
-)
+from named_encoders import Encoder, audio_encoder, image_encoder, image_transform, text_encoder
 from packages import CACHE
 from sklearn.metrics import roc_auc_score
+from task_arguments import FIELDS, only_other
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import get_linear_schedule_with_warmup
@@ -41,171 +31,10 @@ from mope_fast import (
     start_prompts,
 )
 from mope_fast.data import EachFrame, Posts, classification_metrics, multi_label_metrics, read_jsonl_folder
+from mope_fast.data.images import Hdf5Image
 
-PACKAGED_RECIPE = {"lr": 1e-3, "head_lr": 5e-3, "dropout": 0.0, "prompt_init": 0.06}
-"""Small encoders want this on Easy-VQA: defaults where the main side is one of the packaged ones."""
 START_SAMPLES = 256
 """Of whose tokens prompts start at the mean."""
-FIELDS = {"text": "text", "image": "image", "audio": "audio", "video": "frames"}
-"""Side -> where a post has it."""
-
-
-def argument_parser(description: str, output: str, sets: Mapping[str, str] | None = None) -> argparse.ArgumentParser:
-    """Arguments of a task.
-
-    Args:
-        output: the name of the folder for everything.
-        sets: names of published sets with their titles, one of which is given before its folder; None for a folder of JSON lines.
-    """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    if sets is not None:
-        add("name", choices=sets, metavar="NAME", help=", ".join(f"{name}: {title}" for name, title in sets.items()))
-    lines = "train.jsonl, val.jsonl, labels.txt, the images; test.jsonl if there is one, with or without labels"
-    add("folder", type=Path, help=lines if sets is None else "of that set, with its files as published")
-    add("--main", choices=("text", "image"), default="text", help="the side whose layers take prompts")
-    add("--text-model", default=PACKAGED_TEXT, help=f"a transformers folder or name; {PACKAGED_TEXT} comes from a package")
-    add(
-        "--image-model", default=PACKAGED_IMAGE,
-        help=f"a transformers folder or name, or a timm model as timm/NAME; {PACKAGED_IMAGE} comes from a package",
-    )  # fmt: skip
-    add(
-        "--other", nargs="+", choices=tuple(FIELDS), default=None,
-        help="the other sides, which the prompts are routed by; several of them, audio and video may be missing in a sample; "
-        "default: image or text, the one that --main isn't",
-    )  # fmt: skip
-    add(
-        "--audio-model", default="facebook/wav2vec2-base-960h",
-        help=f"a transformers folder or name; {PACKAGED_AUDIO} comes from a package",
-    )  # fmt: skip
-    add("--max-seconds", type=float, default=20.0, help="of a sound: longer ones are cut, shorter ones filled up with silence")
-    add("--video-model", default="google/vit-base-patch16-224-in21k", help="of each frame; as for --image-model")
-    add("--frames", type=int, default=8, help="of a video at most, evenly spread; their features' maximum is the video's")
-    add("--combine", choices=("concat", "sum"), default="concat", help="features of several other sides: side by side, or added")
-    add("--side-dropout", type=float, default=0.0, help="rate at which other sides are taken for missing, in training")
-    add("--image-size", type=int, default=112, help=f"pixels, a multiple of 14; for {PACKAGED_IMAGE} only, others know theirs")
-    add(
-        "--image-transform", choices=("own", "crop", "squash"), default="own",
-        help="how an image gets its encoder's size: by the encoder's own preprocessing; the shorter side to 8/7 of it, then the "
-        "centre; both sides to 8/7 of it, then the centre",
-    )  # fmt: skip
-    add(
-        "--image-statistics",
-        choices=("own", *STATISTICS),
-        default="own",
-        help="mean and deviation of pixels, with crop or squash",
-    )
-    add(
-        "--rand-augment", type=int, nargs=2, metavar=("N", "M"), default=None,
-        help="change training images by N random operations of strength M, by torchvision",
-    )  # fmt: skip
-    add("--max-length", type=int, default=128, help="tokens of a text, longer ones are cut")
-    add(
-        "--complementary", choices=("prompted", "frozen"), default="prompted",
-        help="the other side's encoder: with trained prompts of its own, or as it is, each sample computed once for all runs",
-    )  # fmt: skip
-    add("--experts", type=int, default=16, help="K, experts a layer")
-    add("--prompt-length", type=int, default=6, help="L, rows of a prompt")
-    add("--complementary-prompt-length", type=int, default=4, help="rows of the other side's prompts")
-    add("--dropout", type=float, default=None, help="on prompts; default: the paper's 0.1")
-    add("--dynamic-dropout", type=float, default=0.0, help="on routed prompts, which the paper's text has and the release doesn't")
-    add("--noise-std", type=float, default=1 / 256, help="of the noise on routing logits, in training")
-    add("--mapper-norm", choices=("batch", "layer", "none"), default="batch", help="on the way of the other feature to a prompt")
-    add("--prompt-init", type=float, default=None, help="prompts start uniform in +- this; default: the release's rule")
-    add("--complementary-prompt-init", type=float, default=None, help="likewise, of the other side's prompts; default: the same")
-    add("--importance-weight", type=float, default=0.01, help="of the importance loss, 0 for none")
-    add("--no-static", action="store_true", help="leave out static prompts")
-    add("--no-dynamic", action="store_true", help="leave out routed prompts: no experts, no router")
-    add("--no-mapped", action="store_true", help="leave out the other feature as a prompt")
-    add("--top-k", type=int, default=None, help="keep the k largest routing scores; default: all")
-    add("--learn-keys", action="store_true", help="train the routing keys")
-    add("--temperature", type=float, default=0.1, help="of the router's softmax")
-    add("--head-inputs", choices=("main", "both"), default="both", help="what the head reads: the fused feature, or the other too")
-    poolings, default = ("own", "cls", "mean", "last", "cls+mean"), f"default: mean for {PACKAGED_TEXT}, else its own"
-    add("--pooling", choices=poolings, default=None, help=f"of the main encoder's tokens; {default}")
-    add("--router-pooling", choices=poolings[:-1], default="own", help="of a layer's input, for the router")
-    add("--complementary-pooling", choices=poolings, default=None, help=f"of the other encoder's tokens; {default}")
-    add("--lr", type=float, default=None, help="of prompts, router and mapper; default: the paper's 5e-4 for text, 4e-4 for images")
-    add("--complementary-lr", type=float, default=None, help="of the other side's prompts; default: the paper's of that side")
-    add("--head-lr", type=float, default=None, help="default: as --lr")
-    add(
-        "--head-epochs",
-        type=int,
-        default=0,
-        help="of the head alone, before anything else, with prompts put where an image encoder's tokens are: each sample runs "
-        "through the encoders once",
-    )
-    add("--check-images", action="store_true", help="read every image before anything else")
-    add("--debug", action="store_true", help="show where an error comes from")
-    add("--weight-decay", type=float, default=1e-3)
-    add("--schedule", choices=("linear", "steps"), default="linear", help="warm-up and decay; or the paper's x 0.4 at epochs 3, 6")
-    add("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    add("--epochs", type=int, default=5)
-    add("--batch-size", type=int, default=32, help="of each process")
-    add("--samples", type=int, default=None, help="use the first so many of each split, for a quick try")
-    add("--missing-images", choices=("error", "skip", "grey"), default="error", help="leave out, or put a grey picture in place")
-    add(
-        "--outside", type=Path, nargs="+", default=[], help="folders outside of FOLDER that its images may be in, by a link or path"
-    )
-    add("--workers", type=int, default=0, help="processes that read and decode")
-    add("--seed", type=int, default=42)
-    add("--output", type=Path, default=Path("outputs") / output, help="folder for everything this writes")
-    return parser
-
-
-def check(
-    parser: argparse.ArgumentParser, args: argparse.Namespace, expected: str = "one with train.jsonl, val.jsonl and labels.txt"
-) -> argparse.Namespace:
-    """Ends the program with one line for arguments that make no sense; fills in what was left to us.
-
-    ``expected`` is the folder that is to be given.
-    """
-    least = {"image_size": 14, "max_length": 3, "experts": 1, "prompt_length": 1, "complementary_prompt_length": 0, "epochs": 1}
-    least |= {"batch_size": 2, "samples": 2, "workers": 0, "head_epochs": 0, "frames": 1}
-    for name, value in least.items():
-        got = getattr(args, name)
-        if got is not None and got < value:
-            parser.error(f"--{name.replace('_', '-')} must be at least {value}, got {got}")
-    positive = ("clip", "max_seconds", "temperature")
-    for name in ("lr", "complementary_lr", "head_lr", "weight_decay", "importance_weight", "noise_std", *positive):
-        got = getattr(args, name)
-        if got is not None and not (math.isfinite(got) and (got > 0 if name in positive else got >= 0)):
-            parser.error(f"--{name.replace('_', '-')} must be a finite number {'> 0' if name in positive else '>= 0'}, got {got}")
-    if not 0 <= args.seed < 2**32:
-        parser.error(f"--seed must be 0 to 2**32 - 1, got {args.seed}")
-    if args.image_model == PACKAGED_IMAGE and args.image_size % 14:
-        parser.error(f"--image-size must be a multiple of 14, got {args.image_size}")
-    if not args.folder.is_dir():
-        parser.error(f"{args.folder} is no folder: expected {expected}")
-    if args.output.exists() and not args.output.is_dir():
-        parser.error(f"--output must be a folder, {args.output} is a file")
-    if not getattr(args, "resume", False) and not is_unused(args.output):
-        more = "go on with it by --resume, or give another --output" if hasattr(args, "resume") else "give another --output"
-        parser.error(f"{args.output} has files already: {more}")
-    if args.other is None:
-        args.other = ["image" if args.main == "text" else "text"]
-    if args.main in args.other or len(set(args.other)) < len(args.other):
-        parser.error(f"--other must be sides that differ from each other and from --main {args.main}, got {' '.join(args.other)}")
-    if args.image_statistics != "own" and args.image_transform == "own":
-        parser.error(f"--image-statistics {args.image_statistics} needs --image-transform crop or squash")
-    if args.rand_augment and ("image" not in (args.main, *args.other) or min(args.rand_augment) < 0 or args.rand_augment[1] > 30):
-        parser.error(f"--rand-augment is for images, N >= 0 operations of strength 0 to 30, got {args.rand_augment}")
-    # the paper's, of text and of images
-    papers = {"text": 5e-4}
-    recipe = {"lr": papers.get(args.main, 4e-4), "complementary_lr": papers.get(args.other[0], 4e-4), "dropout": 0.1}
-    if getattr(args, f"{args.main}_model") in (PACKAGED_TEXT, PACKAGED_IMAGE):
-        recipe |= PACKAGED_RECIPE
-    for name, side in (("pooling", args.main), ("complementary_pooling", args.other[0])):
-        packaged = side == "text" and args.text_model == PACKAGED_TEXT and (name == "pooling" or len(args.other) == 1)
-        recipe[name] = "mean" if packaged else "own"
-    if args.top_k is not None and not 1 <= args.top_k <= args.experts:
-        parser.error(f"--top-k must be 1 to --experts ({args.experts}), got {args.top_k}")
-    if args.no_static and args.no_dynamic and args.no_mapped:
-        parser.error("--no-static --no-dynamic --no-mapped leaves no prompt: drop one of them")
-    for name, value in recipe.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    return args
 
 
 class Augmented(Sequence[dict[str, Any]]):
@@ -304,6 +133,14 @@ class Task:
         """What ``python -m mope_fast.predict`` takes, and ``MoPEFusion.from_pretrained``."""
         Predictor(self.model, self.collate, self.class_names).save_pretrained(folder)
 
+    def outcomes(self, batch: dict[str, Any], model: nn.Module) -> Tensor:
+        """Of each sample of a batch what it is judged by: logits."""
+        return model(**batch).logits.float()
+
+    def judge(self, outcomes: Tensor, split: str) -> dict[str, float]:
+        """Metrics of a whole split."""
+        return self.metrics(outcomes, self.splits[split].labels)
+
     def metrics(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
         """Accuracy, macro and micro F1; of two classes the area under the ROC curve too, where both occur."""
         if self.splits["train"].multi_label:
@@ -319,6 +156,65 @@ class Task:
     def chosen_by(self) -> str:
         """The metric that says which epoch is the best."""
         return "f1_macro" if self.splits["train"].multi_label else "accuracy"
+
+    def data_hash(self) -> str:
+        """Of all samples and classes; of files their places in the folder."""
+        samples = [
+            (split, post.id, post.text, self._place(post.image), post.label)
+            + ((self._place(post.audio), *(self._place(frame) for frame in post.frames)) if post.audio or post.frames else ())
+            for split, posts in self.splits.items()
+            for post in posts
+        ]
+        return hashlib.sha256(repr((self.class_names, samples)).encode()).hexdigest()[:16]
+
+    def _place(self, file: Path | Hdf5Image | None) -> str | None:
+        """In the folder, wherever that is."""
+        if isinstance(file, Hdf5Image):
+            return f"{self._place(file.file)}[{file.index}]"
+        return None if file is None else os.path.relpath(file, self.args.folder)
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Of each split: samples there are, those left out, and those that lack something."""
+        counts = {}
+        for split, posts in self.splits.items():
+            counts[split] = {"samples": len(posts), "left out, without image": len(posts.dropped.get("no image", ()))}
+            others = {reason: len(ids) for reason, ids in posts.dropped.items() if reason != "no image"}
+            counts[split] |= {f"left out, {reason}": count for reason, count in others.items() if count}
+            if "image" in self.fields:
+                counts[split]["with a grey picture"] = sum(post.image is None for post in posts)
+            if "audio" in self.fields:
+                counts[split]["without sound"] = sum(post.audio is None for post in posts)
+            if "video" in self.fields:
+                counts[split]["without frames"] = sum(not post.frames for post in posts)
+        return counts
+
+    def predictions(self, split: str, logits: Tensor) -> list[dict[str, Any]]:
+        """A row for each sample."""
+        posts, names, several = self.splits[split], self.class_names, self.splits["train"].multi_label
+        scores = logits.sigmoid() if several else logits.softmax(1)
+        rows = []
+        for post, score in zip(posts, scores.tolist(), strict=True):
+            if several:
+                label = post.label and [name for name, there in zip(names, post.label, strict=True) if there]
+                predicted = [name for name, value in zip(names, score, strict=True) if value > 0.5]
+            else:
+                label = None if post.label is None else names[post.label]
+                predicted = names[max(range(len(names)), key=score.__getitem__)]
+            rows.append({"id": post.id, "label": label, "predicted": predicted, "scores": [round(value, 4) for value in score]})
+        return rows
+
+
+def config_of(args: argparse.Namespace, **others: Any) -> MoPEConfig:
+    """Settings of prompts and router, and others."""
+    return MoPEConfig(
+        num_experts=args.experts, prompt_length=args.prompt_length, dropout=args.dropout, noise_std=args.noise_std,
+        prompt_init=args.prompt_init, mapper_norm=args.mapper_norm, importance_weight=args.importance_weight,
+        complementary_prompt_length=args.complementary_prompt_length, use_static=not args.no_static,
+        use_dynamic=not args.no_dynamic, use_mapped=not args.no_mapped, top_k=args.top_k, learn_keys=args.learn_keys,
+        temperature=args.temperature, pooling=pooling_of(args.pooling), router_pooling=pooling_of(args.router_pooling),
+        complementary_pooling=None if args.complementary == "frozen" else pooling_of(args.complementary_pooling),
+        dynamic_dropout=args.dynamic_dropout, **others,
+    )  # fmt: skip
 
 
 def read_folder(args: argparse.Namespace) -> dict[str, Posts]:
@@ -337,19 +233,10 @@ def load_task(args: argparse.Namespace, read: Callable[[argparse.Namespace], dic
     (main, main_inputs), *others = (_encoder(args, side) for side in (args.main, *args.other))
     torch.manual_seed(args.seed)
     alone = only_other(args)
-    made = {side: _complementary(args, side, encoder) for side, (encoder, _) in zip(args.other, others, strict=True)}
+    made = {side: complementary_of(args, side, encoder) for side, (encoder, _) in zip(args.other, others, strict=True)}
     inputs = {side: preprocess for side, (_, preprocess) in zip(args.other, others, strict=True)}
     complementary = made[alone] if alone else {side: _side(side, source) for side, source in made.items()}
-    config = MoPEConfig(
-        num_experts=args.experts, prompt_length=args.prompt_length, dropout=args.dropout, noise_std=args.noise_std,
-        prompt_init=args.prompt_init, mapper_norm=args.mapper_norm, importance_weight=args.importance_weight,
-        complementary_prompt_length=args.complementary_prompt_length, use_static=not args.no_static,
-        use_dynamic=not args.no_dynamic, use_mapped=not args.no_mapped, top_k=args.top_k, learn_keys=args.learn_keys,
-        temperature=args.temperature, head_inputs=args.head_inputs, pooling=_pooling(args.pooling),
-        router_pooling=_pooling(args.router_pooling),
-        complementary_pooling=None if args.complementary == "frozen" else _pooling(args.complementary_pooling),
-        dynamic_dropout=args.dynamic_dropout, combine=args.combine, side_dropout=args.side_dropout,
-    )  # fmt: skip
+    config = config_of(args, head_inputs=args.head_inputs, combine=args.combine, side_dropout=args.side_dropout)
     several = splits["train"].multi_label
     model = MoPEFusion(
         main, complementary, len(splits["train"].class_names), config,
@@ -363,11 +250,6 @@ def load_task(args: argparse.Namespace, read: Callable[[argparse.Namespace], dic
     return Task(splits, collate, model, args, augmented)
 
 
-def only_other(args: argparse.Namespace) -> str | None:
-    """The other side where it is text or images alone: no sample lacks it, for without an image there is a grey one."""
-    return args.other[0] if args.other in (["text"], ["image"]) else None
-
-
 def _encoder(args: argparse.Namespace, side: str) -> Encoder:
     if side == "text":
         return text_encoder(args.text_model, args.max_length)
@@ -379,9 +261,9 @@ def _encoder(args: argparse.Namespace, side: str) -> Encoder:
     return encoder, image_transform(inputs, args.image_transform, args.image_statistics)
 
 
-def _complementary(args: argparse.Namespace, side: str, encoder: nn.Module) -> Any:
+def complementary_of(args: argparse.Namespace, side: str, encoder: nn.Module) -> Any:
     """What gives one of the other sides' features."""
-    pooling = _pooling(args.complementary_pooling)
+    pooling = pooling_of(args.complementary_pooling)
     if args.complementary == "frozen":
         encoder.to(default_device())
         name = _file_name(getattr(args, f"{side}_model"))
@@ -398,7 +280,7 @@ def _side(name: str, source: Any) -> Side:
     return Side(source, width=getattr(source, "width", None), optional=name != "text", frames="max" if name == "video" else None)
 
 
-def _pooling(name: str) -> str | None:
+def pooling_of(name: str) -> str | None:
     return None if name == "own" else name
 
 
@@ -427,13 +309,9 @@ def default_device() -> str:
 
 
 def to_device(value: Any, device: str | torch.device) -> Any:
-    """A batch's tensors, in dicts too; None is a side that no sample has."""
+    """A batch's tensors, in dicts and lists too; None is a side that no sample has."""
     if isinstance(value, dict):
         return {name: to_device(each, device) for name, each in value.items()}
+    if isinstance(value, list):
+        return [to_device(each, device) for each in value]
     return None if value is None else value.to(device, non_blocking=True)
-
-
-def is_unused(folder: Path) -> bool:
-    """Whether it isn't there or has nothing in it, but for what a process that was killed at once leaves."""
-    leftovers = r"\.lock|\.settings\.json\.\d+\.part"
-    return not folder.exists() or all(re.fullmatch(leftovers, path.name) for path in folder.iterdir())

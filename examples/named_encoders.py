@@ -46,6 +46,17 @@ def image_encoder(name: str, size: int) -> Encoder:
     return AutoModel.from_pretrained(name), AutoImageProcessor.from_pretrained(name)
 
 
+def pixels_of(own: Callable[..., Any]) -> tuple[tuple[int, int | None, int | None], tuple[float, ...], tuple[float, ...]]:
+    """Channels, height and width of an encoder's images, None where they aren't known; mean and deviation of its pixels."""
+    if isinstance(own, TimmTransform):
+        return own.config["input_size"], own.config["mean"], own.config["std"]
+    if not hasattr(own, "image_mean"):
+        return (3, None, None), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    described = own.to_dict()
+    sizes = described.get("crop_size") or described["size"]
+    return (3, sizes.get("height"), sizes.get("width")), own.image_mean, own.image_std
+
+
 def image_transform(own: Callable[..., Any], name: str, statistics: str) -> Callable[..., Any]:
     """See ``--image-transform``.
 
@@ -54,15 +65,8 @@ def image_transform(own: Callable[..., Any], name: str, statistics: str) -> Call
     """
     if name == "own":
         return own
-    if isinstance(own, TimmTransform):
-        size, mean, std = own.config["input_size"], own.config["mean"], own.config["std"]
-    elif hasattr(own, "image_mean"):
-        described = own.to_dict()
-        sizes = described.get("crop_size") or described["size"]
-        size, mean, std = (3, sizes.get("height"), sizes.get("width")), own.image_mean, own.image_std
-    else:
-        size = ()
-    if len(size) != 3 or None in size:
+    size, mean, std = pixels_of(own)
+    if None in size:
         raise ValueError(f"--image-transform {name} can't be made of {type(own).__name__}, whose size isn't known: leave it at own")
     mean, std = STATISTICS.get(statistics, (mean, std))
     mode = {"crop": "center", "squash": "squash"}[name]

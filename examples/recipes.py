@@ -26,7 +26,7 @@ NOTES = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """Arguments of one set, by the name in ``jsonl_task.argument_parser``.
+    """Arguments of one set, by the name in ``task_arguments.argument_parser``.
 
     Attributes:
         ours: what differs from the programs' defaults.
@@ -80,3 +80,13 @@ RECIPES = {
     ),
 }  # fmt: skip
 """Name of a published set -> its recipe."""
+REFERENCES = Recipe(
+    {
+        **_STEPS, "image_model": "timm/swin_base_patch4_window12_384.ms_in22k", "text_model": BERT, "max_length": 64, "epochs": 10,
+        "batch_size": 16,
+    },
+    {"experts": 16, "epochs": 15, "dynamic_dropout": 0.1, "start_prompts": False},
+    "the released code has no program that trains on references",
+    ("mean_iou",),
+)  # fmt: skip
+"""Of RefCOCO and RefCOCO+, mean IoU of val, testA and testB; and of RefCOCOg, which the paper doesn't have."""

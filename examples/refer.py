@@ -15,11 +15,12 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
-import matplotlib
 import torch
 from files import write_atomically
+from mask_pictures import Masked, draw
 from pretrained import dinov2_small, minilm
 from progress import Steps
 from refer_data import Mosaics, mosaics
@@ -121,23 +122,12 @@ def mean_masks(train_data: Mosaics, test: Mosaics) -> Tensor:
 
 def picture(path: Path, data: Mosaics, predictions: dict[str, Tensor], rows: int = 6) -> None:
     """The first test mosaics, what is named, and what each method says."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    columns = {"": None, "named": data.masks, **predictions}
-    figure, axes = plt.subplots(rows, len(columns), figsize=(1.5 * len(columns), 1.6 * rows), squeeze=False)
-    for row, line in enumerate(axes):
-        image = data.images[row].permute(1, 2, 0).numpy()
-        for axis, (name, masks) in zip(line, columns.items(), strict=True):
-            faded = image if masks is None else (image * 0.25 + 191 * ~masks[row].numpy()[..., None]).clip(0, 255).astype("uint8")
-            axis.imshow(faded if masks is None else torch.where(masks[row][..., None], torch.tensor(image), torch.tensor(faded)))
-            axis.set_axis_off()
-            if row == 0:
-                axis.set_title(name, fontsize=8)
-        line[0].set_title(data.phrases[data.phrase[row]], fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    columns = {"named": data.masks, **predictions}
+    shown = []
+    for image, phrase, *masks in islice(zip(data.images, data.phrase, *columns.values(), strict=True), rows):
+        named = dict(zip(columns, masks, strict=True))
+        shown.append(Masked(data.phrases[phrase], image.permute(1, 2, 0).numpy(), named))
+    draw(path, shown)
 
 
 def run(args: argparse.Namespace) -> dict[str, dict]:
@@ -172,7 +162,7 @@ def run(args: argparse.Namespace) -> dict[str, dict]:
     minutes = (time.monotonic() - began) / 60
     report = {"settings": settings, "minutes": minutes, "results": results}
     write_atomically(args.output / "results.json", json.dumps(report, indent=2))
-    picture(args.output / "predictions.png", test, shown, min(6, len(test)))
+    picture(args.output / "predictions.png", test, shown)
     print(f"{minutes:.1f} minutes; {args.output / 'results.json'}, {args.output / 'predictions.png'}")
     return report
 

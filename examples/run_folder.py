@@ -9,10 +9,11 @@ from typing import Any
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
 from files import write_atomically
-from jsonl_task import is_unused
+from task_arguments import is_unused
 
 _CHECKPOINT, _ADAPTER = r"step-\d{8}", r"adapter-epoch-\d+"
-_PART = rf"\.({_CHECKPOINT}|{_ADAPTER}|(settings|results|predictions-\w+)\.jsonl?\.\d+)\.part|\.report\.html\.\w+\.tmp"
+_FILE = r"(settings|results|predictions-\w+)\.jsonl?|predictions\.png"
+_PART = rf"\.({_CHECKPOINT}|{_ADAPTER}|({_FILE})\.\d+)\.part|\.report\.html\.\w+\.tmp"
 
 
 class RunFolder:

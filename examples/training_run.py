@@ -1,27 +1,24 @@
 """One training run of a task in an output folder: killed at any moment it goes on, and ends as if undisturbed."""
 
 import argparse
-import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, skip_first_batches
 from files import write_atomically
-from jsonl_task import Task, argument_parser, check, default_device, only_other, to_device
+from jsonl_task import Task, default_device, to_device
 from progress import Steps, tracked
 from run_folder import RunFolder
+from task_arguments import argument_parser, check, only_other
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 from torch.utils.tensorboard import SummaryWriter
 
 from mope_fast import analysis
-from mope_fast.data.images import Hdf5Image
 
 MAY_CHANGE = (
     "folder", "outside", "images_in", "frames_in", "output", "resume", "workers", "checkpoint_every", "check_images", "debug",
@@ -30,8 +27,12 @@ MAY_CHANGE = (
 
 
 def run_parser(description: str, output: str, sets: Mapping[str, str] | None = None) -> argparse.ArgumentParser:
-    """Arguments of a task and of its run, see :func:`argument_parser`."""
-    parser = argument_parser(description, output, sets)
+    """Arguments of a task on posts and of its run, see :func:`argument_parser`."""
+    return add_run(argument_parser(description, output, sets))
+
+
+def add_run(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Arguments of a run."""
     parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no", help="autocast")
     parser.add_argument(
         "--choose", choices=("best", "last"), default="best", help="the epoch that is tested: the best on val, or the last"
@@ -52,21 +53,7 @@ def check_run(parser: argparse.ArgumentParser, args: argparse.Namespace, **setti
 def settings_of(task: Task, processes: int) -> dict[str, Any]:
     """What a run's numbers depend on: arguments, processes, and which samples there are."""
     settings = {name: value for name, value in vars(task.args).items() if name not in MAY_CHANGE}
-    samples = [
-        (split, post.id, post.text, _place(post.image, task), post.label)
-        + ((_place(post.audio, task), *(_place(frame, task) for frame in post.frames)) if post.audio or post.frames else ())
-        for split, posts in task.splits.items()
-        for post in posts
-    ]
-    data = hashlib.sha256(repr((task.class_names, samples)).encode()).hexdigest()[:16]
-    return {"data": data, "processes": processes, **settings}
-
-
-def _place(file: Path | Hdf5Image | None, task: Task) -> str | None:
-    """In the folder, wherever that is."""
-    if isinstance(file, Hdf5Image):
-        return f"{_place(file.file, task)}[{file.index}]"
-    return None if file is None else os.path.relpath(file, task.args.folder)
+    return {"data": task.data_hash(), "processes": processes, **settings}
 
 
 @dataclass
@@ -172,7 +159,7 @@ class Run:
     def _end_epoch(self) -> dict[str, float]:
         self._check_health()
         position, chosen_by = self.position, self.task.chosen_by
-        metrics = self.task.metrics(self._predict("val"), self.task.splits["val"].labels)
+        metrics = self.task.judge(self.outcomes("val"), "val")
         best = max((earlier[chosen_by] for earlier in position.history), default=float("-inf"))
         position.epoch, position.step = position.epoch + 1, 0
         position.history.append(metrics)
@@ -191,100 +178,82 @@ class Run:
                 self.writer.add_scalar(name, value, self.done)
 
     @torch.inference_mode()
-    def _predict(self, split: str) -> Tensor:
-        """Logits, in the split's order."""
+    def outcomes(self, split: str) -> Tensor:
+        """What samples are judged by, such as logits, in the split's order."""
         self.model.eval()
         batches = tracked(self.judged[split], f"predicting {split}", self.accelerator.is_main_process)
-        logits = [self.accelerator.gather_for_metrics(self.model(**batch).logits.float()) for batch in batches]
-        return torch.cat(logits).cpu()
+        found = [self.accelerator.gather_for_metrics(self.task.outcomes(batch, self.model)) for batch in batches]
+        return torch.cat(found).cpu()
 
     def finish(self) -> dict[str, Any]:
         """Metrics, predictions and a report of the best epoch's adapter."""
-        position, output = self.position, self.args.output
+        position = self.position
         self.accelerator.wait_for_everyone()
         self.folder.keep_adapter(position.best_epoch)
         self.task.model.load_pretrained(self.folder.adapter(position.best_epoch))
-        results = {"samples": self.samples(), "best_epoch": position.best_epoch, "history": position.history}
+        results = {"samples": self.task.counts(), "best_epoch": position.best_epoch, "history": position.history}
+        self.report(results)
+        if list(self.judged) == ["val"]:
+            self.accelerator.print("there is no test split: the numbers are of val, which the epoch was chosen by")
+        return results
+
+    def report(self, results: dict[str, Any]) -> None:
+        """Add metrics to the results, and write all of the output."""
         for split in self.judged:
             with analysis.record(self.task.model, class_names=self.task.class_names) as recorder:
-                logits = self._predict(split)
+                logits = self.outcomes(split)
             posts = self.task.splits[split]
             if posts.labelled:
-                results[split] = self.task.metrics(logits, posts.labels)
-                self.accelerator.print(f"{split}: {readable(results[split])}{self._commonest(posts.labels)}")
+                results[split] = self.task.judge(logits, split)
+                self.accelerator.print(f"{split}: {readable(results[split])}{_commonest(posts.labels)}")
             else:
                 self.accelerator.print(f"{split}: it has no labels, so there are predictions and no metrics")
-            if self.accelerator.is_main_process:
-                lines = "".join(f"{json.dumps(row)}\n" for row in self._predictions(split, logits))
-                write_atomically(output / f"predictions-{split}.jsonl", lines)
-                write_atomically(output / "results.json", json.dumps(results, indent=2))
-        if "test" not in self.judged:
-            self.accelerator.print("there is no test.jsonl: the numbers are of val, which the epoch was chosen by")
+            self.write(split, results, logits)
         alone = self.accelerator.num_processes == 1
         if alone and len(self.args.other) > 1 and posts.labelled:
             effects = analysis.what_sides_add(self.task.model, self.judged[split])
             self.accelerator.print(f"{split}, without each side:\n{effects}")
             results[f"{split}, without each side"] = [row._asdict() for row in effects.rows]
-            write_atomically(output / "results.json", json.dumps(results, indent=2))
+            write_atomically(self.args.output / "results.json", json.dumps(results, indent=2))
         recorder = recorder if alone else recorder.gather()
+        page = self.args.output / "report.html"
         if self.accelerator.is_main_process:
             title = f"Experts on {split} of {self.args.folder.resolve().name}"
             # which process had which sample isn't noted
-            recorder.report(output / "report.html", samples=self.task.splits[split] if alone else None, title=title)
-            self.writer.close()
-        self.accelerator.print(f"{output / 'results.json'}, {output / 'report.html'}, {self.folder.adapter(position.best_epoch)}")
-        return results
+            recorder.report(page, samples=self.task.splits[split] if alone else None, title=title)
+        self.accelerator.print(f"{page.with_name('results.json')}, {page}, {self.folder.adapter(self.position.best_epoch)}")
 
-    def samples(self) -> dict[str, dict[str, int]]:
-        """Of each split: those there are, those left out, and those that lack something."""
-        counts = {}
-        for split, posts in self.task.splits.items():
-            counts[split] = {"samples": len(posts), "left out, without image": len(posts.dropped.get("no image", ()))}
-            others = {reason: len(ids) for reason, ids in posts.dropped.items() if reason != "no image"}
-            counts[split] |= {f"left out, {reason}": count for reason, count in others.items() if count}
-            if "image" in self.task.fields:
-                counts[split]["with a grey picture"] = sum(post.image is None for post in posts)
-            if "audio" in self.task.fields:
-                counts[split]["without sound"] = sum(post.audio is None for post in posts)
-            if "video" in self.task.fields:
-                counts[split]["without frames"] = sum(not post.frames for post in posts)
-        return counts
+    def write(self, split: str, results: dict[str, Any], outcomes: Tensor) -> None:
+        """Predictions of a split, and the results so far."""
+        if self.accelerator.is_main_process:
+            lines = "".join(f"{json.dumps(row)}\n" for row in self.task.predictions(split, outcomes))
+            write_atomically(self.args.output / f"predictions-{split}.jsonl", lines)
+            write_atomically(self.args.output / "results.json", json.dumps(results, indent=2))
 
-    def _commonest(self, labels: Tensor) -> str:
-        if labels.dim() == 2:
-            return ""
-        return f" (the commonest class: {100 * labels.bincount().max().item() / len(labels):.1f} %)"
 
-    def _predictions(self, split: str, logits: Tensor) -> list[dict[str, Any]]:
-        posts, names, several = self.task.splits[split], self.task.class_names, self.task.splits["train"].multi_label
-        scores = logits.sigmoid() if several else logits.softmax(1)
-        rows = []
-        for post, score in zip(posts, scores.tolist(), strict=True):
-            if several:
-                label = post.label and [name for name, there in zip(names, post.label, strict=True) if there]
-                predicted = [name for name, value in zip(names, score, strict=True) if value > 0.5]
-            else:
-                label = None if post.label is None else names[post.label]
-                predicted = names[max(range(len(names)), key=score.__getitem__)]
-            rows.append({"id": post.id, "label": label, "predicted": predicted, "scores": [round(value, 4) for value in score]})
-        return rows
+def _commonest(labels: Tensor) -> str:
+    if labels.dim() == 2:
+        return ""
+    return f" (the commonest class: {100 * labels.bincount().max().item() / len(labels):.1f} %)"
 
 
 def readable(metrics: dict[str, float]) -> str:
     return ", ".join(f"{name} {100 * value:.1f} %" for name, value in metrics.items())
 
 
-def run(args: argparse.Namespace, load: Callable[[argparse.Namespace], Task]) -> dict[str, Any]:
+def run(args: argparse.Namespace, load: Callable[[argparse.Namespace], Task], kind: type[Run] = Run) -> dict[str, Any]:
     """Train, judge and report; returns what ``results.json`` has."""
     # without cpu=True it would take the processes of a torchrun on a CPU for strangers
     settings = {"mixed_precision": args.precision, "cpu": default_device() == "cpu"}
     # where no sample of a process has a side, nothing that is trained in it has a gradient there
     ddp = DistributedDataParallelKwargs(find_unused_parameters=only_other(args) is None)
     accelerator = Accelerator(**settings, kwargs_handlers=[ddp])
-    this = Run(load(args), accelerator)
-    for split, counts in this.samples().items():
+    this = kind(load(args), accelerator)
+    for split, counts in this.task.counts().items():
         accelerator.print(f"{split}: " + ", ".join(f"{count:,} {what}" for what, count in counts.items() if count))
     this.train()
     results = this.finish()
+    if this.writer is not None:
+        this.writer.close()
     accelerator.end_training()
     return results

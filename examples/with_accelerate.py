@@ -6,7 +6,8 @@ torchrun --nproc-per-node 2 examples/with_accelerate.py outputs/easy_vqa_jsonl -
 
 import torch
 from accelerate import Accelerator
-from jsonl_task import Task, argument_parser, check, default_device, load_task, run_from_shell
+from jsonl_task import Task, default_device, load_task, run_from_shell
+from task_arguments import argument_parser, check
 from tqdm import tqdm
 
 

@@ -5,8 +5,9 @@ python examples/with_lightning.py outputs/easy_vqa_jsonl --complementary frozen 
 
 import lightning
 import torch
-from jsonl_task import Task, argument_parser, check, load_task, run_from_shell
+from jsonl_task import Task, load_task, run_from_shell
 from lightning.pytorch.callbacks import ModelCheckpoint
+from task_arguments import argument_parser, check
 
 
 class Fusion(lightning.LightningModule):

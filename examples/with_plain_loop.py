@@ -4,7 +4,8 @@ python examples/with_plain_loop.py outputs/easy_vqa_jsonl --complementary frozen
 """
 
 import torch
-from jsonl_task import Task, argument_parser, check, default_device, load_task, run_from_shell, to_device
+from jsonl_task import Task, default_device, load_task, run_from_shell, to_device
+from task_arguments import argument_parser, check
 from torch import nn
 from tqdm import tqdm
 

@@ -4,7 +4,8 @@ python examples/with_trainer.py outputs/easy_vqa_jsonl --complementary frozen --
 """
 
 import torch
-from jsonl_task import Task, argument_parser, check, load_task, run_from_shell
+from jsonl_task import Task, load_task, run_from_shell
+from task_arguments import argument_parser, check
 from torch.utils.data import DataLoader, Dataset
 from transformers import EvalPrediction, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint

@@ -6,7 +6,7 @@ from .feature_cache import FeatureCache
 from .few_shot import FewShotSplit
 from .images import load_image
 from .jsonl import read_jsonl_folder
-from .metrics import Summary, classification_metrics, multi_label_metrics, segmentation_metrics, summarize
+from .metrics import Summary, classification_metrics, multi_label_metrics, overlap_metrics, segmentation_metrics, summarize
 from .posts import Post, Posts
 from .published import (
     PUBLISHED_SETS,
@@ -43,6 +43,7 @@ __all__ = [
     "load_audio",
     "load_image",
     "multi_label_metrics",
+    "overlap_metrics",
     "predict",
     "read_food101",
     "read_hateful_memes",

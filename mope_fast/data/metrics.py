@@ -126,7 +126,25 @@ def segmentation_metrics(predictions: Tensor, masks: Tensor) -> dict[str, float]
     if not ((masks == 0) | (masks == 1)).all():
         raise ValueError("masks must be 0 or 1 for each pixel")
     predictions, masks = predictions.bool().flatten(1), masks.bool().flatten(1)
-    intersection, union = (predictions & masks).sum(1).double(), (predictions | masks).sum(1).double()
+    return overlap_metrics((predictions & masks).sum(1), (predictions | masks).sum(1))
+
+
+def overlap_metrics(intersection: Tensor, union: Tensor) -> dict[str, float]:
+    """Measure predicted masks of pictures of any sizes by their overlaps: the metrics of :func:`segmentation_metrics`.
+
+    Args:
+        intersection: (N,), pixels of each sample that are in the prediction and in the mask.
+        union: (N,), pixels that are in one of them.
+
+    Raises:
+        ValueError: no sample, or shapes and numbers that can't be.
+    """
+    intersection, union = _tensor("intersection", intersection).double(), _tensor("union", union).double()
+    if intersection.dim() != 1 or intersection.shape != union.shape or not len(union):
+        shapes = f"{tuple(intersection.shape)} and {tuple(union.shape)}"
+        raise ValueError(f"intersection and union must be (N,) of N >= 1 samples, got {shapes}")
+    if not ((intersection >= 0) & (intersection <= union)).all():
+        raise ValueError("an intersection must be 0 to its union")
     iou = torch.where(union > 0, intersection / union.clamp(min=1), 1.0)
     overall = intersection.sum() / union.sum() if union.sum() else torch.ones(())
     precision = {f"precision@{least}": (iou >= least).double().mean().item() for least in (0.5, 0.6, 0.7, 0.8, 0.9)}

@@ -185,7 +185,7 @@ def test_a_test_split_without_labels_is_predicted(tmp_path, capsys, multi_label)
 def test_without_a_test_split_the_numbers_are_vals_and_it_says_so(folder, tmp_path, capsys):
     (folder / "test.jsonl").unlink()
     assert set(run(folder, tmp_path / "out", "--epochs", 1)) == {"samples", "best_epoch", "history", "val"}
-    assert "there is no test.jsonl: the numbers are of val, which the epoch was chosen by" in capsys.readouterr().out
+    assert "there is no test split: the numbers are of val, which the epoch was chosen by" in capsys.readouterr().out
     assert "Experts on val of data" in (tmp_path / "out" / "report.html").read_text()
 
 

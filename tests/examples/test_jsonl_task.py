@@ -10,6 +10,7 @@ from PIL import Image
 
 REASON = "needs the packages of the examples extra"
 jsonl_task = pytest.importorskip("jsonl_task", reason=REASON)
+task_arguments = pytest.importorskip("task_arguments", reason=REASON)
 easy_vqa_jsonl = pytest.importorskip("easy_vqa_jsonl", reason=REASON)
 tiny_task = pytest.importorskip("tiny_task", reason=REASON)
 
@@ -22,8 +23,8 @@ def task(tmp_path, monkeypatch):
     folder = tiny_task.write_folder(tmp_path / "data")
 
     def make(*arguments):
-        parser = jsonl_task.argument_parser("", "")
-        return jsonl_task.load_task(jsonl_task.check(parser, parser.parse_args([str(folder), *arguments])))
+        parser = task_arguments.argument_parser("", "")
+        return jsonl_task.load_task(task_arguments.check(parser, parser.parse_args([str(folder), *arguments])))
 
     return make
 
@@ -158,8 +159,8 @@ def test_metrics_of_either_kind(task, tmp_path):
     f1 = [1.0, 2 / 3, 2 / 3]
     assert made.metrics(logits, labels) == pytest.approx({"accuracy": 0.75, "f1_macro": sum(f1) / 3, "f1_micro": 0.75})
     folder = tiny_task.write_folder(tmp_path / "several", multi_label=True)
-    parser = jsonl_task.argument_parser("", "")
-    several = jsonl_task.load_task(jsonl_task.check(parser, parser.parse_args([str(folder)])))
+    parser = task_arguments.argument_parser("", "")
+    several = jsonl_task.load_task(task_arguments.check(parser, parser.parse_args([str(folder)])))
     assert several.chosen_by == "f1_macro"
     assert several.model.problem_type == "multi_label_classification"
     several_labels = torch.nn.functional.one_hot(labels)
@@ -231,10 +232,10 @@ def test_easy_vqa_becomes_lines(tmp_path, monkeypatch, capsys):
 
 
 def test_check_fills_in_rates_and_refuses_a_file_as_folder(tmp_path, capsys):
-    parser = jsonl_task.argument_parser("", "")
-    args = jsonl_task.check(parser, parser.parse_args([str(tmp_path)]))
+    parser = task_arguments.argument_parser("", "")
+    args = task_arguments.check(parser, parser.parse_args([str(tmp_path)]))
     assert isinstance(args, argparse.Namespace)
     assert (args.lr, args.complementary_lr, args.folder) == (1e-3, 4e-4, Path(tmp_path))
     with pytest.raises(SystemExit):
-        jsonl_task.check(parser, parser.parse_args([str(tmp_path), "--samples", "1"]))
+        task_arguments.check(parser, parser.parse_args([str(tmp_path), "--samples", "1"]))
     assert "--samples must be at least 2, got 1" in capsys.readouterr().err

@@ -82,7 +82,7 @@ def test_samples_without_a_side_and_those_left_out_are_told(tmp_path, encoders):
     args = train_recipe.parse_arguments([*arguments, "--output", str(tmp_path / "out")])
     task = train_recipe.load(args)
     accelerator = training_run.Accelerator(cpu=True)
-    counts = training_run.Run(task, accelerator).samples()
+    counts = training_run.Run(task, accelerator).task.counts()
     assert sum(split["without sound"] for split in counts.values()) == 1
     assert sum(split["without frames"] for split in counts.values()) == 1
     assert "with a grey picture" not in counts["train"]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-NAMES = ("tiny_task", "jsonl_task", "with_plain_loop", "with_trainer", "with_accelerate", "with_lightning")
-tiny_task, jsonl_task, with_plain_loop, with_trainer, with_accelerate, with_lightning = (
+NAMES = ("tiny_task", "jsonl_task", "task_arguments", "with_plain_loop", "with_trainer", "with_accelerate", "with_lightning")
+tiny_task, jsonl_task, task_arguments, with_plain_loop, with_trainer, with_accelerate, with_lightning = (
     pytest.importorskip(name, reason="needs the packages of the examples extra") for name in NAMES
 )
 
@@ -30,9 +30,9 @@ def folder(tmp_path):
 def trained(main, folder, output, *more):
     """(parameters before, parameters after)"""
     arguments = [str(folder), "--output", str(output), *ARGUMENTS, *more]
-    parser = jsonl_task.argument_parser("", "")
+    parser = task_arguments.argument_parser("", "")
     unused = ["--output", str(output.with_name("unused"))]
-    start = jsonl_task.load_task(jsonl_task.check(parser, parser.parse_args([str(folder), *unused, *ARGUMENTS])))
+    start = jsonl_task.load_task(task_arguments.check(parser, parser.parse_args([str(folder), *unused, *ARGUMENTS])))
     main(arguments)
     described = json.loads((output / "adapter" / "mope_fast.json").read_text())
     return start.model.trained_state_dict(), load_file(output / "adapter" / described["weights"])
