@@ -24,9 +24,10 @@ SWIN_HEAD_DIM = 32  # of all but the tiny one
 class FusedGroup(models.ModelGroup):
     def providers_at(self, case: FusedCase, mode: str) -> Sequence[str]:
         fitting = [name for name, (modes, _) in providers.PROVIDERS.items() if mode in modes and is_compiled(name) == case.compiled]
-        return [
-            name for name in fitting if name != providers.FROZEN_WITH_SDPA or case.encoder.window
-        ]  # the others use it as they are
+        if case.dense:
+            return [name for name in fitting if name in providers.SEGMENTING]
+        # the others use it as they are
+        return [name for name in fitting if name != providers.FROZEN_WITH_SDPA or case.encoder.window]
 
     def captures(self, provider: str) -> bool:
         return provider != providers.PAPER_LITERAL

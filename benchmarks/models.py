@@ -72,7 +72,7 @@ def check(got: Named, eager: Named, truth: Named) -> None:
     ours, eager, truth = ([outputs[name] for name in names] for outputs in (got, eager, truth))
     titles = [name if name in ("logits", "loss") else f"gradient of {name}" for name in names]
     # twice what eager is allowed elsewhere: a dozen layers, in each another order of sums
-    measure.assert_as_exact_as_eager(ours, eager, truth, titles, times=4)
+    measure.assert_as_exact_as_eager(ours, eager, truth, titles, times=4, typical=measure.relative_error(eager, truth))
 
 
 def prepare(provider: Provider, point: suite.Point, inputs: Inputs, right: Callable[[Named], None]) -> Prepared:

@@ -12,10 +12,12 @@ from benchmarks.baselines import end_to_end as providers
 from benchmarks.cases import SMOKE
 from benchmarks.cases.end_to_end import TINY, TINY_SWIN, cases
 from benchmarks.cases.models import INFERENCE, TRAINING
+from mope_fast import PromptTuned
 from mope_fast.encoders import family_of
 
 CPU = torch.device("cpu")
-CASES = cases(CPU, SMOKE)
+CASES = [case for case in cases(CPU, SMOKE) if not case.dense]
+(SEGMENTING,) = (case for case in cases(CPU, SMOKE) if case.dense)
 
 
 @pytest.fixture(params=CASES, ids=str)
@@ -91,6 +93,27 @@ def test_another_samples_feature_is_found(case, provider, mode):
     end_to_end.check(built, case, mode, right, CPU)
     with pytest.raises(AssertionError, match="error of logits"):
         end_to_end.check(built, case, mode, wrong, CPU)
+
+
+@pytest.mark.parametrize("mode", [INFERENCE, TRAINING])
+def test_a_segmenting_model_is_measured_beside_its_encoder_with_the_same_head(vit, mode):
+    outputs = {}
+    for name in end_to_end.GROUP.providers_at(SEGMENTING, mode):
+        built, inputs = providers.build(name, SEGMENTING, CPU, mode), end_to_end.batch_of(SEGMENTING, CPU)
+        with built.without_randomness():
+            outputs[name] = built.step(inputs, mode)
+            end_to_end.check(built, SEGMENTING, mode, outputs[name], CPU)
+    assert list(outputs) == ["frozen", "mope_fast", *(["folded"] if mode == INFERENCE else [])]
+    assert all(each["logits"].shape == (3, 1, 48, 48) for each in outputs.values())
+    if mode == TRAINING:
+        head = {name for name in outputs["frozen"] if name.startswith("head.")}
+        assert head == {name for name in outputs["mope_fast"] if name.startswith("head.")}
+        return
+    provider = providers.build("frozen", SEGMENTING, CPU, mode)
+    plain = PromptTuned(provider.model["encoder"], 0, head=provider.model["head"], problem_type="segmentation")
+    with torch.no_grad():
+        torch.testing.assert_close(outputs["frozen"]["logits"], plain.eval()(end_to_end.batch_of(SEGMENTING, CPU).main).logits)
+    assert SEGMENTING.flops(TRAINING) > SEGMENTING.flops(INFERENCE) > vit.flops(INFERENCE) / vit.batch * SEGMENTING.batch
 
 
 def test_a_lost_gradient_is_found(vit):

@@ -83,7 +83,7 @@ RECIPES = {
 REFERENCES = Recipe(
     {
         **_STEPS, "image_model": "timm/swin_base_patch4_window12_384.ms_in22k", "text_model": BERT, "max_length": 64, "epochs": 10,
-        "batch_size": 16,
+        "batch_size": 16, "head_lr": None,
     },
     {"experts": 16, "epochs": 15, "dynamic_dropout": 0.1, "start_prompts": False},
     "the released code has no program that trains on references",

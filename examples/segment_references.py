@@ -55,7 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser()
-    parser.set_defaults(main="image", other=["text"], batch_size=16)
+    parser.set_defaults(main="image", other=["text"], batch_size=16, head_lr=1e-3)
     asked = parser.parse_args(arguments)
     if asked.set is None and (asked.split_by, asked.images_in, asked.missing_images) != (None, None, "error"):
         parser.error("--split-by, --images-in and --missing-images are for a published set: give --set")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.baselines import models
-from benchmarks.cases.end_to_end import CLASSES, Encoder, FusedCase
+from benchmarks.cases.end_to_end import CLASSES, Encoder, FusedCase, segmenting_head
 from benchmarks.cases.models import TRAINING
 from mope_fast import MoPEConfig, PromptBank
 from mope_fast.encoders import family_of
@@ -33,6 +33,8 @@ class Inputs(models.Inputs):
     def random(cls, case: FusedCase, device: torch.device) -> "Inputs":
         main = case.inputs(device)
         cross = torch.randn(case.batch, case.encoder.cross_dim, device=device)
+        if case.dense:
+            return cls(main, torch.randint(2, (case.batch, *next(iter(main.values())).shape[-2:]), device=device), cross)
         return cls(main, torch.randint(CLASSES, (case.batch,), device=device), cross)
 
     def to(self, dtype: torch.dtype) -> "Inputs":
@@ -50,20 +52,21 @@ class Parts:
     @classmethod
     def of(cls, case: FusedCase, device: torch.device, dtype: torch.dtype | None = None) -> "Parts":
         """The encoder as the case has it and trained parts in float32; all of them in ``dtype`` if one is given."""
-        parts = copy.deepcopy(_random_parts(case.encoder, case.experts, case.length))
+        parts = copy.deepcopy(_random_parts(case.encoder, case.experts, case.length, case.dense))
         encoder = parts.encoder.to(device, case.dtype).requires_grad_(False).eval()
         modules = (encoder, parts.bank.to(device), parts.head.to(device))
         return cls(*(module if dtype is None else module.to(dtype) for module in modules))
 
 
 @functools.lru_cache(maxsize=2)  # the main encoder and its complementary one
-def _random_parts(encoder: Encoder, experts: int, length: int) -> Parts:
+def _random_parts(encoder: Encoder, experts: int, length: int, dense: bool) -> Parts:
     torch.manual_seed(0)
     model = encoder.make()
     layers = family_of(model).layers(model)
     config = MoPEConfig(cross_dim=encoder.cross_dim, num_experts=experts, prompt_length=length, head_inputs="main")
     bank = PromptBank([layer.width for layer in layers], encoder.cross_dim, config)
-    return Parts(model, bank, nn.Linear(family_of(model).feature_width(model), CLASSES))
+    head = segmenting_head(layers[-1].width) if dense else nn.Linear(family_of(model).feature_width(model), CLASSES)
+    return Parts(model, bank, head)
 
 
 class FusedProvider(models.Provider):

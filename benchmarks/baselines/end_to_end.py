@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.util
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,9 +15,10 @@ from benchmarks.baselines.encoders import FROZEN, FusedProvider, Inputs, Parts, 
 from benchmarks.baselines.models import compile_model, is_compiled
 from benchmarks.baselines.paper_literal import PaperLiteral, PaperLiteralInWindows
 from benchmarks.baselines.prompt_tokens import DeepTokens, DeepTokensInWindows, RoutedTokens, RoutedTokensInWindows
-from benchmarks.cases.end_to_end import CLASSES, SIDES, FusedCase
+from benchmarks.cases.end_to_end import SIDES, FusedCase
 from benchmarks.cases.models import INFERENCE, MODES, TRAINING
 from mope_fast import MoPEFusion
+from mope_fast.models import segmentation_loss
 from mope_fast.models.folded import FoldedModel
 
 FROZEN_WITH_SDPA = "frozen-sdpa"
@@ -37,6 +39,20 @@ class Frozen(Plain):
         return {**self.parameters, "embedding": self.start.embedding}
 
 
+class FrozenSegmenting(Frozen):
+    """A ViT of timm's, and SETR's head on its patches."""
+
+    def __init__(self, encoder: nn.Module, head: nn.Module, mode: str):
+        super().__init__(encoder, head.train(mode == TRAINING))
+
+    def logits_and_loss(self, inputs: Inputs, training: bool) -> tuple[Tensor, Tensor | None]:
+        encoder, head = self.model["encoder"], self.model["head"]
+        patches = encoder.forward_features(**inputs.main)[:, encoder.num_prefix_tokens :]
+        side = math.isqrt(patches.shape[1])
+        logits = head([patches.transpose(1, 2).unflatten(2, (side, side)).to(head.weight.dtype)])
+        return logits, segmentation_loss(logits, inputs.labels) if training else None
+
+
 class CompiledFrozen(Plain):
     """The same, compiled."""
 
@@ -46,6 +62,10 @@ class CompiledFrozen(Plain):
         if mode == TRAINING:
             self.model.anchor = models.anchored(first.module, first.width, next(encoder.parameters()))
         self.logits_and_loss = compile_model(super().logits_and_loss)
+
+
+def _frozen(parts: Parts, case: FusedCase, mode: str) -> Frozen:
+    return FrozenSegmenting(parts.encoder, parts.head, mode) if case.dense else Frozen(parts.encoder, parts.head)
 
 
 def _frozen_with_sdpa(parts: Parts, case: FusedCase, mode: str) -> Frozen:
@@ -67,17 +87,16 @@ class HeadOnly(Plain):
 class Fused(FusedProvider):
     """``MoPEFusion``. Features of the complementary side are given."""
 
-    truth = "concatenated"
-
     def __init__(self, model: MoPEFusion, mode: str, compiled: bool = False):
         self.model, self.bank = model.train(mode == TRAINING), model.bank
+        self.truth = "mope_fast" if model.is_dense else "concatenated"
         self.run = compile_model(model) if compiled else model
 
     @classmethod
     def of(cls, parts: Parts, mode: str, **settings: Any) -> "Fused":
-        model = MoPEFusion(parts.encoder, None, CLASSES, parts.bank.config).to(parts.head.weight.device)
+        task = {} if isinstance(parts.head, nn.Linear) else {"problem_type": "segmentation"}
+        model = MoPEFusion(parts.encoder, None, None, parts.bank.config, head=parts.head, **task).to(parts.head.weight.device)
         model.bank.load_state_dict(parts.bank.state_dict())
-        model.head.load_state_dict(parts.head.state_dict())
         return cls(model, mode, **settings)
 
     def logits_and_loss(self, inputs: Inputs, training: bool) -> tuple[Tensor, Tensor | None]:
@@ -88,10 +107,8 @@ class Fused(FusedProvider):
 class Folded(FusedProvider):
     """``MoPEFusion.fold()``, for inference."""
 
-    truth = "concatenated"
-
     def __init__(self, model: FoldedModel, compiled: bool = False):
-        self.model = model
+        self.model, self.truth = model, "mope_fast" if model.is_dense else "concatenated"
         self.run = compile_model(model) if compiled else model
 
     def logits_and_loss(self, inputs: Inputs, training: bool) -> tuple[Tensor, Tensor | None]:
@@ -143,7 +160,7 @@ def _checkpointed(parts: Parts, case: FusedCase, mode: str) -> FusedProvider:
 
 
 PROVIDERS: dict[str, tuple[Sequence[str], Make]] = {
-    FROZEN: (MODES, lambda parts, case, mode: Frozen(parts.encoder, parts.head)),
+    FROZEN: (MODES, _frozen),
     "frozen-compiled": (MODES, lambda parts, case, mode: CompiledFrozen(parts.encoder, parts.head, mode)),
     FROZEN_WITH_SDPA: (MODES, _frozen_with_sdpa),
     PAPER_LITERAL: (MODES, _tokens(PaperLiteral, PaperLiteralInWindows)),
@@ -160,6 +177,8 @@ PROVIDERS: dict[str, tuple[Sequence[str], Make]] = {
     "side": (MODES, lambda parts, case, mode: Side(case, parts.head.weight.device)),
 }
 """The modes in which each makes sense, and what makes it of weights of its own."""
+SEGMENTING = (FROZEN, "mope_fast", "folded")
+"""Those that a segmenting head is measured with."""
 OURS = ("mope_fast", "mope_fast-compiled", "folded", "folded-compiled", "checkpointed")
 
 

@@ -1,6 +1,7 @@
 """Frozen encoders that a fused model runs, with random weights, and the sizes at which it is measured."""
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -33,12 +34,18 @@ class Encoder:
     window: int = 0
     """Of attention in windows: tokens of a side."""
 
+    @property
+    def map_size(self) -> int:
+        """Patches of a side, of a ViT."""
+        return math.isqrt(self.tokens)
+
 
 @dataclass(frozen=True)
 class FusedCase:
     """One encoder at one batch size; ``compiled``: the providers that torch.compile makes, else the others.
 
-    ``experts`` (K) of ``length`` (L) rows are the paper's if nothing else is said.
+    ``experts`` (K) of ``length`` (L) rows are the paper's if nothing else is said. ``dense``: the head is SETR's, on the map of a
+    ViT's last layer, and a label is a mask.
     """
 
     encoder: Encoder
@@ -48,21 +55,29 @@ class FusedCase:
     compiled: bool = False
     experts: int = 16
     length: int = 6
+    dense: bool = False
+
+    @property
+    def model(self) -> str:
+        return f"{self.encoder.name}, segmenting" if self.dense else self.encoder.name
 
     def __str__(self) -> str:
         own = "" if (self.experts, self.length) == (16, 6) else f" K={self.experts} L={self.length}"
-        return f"{self.encoder.name} B={self.batch} S={self.encoder.tokens}{own} {DTYPE_NAMES[self.dtype]}"
+        return f"{self.model} B={self.batch} S={self.encoder.tokens}{own} {DTYPE_NAMES[self.dtype]}"
 
     def inputs(self, device: torch.device | str) -> dict[str, Tensor]:
         return self.encoder.inputs(self.batch, self.encoder.tokens, torch.device(device), self.dtype)
 
     def flops(self, mode: str) -> int:
-        """Of the frozen encoder's matrix products; training adds the gradients of activations behind the embedding."""
-        return _flops(self.encoder, mode) * self.batch
+        """Of the frozen encoder's matrix products; training adds the gradients of activations behind the embedding.
+
+        Those of a segmenting head are counted too.
+        """
+        return (_flops(self.encoder, mode) + (_head_flops(self.encoder, mode) if self.dense else 0)) * self.batch
 
     def describe(self) -> dict[str, Any]:
         return {
-            "case": str(self), "model": self.encoder.name, "B": self.batch, "S": self.encoder.tokens,
+            "case": str(self), "model": self.model, "B": self.batch, "S": self.encoder.tokens,
             "K": self.experts, "L": self.length, "dtype": str(self.dtype).removeprefix("torch."),
         }  # fmt: skip
 
@@ -79,6 +94,23 @@ def _flops(encoder: Encoder, mode: str) -> int:
     family, training = family_of(model), mode == TRAINING
     first = family.layers(model)[0].module
     return count_flops(first, lambda: family.encode(model, inputs), backward=training, cut=training)
+
+
+@functools.cache
+def _head_flops(encoder: Encoder, mode: str) -> int:
+    """Of SETR's head, for one sample; training has gradients of inputs and weights."""
+    with torch.device("meta"):
+        width = encoder.make().embed_dim
+        head, size = segmenting_head(width), encoder.map_size
+        inputs = torch.empty(1, width, size, size, requires_grad=mode == TRAINING)
+    return count_flops(head, lambda: head([inputs]), backward=mode == TRAINING, cut=False)
+
+
+def segmenting_head(width: int) -> nn.Module:
+    """SETR's of a few channels: of the usual 256 it would take longer than the encoder."""
+    from mope_fast.models import SETRHead
+
+    return SETRHead(width, 1, channels=64)
 
 
 def _timm(name: str, **settings: Any) -> nn.Module:
@@ -242,14 +274,16 @@ def cases(device: torch.device, extent: str) -> list[FusedCase]:
     if extent == SMOKE:
         return _tiny_cases(dtype)
     if extent == CENTRE:
-        return [FusedCase(VIT_B, 64, dtype) if device.type == "cuda" else FusedCase(vit("S", 224), 4, dtype)]
+        if device.type == "cuda":
+            return [FusedCase(VIT_B, 64, dtype), FusedCase(VIT_B, 64, dtype, dense=True)]
+        return [FusedCase(vit("S", 224), 4, dtype), FusedCase(vit("S", 224), 4, dtype, dense=True)]
     return _gpu_cases(dtype) if device.type == "cuda" else _cpu_cases(dtype)
 
 
 def _tiny_cases(dtype: torch.dtype) -> list[FusedCase]:
     # 17 samples are mixed in K/V space, 3 as prompts
     sizes = {TINY[0]: 17, TINY[1]: 3, TINY[2]: 17, TINY_SWIN: 17}
-    return [FusedCase(encoder, batch, dtype) for encoder, batch in sizes.items()]
+    return [*(FusedCase(encoder, batch, dtype) for encoder, batch in sizes.items()), FusedCase(TINY[0], 3, dtype, dense=True)]
 
 
 def _gpu_cases(dtype: torch.dtype) -> list[FusedCase]:
@@ -267,6 +301,7 @@ def _gpu_cases(dtype: torch.dtype) -> list[FusedCase]:
         *(FusedCase(encoder, 64, dtype) for encoder in (LONG_BERT_B, SWIN_T, LARGE_SWIN_B, LARGE_SWIN_T)),
         *(FusedCase(encoder, 16, dtype) for encoder in (VIT_S, WHISPER)),
         *(FusedCase(encoder, 256, dtype) for encoder in (SWIN_B, VIT_S, WHISPER)),
+        FusedCase(VIT_B, 64, dtype, dense=True),
     ]
 
 
@@ -277,6 +312,6 @@ def _cpu_cases(dtype: torch.dtype) -> list[FusedCase]:
         *(FusedCase(encoder, 16, dtype, modes=(TRAINING,)) for encoder in (VIT_B, SWIN_B)),
         *(FusedCase(encoder, 8, dtype) for encoder in (VIT_S, WHISPER, SWIN_T, LARGE_SWIN_T)),
         *(FusedCase(encoder, 64, dtype, modes=(INFERENCE,)) for encoder in (VIT_B, SWIN_B, BERT_B)),
-        FusedCase(vit("S", 224), 4, dtype),
+        *(FusedCase(vit("S", 224), 4, dtype, dense=dense) for dense in (False, True)),
         *(FusedCase(encoder, 8, dtype, compiled=True) for encoder in (VIT_B, SWIN_B, BERT_B)),
     ]
