@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -93,3 +94,25 @@ def test_flags_of_the_page_on_the_release_are_those_of_the_program(monkeypatch):
     here = [cell for cell in re.findall(r"^\| `--.*?\| (.*?) \|", page, re.MULTILINE) if "`--fuse_method" not in cell]
     known = {option for action in program.make_parser()._actions for option in action.option_strings}
     assert set(re.findall(r"`(--[\w-]+)", " ".join(here))) <= known
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    pytest.importorskip("rich", reason="needs the packages of the examples extra")
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    cells = json.loads((DOCS / "tutorial.ipynb").read_text())["cells"]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    names = {"__name__": "docs"}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), "tutorial.ipynb", "exec"), names)
+    assert names["right"] / len(names["labels"]) > 0.8
+
+
+def test_the_readme_is_short():
+    """What a newcomer reads in five minutes; the rest is on pages."""
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120

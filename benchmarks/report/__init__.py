@@ -82,9 +82,9 @@ def kept() -> list[Device]:
 
 
 def pages(devices: Sequence[Device]) -> dict[Path, str]:
-    """The page about all devices, and the README with its table from the first of them that has all of it."""
+    """The page about all devices, and the README with its table from those of them that have all of it."""
     written = {PAGE: overview.page(devices)}
-    if (complete := next(filter(overview.is_complete, devices), None)) is not None:
+    if complete := [*filter(overview.is_complete, devices)]:
         written[README] = overview.put(README.read_text(), overview.headline(complete))
     return written
 

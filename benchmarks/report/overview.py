@@ -12,9 +12,6 @@ from benchmarks.report.model import Group, Profile, Row, Skip, distinct
 from benchmarks.report.profiles import END_TO_END, PROFILES, TOKENS, like
 
 WHERE = {"called": "as called", "replay": "in a CUDA graph"}
-HEADLINE_COLUMNS = (
-    "inference", "folded", "training", "its memory", "paper-literal", "VPT-deep", "LoRA r=8", "full fine-tuning", "head only",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -166,21 +163,21 @@ def is_complete(device: Device) -> bool:
     return measured.issuperset(TOKENS)
 
 
-def headline(device: Device) -> str:
-    """The README's table: three encoders at the batch size at which most was measured."""
+def headline(devices: Sequence[Device]) -> str:
+    """The README's table: three encoders on each device, at the batch size at which most was measured there."""
+    columns = [f"{device.name}, {mode}" for device in devices for mode in (INFERENCE, TRAINING)]
     lines = []
     for model, tokens in TOKENS.items():
-        named = [group for group in device.groups.get(END_TO_END.op, []) if like(model=model, S=tokens)(group.info)]
-        called = [group for group in named if group.timing == "called"]
-        counts = collections.Counter(row.info["B"] for group in called for row in group.rows.values())
-        batch = counts.most_common(1)[0][0] if counts else None
-        rows = {group.mode: group.rows for group in called if group.info["B"] == batch}
-        inference, training = rows.get(INFERENCE, {}), rows.get(TRAINING, {})
-        ours = [inference.get("mope_fast"), inference.get("folded"), training.get("mope_fast")]
-        others = [training.get(name) for name in ("paper-literal", "vpt-deep", "lora", "full", "head-only")]
-        name = model if batch is None else f"{model}, B = {batch}"
-        lines.append([name, *map(_tax, ours), _memory(training.get("mope_fast")), *map(_tax, others)])
-    return text.table(["", *HEADLINE_COLUMNS], lines)
+        line = [model]
+        for device in devices:
+            named = [group for group in device.groups.get(END_TO_END.op, []) if like(model=model, S=tokens)(group.info)]
+            called = [group for group in named if group.timing == "called"]
+            counts = collections.Counter(row.info["B"] for group in called for row in group.rows.values())
+            batch = counts.most_common(1)[0][0] if counts else None
+            rows = {group.mode: group.rows for group in called if group.info["B"] == batch}
+            line += [_tax(rows.get(mode, {}).get("mope_fast")) for mode in (INFERENCE, TRAINING)]
+        lines.append(line)
+    return text.table(["", *columns], lines)
 
 
 def put(document: str, table: str) -> str:
