@@ -1,6 +1,7 @@
 """Argument checks of the public functions: one clear error that says what was got, what was expected and what to do."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,7 +115,7 @@ def check_prompt_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    prefixes: Sequence[tuple[Tensor, Tensor]],
+    prefixes: Sequence[tuple[Tensor, ...]],
     key_padding_mask: Tensor | None,
     bias: Tensor | None,
     scale: float | None,
@@ -198,7 +199,7 @@ def check_number_of_prefixes(prefixes: object) -> None:
         raise ValueError(f"prefixes must hold at most two (key, value) pairs, got {len(prefixes)}: concatenate some of them")
 
 
-def check_prefixes(prefixes: object, tokens: Tensor, name: str, batch: int, heads: int, head_dim: int) -> None:
+def check_prefixes(prefixes: Any, tokens: Tensor, name: str, batch: int, heads: int, head_dim: int) -> None:
     """``name`` is that of ``tokens``, whose device they must be on."""
     check_number_of_prefixes(prefixes)
     for i, (pk, pv, *masks) in enumerate(prefixes):
@@ -290,7 +291,7 @@ def _check_head_dim(head_dim: int) -> None:
         raise ValueError(f"the head dimension Dh must be 1 to {MAX_HEAD_DIM}, got {head_dim}")
 
 
-def _check_scale(scale: object) -> None:
+def _check_scale(scale: Any) -> None:
     if scale is None:
         return
     _check_number("scale", scale)

@@ -5,6 +5,7 @@ What the library's own modules give them is right by construction; the public fu
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ def route_and_mix(
     problem = Problem(logits.device, torch.promote_types(logits.dtype, experts.dtype))
     if choose("route_and_mix", impl, problem) == "triton":
         return _route_and_mix_op(logits, experts, noise, gram, temperature, top_k, renormalize, eps, dtype)
-    gate = {"top_k": top_k, "renormalize": renormalize}
+    gate: dict[str, Any] = {"top_k": top_k, "renormalize": renormalize}
     with without_autocast(logits.device.type):
         return reference.route_and_mix(
             logits, experts, temperature=temperature, noise=noise, gram=gram, eps=eps, dtype=dtype, **gate
@@ -71,28 +72,29 @@ def prompt_attention(
     impl: str = "auto",
 ) -> Tensor:
     """See :func:`mope_fast.functional.prompt_attention`."""
+    pairs: Sequence[Any] = prefixes
     if any(len(prefix) == 3 for prefix in prefixes):
         tokens = (k, v) if key_padding_mask is None else (k, v, key_padding_mask)
         key_padding_mask = sdpa_attention.prefix_mask_of([*prefixes, tokens], k)
-        prefixes = [prefix[:2] for prefix in prefixes]
+        pairs = [prefix[:2] for prefix in prefixes]
     window = window_of(window, is_causal)
     if window != UNLIMITED:
         window = _limiting(window, q.shape[2], k.shape[2])
-    keys = k.shape[2] + sum([prefix[0].shape[2] for prefix in prefixes])
+    keys = k.shape[2] + sum([prefix[0].shape[2] for prefix in pairs])
     triangle = window == CAUSAL and q.shape[2] == keys
     masked = key_padding_mask is not None or bias is not None or (window != UNLIMITED and not triangle)
     dtype = autocast_dtype(q)
     impl = choose("prompt_attention", impl, Problem(q.device, dtype, keys, masked))
-    masking = {"window": window, "key_padding_mask": key_padding_mask, "bias": bias, "scale": scale}
+    masking: dict[str, Any] = {"window": window, "key_padding_mask": key_padding_mask, "bias": bias, "scale": scale}
     if impl == "reference":
         with without_autocast(q.device.type):
-            out = reference.prompt_attention(q, k, v, prefixes, **masking)
+            out = reference.prompt_attention(q, k, v, pairs, **masking)
         return out.to(dtype)
     q, k, v = cast(q, dtype), cast(k, dtype), cast(v, dtype)
     if impl == "triton":
-        return _prompt_attention_op(q, k, v, prefixes, field=None, **masking)
+        return _prompt_attention_op(q, k, v, pairs, field=None, **masking)
     backend = sdpa_attention if impl == "sdpa" else xformers_attention
-    return backend.prompt_attention(q, k, v, prefixes, **masking)
+    return backend.prompt_attention(q, k, v, pairs, **masking)
 
 
 def _limiting(window: Window, queries: int, tokens: int) -> Window:
@@ -115,7 +117,7 @@ def receptive_field_attention(
     impl: str = "auto",
 ) -> Tensor:
     """See :func:`mope_fast.functional.receptive_field_attention`."""
-    masking = {"key_padding_mask": key_padding_mask, "bias": bias, "scale": scale}
+    masking: dict[str, Any] = {"key_padding_mask": key_padding_mask, "bias": bias, "scale": scale}
     dtype = autocast_dtype(q)
     impl = choose("receptive_field_attention", impl, Problem(q.device, dtype, k.shape[2], masked=True))
     if impl == "reference":
@@ -143,7 +145,7 @@ def window_prompt_attention(
     """See :func:`mope_fast.functional.window_prompt_attention`."""
     if relative_position_bias.dtype == torch.float64 != qkv.dtype:
         relative_position_bias = sdpa_attention.in_range(relative_position_bias, torch.float32)
-    settings = {"window_size": window_size, "shift_size": shift_size, "pad_qkv": pad_qkv, "scale": scale}
+    settings: dict[str, Any] = {"window_size": window_size, "shift_size": shift_size, "pad_qkv": pad_qkv, "scale": scale}
     keys = window_size[0] * window_size[1] + sum(prefix[0].shape[2] for prefix in prefixes)
     dtype = autocast_dtype(qkv)
     impl = choose("window_prompt_attention", impl, Problem(qkv.device, dtype, keys, head_dim=qkv.shape[-1]))

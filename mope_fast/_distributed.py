@@ -1,6 +1,7 @@
 """What ranks that share a batch have to tell each other, and what of a model lies on several of them."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,7 +31,7 @@ class JointBatch:
         """See :func:`sum_over_ranks`; what is given where torch.distributed isn't in use."""
         if not parts or not dist.is_initialized():
             return list(parts)
-        group = dist.group.WORLD if self.name is None else dist.distributed_c10d._resolve_process_group(self.name)
+        group: Any = dist.group.WORLD if self.name is None else dist.distributed_c10d._resolve_process_group(self.name)
         return sum_over_ranks(parts, group)
 
 
@@ -39,12 +40,12 @@ def is_sharded(value: Tensor) -> bool:
     return hasattr(value, "full_tensor")
 
 
-def gather(value: Tensor) -> Tensor:
+def gather(value: Any) -> Tensor:
     """A sharded tensor (DTensor), whole on every rank of its mesh, each of which has to call this; any other as it is."""
     return value.full_tensor() if is_sharded(value) else value
 
 
-def shard_like(value: Tensor, target: Tensor) -> Tensor:
+def shard_like(value: Tensor, target: Any) -> Tensor:
     """A whole tensor that every rank has, laid out as the target is; nothing is sent."""
     if not is_sharded(target):
         return value
@@ -54,14 +55,15 @@ def shard_like(value: Tensor, target: Tensor) -> Tensor:
     return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
 
 
-def mesh_of(tensors: Iterable[Tensor]) -> DeviceMesh | None:
+def mesh_of(tensors: Iterable[Any]) -> DeviceMesh | None:
     """What the first sharded one lies on."""
     return next((tensor.device_mesh for tensor in tensors if is_sharded(tensor)), None)
 
 
 def is_first(mesh: DeviceMesh) -> bool:
     """Whether this is the rank that writes what the whole mesh has."""
-    return not any(mesh.get_coordinate())
+    coordinate = mesh.get_coordinate()
+    return coordinate is not None and not any(coordinate)
 
 
 def wait_for_all(mesh: DeviceMesh) -> None:

@@ -7,11 +7,11 @@ import inspect
 import json
 from collections.abc import Callable
 from dataclasses import MISSING, FrozenInstanceError, asdict, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 LARGEST = float.fromhex("0x1.fffffep+127")
 """Of float32."""
-_KINDS = {"int": int, "float": (int, float), "bool": bool, "str": str}
+_KINDS: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str}
 
 
 def setting(default: Any, meaning: str, source: str) -> Any:
@@ -63,6 +63,8 @@ class Settings:
 
     Attributes that are no settings can be set: transformers' Trainer leaves notes of its own (``use_cache``) on a model's config.
     """
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dataclass_fields__ and name in vars(self):

@@ -6,6 +6,7 @@ P prefix length, Hi and Wi height and width of an image in tokens, W tokens of a
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed
@@ -144,7 +145,7 @@ def prompt_attention(
         RuntimeError: ``impl`` can't run here.
     """
     check_prompt_attention(q, k, v, prefixes, key_padding_mask, bias, scale, is_causal, window)
-    masking = {"window": window, "key_padding_mask": key_padding_mask, "bias": bias, "scale": scale}
+    masking: dict[str, Any] = {"window": window, "key_padding_mask": key_padding_mask, "bias": bias, "scale": scale}
     return _dispatch.prompt_attention(q, k, v, prefixes, is_causal=is_causal, impl=impl, **masking)
 
 
@@ -180,7 +181,7 @@ def receptive_field_attention(
         RuntimeError: ``impl`` can't run here.
     """
     check_receptive_field_attention(q, k, v, field, key_padding_mask, bias, scale)
-    masking = {"key_padding_mask": key_padding_mask, "bias": bias, "scale": scale}
+    masking: dict[str, Any] = {"key_padding_mask": key_padding_mask, "bias": bias, "scale": scale}
     return _dispatch.receptive_field_attention(q, k, v, field, impl=impl, **masking)
 
 
@@ -222,5 +223,5 @@ def window_prompt_attention(
         RuntimeError: ``impl`` can't run here.
     """
     window, shift = check_window_prompt_attention(qkv, prefixes, relative_position_bias, window_size, shift_size, pad_qkv, scale)
-    settings = {"window_size": window, "shift_size": shift, "pad_qkv": pad_qkv, "scale": scale}
+    settings: dict[str, Any] = {"window_size": window, "shift_size": shift, "pad_qkv": pad_qkv, "scale": scale}
     return _dispatch.window_prompt_attention(qkv, prefixes, relative_position_bias, impl=impl, **settings)

@@ -95,7 +95,7 @@ def _complementary(given: list[str]) -> dict[str, Any]:
             raise ValueError(f"--complementary got {given}: give one name, or SIDE=NAME for each of several sides")
         made = {"": _encoder(given[0] if given else None)}
     elif all(named):
-        made = {match[1]: _encoder(match[2]) for match in named}
+        made = {match[1]: _encoder(match[2]) for match in named if match}
     else:
         raise ValueError(f"--complementary got {given}: give SIDE=NAME for all of them, or one name alone")
     encoders = {side: encoder for side, (encoder, _) in made.items() if encoder is not None}

@@ -15,7 +15,7 @@ class _Group(NamedTuple):
     length: int
     keys: tuple[int, int]
     queries: tuple[int, int]
-    index: int
+    number: int
     sees: int
     """Bit j is set if the group sees group j."""
 
@@ -119,7 +119,7 @@ class ReceptiveField:
         for group in self._rows:
             values = [*group.keys, *group.queries]
             if not self.is_interval:
-                values += [group.index, group.sees - (1 << 32 if group.sees >> 31 else 0)]
+                values += [group.number, group.sees - (1 << 32 if group.sees >> 31 else 0)]
             constants = [torch.full((1, group.length), value, dtype=torch.int32, device=device) for value in values]
             columns.append(torch.cat(constants))
         return torch.cat(columns, dim=1)

@@ -23,11 +23,12 @@ def kernels_of(name: str) -> ModuleType:
 def launch_kernel(kernel: Any, programs: int, **arguments: Any) -> None:
     """Launch with arguments by name, of which a kernel takes what it has parameters for; Triton binds them faster in order."""
     # a product and a sum are one instruction, whatever a release of Triton has as its default
-    options = {"enable_fp_fusion": True, **{name: arguments[name] for name in ("num_warps", "num_stages") if name in arguments}}
+    options: dict[str, Any] = {"enable_fp_fusion": True}
+    options |= {name: arguments[name] for name in ("num_warps", "num_stages") if name in arguments}
     kernel[(programs,)](*[arguments[name] for name in kernel.arg_names], **options)
 
 
-def castable(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
+def castable(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
     """What meets tensors of ``dtype`` in a kernel that Triton's interpreter runs: bfloat16 and float64 don't meet there.
 
     It gives bfloat16 the bits of an integer on the way from float64. Gradients come back in the tensors' own dtypes.

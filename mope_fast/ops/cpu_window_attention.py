@@ -70,7 +70,8 @@ def _rows(
     of_padding = [(part * heads + head).expand(images, windows, -1, area)[~here] for part in range(3)]
     padding = torch.cat([place[~here] for place in places])
     of_tokens = (torch.cat(wanted), back, in_image.where(here, 0).flatten(), scatter_out)
-    return _Rows(*(rows.int() for rows in of_tokens), padding, torch.cat(of_padding))
+    gather_qkv, scatter_qkv, gather_out, scatter_out = (rows.int() for rows in of_tokens)
+    return _Rows(gather_qkv, scatter_qkv, gather_out, scatter_out, padding, torch.cat(of_padding))
 
 
 class _Scratch:
@@ -140,10 +141,10 @@ class Call:
     def _load(self, own: slice, scratch: _Scratch) -> None:
         at = scratch.at
         torch.index_select(self.qkv[own].flatten(0, 1), 0, at.gather_qkv, out=scratch.rows)
-        if len(at.padding) and self.pad_rows is None:
-            scratch.rows.index_fill_(0, at.padding, 0.0)
-        elif len(at.padding):
+        if len(at.padding) and self.pad_rows is not None:
             scratch.rows.index_copy_(0, at.padding, self.pad_rows[at.of_padding])
+        elif len(at.padding):
+            scratch.rows.index_fill_(0, at.padding, 0.0)
         scratch.prompts.copy_(self.prompts[:, own, None])
 
     def _softmax(self, own: slice, scratch: _Scratch, logits: Tensor) -> Tensor:
@@ -203,12 +204,12 @@ def backward(grad_out: Tensor, call: Call, *, of_tokens: bool, of_bias: bool, of
         ds = torch._softmax_backward_data(grad_logits, weights, -1, weights.dtype, grad_input=grad_logits)
         torch.baddbmm(grads.k, ds.mT, scratch.q, beta=0, alpha=call.scale, out=grads.k)
         torch.sum(grads.prompts, 2, out=to_prompts[:, own])
-        if of_tokens:
+        if to_qkv is not None:
             torch.baddbmm(grads.q, ds, scratch.k, beta=0, alpha=call.scale, out=grads.q)
             torch.index_select(grads.rows, 0, scratch.at.scatter_qkv, out=to_qkv[own].view(-1, head_dim))
-        if of_bias:
+        if to_bias is not None:
             to_bias += ds.view(-1, heads, call.area, call.keys)[..., : call.area].sum(0)
-        if of_padding:  # queries of padding ask nothing
+        if to_padding is not None:  # queries of padding ask nothing
             places = scratch.at.padding[len(padded_queries) :]
             to_padding.index_add_(0, scratch.at.of_padding[len(padded_queries) :], grads.rows[places])
     prefixes = to_prompts[:, :, :, : sum(call.lengths)].split(call.lengths, dim=3) if call.lengths else ()

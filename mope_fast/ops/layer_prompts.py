@@ -1,5 +1,7 @@
 """``mope_fast::layer_prompts`` and its backward: a layer's router, its mixture, and the prompts beside it in one buffer."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -220,7 +222,8 @@ def layer_prompts(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Differentiable ``mope_fast::layer_prompts``; see :func:`mope_fast.reference.layer_prompts`."""
-    tensors, out_dtype = (feature, cross, weight, keys, experts, before, after, gram, shift), dtype
+    tensors: list[Any] = [feature, cross, weight, keys, experts, before, after, gram, shift]
+    out_dtype = dtype
     if INTERPRETED and accumulator_dtype(cross, experts) == torch.float64:
         out_dtype, tensors = torch.float64, castable(torch.float64, *tensors)
     rows, scores, *_ = apply(_LayerPrompts, *tensors, top_k, renormalize, eps, out_dtype)

@@ -117,7 +117,8 @@ class LayerInputs(NamedTuple):
     @property
     def lengths(self) -> tuple[int, int]:
         """Prompts before and behind the routed ones."""
-        return tuple(0 if part is None else part.shape[1] for part in (self.before, self.after))
+        before, after = (0 if part is None else part.shape[1] for part in (self.before, self.after))
+        return before, after
 
 
 def _triton_forward(logits, experts, noise, gram, temperature, top_k, renormalize, eps, out_dtype):
@@ -326,7 +327,7 @@ def _parts(grad: Tensor | None, splits: int, like: Tensor) -> Tensor | None:
 
 def _sum_parts(grads: Sequence[Tensor | None], parts: Sequence[Tensor | None]) -> None:
     for grad, part in zip(grads, parts, strict=True):
-        if part is not grad:
+        if part is not grad and part is not None and grad is not None:
             grad.copy_(part.sum(0))
 
 

@@ -1,5 +1,6 @@
 """``prompt_attention`` and ``receptive_field_attention`` on torch's own attention kernels."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,7 +59,8 @@ def repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values with a head for each of q's."""
     if q.shape[1] == k.shape[1]:
         return k, v
-    return tuple(t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+    return k, v
 
 
 def _attended(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None = None, *, fresh: bool) -> Tensor:
@@ -168,10 +170,8 @@ def over_all_keys(
     visible = padding if visible is None else visible if padding is None else visible & padding
     if is_sure or (visible is None and bias is None):
         return visible, bias, None
-    seen = True if visible is None else visible
-    if bias is not None:
-        seen = seen & (bias != float("-inf"))
-    fully_masked = ~seen.any(-1, keepdim=True)
+    parts = [*([] if visible is None else [visible]), *([] if bias is None else [bias != float("-inf")])]
+    fully_masked = ~functools.reduce(torch.logical_and, parts).any(-1, keepdim=True)
     # where looking costs no wait for a device, it saves a pass over the output
     return visible, bias, None if can_be_looked_at(fully_masked) and not fully_masked.any() else fully_masked
 
@@ -197,11 +197,12 @@ def _attention(
     bias = None if bias is None else in_range(bias, q.dtype)
     tokens = k.shape[2] - prefix_length - hidden
     visible, bias, fully_masked = over_all_keys(visible, key_padding_mask, bias, prefix_length, tokens, hidden)
+    mask: Tensor | None
     if bias is not None:
         mask = bias if visible is None else bias.masked_fill(~visible, float("-inf"))
         # a softmax over nothing is undefined: let such a query see everything, then take its output away
         mask = mask if fully_masked is None else mask.masked_fill(fully_masked, 0.0)
     else:
-        mask = visible if fully_masked is None else visible | fully_masked
+        mask = visible if fully_masked is None or visible is None else visible | fully_masked
     out = _attended(q, k, v, scale, mask, fresh=prefix_length + hidden > 0)
     return out if fully_masked is None else out.masked_fill(fully_masked, 0.0)

@@ -43,9 +43,8 @@ def window_prompt_attention(
     first = 0
     if len(mask) > 1 or mask.shape[1] > 1:
         first, mask = 1, mask.expand(-1, windows, -1, -1, -1)
-    out = F.scaled_dot_product_attention(
-        *readable(*(part.flatten(first, first + 1) for part in (q, k, v))), attn_mask=mask.flatten(first, first + 1), scale=scale
-    )
+    q, k, v = readable(*(part.flatten(first, first + 1) for part in (q, k, v)))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.flatten(first, first + 1), scale=scale)
     out = out.view(batch, windows, heads, area, head_dim)
     if fully_masked is not None:
         out = out.masked_fill(fully_masked, 0.0)

@@ -44,7 +44,7 @@ def _empty_grads(given: _Arguments, needs: Sequence[bool]) -> tuple[Tensor, ...]
     prefixes = [None if pk is None else (2, *pk.shape) for pk in (pk0, pk1)]
     shapes = (qkv.shape, *prefixes, bias.shape, None if pad_qkv is None else pad_qkv.shape)
     return tuple(
-        qkv.new_empty((0,)) if shape is None or not need else like.new_empty(shape)
+        qkv.new_empty((0,)) if shape is None or like is None or not need else like.new_empty(shape)
         for like, shape, need in zip((qkv, pk0, pk1, bias, pad_qkv), shapes, needs, strict=True)
     )
 
@@ -63,7 +63,7 @@ def _flops(given: _Arguments, products: int) -> int:
 
 
 def _on_cpu(given: _Arguments) -> cpu_window_attention.Call:
-    pairs = [(pk, pv) for pk, pv in ((given.pk0, given.pv0), (given.pk1, given.pv1)) if pk is not None]
+    pairs = [(pk, pv) for pk, pv in ((given.pk0, given.pv0), (given.pk1, given.pv1)) if pk is not None and pv is not None]
     return cpu_window_attention.Call(given.qkv, pairs, *given[5:])
 
 
@@ -74,16 +74,16 @@ def _cpu_forward(*arguments: Any) -> Tensor:
 
 
 def _cpu_backward(grad_out: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *given, needs = arguments
-    given = _Arguments(*given)
+    *others, needs = arguments
+    given = _Arguments(*others)
     qkv, pk0, _, pk1, _, _, bias, pad_qkv, *_ = given
     asked = {"of_tokens": needs[0], "of_bias": needs[3], "of_padding": pad_qkv is not None and needs[4]}
     got = cpu_window_attention.backward(grad_out, _on_cpu(given), **asked)
-    prefixes = iter(got.prefixes)
-    prefixes = [None if pk is None else _summed(next(prefixes), pk) for pk in (pk0, pk1)]
+    of_prefixes = iter(got.prefixes)
+    prefixes = [None if pk is None else _summed(next(of_prefixes), pk) for pk in (pk0, pk1)]
     grads = (got.qkv, *prefixes, got.bias, got.padding)
     return tuple(
-        qkv.new_empty((0,)) if grad is None or not need else grad.to(like.dtype)
+        qkv.new_empty((0,)) if grad is None or like is None or not need else grad.to(like.dtype)
         for grad, like, need in zip(grads, (qkv, pk0, pk1, bias, pad_qkv), needs, strict=True)
     )
 
@@ -140,14 +140,14 @@ def _triton_forward(*arguments: Any) -> Tensor:
     given, out = _Arguments(*arguments), _fake_forward(*arguments)
     if out.numel() == 0:
         return out
-    arguments, per_chunk = _common_arguments(given)
-    windows, images_and_heads = arguments["windows"], given.qkv.shape[0] * arguments["H"]
+    common, per_chunk = _common_arguments(given)
+    windows, images_and_heads = common["windows"], given.qkv.shape[0] * common["H"]
     per_chunk = launches.forward_windows(per_chunk, images_and_heads * windows)
     chunks = -(-windows // per_chunk)
     launch_kernel(
         kernels.window_attention_kernel,
         chunks * images_and_heads,
-        **arguments,
+        **common,
         out_ptr=out,
         out_strides=out.stride(),
         chunks=chunks,
@@ -158,25 +158,25 @@ def _triton_forward(*arguments: Any) -> Tensor:
 
 def _triton_backward(grad_out: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     kernels = kernels_of("window_attention")
-    *given, needs = arguments
-    given = _Arguments(*given)
+    *others, needs = arguments
+    given = _Arguments(*others)
     grad_qkv, grads0, grads1, grad_bias, grad_pad = grads = _empty_grads(given, needs)
     qkv, batch, scale = given.qkv, given.qkv.shape[0], given.scale
     if qkv.numel() == 0:
         return tuple(grad.zero_() for grad in grads)
-    arguments, per_chunk = _common_arguments(given)
-    arguments |= {"grad_out_ptr": grad_out, "grad_out_strides": grad_out.stride()}
-    heads, block_d, windows = arguments["H"], arguments["BLOCK_D"], arguments["windows"]
+    common, per_chunk = _common_arguments(given)
+    common |= {"grad_out_ptr": grad_out, "grad_out_strides": grad_out.stride()}
+    heads, block_d, windows = common["H"], common["BLOCK_D"], common["windows"]
     chunks = -(-windows // per_chunk)
     acc = torch.promote_types(qkv.dtype, torch.float32)
     targets = prefix_targets((grads0, grads1), batch, chunks, acc)
     padding = None
     if needs[4]:
-        padding = qkv.new_empty((batch * chunks, heads, 2, block_d), dtype=acc) if arguments["pad_ptr"] is not None else None
+        padding = qkv.new_empty((batch * chunks, heads, 2, block_d), dtype=acc) if common["pad_ptr"] is not None else None
     if needs[0] or targets[0] is not None or targets[1] is not None or padding is not None:
         launch_kernel(
             kernels.window_grads_kernel, chunks * heads * batch,
-            **arguments, grad_qkv_ptr=not_empty(grad_qkv), grads0_ptr=targets[0], grads1_ptr=targets[1], grad_pad_ptr=padding,
+            **common, grad_qkv_ptr=not_empty(grad_qkv), grads0_ptr=targets[0], grads1_ptr=targets[1], grad_pad_ptr=padding,
             chunks=chunks, per_chunk=per_chunk, scale=scale, grad_qkv_strides=strides(not_empty(grad_qkv)),
             grads0_strides=strides(targets[0]), grads1_strides=strides(targets[1]),
         )  # fmt: skip
@@ -186,7 +186,7 @@ def _triton_backward(grad_out: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         if padding is not None:
             grad_pad[1:] = padding.sum(0).transpose(0, 1)[..., : qkv.shape[-1]]
     if needs[3]:
-        _bias_gradient(arguments, batch * windows, grad_bias)
+        _bias_gradient(common, batch * windows, grad_bias)
     return grads
 
 
@@ -272,7 +272,8 @@ def window_prompt_attention(
     scale: float | None,
 ) -> Tensor:
     """Differentiable ``mope_fast::window_prompt_attention``, without checks: see :mod:`mope_fast.functional`."""
-    pairs = [t for prefix in prefixes for t in prefix[:2]] + [None] * (4 - 2 * len(prefixes))
+    pairs: list[Tensor | None] = [t for prefix in prefixes for t in prefix[:2]]
+    pairs += [None] * (4 - len(pairs))
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     bias = relative_position_bias
     if INTERPRETED:

@@ -41,7 +41,7 @@ def why_not_loaded() -> str | None:
 def _preload_cuda_12_runtime() -> bool:
     """xformers is built for CUDA 12; torch for CUDA 13 does not bring that runtime, nvidia-cuda-runtime-cu12 does."""
     spec = importlib.util.find_spec("nvidia.cuda_runtime") if importlib.util.find_spec("nvidia") else None
-    for folder in spec.submodule_search_locations if spec else ():
+    for folder in (spec.submodule_search_locations if spec else None) or ():
         if (library := Path(folder) / "lib" / _RUNTIME).exists():
             ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
             return True

@@ -114,6 +114,7 @@ def test_views_and_other_strides_give_the_same_bits(device):
         assert_same_bits(run(views, upstream), expected)
 
 
+@pytest.mark.usefixtures("rowwise_products")
 def test_a_sample_has_the_same_bits_alone_and_in_a_batch_and_keeps_its_nan(device):
     inputs = make_inputs(torch.float32, device, batch=20)
     upstream = random_upstream(inputs)

@@ -641,6 +641,7 @@ def test_nan_stays_in_its_sample(name, device, small_tiles):
         assert torch.equal(got["out"][1, :, 1:], clean["out"][1, :, 1:])
 
 
+@pytest.mark.usefixtures("rowwise_products")
 @everything
 def test_a_sample_has_the_same_bits_alone_and_in_a_batch(sizes, settings, device):
     inputs = make_inputs(torch.float32, device, **sizes)

@@ -247,6 +247,7 @@ def test_extreme_logits(value, device):
     torch.testing.assert_close(mixed, torch.einsum("bk,klm->blm", expected, experts))
 
 
+@pytest.mark.usefixtures("rowwise_products")
 @pytest.mark.parametrize("gram", [False, True])
 def test_a_sample_has_the_same_bits_alone_and_in_a_batch(gram, device):
     inputs = make_inputs(37, 6, 2, 20, torch.float32, device, gram=gram, noise=True)

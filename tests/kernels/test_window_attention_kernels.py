@@ -558,6 +558,7 @@ def test_nan_of_a_token_stays_in_its_window(device):
     assert got[:, :3].isnan().all()
 
 
+@pytest.mark.usefixtures("rowwise_products")
 @pytest.mark.parametrize(
     ("windows", "dtype"), [pytest.param(1, torch.float32, marks=pytest.mark.slow), (4, torch.bfloat16)], ids=str
 )
