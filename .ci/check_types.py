@@ -3,7 +3,7 @@
     python .ci/check_types.py            # exit status 1 where a file has more errors than .ci/known_type_errors.json says
     python .ci/check_types.py --write    # write that file anew, where some were mended
 
-torch's own annotations differ from release to release: with another one than that of the file errors are told, not judged.
+torch's annotations and mypy differ from release to release: with others than those of the file errors are told, not judged.
 """
 
 import collections
@@ -31,16 +31,16 @@ def errors_by_file() -> dict[str, list[str]]:
 
 
 def main() -> None:
-    found, torch = errors_by_file(), ".".join(version("torch").split(".")[:2])
+    found, versions = errors_by_file(), {name: ".".join(version(name).split(".")[:2]) for name in ("torch", "mypy")}
     counts = {file: len(lines) for file, lines in sorted(found.items())}
     if "--write" in sys.argv:
-        KNOWN.write_text(json.dumps({"torch": torch, "errors": counts}, indent=1) + "\n")
+        KNOWN.write_text(json.dumps({"versions": versions, "errors": counts}, indent=1) + "\n")
     known = json.loads(KNOWN.read_text())
     more = [file for file, count in counts.items() if count > known["errors"].get(file, 0)]
     fewer = [file for file, count in known["errors"].items() if count > counts.get(file, 0)]
     total = f"{sum(counts.values())} known errors in {len(counts)} files"
-    if torch != known["torch"]:
-        print(f"types: not judged, {KNOWN.name} is of torch {known['torch']}, here is {torch}; {total}")
+    if versions != known["versions"]:
+        print(f"types: not judged, {KNOWN.name} is of {known['versions']}, here is {versions}; {total}")
         return
     for file in more:
         print(*found[file], sep="\n")
