@@ -419,6 +419,10 @@ for _name, _model, _module in (
 _register("vit_mae", "ViTMAEModel", like="vit", problem=_vit_mae_problem, grid=None)  # its patches are shuffled
 _register("vit_msn", "ViTMSNModel", like="vit")
 _register(
+    "roberta_prelayernorm", "RobertaPreLayerNormModel", like="bert", layers="encoder.layer", attention="attention.self",
+    norm="attention.LayerNorm", keys="attention.self.key", values="attention.self.value",
+)  # fmt: skip
+_register(
     "ast", "ASTModel", "audio_spectrogram_transformer", like="deit", input_name="input_values", feature=_pooler_output, grid=None
 )  # fmt: skip
 _REGISTERS = {"cls": _by_class_token, "mean": _by_registers_patch_mean}

@@ -138,6 +138,7 @@ ALIASES = {
     "data2vec_text": _row("Data2VecText", _TEXT),
     "electra": _row("Electra", _TEXT, embedding_size=16),
     "ernie": _row("Ernie", _TEXT),
+    "roberta_prelayernorm": _row("RobertaPreLayerNorm", _TEXT),
     "xlm_roberta": _row("XLMRoberta", _TEXT),
     "xlm_roberta_xl": _row("XLMRobertaXL", _TEXT),
     "mt5": _row("MT5", _T5, model="MT5EncoderModel"),
