@@ -159,6 +159,27 @@ def test_frames_that_are_not_there_reach_nothing():
     start_prompts(model, [{"main_inputs": make_text(B), "complementary_inputs": inputs}], progress=False)
 
 
+def test_sides_run_compiled_under_autocast_and_in_16_bits():
+    model = make_model().float()
+    text, others = make_inputs()
+    inputs = {**{name: value.float() for name, value in others.items()}, "present": masks(picture=(1,), words=(0, 3))}
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for given in (inputs, {**inputs, "picture": None, "present": masks(words=(0,))}):
+            expected = model(text, given).logits
+            torch.testing.assert_close(compiled(text, given).logits, expected, atol=1e-5, rtol=1e-5)
+        expected = model(text, inputs).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(model(text, inputs).logits.float(), expected, atol=0.05, rtol=0.05)
+    model.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        compiled(text, inputs, torch.arange(B)).loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in trained(model).values())
+    expected, low = make_model().float()(text, inputs).logits, make_model().bfloat16()
+    inputs = {**{name: value.bfloat16() for name, value in others.items()}, "present": inputs["present"]}
+    torch.testing.assert_close(low(text, inputs).logits.float(), expected, atol=0.05, rtol=0.05)
+
+
 def test_side_dropout_takes_optional_sides_away_in_training_only():
     sides = {"given": Side(width=4, optional=True), "other": Side(width=3)}
     model = make_model(sides, side_dropout=0.25).train()
