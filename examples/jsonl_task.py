@@ -103,9 +103,10 @@ class Task:
         args = self.args
         groups = self.model.parameter_groups(args.lr, args.complementary_lr, args.weight_decay)
         if args.head_lr is not None:
-            head = set(self.model.head.parameters())
-            groups[0]["params"] = [parameter for parameter in groups[0]["params"] if parameter not in head]
-            groups.append({"params": list(head), "lr": args.head_lr, "weight_decay": args.weight_decay})
+            # in the module's order: a checkpoint names parameters by their places
+            head = list(self.model.head.parameters())
+            groups[0]["params"] = [each for each in groups[0]["params"] if not any(each is own for own in head)]
+            groups.append({"params": head, "lr": args.head_lr, "weight_decay": args.weight_decay})
         optimizer = torch.optim.AdamW(groups)
         if args.schedule == "linear":
             steps = args.epochs * steps_per_epoch

@@ -125,6 +125,16 @@ def test_a_stopped_run_ends_as_if_undisturbed(tmp_path, encoders, monkeypatch):
     assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
 
 
+def test_the_optimizer_has_the_heads_parameters_in_the_order_of_every_process(tmp_path, encoders):
+    folder = write_folder(tmp_path / "set")
+    args = segment_references.parse_arguments([str(folder), "--output", str(tmp_path / "out"), *encoders, *SMALL])
+    task = segment_references.load(args)
+    optimizer, _ = task.optimizer(3)
+    expected = [id(parameter) for parameter in task.model.head.parameters()]
+    assert [id(parameter) for parameter in optimizer.param_groups[-1]["params"]] == expected
+    assert not {id(parameter) for group in optimizer.param_groups[:-1] for parameter in group["params"]} & set(expected)
+
+
 def test_what_can_not_be_trained_on_is_said(tmp_path, encoders, capsys):
     folder = write_folder(tmp_path / "set", splits=("train",))
     with pytest.raises(ValueError, match="has no val: training needs both, it has"):

@@ -1410,6 +1410,14 @@ DATA = (
         "A resumed run sees other images than an undisturbed one.",
         ("tests/examples/test_train_recipe.py::test_augmentation_depends_on_seed_epoch_and_sample_only",),
     ),
+    Fault(
+        "a-heads-parameters-in-any-order",
+        "examples/jsonl_task.py",
+        "head = list(self.model.head.parameters())",
+        "head = list(set(self.model.head.parameters()))",
+        "A resumed run gives the optimiser's moments to other parameters of the head, or fails.",
+        ("tests/examples/test_segment_references.py::test_the_optimizer_has_the_heads_parameters_in_the_order_of_every_process",),
+    ),
     _fault(
         "half-a-folder",
         "data/writer.py",
