@@ -30,7 +30,7 @@ def fit_head(
 
     Encoders run once on each batch, in eval mode and without gradient, and the head is trained on its recorded inputs. This takes
     seconds, whereas epochs through the encoders take minutes. A fused model with ``head_inputs="both"`` then starts where a network
-    on frozen features of both sides ends, and the first steps of the prompts are not led by an untrained head (linear probing before
+    on frozen features of both sides ends, and no untrained head leads the first steps of the prompts (linear probing before
     fine-tuning, arXiv 2202.10054). The optimiser is AdamW with a warm-up over a tenth of the steps and linear decay.
 
     Args:

@@ -41,8 +41,8 @@ class MoPEFusion(Classifier):
         num_classes: number of outputs of a linear head on the fused feature, and on psi_y unless ``config.head_inputs`` says
             otherwise; None for no head (``logits`` is None, use ``features``).
         config: see :class:`MoPEConfig`; ``config.cross_dim`` is needed unless ``complementary`` is a supported encoder.
-        head: a custom head, (B, D) -> (B, num_classes), used instead of the linear one; D is the width of the main encoder's
-            feature, followed by psi_y if ``config.head_inputs`` is "both".
+        head: a custom head, (B, D) -> (B, num_classes), used instead of the linear one. Its input is the main encoder's feature,
+            with psi_y appended if ``config.head_inputs`` is "both".
         problem_type: "single_label_classification": labels are (B,) integer classes, with -100 for ignored samples, or (B, C)
             probabilities in 0..1. "multi_label_classification": labels are (B, C) in 0..1. "regression": labels are (B, C) numbers,
             or (B,) for one output. "segmentation": the head reads feature maps, ``head(maps)``, or ``head(maps, psi_y)`` if
@@ -244,8 +244,8 @@ class MoPEFusion(Classifier):
     ) -> list[dict[str, Any]]:
         """Return the trained parameters as optimiser groups: bank and head at ``main_lr``, then each complementary side's.
 
-        For several sides ``complementary_lr`` may be a dict by name; sides that are not in it use ``main_lr``. A side's stand-in uses
-        its side's rate. Defaults of the released code: 4e-4 (vision) and 5e-4 (text), weight decay 1e-3 on everything.
+        For several sides ``complementary_lr`` may be a dict by name; sides that are not in it use ``main_lr``. A side's stand-in
+        uses its side's rate. Defaults of the released code: 4e-4 (vision) and 5e-4 (text), weight decay 1e-3 on everything.
 
         Raises:
             ValueError: a name is not that of a side.
@@ -287,8 +287,8 @@ class MoPEFusion(Classifier):
     def sources(self) -> dict[str, Source | None]:
         """Return where the encoders can be obtained again; there is no complementary entry if features are passed in.
 
-        If a side is a function that returns a supported encoder's feature, its entry includes the ``pooling``. For several sides the
-        keys are "complementary.NAME".
+        If a side is a function that returns a supported encoder's feature, its entry includes the ``pooling``. For several sides
+        the keys are "complementary.NAME".
         """
         found = {"main": source_of(self.main.encoder)}
         for name, source in sources_of(self.complementary).items():
