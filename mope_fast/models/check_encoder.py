@@ -1,4 +1,4 @@
-"""Tell whether the facts of an encoder's family are right, by the encoder's own layers on the concatenated sequence."""
+"""Verification of an encoder family's facts against the encoder's own layers on the concatenated sequence."""
 
 import copy
 import functools
@@ -25,28 +25,31 @@ _SETTINGS = {"num_experts": 2, "prompt_length": 3, "cross_dim": 5, "learn_keys":
 
 
 def check_encoder(encoder: nn.Module, example: Tensor | Inputs, *, tolerance: float = 1e-9, compiled: bool = True) -> None:
-    """Compare prompts as keys and values with the encoder's own layers on [prompts | tokens], whose prompts' outputs are dropped.
+    """Compare prompts as keys and values with the encoder's own layers on [prompts | tokens], without outputs at prompt positions.
 
-    That is what a prompt means. Features, routing scores, and the gradients of all that is trained are compared in float64, on a
-    copy of the encoder whose weights are moved by noise, so that a bias of zeros shows. In the layers' own words on the longer
-    sequence prompts are visible to all tokens, have no bias by position, and their rotation is the identity. Tried are the example,
-    its first sample alone, for ``input_ids`` padding before, within (what it holds must change nothing) and behind a sample,
-    prompts mixed as prompts and, where that is exact, as keys and values and folded, and one compiled graph. So are the encoder
-    alone while it is wrapped and after, and the width of its features. A line is printed for each.
+    The concatenated sequence defines what a prompt means. Features, routing scores, and the gradients of all trained parameters are
+    compared in float64, on a copy of the encoder whose weights are perturbed by noise, so that a bias of zeros can't hide an error.
+    In the reference, the layers run on the longer sequence: prompts are visible to all tokens, have no position bias, and their
+    rotary embedding is the identity.
 
-    It can't tell whether features are pooled as the encoder's authors mean it, nor what an example doesn't show: take one that is
-    longer than the layers' windows, with a mask where images or audio have one.
+    These cases are checked: the example; its first sample alone; for ``input_ids``, padding before, within and after a sample,
+    where the ids at padding within a sample must not change the result; prompts mixed as prompts and, if exact, as keys and values,
+    also folded; and one compiled graph. The encoder alone, both while it is wrapped and afterwards, and the width of its features
+    are checked too. A line is printed for each case.
+
+    The check can't tell whether features are pooled as the encoder's authors intend. It also can't find errors that the example
+    doesn't trigger: use an example that is longer than the layers' windows, with a mask if images or audio have one.
 
     Args:
-        encoder: of a registered family, a small one of its kind; it is left as it is.
-        example: a bare tensor, or the encoder's keyword arguments: two or more samples, of a length that is none of the widths.
-        tolerance: of errors, relative to the largest number where that is above 1.
-        compiled: whether to compile too, if all else fits.
+        encoder: a small encoder of a registered family; it is left unchanged.
+        example: a bare tensor, or the encoder's keyword arguments: two or more samples, whose length differs from all widths.
+        tolerance: the largest error allowed, relative to the largest absolute value if that is above 1.
+        compiled: whether to check a compiled model too, if everything else passes.
 
     Raises:
-        AssertionError: something doesn't fit; the message says what, and from which layer on.
-        TypeError: the encoder is of no family, or can't take prompts.
-        ValueError: its layers don't work on sequences (B, S, D), as those of a Swin Transformer.
+        AssertionError: a check fails; the message says which one, and from which layer on.
+        TypeError: the encoder belongs to no family, or can't take prompts.
+        ValueError: its layers don't work on sequences (B, S, D), such as those of a Swin Transformer.
     """
     family = family_of(encoder)
     problems: list[str] = []
@@ -70,7 +73,7 @@ _PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 
 class _Float64(TorchFunctionMode):
-    """Within, what is float64 isn't made float32: norms and softmaxes that want that are then as exact as the rest."""
+    """A mode that ignores casts from float64 to float32, so that norms and softmaxes that cast are as exact as the rest."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -131,7 +134,7 @@ def _cross(family: EncoderFamily, inputs: Inputs) -> Tensor:
 def _checked(
     what: str, family: EncoderFamily, encoder: nn.Module, inputs: Inputs, mixing: str, tolerance: float
 ) -> list[str]:  # fmt: skip
-    """What doesn't fit in one variant."""
+    """Return the problems found in one variant."""
     model, cross = _fused(encoder, mixing), _cross(family, inputs)
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     leaves = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -151,11 +154,11 @@ def _checked(
         raise
     except Exception as error:
         print(f"{what}: fails")
-        return [f"{what}: its own layers on the longer sequence raise {type(error).__name__}: {error}"]
+        return [f"{what}: the encoder's own layers on the longer sequence raise {type(error).__name__}: {error}"]
     errors = {"features": _error(output.features, feature), "scores": _error(output.scores, torch.stack(scores))}
     if feature.shape[-1] != family.feature_width(encoder):
         return [f"{what}: features are {feature.shape[-1]} wide, feature_width says {family.feature_width(encoder)}"]
-    if "padding within" in what:  # before and behind are where some encoders pool
+    if "padding within" in what:  # the other paddings are at positions where some encoders pool
         errors["other padding"] = _error(model(_other_padding(inputs), cross).features, output.features)
     if mixing == "kv":
         try:
@@ -173,14 +176,14 @@ def _checked(
         return []
     by_layer = [_error(a, b) for a, b in zip(seen, expected_seen, strict=True)]
     first = next((index for index, error in enumerate(by_layer) if not error <= tolerance), None)
-    where = "behind the last layer" if first is None else f"from layer {first} on"
+    where = "after the last layer" if first is None else f"from layer {first} on"
     return [f"{what}: {', '.join(wrong)} (allowed: {tolerance:.0e}), {where}"]
 
 
 def _own_words(
     family: EncoderFamily, encoder: nn.Module, inputs: Inputs, model: MoPEFusion, cross: Tensor
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """The feature by the encoder's own layers on the concatenation, routing scores, and the tokens behind each layer."""
+    """Return the feature from the encoder's own layers on the concatenation, routing scores, and the tokens after each layer."""
     plain = copy.deepcopy(encoder)
     if hasattr(plain, "set_attn_implementation"):
         plain.set_attn_implementation("eager")
@@ -197,13 +200,13 @@ def _own_words(
 
 
 def _other_padding(inputs: Inputs) -> Inputs:
-    """Where the mask is zero the id of a real token."""
+    """Replace the ids where the mask is zero by the id of a real token."""
     ids, real = inputs["input_ids"], inputs["attention_mask"].bool()
     return {**inputs, "input_ids": torch.where(real, ids, ids[0][real[0]][-1])}
 
 
 def _left_alone(family: EncoderFamily, encoder: nn.Module, inputs: Inputs, tolerance: float) -> list[str]:
-    """What is not as it was of an encoder that is called on its own, while a model holds it and after."""
+    """Return the changes in the features of an encoder that is called on its own, while a model wraps it and afterwards."""
     problems, expected = [], family.encode(copy.deepcopy(encoder), inputs)
     model = _fused(encoder, "auto")
     for when in ("while wrapped", "after unwrap"):
@@ -221,7 +224,7 @@ def _compiled(family: EncoderFamily, encoder: nn.Module, variants: dict[str, Inp
         if (inputs := variants.get(what)) is None:
             continue
         cross = _cross(family, inputs)
-        # the limit counts models of one class together
+        # the recompile limit counts all models of one class together
         with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1000):
             try:
                 error = _error(compiled(inputs, cross).features, model(inputs, cross).features)
@@ -231,14 +234,14 @@ def _compiled(family: EncoderFamily, encoder: nn.Module, variants: dict[str, Inp
                 print(f"{what}, compiled: fails")
                 continue
         print(f"{what}, compiled: features {error:.1e}")
-        # what computes in float32 inside may be compiled in another order
+        # parts that compute in float32 internally may be compiled in another order
         if not error <= max(tolerance, 1e-5):
-            problems.append(f"{what}, compiled: features differ by {error:.1e} from those that aren't")
+            problems.append(f"{what}, compiled: features differ by {error:.1e} from those without torch.compile")
     return problems
 
 
 def _error(got: Tensor | None, expected: Tensor | None) -> float:
-    """The largest difference, relative to the largest number where that is above 1."""
+    """Return the largest absolute difference, relative to the largest expected absolute value if that is above 1."""
     if got is None or expected is None:
         return 0.0 if got is expected else float("inf")
     if got.shape != expected.shape:
@@ -249,7 +252,7 @@ def _error(got: Tensor | None, expected: Tensor | None) -> float:
 
 @contextmanager
 def _outputs_of(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
-    """Hidden states that layers give, in order."""
+    """Collect the hidden states that layers return, in order."""
     seen: list[Tensor] = []
     handles = [module.register_forward_hook(lambda module, args, out: seen.append(_first(out).detach())) for module in modules]
     try:
@@ -265,7 +268,7 @@ def _first(output: Any) -> Tensor:
 
 @contextmanager
 def _on_concatenation(modules: list[nn.Module], prompts_of: PromptsOf, seen: list[Tensor]) -> Iterator[None]:
-    """Within, each layer runs on [prompts | tokens] and gives its tokens, whose hidden states are kept in ``seen``."""
+    """Run each layer on [prompts | tokens] within the block; it returns only its tokens, whose hidden states go to ``seen``."""
     with ExitStack() as stack:
         for index, module in enumerate(modules):
             forward = functools.partial(_concatenated, index, module, module.forward, prompts_of, seen)
@@ -279,7 +282,7 @@ class _NoSequenceError(ValueError):
 
 @contextmanager
 def _attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
-    """Set on the object, in place of its own or its class's."""
+    """Set an attribute on the module for the block, replacing its own or its class's."""
     missing = object()
     before = vars(module).get(name, missing)
     setattr(module, name, value)
@@ -302,7 +305,7 @@ def _concatenated(
     hidden_states = args[0] if args else named["hidden_states"]
     if hidden_states.dim() != 3:
         raise _NoSequenceError(
-            f"check_encoder takes layers of sequences (B, S, D), but {type(module).__name__} was given {tuple(hidden_states.shape)}"
+            f"check_encoder needs layers on sequences (B, S, D), but {type(module).__name__} was given {tuple(hidden_states.shape)}"
         )
     prompts = prompts_of(index, hidden_states)
     length, tokens = prompts.shape[1], hidden_states.shape[1]
@@ -321,7 +324,7 @@ def _concatenated(
 
 
 def _longer(name: str, value: Any, length: int, tokens: int) -> Any:
-    """A layer's argument for ``length`` prompts more: masks show them, biases are zero there, rotations the identity."""
+    """Extend a layer's argument by ``length`` prompts: masks make them visible, biases are zero, rotations the identity."""
     if isinstance(value, dict):
         return {key: _longer(key, part, length, tokens) for key, part in value.items()}
     if isinstance(value, (tuple, list)):
@@ -332,14 +335,15 @@ def _longer(name: str, value: Any, length: int, tokens: int) -> Any:
         return value
     square = value.shape[-2] == tokens and (value.dim() > 2 or value.is_floating_point())
     if value.is_floating_point():
-        shown = 1.0 if value.dim() == 2 and not square and value.max() == 1 else 0.0  # 1 = real, or added to products
+        # a mask with 1 for real tokens, or one that is added to the attention logits
+        shown = 1.0 if value.dim() == 2 and not square and value.max() == 1 else 0.0
     else:
-        shown = int("padding_mask" not in name)  # torch's own is True where a token is hidden
+        shown = int("padding_mask" not in name)  # torch's key_padding_mask is True for masked tokens
     return F.pad(value, (length, 0, length, 0) if square else (length, 0), value=shown)
 
 
 def _without_prompts(output: Any, length: int, tokens: int) -> Any:
-    """What a layer gives for its tokens: hidden states, which come first, and biases by position for the next layer."""
+    """Cut a layer's output to its tokens: the hidden states, which come first, and position biases for the next layer."""
     hidden_states = _first(output)
 
     def cut(value: Any) -> Any:
@@ -353,14 +357,14 @@ def _without_prompts(output: Any, length: int, tokens: int) -> Any:
 
 @contextmanager
 def _aware_of_prompts(module: nn.Module, length: int, tokens: int) -> Iterator[None]:
-    """Within, biases by position that a layer's parts make are zero where prompts are, and prompts are with what isn't rotated."""
+    """Within the block, position biases made by a layer's parts are zero at prompts, and prompts count as unrotated tokens."""
 
     def padded(part: nn.Module, args: Any, output: Any) -> Any:
         of_tokens = isinstance(output, Tensor) and output.shape[-2:] == (tokens, tokens)
         return F.pad(output, (length, 0, length, 0)) if of_tokens else None
 
     def compute_bias(original: Callable[..., Tensor], *args: Any, **named: Any) -> Tensor:
-        """As T5 and WavLM make it, by distances."""
+        """Compute the bias from distances, as T5 and WavLM do, with zeros at prompts."""
         bias = original(*args, **named)
         of_token = torch.arange(length + tokens) >= length
         return bias * of_token * of_token[:, None]

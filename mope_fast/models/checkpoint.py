@@ -29,21 +29,21 @@ TRAINING_SETTINGS = frozenset((
     "noise_std", "dropout", "dynamic_dropout", "mixing", "importance_weight", "importance_threshold",
     "prompt_init", "prompt_init_std", "expert_spread", "side_dropout",
 ))  # fmt: skip
-"""Settings that change nothing, or only the rounding, in eval mode."""
+"""Settings that don't change results in eval mode, except for rounding."""
 BEFORE = {
     "pooling": None, "router_pooling": None, "complementary_pooling": None, "head_inputs": "main", "expert_spread": 1.0,
     "side_dims": None, "combine": "concat", "side_dropout": 0.0,
 }  # fmt: skip
-"""What saves meant that don't have these settings yet, whatever the defaults are."""
+"""Values of settings that older saves don't contain yet, independent of the current defaults."""
 
 
 def _content_name(data: bytes) -> str:
-    """What the names of all weights files with this content begin with."""
+    """Return the prefix of the names of all weights files with this content."""
     return f"mope_fast-{hashlib.sha256(data).hexdigest()[:16]}"
 
 
 NAME = re.compile(r"(mope_fast-[0-9a-f]{16})(-\w{1,16})?\.safetensors", re.ASCII)
-"""Of weights; earlier versions put nothing behind the hash."""
+"""Names of weights files; earlier versions had no suffix after the hash."""
 
 
 def _is_name_of(name: str, data: bytes) -> bool:
@@ -51,15 +51,16 @@ def _is_name_of(name: str, data: bytes) -> bool:
 
 
 def not_finite(state: Mapping[str, Tensor]) -> list[str]:
-    """Of each tensor that holds NaN or infinities its name and how many."""
+    """Return the name of each tensor with NaN or infinities, and their number."""
     bad = {name: (~value.isfinite()).sum().item() for name, value in state.items() if value.is_floating_point()}
     return [f"{name} ({count} of {state[name].numel()})" for name, count in bad.items() if count]
 
 
 def save(path: str | os.PathLike[str], state: dict[str, Tensor], description: dict[str, Any]) -> None:
-    """Write the weights, then the description that names them, then drop what it replaces.
+    """Write the weights, then the description that names them, then delete the files that they replace.
 
-    Processes may save into one folder at the same time: the last one stays. Where the very same is saved already, nothing changes.
+    Several processes may save into one folder at the same time; the last save stays. If the same content is already saved, nothing
+    changes.
 
     Raises:
         ValueError: a tensor holds NaN or infinities; nothing is written.
@@ -69,8 +70,8 @@ def save(path: str | os.PathLike[str], state: dict[str, Tensor], description: di
     if problems := not_finite(state):
         raise ValueError(
             f"nothing was saved to {folder}: numbers that are not finite are in\n  " + "\n  ".join(problems) + "\nTraining has "
-            "diverged, or a number that isn't finite came in: go on from an earlier save (load_pretrained). Statistics of a norm "
-            "alone start anew with its reset_running_stats(). A buffer that is meant to be so needs persistent=False"
+            "diverged, or an input was not finite: continue from an earlier save (load_pretrained). If only the statistics of a "
+            "norm are affected, call its reset_running_stats(). A buffer that is intentionally not finite needs persistent=False"
         )
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file: give save_pretrained a folder")
@@ -82,7 +83,7 @@ def save(path: str | os.PathLike[str], state: dict[str, Tensor], description: di
     try:
         _publish(folder, data, description)
     except FileNotFoundError:
-        # another process took the files of one that slept for an hour for those of a killed one
+        # this process was paused for an hour, and another one removed its files as leftovers of a killed process
         folder.mkdir(parents=True, exist_ok=True)
         _publish(folder, data, description)
     remove_leftovers(folder, folder.glob(".mope_fast*.tmp"))
@@ -90,10 +91,10 @@ def save(path: str | os.PathLike[str], state: dict[str, Tensor], description: di
 
 
 def _publish(folder: Path, data: bytes, description: dict[str, Any]) -> None:
-    """Weights, and the description that names them, which waits beside them until they are there.
+    """Write the weights and the description that names them; the description waits in a temporary file until they exist.
 
-    A name is used once: weights that are not waited for, and not named, will never be named again. A folder's first ones have
-    their content's name alone.
+    A name is used only once: weights that no waiting or published description names will never be named again. The first weights of
+    a folder are named by their content alone.
     """
     name = _content_name(data)
     if (folder / DESCRIPTION).exists() or not _publish_as(name, folder, data, description, first=True):
@@ -101,7 +102,10 @@ def _publish(folder: Path, data: bytes, description: dict[str, Any]) -> None:
 
 
 def _publish_as(name: str, folder: Path, data: bytes, description: dict[str, Any], *, first: bool = False) -> bool:
-    """Whether it did: ``first`` only where no other process saves these very weights, and none has saved any."""
+    """Publish under this name and return whether that succeeded.
+
+    With ``first`` it succeeds only if no other process is saving the same weights and nothing has been saved in the folder yet.
+    """
     weights = folder / f"{name}.safetensors"
     waiting = _waiting(weights)
     try:
@@ -126,13 +130,13 @@ def _publish_as(name: str, folder: Path, data: bytes, description: dict[str, Any
 
 
 def _waiting(weights: Path) -> Path:
-    """Where the description of these weights is until they are published."""
+    """Return the path of the description of these weights until they are published."""
     return weights.with_name(f".{weights.stem}.tmp")
 
 
 def _drop_replaced(folder: Path) -> None:
     for weights in folder.glob("mope_fast-*.safetensors"):
-        # in this order: a description that doesn't wait any more has been published
+        # check in this order: a description that is no longer waiting has been published
         if not _waiting(weights).exists() and _named_weights(folder) not in (None, weights.name):
             weights.unlink(missing_ok=True)
 
@@ -149,7 +153,7 @@ def _is_saved(folder: Path, data: bytes, description: dict[str, Any]) -> bool:
 
 
 def _named_weights(folder: Path) -> str | None:
-    """What the folder's description names, as far as it can be read."""
+    """Return the weights file that the folder's description names, or None if it can't be read."""
     try:
         name = json.loads((folder / DESCRIPTION).read_bytes())["weights"]
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
@@ -158,11 +162,11 @@ def _named_weights(folder: Path) -> str | None:
 
 
 def read_description(path: str | os.PathLike[str], model: str, settings: set[str]) -> dict[str, Any]:
-    """The JSON of a saved model of this class, whose settings have these names.
+    """Return the JSON description of a saved model of this class, whose settings have these names.
 
     Raises:
-        FileNotFoundError: there is none, or the weights that it names are not there.
-        ValueError: it isn't one of ours, is damaged, or is of a newer version.
+        FileNotFoundError: the description, or the weights file that it names, doesn't exist.
+        ValueError: it was not written by this library, is damaged, or comes from a newer version.
         OSError: it can't be read.
     """
     file, description = Path(path) / DESCRIPTION, _read_json(path, model)
@@ -186,7 +190,9 @@ def read_description(path: str | os.PathLike[str], model: str, settings: set[str
     if wrong:
         raise ValueError(f"{file} is damaged: {wrong} have the wrong type; restore it, or save the model again")
     if not NAME.fullmatch(description["weights"]):
-        raise ValueError(f"{file} names {description['weights']!r:.99} as its weights, which no save does: don't trust it")
+        raise ValueError(
+            f"{file} names {description['weights']!r:.99} as its weights, which is not a name that mope_fast writes: don't trust it"
+        )
     if unknown := [key for key in description["config"] if key not in settings]:
         raise ValueError(f"{file} has settings that this version doesn't know: {unknown}; update mope_fast")
     before = {name: value for name, value in BEFORE.items() if name in settings}
@@ -197,18 +203,20 @@ def read_description(path: str | os.PathLike[str], model: str, settings: set[str
     except PermissionError:
         raise
     except OSError:
-        if _named_weights(file.parent) != description["weights"]:  # replaced since it was read
+        if _named_weights(file.parent) != description["weights"]:  # the description has been replaced since it was read
             return read_description(path, model, settings)
         raise FileNotFoundError(f"{weights} does not exist, but {DESCRIPTION} names it: copy the whole folder") from None
-    # each of these is a dimension of some weight: a model of other sizes must not be tried, it may be larger than any memory
+    # each of these is a dimension of some weight; don't build a model from damaged sizes, because it may not fit in memory
     sizes = {**description["config"], "num_classes": description["num_classes"]}
     if large := [key for key, value in sizes.items() if re.match(r"num_|.*_(length|dim)$", key) and _exceeds(value, most)]:
-        raise ValueError(f"{file} is damaged: {large} are more than {weights.name} has; restore it, or save the model again")
+        raise ValueError(
+            f"{file} is damaged: {large} are larger than the size of {weights.name}; restore it, or save the model again"
+        )
     return description
 
 
 def saved_by(path: str | os.PathLike[str]) -> Any:
-    """Name of the class of a saved model; raises as :func:`read_description`."""
+    """Return the class name of a saved model; raises the errors of :func:`read_description`."""
     return _read_json(path, "model")["model"]
 
 
@@ -234,7 +242,7 @@ def _exceeds(value: Any, most: int) -> bool:
 
 @contextmanager
 def settings_of(path: str | os.PathLike[str]) -> Iterator[None]:
-    """What refuses settings in the block refuses the save that they are of, as a ValueError that names it."""
+    """Turn a TypeError or ValueError about settings within the block into a ValueError that names the damaged save."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -242,40 +250,41 @@ def settings_of(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def task_settings(description: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of the model's class: what its loss is."""
-    # saves of older versions know of no smoothing
+    """Return the keyword arguments of the model's class that define its loss."""
+    # saves of older versions have no label smoothing
     return {"problem_type": description["problem_type"], "label_smoothing": description.get("label_smoothing", 0.0)}
 
 
 def _check_encoders(path: Path, model: "TaskModel", saved: dict[str, Any], strict: bool, refused: Collection[str]) -> None:
-    """Warns where the model's frozen encoders have other weights than those saved with.
+    """Warn if the model's frozen encoders have other weights than in training.
 
-    Raises ValueError with ``strict``, and for those that are ``refused``.
+    Raise ValueError instead with ``strict``, and for encoders in ``refused``.
     """
     held = {plain_name(name) for name in model.frozen_parts()}
     for name, own in model.sampled_encoders().items():
         if (samples := saved.get(name)) is None or own is None:
-            # the encoder of a function is known to newer saves only
+            # only newer saves contain the encoder of a function
             if strict and name in held:
                 whose = (
-                    "the save holds nothing of it" if samples is None else "its numbers can't be read here (sharded, quantised?)"
+                    "the save holds no samples of it" if samples is None else "its weights can't be read here (sharded, quantised?)"
                 )
                 raise ValueError(
-                    f"{path}: whether {name!r} has the weights that were trained on can't be known, {whose}: strict=False"
+                    f"{path}: can't check that {name!r} has the weights that the save was trained on, because {whose}: pass "
+                    "strict=False"
                 )
             continue
         try:
             found = differences(samples, own)
         except (ValueError, TypeError, KeyError, AttributeError):
-            raise ValueError(f"{path / DESCRIPTION} is damaged: it has no samples of {name!r} in it; restore it") from None
+            raise ValueError(f"{path / DESCRIPTION} is damaged: it has no valid samples of {name!r}; restore it") from None
         if found:
             more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-            message = f"{path} was trained on other weights of {name!r} than it is put on: {'; '.join(found[:3])}{more}"
+            message = f"{path} was trained on other weights of {name!r} than it is loaded onto: {'; '.join(found[:3])}{more}"
             if strict or name in refused:
                 hint = (
                     "load the encoder that it was trained on, or pass strict=False"
                     if strict
-                    else ("the name that it knows for the encoder is another one's by now; pass the encoder that it was trained on")
+                    else ("the saved encoder name now refers to other weights; pass the encoder that it was trained on")
                 )
                 raise ValueError(f"{message}: {hint}")
             warnings.warn(message + ". Results will differ; strict=True refuses this", stacklevel=5)
@@ -289,12 +298,13 @@ def load(
     strict: bool,
     refused: Collection[str] = (),
 ) -> None:
-    """Read the weights that the description names into a model; warns if they were trained on other encoders' weights.
+    """Load the weights that the description names into a model; warn if they were trained on other encoder weights.
 
     Raises:
         FileNotFoundError, ValueError: the weights are missing, damaged or don't fit; the message lists every difference. With
-            ``strict`` also where encoders have other weights, or it can't be known; where those in ``refused`` have others, always.
-        OSError: they can't be read.
+            ``strict`` also if encoders have other weights or can't be compared. Other weights of encoders in ``refused`` always
+            raise.
+        OSError: the weights can't be read.
     """
     own = json.loads(json.dumps(model.description()))
     problems = [
@@ -324,8 +334,8 @@ def load(
     ]
     if "complementary" in own and (description.get("complementary") is None) != (own["complementary"] is None):
         problems.append(
-            "hint: the complementary side is None where features or a function, cache or black box that gives them were passed in; "
-            "functools.partial(mope_fast.encoders.encode, encoder) is such a function"
+            "hint: the complementary side is None if features, or a function, cache or black box that returns them, were passed "
+            "in; functools.partial(mope_fast.encoders.encode, encoder) is such a function"
         )
     if problems:
         raise ValueError(f"{Path(path)} doesn't fit this model:\n  " + "\n  ".join(problems))
@@ -338,7 +348,10 @@ def load(
 
 
 def _read_weights(folder: Path, description: dict[str, Any]) -> dict[str, Tensor]:
-    """What the description names; or, where another process has just replaced it, the new one if that differs in weights only."""
+    """Read the weights that the description names.
+
+    If another process has just replaced the save by one that differs only in weights, read that one.
+    """
     while True:
         weights = folder / description["weights"]
         try:
@@ -353,5 +366,5 @@ def _read_weights(folder: Path, description: dict[str, Any]) -> dict[str, Tensor
         raise ValueError(f"{weights} is damaged (its content doesn't match its name): restore it, or save the model again")
     try:
         return deserialize(data)
-    except Exception as error:  # of safetensors, and of torch for dtypes that it doesn't have
-        raise ValueError(f"{weights} is no file of safetensors ({error}): restore it, or save the model again") from None
+    except Exception as error:  # safetensors' errors, and torch's for dtypes that it doesn't support
+        raise ValueError(f"{weights} is not a safetensors file ({error}): restore it, or save the model again") from None

@@ -1,4 +1,4 @@
-"""A model of one prompted main encoder and a head, as training scripts expect theirs: logits as a tensor, timm's names."""
+"""A model of one prompted main encoder and a head with the interface of training scripts: a logits tensor and timm's names."""
 
 import warnings
 from abc import abstractmethod
@@ -13,17 +13,17 @@ from .task import DENSE, TaskModel, make_head
 
 
 class Classifier(TaskModel):
-    """What :class:`PromptTuned` and :class:`MoPEFusion` share."""
+    """Base class of :class:`PromptTuned` and :class:`MoPEFusion`."""
 
     main: PromptedEncoder
     return_logits: bool
-    """Whether ``forward`` gives the logits alone, a tensor (without a head the features); see :meth:`auxiliary_loss`."""
+    """Whether ``forward`` returns only the logits tensor (without a head the features); see :meth:`auxiliary_loss`."""
     _auxiliary: Tensor | None = None
-    """Importance loss of the last forward, not taken yet."""
+    """Importance loss of the last forward, if it has not been taken yet."""
 
     @property
     def num_classes(self) -> int | None:
-        """Outputs of the head; None where it has no weight of its own, 0 without one."""
+        """Return the number of outputs of the head; None if the head has no weight of its own, 0 without a head."""
         if self.head is None:
             return 0
         weight = getattr(self.head, "weight", None)
@@ -31,25 +31,25 @@ class Classifier(TaskModel):
 
     @property
     def is_dense(self) -> bool:
-        """Whether the head reads feature maps: of ``problem_type="segmentation"``."""
+        """Return whether the head reads feature maps, as with ``problem_type="segmentation"``."""
         return self.problem_type == DENSE
 
     @property
     @abstractmethod
     def num_features(self) -> int:
-        """Width of what the head reads."""
+        """Width of the head's input."""
 
     @property
     def head_hidden_size(self) -> int:
-        """Width of what the head reads."""
+        """Width of the head's input."""
         return self.num_features
 
     @property
     def in_chans(self) -> int:
-        """Channels of the images of a timm encoder.
+        """Number of image channels of a timm encoder.
 
         Raises:
-            AttributeError: the encoder doesn't say.
+            AttributeError: the encoder has no such attribute.
         """
         return self.main.encoder.in_chans
 
@@ -58,15 +58,17 @@ class Classifier(TaskModel):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head by a new one as ``num_classes`` makes it, on its device, in its dtype; by none where that is 0.
+        """Replace the head by the one that ``num_classes`` creates, on the same device and in the same dtype; remove it if 0.
 
         Raises:
-            ValueError: ``num_classes`` is no integer >= 0, or ``global_pool`` is given: pooling is a setting of the model.
+            ValueError: ``num_classes`` is not an integer >= 0, or ``global_pool`` is given: pooling is a setting of the model.
         """
         if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 0:
             raise ValueError(f"num_classes must be an integer >= 0, got {num_classes!r}")
         if global_pool is not None:
-            raise ValueError(f"global_pool={global_pool!r}: pooling is chosen when the model is made, pooling='mean' or the like")
+            raise ValueError(
+                f"global_pool={global_pool!r} is not supported: choose pooling when you create the model, such as pooling='mean'"
+            )
         like = next(p for module in (self.head, self.bank, self.main) if module is not None for p in module.parameters())
         self.head = None
         if num_classes:
@@ -78,35 +80,35 @@ class Classifier(TaskModel):
         self._set_gradient_checkpointing(enable)
 
     def no_weight_decay(self) -> set[str]:
-        """Return no names: the paper's weight decay is on everything that is trained."""
+        """Return no names, because the paper applies weight decay to all trained parameters."""
         return set()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Not possible: raises ValueError.
+        """Raise ValueError, because layer decay is not possible.
 
-        Layer decay is a learning rate for each layer, and the prompts of all layers are one parameter.
+        Layer decay needs a learning rate for each layer, but the prompts of all layers are one parameter.
         """
         raise ValueError(
-            "layer decay gives each layer a learning rate of its own, but the layers are frozen and the prompts of all of them are "
-            "one parameter: leave it out, and give the head a rate of its own by parameter groups"
+            "layer decay gives each layer its own learning rate, but the layers are frozen and the prompts of all of them are "
+            "one parameter: leave it out, and give the head its own rate by parameter groups"
         )
 
     def auxiliary_loss(self) -> Tensor | float:
-        """Take the last forward's importance loss, weighted: ``criterion(model(x), y) + model.auxiliary_loss()``.
+        """Return and clear the last forward's weighted importance loss: ``criterion(model(x), y) + model.auxiliary_loss()``.
 
-        For models with ``return_logits``, whose output has no place for it. 0.0 where the model has none (it doesn't route over
-        experts, or ``importance_weight`` is 0). In DDP call it on ``ddp.module``. One of a training step that nobody takes is a
-        warning in the next step; in a compiled model only when its mode changes.
+        This is for models with ``return_logits``, whose output doesn't contain it. It is 0.0 if the model has no importance loss
+        (it doesn't route over experts, or ``importance_weight`` is 0). In DDP call it on ``ddp.module``. If the loss of a training
+        step is not taken, the next step warns; a compiled model warns only when its mode changes.
 
         Raises:
-            RuntimeError: it was taken already, or the model gives all of its outputs: then it is a part of ``output.loss``.
+            RuntimeError: it was taken already, or the model returns all of its outputs; it is then a part of ``output.loss``.
         """
         if not self.return_logits:
-            raise RuntimeError("the model gives its loss with all outputs: read output.loss, or output.importance_loss")
+            raise RuntimeError("the model returns its loss with all outputs: read output.loss, or output.importance_loss")
         if not self._has_auxiliary_loss():
             return 0.0
         if self._auxiliary is None:
-            raise RuntimeError("there is no importance loss to take: call the model, and then this once")
+            raise RuntimeError("there is no importance loss to take: call the model first, then auxiliary_loss() once")
         loss, self._auxiliary = self._auxiliary, None
         return loss
 
@@ -114,7 +116,7 @@ class Classifier(TaskModel):
         return False
 
     def _result(self, output: FusionOutput) -> FusionOutput | Tensor:
-        """What a forward gives."""
+        """Return the result of a forward."""
         if not self.return_logits:
             return output
         if self._has_auxiliary_loss() and not torch.compiler.is_exporting() and not torch.jit.is_tracing():
@@ -122,11 +124,11 @@ class Classifier(TaskModel):
         return output.features if output.logits is None else output.logits
 
     def _begin(self, labels: Tensor | None, more: bool) -> None:
-        """Of a forward: refuses what a tensor of logits has no place for."""
+        """Begin a forward; refuse arguments whose results a logits tensor can't contain."""
         if self.return_logits and labels is not None:
-            raise ValueError("return_logits=True gives logits and no loss: keep the labels for your criterion, or leave it False")
+            raise ValueError("return_logits=True returns logits and no loss: pass labels to your criterion, or set it to False")
         if self.return_logits and more:
-            raise ValueError("return_logits=True gives logits, no feature maps and no tokens: set it to False to have them")
+            raise ValueError("return_logits=True returns logits, no feature maps and no tokens: set it to False to get them")
         self._drop_auxiliary(stacklevel=6)
 
     def _drop_auxiliary(self, stacklevel: int) -> None:
@@ -141,18 +143,18 @@ class Classifier(TaskModel):
         self._auxiliary = None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Take a state of the plain main encoder, as it was before this model stood in its place, too."""
+        """Load a state dict, also one of the plain main encoder from before this model replaced it."""
         own = [f"{prefix}{name}." for name in ("main", "bank", "complementary")]
         if not any(key.startswith(tuple(own)) for key in state_dict):
             names = [name for name in self.main.encoder.state_dict() if prefix + name in state_dict]
-            # a head alone may be this model's
+            # keys of a head alone may belong to this model
             if any(not name.startswith("head.") for name in names):
                 for name in names:
                     state_dict[f"{own[0]}encoder.{name}"] = state_dict.pop(prefix + name)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def train(self, mode: bool = True) -> "Classifier":
-        """Train or evaluate what is trained; encoders stay in eval mode."""
+        """Set the mode of the trained parts; encoders stay in eval mode."""
         self._drop_auxiliary(stacklevel=3)
         return super().train(mode)
 

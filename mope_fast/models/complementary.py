@@ -1,4 +1,4 @@
-"""One complementary side of a fusion: what may stand for it, and its feature."""
+"""One complementary side of a fusion model: the accepted feature sources, and how the feature is computed."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -17,30 +17,30 @@ from .task import TaskModel
 
 
 class FeatureSource(NamedTuple):
-    """What gives the feature of one side, as a model holds it."""
+    """The source of one side's feature, as stored in a model."""
 
     path: str
-    """In the model."""
+    """Module path within the model."""
     value: nn.Module | Callable[..., Tensor] | None
     """A ``PromptTuned`` or ``FoldedModel``, another module, a function, or None where features are passed in."""
     trained: bool = False
-    """Of another module: whether its parameters are the model's."""
+    """For a module that is not a ``PromptTuned`` or ``FoldedModel``: whether its parameters are trained with the model."""
 
     @property
     def is_tuned(self) -> bool:
-        """Whether it is a ``PromptTuned``."""
+        """Return whether the source is a ``PromptTuned``."""
         return isinstance(self.value, TaskModel)
 
     @property
     def is_held(self) -> bool:
-        """Whether it is a module that is kept frozen."""
+        """Return whether the source is a module that is kept frozen."""
         return isinstance(self.value, nn.Module) and not self.is_tuned and not self.trained
 
     def feature(self, inputs: Inputs, *, training: bool = False) -> Tensor:
-        """psi_y (B, width): a prompted model's features, what a callable gives, or the inputs themselves.
+        """Return psi_y (B, width): a prompted model's features, the result of a callable, or the inputs themselves.
 
         Raises:
-            ValueError: in training, a function's features depend on parameters that nobody would save.
+            ValueError: ``training`` is set and a function's features depend on trainable parameters, which would not be saved.
         """
         value = self.value
         if value is None:
@@ -54,14 +54,14 @@ class FeatureSource(NamedTuple):
         return feature
 
     def folded(self) -> nn.Module | Callable[..., Tensor] | None:
-        """For inference: folded, or a frozen copy of what is trained; what is held is shared."""
+        """Return the source for inference: a tuned model folded, a trained module as a frozen copy, any other source shared."""
         if self.is_tuned:
             return self.value.fold()
         return copy.deepcopy(self.value).requires_grad_(False).eval() if self.trained else self.value
 
 
 def check_holds_no_prompts(name: str, module: nn.Module) -> None:
-    """Raises ValueError for a module that would be frozen with prompts in it that are to be trained."""
+    """Raise ValueError for a module that would be frozen although it contains trainable prompts."""
     kinds = (TaskModel, PromptBank, MoPELayer, PromptMapper, PromptFusion)
     for path, part in module.named_modules():
         if isinstance(part, kinds) and any(parameter.requires_grad for parameter in part.parameters()):
@@ -74,16 +74,16 @@ def check_holds_no_prompts(name: str, module: nn.Module) -> None:
 
 
 def check_can_be_trained(name: str, module: object) -> None:
-    """Raises TypeError or ValueError for what ``Side(..., trainable=True)`` can't be asked for."""
+    """Raise TypeError or ValueError for a source that ``Side(..., trainable=True)`` does not support."""
     if not isinstance(module, nn.Module):
-        raise TypeError(f"{name}: trainable=True is for a module, got {type(module).__name__}, whose parameters nobody would save")
+        raise TypeError(f"{name}: trainable=True needs a module, got {type(module).__name__}, whose parameters would not be saved")
     if not any(parameter.requires_grad for parameter in module.parameters()):
-        raise ValueError(f"{name}: trainable=True, but no parameter of the {type(module).__name__} asks for a gradient")
+        raise ValueError(f"{name}: trainable=True, but no parameter of the {type(module).__name__} requires a gradient")
     for path, part in module.named_modules():
         if isinstance(part, PromptBank) and part.routes:
             raise ValueError(
                 f"{name}: the {type(module).__name__} has routed prompts at {path!r}, whose importance loss would not be counted: "
-                "train that model by itself, and pass a function of its features"
+                "train that model by itself, and pass a function that returns its features"
             )
 
 
@@ -93,20 +93,20 @@ def _check_trains_nothing(name: str, inputs: Inputs, feature: Tensor) -> None:
     given = inputs.values() if isinstance(inputs, Mapping) else [inputs]
     if not any(isinstance(value, Tensor) and value.requires_grad for value in given):
         raise ValueError(
-            f"{name} is a function whose features ask for a gradient: what is trained in it would not be saved. Call "
-            ".requires_grad_(False) on the module in it; pass a PromptTuned, whose prompts are trained and saved; pass the module "
+            f"{name} is a function whose features require a gradient: parameters trained in it would not be saved. Call "
+            ".requires_grad_(False) on its module; pass a PromptTuned, whose prompts are trained and saved; pass the module "
             'itself as {"name": Side(module, trainable=True)}; or train it yourself and pass its features to forward, with '
             "complementary=None"
         )
 
 
 def is_prompted_model(complementary: object) -> bool:
-    """Whether it is a model of ours: its output has ``features``."""
+    """Return whether it is a prompted model of this library, whose output has ``features``."""
     return isinstance(getattr(complementary, "main", None), PromptedEncoder)
 
 
 def head_inputs(config: MoPEConfig, own: Tensor | tuple[Tensor, ...], cross: Tensor | None) -> list[Tensor | tuple[Tensor, ...]]:
-    """What a fusion's head reads: its feature (B, D) or its maps, and (B, cross_dim) where ``config.head_inputs`` is "both"."""
+    """Return the head's inputs: the feature (B, D) or maps, and psi_y (B, cross_dim) if ``config.head_inputs`` is "both"."""
     if config.head_inputs != "both":
         return [own]
     check_input("the complementary feature", cross, config.cross_dim, (own if isinstance(own, Tensor) else own[0]).shape[0])
@@ -114,5 +114,5 @@ def head_inputs(config: MoPEConfig, own: Tensor | tuple[Tensor, ...], cross: Ten
 
 
 def batch_of(main: PromptedEncoder, main_inputs: Any) -> int | None:
-    """How many samples the main side has, as far as its family knows."""
+    """Return the main side's number of samples, or None if its family can't tell."""
     return main.family.batch_size(main.family.keyword_arguments(main_inputs))

@@ -1,4 +1,4 @@
-"""Dense prediction: heads on feature maps, and the loss of masks."""
+"""Dense prediction: heads on feature maps, and the segmentation loss."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -8,20 +8,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 NOT_A_PIXEL = -100
-"""Pixels of this class are left out of a loss: cross entropy's default."""
+"""The class index of pixels that a loss ignores; the default of cross entropy."""
 
 
 class SETRHead(nn.Module):
-    """SETR-PUP (arXiv 2012.15840, section 3.2): convolutions and upsampling by 2 in turn, from a map to logits of pixels.
+    """SETR-PUP (arXiv 2012.15840, section 3.2): alternating convolutions and upsampling by 2, from a map to pixel logits.
 
     Args:
-        width: channels of the map.
-        num_classes: channels of the logits; 1 for a mask that is there or not.
-        channels: between convolutions.
-        stages: how often the map is doubled: 4, as in the paper, from patches of 16 pixels to pixels.
+        width: number of channels of the map.
+        num_classes: number of channels of the logits; 1 for a binary mask.
+        channels: number of channels between convolutions.
+        stages: how often the size of the map is doubled; 4, as in the paper, leads from patches of 16 pixels to pixels.
 
     Shape:
-        Maps of an encoder, of which the last one is read, (B, width, H, W) -> (B, num_classes, 2**stages * H, 2**stages * W).
+        The last of an encoder's maps, (B, width, H, W) -> (B, num_classes, 2**stages * H, 2**stages * W).
     """
 
     def __init__(self, width: int, num_classes: int, channels: int = 256, stages: int = 4):
@@ -38,7 +38,7 @@ class SETRHead(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Of the last convolution, whose rows are classes."""
+        """Return the weight of the last convolution, whose rows are classes."""
         return self.classifier.weight
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
@@ -49,12 +49,12 @@ class SETRHead(nn.Module):
 
 
 class SimplePyramid(nn.Module):
-    """ViTDet's pyramid (arXiv 2203.16527, section 3): four maps of 4, 2, 1 and 1/2 times the size of an encoder's last one.
+    """ViTDet's pyramid (arXiv 2203.16527, section 3): four maps of 4, 2, 1 and 1/2 times the size of an encoder's last map.
 
-    Heads for encoders of several stages so read one that has a single map, such as transformers' ``UperNetHead``.
+    With it, heads made for multi-stage encoders, such as transformers' ``UperNetHead``, work on an encoder that has a single map.
 
     Args:
-        width: channels of the map, and of the four.
+        width: number of channels of the input map and of the four output maps.
 
     Example:
         >>> head = nn.Sequential(SimplePyramid(384), UperNetHead(UperNetConfig(num_labels=1), in_channels=[384] * 4))
@@ -78,16 +78,17 @@ class SimplePyramid(nn.Module):
 
 
 def segmentation_loss(logits: Tensor, masks: Tensor, reduction: str = "mean", label_smoothing: float = 0.0) -> Tensor:
-    """Cross entropy of pixels and one minus the Dice coefficient of classes (arXiv 1606.04797), of each sample; their mean.
+    """Return the mean over samples of pixel cross entropy plus one minus the Dice coefficient of classes (arXiv 1606.04797).
 
-    Logits are interpolated to the masks' size. With one class both are of its sigmoid, else of the softmax, and the Dice
-    coefficient is the mean over the classes behind the first, the background. Pixels of -100 count in neither; a sample without
-    others has a loss of 0.
+    Logits are interpolated to the masks' size. With one class both terms use the sigmoid, otherwise the softmax, and the Dice
+    coefficient is the mean over all classes except the first, the background. Pixels labelled -100 are ignored in both terms; a
+    sample with no other pixels has a loss of 0.
 
     Args:
-        logits: (B, C, h, w).
-        masks: (B, H, W), classes, or 0 and 1 where C is 1.
+        logits: (B, C, h, w) float.
+        masks: (B, H, W) class indices, or 0 and 1 if C is 1.
         reduction: "mean" or "sum" over samples.
+        label_smoothing: label smoothing of the cross entropy; not applied if C is 1.
     """
     if logits.shape[-2:] != masks.shape[-2:]:
         logits = F.interpolate(logits, size=masks.shape[-2:], mode="bilinear", align_corners=False)
@@ -104,7 +105,7 @@ def segmentation_loss(logits: Tensor, masks: Tensor, reduction: str = "mean", la
         truth = F.one_hot(torch.where(known, masks, 0), logits.shape[1]).movedim(-1, 1)[:, 1:].to(logits.dtype)
     entropy = (pixels.flatten(1) * counted).sum(1) / counted.sum(1).clamp(min=1)
     probabilities, truth = (value.flatten(2) * counted[:, None] for value in (probabilities, truth))
-    # 1 more above and below: a class that is neither there nor predicted is right
+    # add 1 to numerator and denominator, so that a class neither present nor predicted counts as correct
     dice = (2 * (probabilities * truth).sum(2) + 1) / (probabilities.sum(2) + truth.sum(2) + 1)
     each = torch.where(known.flatten(1).any(1), entropy + 1 - dice.mean(1), 0.0)
     return each.sum() if reduction == "sum" else each.mean()

@@ -1,4 +1,4 @@
-"""The head alone: trained in seconds on what it reads, before prompts are."""
+"""Quick training of the head alone on cached inputs, before the prompts are trained."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,41 +26,41 @@ def fit_head(
     seed: int = 0,
     progress: bool = True,
 ) -> list[float]:
-    """Train a model's head alone, on what it reads while all else is as it is; then train the whole model.
+    """Train only a model's head on its current inputs, with everything else fixed; train the whole model afterwards.
 
-    Encoders see each batch once, in eval mode and without gradient, and the head is trained on what it read of them: seconds, where
-    epochs through the encoders take minutes. A fused model with ``head_inputs="both"`` so begins where a network on frozen features
-    of both sides ends, and no head that knows nothing leads the first steps of the prompts (linear probing before fine-tuning,
-    arXiv 2202.10054). By AdamW with a warm-up over a tenth of the steps and linear decay.
+    Encoders run once on each batch, in eval mode and without gradient, and the head is trained on its recorded inputs. This takes
+    seconds, whereas epochs through the encoders take minutes. A fused model with ``head_inputs="both"`` then starts where a network
+    on frozen features of both sides ends, and no untrained head leads the first steps of the prompts (linear probing before
+    fine-tuning, arXiv 2202.10054). The optimiser is AdamW with a warm-up over a tenth of the steps and linear decay.
 
     Args:
-        model: any of this library's with a head. Before it is compiled, or wrapped by DDP or FSDP; with several processes every one
-            calls this with the same batches, and so has the same head.
-        batches: keyword arguments of the model, with ``labels`` (B, ...). What the head reads of all of them is kept in memory.
-        epochs: over the samples.
-        lr, weight_decay: of AdamW.
-        batch_size: of the head's steps; a last batch that is smaller is left out, where there are others.
-        seed: of the order. Dropout in the head draws from torch's global generator.
-        progress: show a bar.
+        model: any model of this library with a head. Call this before the model is compiled, or wrapped by DDP or FSDP. With
+            several processes every one must call this with the same batches, so that all have the same head.
+        batches: keyword arguments of the model, with ``labels`` (B, ...). The head's inputs for all of them are kept in memory.
+        epochs: number of passes over the samples.
+        lr, weight_decay: learning rate and weight decay of AdamW.
+        batch_size: number of samples per step of the head; a smaller last batch is left out unless it is the only one.
+        seed: seed of the sample order. Dropout in the head draws from torch's global generator.
+        progress: show a progress bar.
 
     Returns:
         The mean loss of each epoch.
 
     Raises:
-        TypeError: it is another model, or ``batches`` gives no dicts.
+        TypeError: the model is not one of this library, or ``batches`` doesn't yield dicts.
         ValueError: the model has no head, or one without trained parameters; there are no batches, or one has no labels.
         FloatingPointError: a loss was NaN or infinite.
 
     Example:
         >>> fit_head(model, loader)
-        >>> for batch in loader: ...                            # as ever
+        >>> for batch in loader: ...                            # train as usual
     """
     if not isinstance(model, TaskModel):
         raise TypeError(f"fit_head takes a model of this library, neither compiled nor in DDP, got {type(model).__name__}")
     if model.head is None:
-        raise ValueError(f"this {type(model).__name__} has no head to fit: give it num_classes or head")
+        raise ValueError(f"this {type(model).__name__} has no head to fit: create it with num_classes or head")
     if model.problem_type == DENSE:
-        raise ValueError("the head reads feature maps, of which too many would be kept: train it with the prompts")
+        raise ValueError("the head reads feature maps, which are too large to keep in memory: train it with the prompts")
     if not any(parameter.requires_grad for parameter in model.head.parameters()):
         raise ValueError(f"the head, {type(model.head).__name__}, has no parameters to train")
     if any(is_sharded(parameter) for parameter in model.head.parameters()):
@@ -88,9 +88,9 @@ def fit_on_features(
     progress: bool,
     each_epoch: Callable[[], None] = lambda: None,
 ) -> list[float]:
-    """:func:`fit_head` of any head on features (N, D) at hand, which it leaves in training mode.
+    """Train any head as :func:`fit_head` does, on given features (N, D); the head is left in training mode.
 
-    ``loss_of`` is called with logits and labels, ``each_epoch`` behind each epoch.
+    ``loss_of`` is called with logits and labels, ``each_epoch`` after each epoch.
     """
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -116,24 +116,24 @@ def fit_on_features(
             losses.append(total.item() / count)
             if not math.isfinite(losses[-1]):
                 raise FloatingPointError(
-                    f"the head's loss became {losses[-1]}: look for inputs that aren't finite, or take a lower lr"
+                    f"the head's loss became {losses[-1]}: look for inputs that aren't finite, or use a lower lr"
                 )
             each_epoch()
     finally:
         head.train()
-        optimizer.zero_grad()  # else the next loop's first step would have it
+        optimizer.zero_grad()  # otherwise the next loop's first step would include this gradient
     return losses
 
 
 def warm_up_and_decay(optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
-    """Warm-up over a tenth of the steps, then down to zero in a line; to be stepped after each step."""
+    """Build a schedule that warms up over a tenth of the steps and decays linearly to zero; step it after each optimiser step."""
     warm_up = max(1, steps // 10)
     return LambdaLR(optimizer, lambda step: min((step + 1) / warm_up, max(0.0, (steps - step) / max(1, steps - warm_up))))
 
 
 @contextmanager
 def read_by(head: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect what a head is called with in the block."""
+    """Collect the first input of each call of a head within the block."""
     read: list[Tensor] = []
     hook = head.register_forward_pre_hook(lambda head, inputs: read.append(inputs[0].detach().clone()))
     try:
@@ -143,12 +143,12 @@ def read_by(head: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def _read(model: TaskModel, batches: Iterable[Mapping[str, Any]], progress: bool) -> tuple[Tensor, Tensor]:
-    """What the head reads of all samples, and their labels."""
+    """Return the head's inputs for all samples, and their labels."""
     labels: list[Tensor] = []
     with torch.no_grad(), evaluating(model), read_by(model.head) as read:
         for batch in tracked(batches, "features for the head", "batch", shown=progress):
             if not isinstance(batch, Mapping):
-                raise TypeError(f"batches must give dicts of the model's keyword arguments, got {type(batch).__name__}")
+                raise TypeError(f"batches must yield dicts of the model's keyword arguments, got {type(batch).__name__}")
             arguments = dict(batch)
             given = arguments.pop("labels", None)
             if given is None:
@@ -156,8 +156,8 @@ def _read(model: TaskModel, batches: Iterable[Mapping[str, Any]], progress: bool
             model(**arguments)
             labels.append(given)
     if not labels:
-        raise ValueError("batches gave none: it needs at least one (an iterator can be used only once)")
+        raise ValueError("batches is empty: it needs at least one batch (an iterator can be used only once)")
     features, targets = torch.cat(read), torch.cat(labels)
     if len(features) != len(targets):
-        raise ValueError(f"the head read {len(features)} rows for {len(targets)} samples: it has to be called once a forward")
+        raise ValueError(f"the head read {len(features)} rows for {len(targets)} samples: it has to be called once per forward")
     return features, targets

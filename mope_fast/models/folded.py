@@ -18,20 +18,20 @@ from .task import apply_head
 
 
 class FoldedModel(ImageConfig, nn.Module):
-    """What :meth:`MoPEFusion.fold` and :meth:`PromptTuned.fold` give: the same outputs, to rounding, with less work.
+    """The result of :meth:`MoPEFusion.fold` and :meth:`PromptTuned.fold`: the same outputs, up to rounding, with less work.
 
-    It runs the same frozen encoder object as the model it comes from, and keeps working when that one is trained on (and doesn't
-    learn from it); :meth:`unwrap` of that one ends both. It is for inference: it has no trained parameters and no loss.
-    :meth:`for_export` makes it ready for ``torch.export``, Inductor packages and ONNX (docs/export.md).
+    It runs the same frozen encoder object as the original model. It keeps working while the original is trained further, and is not
+    affected by that training. :meth:`unwrap` of the original makes both unusable. It is for inference: it has no trained parameters
+    and no loss. :meth:`for_export` prepares it for ``torch.export``, Inductor packages and ONNX (docs/export.md).
 
     Args:
         main: the encoder.
-        bank: the trained prompts; None for none.
-        head: features -> logits, or None; copied.
-        complementary: where psi_y comes from, if prompts depend on it: a folded model, several sides, a callable, or None for
+        bank: the trained prompts; None for no prompts.
+        head: a module features -> logits, or None; it is copied.
+        complementary: the source of psi_y, if prompts depend on it: a folded model, several sides, a callable, or None for
             features.
-        return_logits: have ``forward`` give the logits alone, a tensor.
-        dense: the head reads feature maps.
+        return_logits: make ``forward`` return only the logits tensor.
+        dense: whether the head reads feature maps.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class FoldedModel(ImageConfig, nn.Module):
         tokens: bool = False,
         **named: Any,
     ) -> FusionOutput | Tensor:
-        """As :class:`MoPEFusion`'s or :class:`PromptTuned`'s, without labels."""
+        """Run one forward pass as :class:`MoPEFusion` or :class:`PromptTuned` does, without labels."""
         main_inputs, complementary_inputs = two_sides(self.main, self.complementary, main_inputs, complementary_inputs, named)
         output = self.outputs(main_inputs, complementary_inputs, feature_maps=feature_maps, tokens=tokens)
         if not self.return_logits:
@@ -81,7 +81,7 @@ class FoldedModel(ImageConfig, nn.Module):
         feature_maps: bool = False,
         tokens: bool = False,
     ) -> FusionOutput:
-        """Return all of them, whatever ``return_logits`` says."""
+        """Return all outputs, ignoring ``return_logits``."""
         cross = None
         if self.uses_cross:
             cross = complementary_feature(self.complementary, complementary_inputs, batch_of(self.main, main_inputs))
@@ -96,46 +96,47 @@ class FoldedModel(ImageConfig, nn.Module):
 
     @property
     def uses_cross(self) -> bool:
-        """Whether prompts or the head depend on the complementary feature."""
+        """Return whether prompts or the head depend on the complementary feature."""
         return self.bank is not None and self.bank.config.uses_cross
 
     def head_inputs(self, own: Tensor | tuple[Tensor, ...], cross: Tensor | None) -> list[Tensor | tuple[Tensor, ...]]:
-        """What the head reads."""
+        """Return the head's inputs."""
         return [own] if self.bank is None else head_inputs(self.bank.config, own, cross)
 
     def for_export(self, *outputs: str) -> nn.Module:
-        """This model with plain outputs, for ``torch.export``: what is exported of it is loaded without mope_fast.
+        """Return this model with plain outputs for ``torch.export``; the exported program can be loaded without mope_fast.
 
         Args:
-            outputs: out of "logits", "scores", "features", "feature_maps" and "tokens"; none for the logits, or the features
-                without a head.
+            outputs: names out of "logits", "scores", "features", "feature_maps" and "tokens"; if none are given, the logits, or the
+                features without a head.
 
         Returns:
-            A module on the same weights, called with the same inputs. It gives one output as it is, several as a dict by name.
+            A module on the same weights, called with the same inputs. It returns a single output directly, several as a dict by
+            name.
 
         Raises:
             ValueError: this model has no such output.
         """
-        there = {
+        available = {
             "logits": self.head is not None,
             "scores": self.bank is not None and self.bank.routes,
             "features": True,
             "feature_maps": self.main.family.has_feature_maps,
             "tokens": self.main.family.has_tokens,
         }
-        known = [name for name, is_there in there.items() if is_there]
-        outputs = outputs or ("logits" if there["logits"] else "features",)
+        known = [name for name, exists in available.items() if exists]
+        outputs = outputs or ("logits" if available["logits"] else "features",)
         if missing := [name for name in outputs if name not in known]:
-            raise ValueError(f"for_export got {missing}, which this folded model does not give: it has {known}")
+            raise ValueError(f"for_export got {missing}, which this folded model does not return: it has {known}")
         return _PlainOutputs(self, outputs)
 
     def train(self, mode: bool = True) -> "FoldedModel":
-        """Stays in eval mode."""
+        """Keep eval mode, whatever ``mode`` is."""
         return super().train(False)
 
 
 class _PlainOutputs(nn.Module):
-    """A folded model whose outputs need no class of ours."""
+    """A folded model whose outputs use no class of this library."""
 
     def __init__(self, model: FoldedModel, outputs: tuple[str, ...]):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Videos as a side: frames go through an encoder of images, and their features are pooled."""
+"""Videos as a side: frames go through an image encoder, and their features are pooled."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,15 +10,15 @@ from .._values import can_be_looked_at
 from .prompting import Inputs
 
 FRAMES, FRAME_MASK = "frames", "frame_mask"
-"""Names of inputs that are no encoder's: all frames as a tensor, and which of them are there."""
+"""Input names that don't belong to an encoder: all frames as a tensor, and the mask of frames that are present."""
 
 
 def as_samples(name: str, inputs: Any) -> tuple[Inputs, tuple[int, int], Tensor | None]:
-    """Inputs of all frames (B * T, ...), (B, T), and which of them are there (B, T) or None.
+    """Return the inputs of all frames (B * T, ...), the shape (B, T), and the mask of present frames (B, T) or None.
 
     Raises:
-        TypeError: the mask is no tensor.
-        ValueError: shapes differ, or there is no frame.
+        TypeError: the mask is not a tensor.
+        ValueError: shapes differ, or there are no frames.
     """
     arguments = dict(inputs) if isinstance(inputs, Mapping) else {FRAMES: inputs}
     mask = arguments.pop(FRAME_MASK, None)
@@ -27,9 +27,9 @@ def as_samples(name: str, inputs: Any) -> tuple[Inputs, tuple[int, int], Tensor 
     tensors = {key: value for key, value in arguments.items() if isinstance(value, Tensor)}
     shapes = [tuple(value.shape[:2]) for value in (*tensors.values(), *([] if mask is None else [mask]))]
     if not shapes or len(shapes[0]) != 2 or any(shape != shapes[0] for shape in shapes):
-        raise ValueError(f"{name!r} is of frames: its inputs must be tensors (B, T, ...) of the same B and T, got {shapes}")
+        raise ValueError(f"{name!r} is a side of frames: its inputs must be tensors (B, T, ...) of the same B and T, got {shapes}")
     if shapes[0][1] == 0:
-        raise ValueError(f"{name!r} has videos without frames, (B, T) = {shapes[0]}: where all are missing pass None")
+        raise ValueError(f"{name!r} has videos without frames, (B, T) = {shapes[0]}: pass None if all are missing")
     if mask is not None and (mask.dtype != torch.bool or mask.dim() != 2):
         got = f"{mask.dtype} {tuple(mask.shape)}"
         raise ValueError(f"{FRAME_MASK} of {name!r} must be a bool tensor (B, T), True for real frames; got {got}")
@@ -38,13 +38,13 @@ def as_samples(name: str, inputs: Any) -> tuple[Inputs, tuple[int, int], Tensor 
 
 
 def pooled(name: str, features: Tensor, mask: Tensor | None, how: str, present: Tensor | None) -> Tensor:
-    """(B, T, D) -> (B, D): "mean" or "max" over the frames that are there.
+    """Pool features (B, T, D) -> (B, D) by "mean" or "max" over the frames that are present.
 
     Args:
-        present: (B,), which samples have a video; None for all.
+        present: (B,) bool, True for samples that have a video; None for all.
 
     Raises:
-        ValueError: one that is there has no frame; where nobody can look its feature is NaN.
+        ValueError: a video that is present has no frame. Where values can't be read without waiting, its feature is NaN instead.
     """
     if mask is None:
         return features.mean(1) if how == "mean" else features.amax(1)

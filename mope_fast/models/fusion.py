@@ -27,30 +27,32 @@ from .task import DENSE, apply_head, check_head, describe_encoder, make_head, pr
 
 
 class MoPEFusion(Classifier):
-    """A frozen main encoder whose every layer takes prompts routed by a complementary modality.
+    """A frozen main encoder with prompts in every layer that are routed by a complementary modality.
 
     Args:
-        main: a supported encoder, held frozen and in eval mode; or a :class:`PromptedEncoder` that several models share.
-        complementary: where psi_y comes from: a supported encoder (its global feature, with vanilla prompts of
-            ``config.complementary_prompt_length`` in its layers), a :class:`PromptTuned` of your own, any callable that gives
-            (B, cross_dim) features (a module is held frozen, in eval mode and without gradient, so it may not hold prompts to be
-            trained; nor may a function train anything), or None: then the features themselves are passed to ``forward``.
-            Several of these are a dict of names: each is one of the above, or a :class:`Side`, which may be missing, of video
-            frames, or trained. Their features side by side are psi_y (``config.combine``), and each has a mapped prompt of its own.
-        num_classes: outputs of a linear head on the fused feature, and on psi_y unless ``config.head_inputs`` says otherwise; None
-            for no head (``logits`` is None, use ``features``).
+        main: a supported encoder, kept frozen and in eval mode; or a :class:`PromptedEncoder` that several models share.
+        complementary: the source of psi_y. It is a supported encoder (its global feature, with vanilla prompts of
+            ``config.complementary_prompt_length`` in its layers), your own :class:`PromptTuned`, any callable that returns
+            (B, cross_dim) features, or None if the features themselves are passed to ``forward``. A module is kept frozen, in eval
+            mode and without gradient, so it may not contain trainable prompts; a function may not train anything either. Several
+            sides are a dict by name. Each value is one of the above or a :class:`Side`, which may be missing, consist of video
+            frames, or be trained. Their features are combined into psi_y (``config.combine``), and each side has its own mapped
+            prompt.
+        num_classes: number of outputs of a linear head on the fused feature, and on psi_y unless ``config.head_inputs`` says
+            otherwise; None for no head (``logits`` is None, use ``features``).
         config: see :class:`MoPEConfig`; ``config.cross_dim`` is needed unless ``complementary`` is a supported encoder.
-        head: a head of your own, (B, D) -> (B, num_classes), in place of the linear one; D is of the main encoder's feature, with
-            psi_y behind it where ``config.head_inputs`` is "both".
-        problem_type: "single_label_classification": labels (B,) are integer classes, -100 for samples that don't count, or
-            probabilities (B, C) in 0..1. "multi_label_classification": labels (B, C) in 0..1. "regression": numbers (B, C), or (B,)
-            of one output. "segmentation": the head reads feature maps, ``head(maps)``, or ``head(maps, psi_y)`` where
-            ``config.head_inputs`` is "both", and gives logits (B, C, h, w); ``num_classes`` makes a :class:`SETRHead`. Labels
-            (B, H, W) are classes of pixels, 0 and 1 where C is 1, -100 for those that don't count; see
-            :func:`segmentation_loss`. Losses are in float32 at least.
-        label_smoothing: of single-label classification: this part of each label is spread over all classes, in every ``loss``.
-        return_logits: have ``forward`` give the logits alone, a tensor, for scripts that call ``criterion(model(x, y), labels)``;
-            the importance loss is :meth:`auxiliary_loss` then, to be added.
+        head: a custom head, (B, D) -> (B, num_classes), used instead of the linear one. Its input is the main encoder's feature,
+            with psi_y appended if ``config.head_inputs`` is "both".
+        problem_type: "single_label_classification": labels are (B,) integer classes, with -100 for ignored samples, or (B, C)
+            probabilities in 0..1. "multi_label_classification": labels are (B, C) in 0..1. "regression": labels are (B, C) numbers,
+            or (B,) for one output. "segmentation": the head reads feature maps, ``head(maps)``, or ``head(maps, psi_y)`` if
+            ``config.head_inputs`` is "both", and returns logits (B, C, h, w); ``num_classes`` creates a :class:`SETRHead`. Labels
+            (B, H, W) are classes of pixels, 0 and 1 if C is 1, with -100 for ignored pixels; see :func:`segmentation_loss`. Losses
+            are computed in float32 at least.
+        label_smoothing: for single-label classification: the part of each label that is spread over all classes, in every
+            ``loss``.
+        return_logits: make ``forward`` return only the logits tensor, for scripts that call ``criterion(model(x, y), labels)``.
+            The importance loss must then be added from :meth:`auxiliary_loss`.
 
     Example:
         >>> model = MoPEFusion(main=bert, complementary=dinov2, num_classes=13)
@@ -87,8 +89,8 @@ class MoPEFusion(Classifier):
         widths = {name: width_of(name, side, config, several=several) for name, side in sides.items()}
         if not several and (config.side_dropout or config.combine != "concat"):
             raise ValueError(
-                f"MoPEConfig.side_dropout={config.side_dropout} and combine={config.combine!r} are for several sides, which are a "
-                "dict of names: complementary={'image': ...}"
+                f"MoPEConfig.side_dropout={config.side_dropout} and combine={config.combine!r} are for several sides, which are "
+                "given as a dict by name: complementary={'image': ...}"
             )
         if several:
             config = settings_of_sides(config, widths)
@@ -102,7 +104,7 @@ class MoPEFusion(Classifier):
         self._wrapped = [] if self.main is main else [self.main]
         self._holds: list[Hold] = []
         self.made_sides: set[str] = set()
-        """Names of the sides whose prompts are of this model's making."""
+        """Names of the sides whose prompts this model created."""
         try:
             values: dict[str, Any] = {}
             frozen = [side.source for side in sides.values() if isinstance(side.source, nn.Module) and not side.trainable]
@@ -142,21 +144,23 @@ class MoPEFusion(Classifier):
         tokens: bool = False,
         **named: Any,
     ) -> FusionOutput | Tensor:
-        """One pass.
+        """Run one forward pass.
 
         Args:
             main_inputs: the main encoder's input, or a dict of its keyword arguments.
-            complementary_inputs: likewise; or the features (B, cross_dim) where ``complementary`` is None; None where no prompt
-                needs them. Of several sides a dict of these by name. A side that is ``optional`` may be None, or absent, where no
-                sample of the batch has it. Where some have it, ``"present"`` is a dict of names and bool masks (B,), and the
-                others' rows may be any valid input: they have no effect. A side of ``frames`` takes (B, T, ...), or a dict of such
-                tensors, perhaps with ``"frame_mask"``, bool (B, T), True for real frames.
-            labels: see ``problem_type``; gives ``loss``. On a CPU wrong values are errors. On other devices, where looking would
-                wait, a class out of range stops the device, and other wrong values make ``loss`` NaN. Where no sample counts,
-                the task loss is 0.
-            feature_maps, tokens: give these of the main encoder too, for dense prediction; see :class:`FusionOutput`.
-            named: encoders' keyword arguments themselves, in place of these or beside their tensors: what the main encoder's
-                forward names is the main one's, the rest the other's.
+            complementary_inputs: the complementary encoder's input, or a dict of its keyword arguments; the features
+                (B, cross_dim) if ``complementary`` is None; None if no prompt needs them. For several sides, a dict of these by
+                name. An ``optional`` side may be None or absent if no sample of the batch has it. If only some samples have it,
+                ``"present"`` is a dict of names and bool masks (B,); the rows of the other samples may be any valid input and have
+                no effect. A side of ``frames`` takes (B, T, ...), or a dict of such tensors, optionally with ``"frame_mask"``, bool
+                (B, T), True for real frames.
+            labels: labels as ``problem_type`` defines them; if given, ``loss`` is computed. On a CPU invalid values raise an error.
+                On other devices, where checking would need a synchronisation, a class out of range raises a device-side error, and
+                other invalid values make ``loss`` NaN. If all samples are ignored, the task loss is 0.
+            feature_maps, tokens: also return the main encoder's feature maps or tokens, for dense prediction; see
+                :class:`FusionOutput`.
+            named: the encoders' keyword arguments, passed directly instead of the inputs or in addition to their tensors. Names in
+                the main encoder's forward signature go to the main encoder, all others to the complementary side.
         """
         self._begin(labels, feature_maps or tokens)
         side = self.complementary
@@ -175,7 +179,7 @@ class MoPEFusion(Classifier):
         feature_maps: bool = False,
         tokens: bool = False,
     ) -> FusionOutput:
-        """``forward`` with the complementary feature psi_y (B, cross_dim) at hand, whatever ``return_logits`` says."""
+        """Run ``forward`` with a given complementary feature psi_y (B, cross_dim), ignoring ``return_logits``."""
         config, dense = self.config, self.is_dense
         encoded = run_prompted(self.main, self._bank(), main_inputs, cross, feature_maps=feature_maps or dense, tokens=tokens)
         features, scores = encoded.feature, stacked_scores(encoded)
@@ -190,7 +194,7 @@ class MoPEFusion(Classifier):
         )
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head, see :meth:`PromptTuned.reset_classifier`; without one the feature is the main encoder's alone."""
+        """Replace the head, see :meth:`PromptTuned.reset_classifier`; without a head ``config.head_inputs`` becomes "main"."""
         super().reset_classifier(num_classes, global_pool)
         if self.head is None:
             self.config = self.bank.config = dataclasses.replace(self.config, head_inputs="main")
@@ -202,18 +206,18 @@ class MoPEFusion(Classifier):
         return super()._loss_is_cross_entropy() and not self._has_auxiliary_loss()
 
     def _give_back(self) -> None:
-        """Undo what this model has done to encoders and to black boxes; what came wrapped or tuned stays so."""
+        """Undo this model's changes to encoders and frozen modules; encoders that were passed in wrapped or tuned stay so."""
         for encoder in self._wrapped:
             encoder.detach()
         for held in self._holds:
             held.release()
 
     def complementary_feature(self, inputs: Inputs | None) -> Tensor:
-        """psi_y, (B, cross_dim)."""
+        """Return psi_y, (B, cross_dim)."""
         return complementary_feature(self.complementary, inputs, None)
 
     def train(self, mode: bool = True) -> "MoPEFusion":
-        """Train or evaluate prompts, mapper and head; encoders stay in eval mode."""
+        """Set the mode of prompts, mapper and head; encoders stay in eval mode."""
         super().train(mode)
         for source in sources_of(self.complementary).values():
             if source.is_held:
@@ -221,12 +225,13 @@ class MoPEFusion(Classifier):
         return self
 
     def fold(self) -> FoldedModel:
-        """For inference: a new model whose experts and prompts have been through the frozen projections already.
+        """Return a new model for inference whose experts and prompts have already passed through the frozen projections.
 
-        Equal to this one in eval mode, to rounding. It has copies of what is trained and shares the frozen encoders.
+        Its outputs equal those of this model in eval mode, up to rounding. It copies the trained parts and shares the frozen
+        encoders.
 
         Raises:
-            ValueError: folding is not exact for this encoder (a norm of keys, or one of an unknown class).
+            ValueError: folding is not exact for this encoder (a norm on keys, or a norm of an unknown class).
             RuntimeError: weights are sharded.
         """
         self._check_whole()
@@ -237,13 +242,13 @@ class MoPEFusion(Classifier):
     def parameter_groups(
         self, main_lr: float, complementary_lr: float | Mapping[str, float] | None = None, weight_decay: float = 1e-3
     ) -> list[dict[str, Any]]:
-        """Trained parameters for an optimiser: bank and head at ``main_lr``, then those of each complementary side at theirs.
+        """Return the trained parameters as optimiser groups: bank and head at ``main_lr``, then each complementary side's.
 
-        Of several sides ``complementary_lr`` may be a dict of names; sides that aren't in it have ``main_lr``. A side's stand-in
-        has its side's rate. Defaults of the released code: 4e-4 (vision) and 5e-4 (text), weight decay 1e-3 on everything.
+        For several sides ``complementary_lr`` may be a dict by name; sides that are not in it use ``main_lr``. A side's stand-in
+        uses its side's rate. Defaults of the released code: 4e-4 (vision) and 5e-4 (text), weight decay 1e-3 on everything.
 
         Raises:
-            ValueError: a name is no side's.
+            ValueError: a name is not that of a side.
         """
         sources, stand_ins = sources_of(self.complementary), getattr(self.complementary, "stand_ins", {})
         rates = complementary_lr if isinstance(complementary_lr, Mapping) else dict.fromkeys(sources, complementary_lr)
@@ -256,7 +261,7 @@ class MoPEFusion(Classifier):
             parts.append((rate, [*of_side, [stand_ins[name]] if name in stand_ins else []]))
         groups, seen = [], set()
         for rate, part in parts:
-            # what two sides share is the first one's
+            # a parameter that two sides share goes to the first one's group
             trained = [p for each in part for p in each if p.requires_grad and p not in seen]
             seen.update(trained)
             if trained or not groups:
@@ -264,11 +269,11 @@ class MoPEFusion(Classifier):
         return groups
 
     def frozen_parts(self) -> list[str]:
-        """Names of the modules that are held and not trained."""
+        """Return the names of the modules that are kept frozen."""
         return [*super().frozen_parts(), *(source.path for source in sources_of(self.complementary).values() if source.is_held)]
 
     def unwrap(self) -> tuple[nn.Module, nn.Module | Callable[..., Tensor] | dict[str, Any] | None]:
-        """Give the encoders back as they were, several complementary ones by name; this model can't be used afterwards.
+        """Return the encoders as they were, several complementary ones by name; this model can't be used afterwards.
 
         A :class:`PromptedEncoder` or :class:`PromptTuned` that was passed in stays as it is: its owner detaches or unwraps it.
         """
@@ -280,10 +285,10 @@ class MoPEFusion(Classifier):
         return self.main.encoder, given if isinstance(self.complementary, Sides) else given["complementary"]
 
     def sources(self) -> dict[str, Source | None]:
-        """Where the encoders can be got again; a complementary one isn't named where features are passed in.
+        """Return where the encoders can be obtained again; there is no complementary entry if features are passed in.
 
-        That of a function that is a supported encoder's feature has its ``pooling``. Those of several sides are
-        "complementary.NAME".
+        If a side is a function that returns a supported encoder's feature, its entry includes the ``pooling``. For several sides
+        the keys are "complementary.NAME".
         """
         found = {"main": source_of(self.main.encoder)}
         for name, source in sources_of(self.complementary).items():
@@ -297,7 +302,7 @@ class MoPEFusion(Classifier):
         return found
 
     def sampled_encoders(self) -> dict[str, Samples | None]:
-        """Of each frozen encoder some of its numbers, of one within a function too; None where they can't be read."""
+        """Return sampled weights of each frozen encoder, including one inside a function; None where they can't be read."""
         found = super().sampled_encoders()
         for name, source in sources_of(self.complementary).items():
             if (known := encoder_of(source.value)) is not None:
@@ -332,16 +337,16 @@ class MoPEFusion(Classifier):
         revision: str | None = None,
         return_logits: bool = False,
     ) -> "MoPEFusion":
-        """Read a save onto the same encoders; ``head`` only if it was saved with one of its own.
+        """Load a saved checkpoint onto the same encoders; pass ``head`` only if it was saved with a custom head.
 
-        Of several complementary sides pass a dict of names and encoders; what else their :class:`Side` said is in the save.
+        For several complementary sides pass a dict of names and encoders; the other settings of each :class:`Side` are in the save.
 
-        ``path`` is a folder of :meth:`save_pretrained`, or "user/name" of one on the Hugging Face Hub (:meth:`push_to_hub`), of
-        which ``revision`` is a branch, a tag or a commit. Encoders with other weights are a warning; with ``strict`` an error, see
-        :meth:`load_pretrained`.
+        ``path`` is a folder written by :meth:`save_pretrained`, or "user/name" of one on the Hugging Face Hub
+        (:meth:`push_to_hub`), where ``revision`` is a branch, a tag or a commit. Encoders with other weights cause a warning, or an
+        error with ``strict``; see :meth:`load_pretrained`.
 
         Raises:
-            FileNotFoundError, ValueError: no such save, it is damaged or doesn't fit; the message says what doesn't.
+            FileNotFoundError, ValueError: there is no such checkpoint, it is damaged, or it doesn't fit; the message says why.
             OSError: a file can't be read.
         """
         path = hub.local_folder(path, revision)
@@ -365,7 +370,7 @@ class MoPEFusion(Classifier):
         *,
         head: nn.Module | None = None,
     ) -> "MoPEFusion":
-        """As the description says, not loaded yet."""
+        """Build the model that the description specifies, without loading weights."""
         classes, task = None if head is not None else saved["num_classes"], checkpoint.task_settings(saved)
         with checkpoint.settings_of(path):
             config = MoPEConfig(**saved["config"])

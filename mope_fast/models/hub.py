@@ -12,34 +12,35 @@ WEIGHTS, INPUTS = "mope_fast-*.safetensors", "predictor-*"
 
 
 def local_folder(path: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """Return a folder as it is, and for "user/name" the one that huggingface_hub has in its cache, after it looked for a newer one.
+    """Return a local folder unchanged, or the cached snapshot of a Hub repository "user/name", updated first.
 
     Raises:
-        FileNotFoundError: there is neither, or the repository can't be had.
-        ValueError: a revision of a folder was asked for.
+        FileNotFoundError: neither exists, or the repository can't be downloaded.
+        ValueError: a revision of a local folder was requested.
         ImportError: huggingface_hub is missing.
     """
     folder = Path(path)
     if folder.exists() or (revision is None and not REPOSITORY.fullmatch(str(path))):
         if revision is not None:
-            raise ValueError(f"{folder} is a folder here, which has no revision {revision!r}: leave revision out")
+            raise ValueError(f"{folder} is a local folder, which has no revision {revision!r}: leave revision out")
         return folder
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError
     except ImportError as error:
-        raise ImportError(f"{path} is no folder here; to look for it on the Hub: pip install huggingface_hub") from error
+        raise ImportError(f"{path} is not a local folder; to look for it on the Hub: pip install huggingface_hub") from error
     try:
         return Path(snapshot_download(str(path), revision=revision, allow_patterns=[DESCRIPTION, WEIGHTS, INPUTS]))
     except (OSError, ValueError, HfHubHTTPError) as error:
         what = str(path) if revision is None else f"{path} at {revision}"
         raise FileNotFoundError(
-            f"{what} is no folder here, and can't be had from the Hub: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            f"{what} is not a local folder, and can't be downloaded from the Hub: {type(error).__name__}: "
+            f"{str(error).partition(chr(10))[0]}"
         ) from error
 
 
 class PushToHub:
-    """Gives whatever has ``save_pretrained(folder)`` a ``push_to_hub``."""
+    """A mixin that adds ``push_to_hub`` to classes with ``save_pretrained(folder)``."""
 
     def push_to_hub(
         self,
@@ -50,22 +51,22 @@ class PushToHub:
         token: str | None = None,
         commit_message: str = "Trained prompts and head of mope_fast",
     ) -> str:
-        """Upload what ``save_pretrained`` writes to the Hugging Face Hub, in one commit, through huggingface_hub; not the encoders.
+        """Upload the files of ``save_pretrained`` to the Hugging Face Hub in one commit, through huggingface_hub; without encoders.
 
-        Of several processes one calls this. What an older save left in the repository goes in the same commit.
+        Among several processes only one should call this. Files of an older save in the repository are deleted in the same commit.
 
         Args:
-            repository: "user/name"; it is made where it isn't there.
+            repository: "user/name"; it is created if it doesn't exist.
             revision: the branch to commit to; None for main.
-            private: of a new repository; None for the user's default.
-            token: None for the one that ``hf auth login`` has stored.
-            commit_message: of the commit.
+            private: whether a new repository is private; None for the user's default.
+            token: access token; None for the one stored by ``hf auth login``.
+            commit_message: message of the commit.
 
         Returns:
-            The commit's address.
+            The commit's URL.
 
         Raises:
-            ValueError: as of ``save_pretrained``; nothing is uploaded.
+            ValueError: as for ``save_pretrained``; nothing is uploaded.
             ImportError: huggingface_hub is missing.
         """
         try:

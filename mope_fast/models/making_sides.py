@@ -1,4 +1,4 @@
-"""A fusion's complementary sides made of what the user gives: checked, wrapped, held."""
+"""Construction of a fusion's complementary sides from user arguments: checks, wrapping, freezing."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from .task import check_is_trained, prompted
 
 
 class MadeSide(NamedTuple):
-    """What gives a side's feature, and what has been done to encoders and modules for it."""
+    """A side's feature source, and the encoders wrapped and modules frozen for it."""
 
     value: nn.Module | Callable[..., Tensor] | None
     wrapped: tuple[PromptedEncoder, ...] = ()
@@ -26,10 +26,10 @@ class MadeSide(NamedTuple):
 
 
 def make_side(name: str, side: Side, config: MoPEConfig, frozen: Sequence[nn.Module], *, several: bool) -> MadeSide:
-    """One side, ready; ``frozen`` is all that is held in this model.
+    """Build one side; ``frozen`` lists all frozen modules of this model.
 
     Raises:
-        ValueError: settings that don't fit the source, or a module that can't be trained, or held frozen.
+        ValueError: settings don't fit the source, or a module can't be trained or can't be kept frozen.
     """
     source = side.source
     asked = config.complementary_pooling if side.pooling is None else side.pooling
@@ -38,16 +38,16 @@ def make_side(name: str, side: Side, config: MoPEConfig, frozen: Sequence[nn.Mod
         length = config.complementary_prompt_length if side.prompt_length is None else side.prompt_length
         tuned = PromptTuned(encoder, length, dropout=config.dropout, prompt_init=config.prompt_init)
         return MadeSide(tuned, () if encoder is source else (encoder,), has_new_prompts=True)
-    # what came wrapped has poolings of its own; of several sides the config's is for those that are encoders
+    # a prompted model has its own pooling; with several sides, the config's pooling applies only to sides that are encoders
     own, asked = source.main.pooling if is_prompted_model(source) else None, side.pooling if several else asked
     if asked not in (None, own):
         what = "Side.pooling" if several else "complementary_pooling"
         raise ValueError(
-            f"{what}={asked!r} was asked for, but {name}, {type(source).__name__}, has pooling={own!r}: set it where it is made, "
-            "or leave the model's at None"
+            f"{what}={asked!r} was requested, but {name}, {type(source).__name__}, has pooling={own!r}: set it where that is "
+            "created, or leave the model's at None"
         )
     if side.prompt_length is not None and (own := getattr(source, "settings", {}).get("prompt_length")) != side.prompt_length:
-        raise ValueError(f"prompt_length={side.prompt_length} was asked for, but {name}, {type(source).__name__}, has {own}")
+        raise ValueError(f"prompt_length={side.prompt_length} was requested, but {name}, {type(source).__name__}, has {own}")
     if side.trainable:
         check_can_be_trained(name, source)
         check_is_trained(source, *frozen, name=name)
@@ -62,31 +62,33 @@ def _is_encoder(complementary: object) -> bool:
 
 
 def check_source(name: str, side: Side) -> None:
-    """Raises TypeError or ValueError for what can give no feature."""
+    """Raise TypeError or ValueError for a source that can't provide a feature."""
     source = side.source
     if isinstance(source, Side):
-        raise TypeError(f"{name} is a Side by itself: give it a name, complementary={{'image': Side(...)}}")
+        raise TypeError(f"{name} is a Side without a name: give it one, complementary={{'image': Side(...)}}")
     if source is not None and not callable(source):
         raise TypeError(f"{name} must be a supported encoder, a callable or None, got {type(source).__name__}")
     if is_prompted_model(source) and not isinstance(source, (PromptTuned, FoldedModel)):
         kind = type(source).__name__
-        raise TypeError(f"{name} can't be a {kind}: pass PromptTuned, a folded model, or a function of its features")
+        raise TypeError(f"{name} can't be a {kind}: pass PromptTuned, a folded model, or a function that returns its features")
     if isinstance(source, FoldedModel) and source.uses_cross:
-        raise TypeError(f"{name} can't be a folded fusion, which needs another side itself: pass a function of its features")
+        raise TypeError(
+            f"{name} can't be a folded fusion, which itself needs another side: pass a function that returns its features"
+        )
     if getattr(source, "return_logits", False):
-        raise ValueError(f"{name} has return_logits=True, but its features are needed: make it without")
+        raise ValueError(f"{name} has return_logits=True, but its features are needed: create it with return_logits=False")
     if side.trainable and (_is_encoder(source) or is_prompted_model(source)):
         raise ValueError(
-            f"{name}: trainable=True trains a module whole, and a {type(source).__name__} is held frozen with trained prompts in "
-            "it: leave it out; or wrap the encoder in a module of yours that gives (B, width)"
+            f"{name}: trainable=True trains a whole module, but a {type(source).__name__} is kept frozen and only its prompts are "
+            "trained: leave trainable out; or wrap the encoder in your own module that returns (B, width)"
         )
 
 
 def width_of(name: str, side: Side, config: MoPEConfig, *, several: bool) -> int | None:
-    """Of a side's feature; None where it can't be known.
+    """Return the width of a side's feature; None if it can't be inferred.
 
     Raises:
-        ValueError: it is another than was asked for.
+        ValueError: the width differs from the one requested.
     """
     source, asked = side.source, side.width if several else config.cross_dim
     pooling = config.complementary_pooling if side.pooling is None else side.pooling
@@ -101,16 +103,16 @@ def width_of(name: str, side: Side, config: MoPEConfig, *, several: bool) -> int
 
 
 def settings_of_sides(config: MoPEConfig, widths: dict[str, int | None]) -> MoPEConfig:
-    """The settings with the widths of several features."""
+    """Return the settings with the widths of several features filled in."""
     if unknown := [name for name, width in widths.items() if width is None]:
-        raise ValueError(f"the width of the feature of {unknown} can't be inferred: Side(..., width=...)")
+        raise ValueError(f"the width of the feature of {unknown} can't be inferred: set Side(..., width=...)")
     if config.combine == "sum":
         if len(set(widths.values())) > 1:
-            raise ValueError(f"MoPEConfig.combine='sum' needs features of one width, got {widths}")
+            raise ValueError(f"MoPEConfig.combine='sum' needs features of equal width, got {widths}")
         width = next(iter(widths.values()))
         if config.side_dims is not None or config.cross_dim not in (None, width):
             raise ValueError(
-                f"features are summed to one of width {width}: leave MoPEConfig.side_dims and cross_dim at None, "
+                f"features are summed to one feature of width {width}: leave MoPEConfig.side_dims and cross_dim at None, "
                 f"got {config.side_dims} and {config.cross_dim}"
             )
         return dataclasses.replace(config, cross_dim=width)

@@ -1,4 +1,4 @@
-"""Many trained models on one frozen encoder, in one pass."""
+"""Several trained models on one frozen encoder, run in one pass."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -27,19 +27,19 @@ from .task import apply_head
 
 
 class MultiAdapter(ImageConfig, nn.Module):
-    """Several fusions and prompt-tunings on one shared frozen encoder: each sample of a batch names the one that it is for.
+    """Several :class:`MoPEFusion` and :class:`PromptTuned` models on one shared frozen encoder, chosen for each sample of a batch.
 
-    The encoder runs once for the whole batch, and each sample gets what its own model alone would give it, to rounding. All
-    adapters' experts are one table with the others' routing scores at zero. For inference; the models are folded and may be
-    trained on, which this one doesn't follow.
+    The encoder runs once for the whole batch. Each sample's result equals that of its own model alone, up to rounding. The experts
+    of all adapters form one table, and a sample's routing scores for experts of other adapters are zero. This is for inference: the
+    models are folded, so training them further does not affect this one.
 
     Args:
-        adapters: name -> model, all made on one :class:`PromptedEncoder` object. Their prompt lengths may differ; prompts are
+        adapters: name -> model, all created on one :class:`PromptedEncoder` object. Their prompt lengths may differ. Prompts are
             then padded and masked, which costs a concatenation with the tokens' keys in each layer.
 
     Raises:
-        ValueError: the models run different encoder objects, can't be folded, gate their scores differently (``top_k``), or hold
-            numbers that are not finite.
+        ValueError: the models use different encoder objects, can't be folded, gate their scores differently (``top_k``), or hold
+            non-finite values.
 
     Example:
         >>> shared = PromptedEncoder(bert)
@@ -63,21 +63,23 @@ class MultiAdapter(ImageConfig, nn.Module):
             if model.main is not self.main:
                 raise ValueError(
                     f"adapter {name!r} runs another encoder object than {self.names[0]!r}: wrap the encoder once in a "
-                    "PromptedEncoder and make every model on it"
+                    "PromptedEncoder and create every model on it"
                 )
             if model.is_dense:
-                raise ValueError(f"adapter {name!r} predicts pixels (segmentation), which can't stand beside others yet")
+                raise ValueError(f"adapter {name!r} predicts pixels (segmentation), which MultiAdapter doesn't support yet")
             if others := sorted((set() if model.bank is None else model.bank.kind_names) - {"static", "mapped"}):
-                raise ValueError(f"adapter {name!r} has {', '.join(others)} prompts, which can't stand beside other adapters' yet")
-            # a score of zero keeps a number of another adapter out, but not NaN
+                raise ValueError(f"adapter {name!r} has {', '.join(others)} prompts, which MultiAdapter doesn't support yet")
+            # a score of zero cancels finite values of other adapters, but not NaN
             if problems := checkpoint.not_finite({} if model.bank is None else dict(model.bank.named_buffers())):
                 bad = ", ".join(problems)
-                raise ValueError(f"adapter {name!r} has numbers that are not finite, which would reach the others' samples: {bad}")
+                raise ValueError(
+                    f"adapter {name!r} has numbers that are not finite, which would affect samples of other adapters: {bad}"
+                )
         banks = [model.bank for model in self.models]
         self.stack = None if all(bank is None for bank in banks) else _StackedBanks(banks)
         for model, given in zip(self.models, adapters.values(), strict=True):
             if model is not given and model.bank is not None:
-                # folded here, for the stack only, which has its tables now
+                # this folded copy was made only for the stack, which now has its tables
                 model.bank.tables = nn.ModuleList()
         self.eval()
 
@@ -87,19 +89,19 @@ class MultiAdapter(ImageConfig, nn.Module):
         adapters: Sequence[str] | Tensor,
         complementary_inputs: Mapping[str, Inputs] | None = None,
     ) -> FusionOutput:
-        """One pass.
+        """Run one forward pass.
 
         Args:
             main_inputs: the encoder's input for the whole batch.
-            adapters: each sample's adapter: B names, or their indices in ``names`` (B,) int64. Their values are not looked at,
-                which would wait for the device: a wrong one gives NaN or an error of the device, and all adapters count as in
-                use. ``torch.compile`` makes one graph for all indices, but one for each list of names.
+            adapters: each sample's adapter: B names, or their indices in ``names`` (B,) int64. The values of indices are not
+                checked, because that would wait for the device: an invalid one gives NaN or a device-side error, and all adapters
+                count as in use. ``torch.compile`` builds one graph for all indices, but one graph for each list of names.
             complementary_inputs: name -> complementary inputs or features, for each adapter in use that needs them. Each is for
-                the whole batch; what stands at other adapters' samples doesn't matter.
+                the whole batch; values for samples of other adapters are ignored.
 
         Returns:
             logits (B, C), C the largest number of classes; -inf where a sample's own model has no such class, or no head.
-            scores (N, B, sum of all K), nonzero at the sample's own experts; features (B, D).
+            scores (N, B, sum of all K), nonzero for the sample's own experts; features (B, D).
         """
         ids, used = self._ids(main_inputs, adapters)
         crosses = self._crosses(main_inputs, used, complementary_inputs or {})
@@ -113,7 +115,7 @@ class MultiAdapter(ImageConfig, nn.Module):
         )
 
     def _ids(self, main_inputs: Inputs, adapters: Sequence[str] | Tensor) -> tuple[Tensor, set[str]]:
-        """Indices on the device, and the names that may be among them."""
+        """Return indices on the device, and the names that may be in use."""
         inputs = self.main.family.keyword_arguments(main_inputs)
         device = next((x.device for x in inputs.values() if isinstance(x, Tensor)), None)
         batch = self.main.family.batch_size(inputs)
@@ -151,7 +153,7 @@ class MultiAdapter(ImageConfig, nn.Module):
     def _logits(self, features: Tensor, ids: Tensor, crosses: Sequence[Tensor | None]) -> Tensor | None:
         each = []
         for model, cross in zip(self.models, crosses, strict=True):
-            if cross is None and model.uses_cross:  # it isn't in use
+            if cross is None and model.uses_cross:  # this adapter is not in use
                 cross = features.new_zeros(len(features), model.bank.config.cross_dim)
             each.append(apply_head(model.head, *model.head_inputs(features, cross)))
         if all(logits is None for logits in each):
@@ -165,17 +167,17 @@ class MultiAdapter(ImageConfig, nn.Module):
         return _select(padded, ids)
 
     def train(self, mode: bool = True) -> "MultiAdapter":
-        """Stays in eval mode."""
+        """Keep eval mode, whatever ``mode`` is."""
         return super().train(False)
 
 
 def _select(candidates: Sequence[Tensor], ids: Tensor) -> Tensor:
-    """Row b of candidate ids[b]; candidates (B, M) each."""
+    """Return row b of candidate ids[b] for each b; candidates are (B, M) each."""
     return torch.stack(list(candidates))[ids, torch.arange(len(ids), device=ids.device)]
 
 
 class _StackedBanks(nn.Module):
-    """All adapters' tables side by side. The last expert is nobody's: samples whose adapter doesn't route get it."""
+    """All adapters' tables side by side. The last expert belongs to no adapter; samples whose adapter doesn't route get it."""
 
     def __init__(self, banks: Sequence[FoldedBank | None]):
         super().__init__()
@@ -198,7 +200,7 @@ class _StackedBanks(nn.Module):
         self.lone = nn.Buffer(torch.tensor([_experts(bank) == 0 for bank in banks], device=device))  # (A,)
 
     def prepare(self, ids: Tensor, crosses: Sequence[Tensor | None], layers: Sequence[PromptedLayer]) -> PromptContext:
-        """crosses: each adapter's complementary feature, None where it isn't in use or needs none."""
+        """Prepare a pass; ``crosses`` has each adapter's complementary feature, None if the adapter is unused or needs none."""
         routers: Sequence[Router | None] = [None] * len(self.dims)
         if self.routes:
             each = zip(self._logits(ids, crosses), self.tables, strict=True)
@@ -211,7 +213,7 @@ class _StackedBanks(nn.Module):
         return PromptContext(ids.shape[0], stages, self.routes, layers, mask=None if self.has is None else self.has[ids])
 
     def _logits(self, ids: Tensor, crosses: Sequence[Tensor | None]) -> Sequence[Tensor]:
-        """For each layer (B, all experts + 1), -inf at what isn't the sample's own."""
+        """Return each layer's router logits (B, all experts + 1), -inf at experts of other adapters."""
         columns = []
         for bank, cross in zip(self.banks, crosses, strict=True):
             if not _experts(bank):
@@ -225,13 +227,13 @@ class _StackedBanks(nn.Module):
         return torch.where(own, logits, float("-inf")).unbind()
 
     def _mapped(self, ids: Tensor, crosses: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        """For each layer (B, P, 2 * H * Dh), P the most that an adapter maps; None if nobody does."""
+        """Return each layer's mapped rows (B, P, 2 * H * Dh), P the most of any adapter; None if no adapter has mapped prompts."""
         maps = [bank is not None and bank.config.use_mapped for bank in self.banks]
         if not any(maps):
             return [None] * len(self.dims)
         pairs = zip(self.banks, crosses, maps, strict=True)
         rows = [mapped_rows(bank, cross) if used and cross is not None else None for bank, cross, used in pairs]
-        # the directions depend on the frozen layers only: any adapter's will do
+        # the projection depends only on the frozen layers, so any adapter's bank can be used
         bank = self.banks[maps.index(True)]
         most = max(_lengths(bank)[2] for bank in self.banks)
         own = {}
@@ -244,7 +246,7 @@ class _StackedBanks(nn.Module):
 
 
 def _shared_tables(index: int, banks: Sequence[FoldedBank | None], static_length: int, dynamic_length: int) -> Tables:
-    """One layer's tables of all adapters, padded to the longest prompt with zeros; those of static prompts are by adapter."""
+    """Build one layer's tables of all adapters, zero-padded to the longest prompt; static prompts have one entry per adapter."""
     tables = [None if bank is None else bank.tables[index] for bank in banks]
     shared = Tables()
     if static_length:
@@ -261,8 +263,8 @@ def _shared_tables(index: int, banks: Sequence[FoldedBank | None], static_length
         shared.shift, shared.eps = routing[0].shift, routing[0].eps
         if routing[0].gram is not None:
             grams = [_padded_rows(table.gram, dynamic_length).unbind(1) for table in routing]
-            nobody = [grams[0][0].new_zeros(1, 1)] * dynamic_length
-            shared.gram = torch.stack([torch.block_diag(*rows) for rows in zip(*grams, nobody, strict=True)], dim=1)
+            unowned = [grams[0][0].new_zeros(1, 1)] * dynamic_length
+            shared.gram = torch.stack([torch.block_diag(*rows) for rows in zip(*grams, unowned, strict=True)], dim=1)
     return shared
 
 
@@ -275,7 +277,7 @@ def _experts(bank: FoldedBank | None) -> int:
 
 
 def _lengths(bank: FoldedBank | None) -> tuple[int, int, int]:
-    """Rows of its static, dynamic and mapped prompts."""
+    """Return the numbers of rows of a bank's static, dynamic and mapped prompts."""
     if bank is None:
         return 0, 0, 0
     config = bank.config

@@ -1,4 +1,4 @@
-"""What a fused model returns."""
+"""The output of a fused model."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
@@ -10,10 +10,11 @@ from torch.utils._pytree import register_pytree_node
 
 @dataclass
 class FusionOutput:
-    """Read by attribute, by name (``output["logits"]``), or by position as transformers' classifiers: (loss, logits).
+    """The output of a fused model, read by attribute, by name (``output["logits"]``), or by position: (loss, logits).
 
-    Without labels ``output[0]`` is the logits, or refused where the model's loss is more than their cross entropy (RuntimeError).
-    ``output[1:]`` is the logits always. Without a head the features take their place.
+    Positions are those of transformers' classifiers. Without labels ``output[0]`` is the logits; it raises RuntimeError if the
+    model's loss is more than their cross entropy. ``output[1:]`` always contains the logits. Without a head the features take the
+    place of the logits.
     """
 
     loss: Tensor | None = None
@@ -22,19 +23,20 @@ class FusionOutput:
     """(B, num_classes); None without a head."""
     task_loss: Tensor | None = None
     importance_loss: Tensor | None = None
-    """Mean over layers, not weighted."""
+    """Mean over layers, before ``importance_weight`` is applied."""
     scores: Tensor | None = None
     """(N, B, K) routing scores of each layer; None without dynamic prompts."""
     features: Tensor | None = None
     """(B, D), the main encoder's global feature."""
     feature_maps: tuple[Tensor, ...] | None = None
-    """(B, C, H, W) of each stage of the main encoder, prompts seen, before any last norm; of an encoder without stages one, of its
-    last layer's patches, normed. None unless asked for."""
+    """(B, C, H, W) for each stage of the main encoder, computed with prompts, before any final norm. An encoder without stages has
+    one map, of its last layer's patches, after the final norm. None unless requested."""
     tokens: Tensor | None = None
-    """(B, S, D) of the main encoder's last layer, prompts seen, normed as its own last hidden state; None unless asked for."""
+    """(B, S, D) hidden states of the main encoder's last layer, computed with prompts, normed as its own last hidden state; None
+    unless requested."""
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """Loss, if there is one, and logits; without a head the features."""
+        """Return the loss, if present, and the logits, or the features without a head."""
         return tuple(value for value in self._positions() if value is not None)
 
     def _positions(self) -> tuple[Tensor | None, Tensor | None]:
@@ -45,7 +47,7 @@ class FusionOutput:
             if key not in self.__dataclass_fields__:
                 raise KeyError(f"{key!r} is not one of {list(self.__dataclass_fields__)}")
             return getattr(self, key)
-        # a Trainer looks for logits behind a loss, even where it has made that itself
+        # a Trainer takes output[1:] as the logits even if it computed the loss itself
         return self._positions()[key] if isinstance(key, slice) else self.to_tuple()[key]
 
     def __len__(self) -> int:
@@ -57,21 +59,24 @@ class FusionOutput:
 
 @dataclass
 class UnlabelledOutput(FusionOutput):
-    """Refuses ``output[0]``, which a Trainer takes for the loss, or for all that its own label smoothing needs."""
+    """An output without labels that refuses ``output[0]``.
+
+    A Trainer takes ``output[0]`` for the loss, or, with its own label smoothing, computes the whole loss from it.
+    """
 
     _counted = False
 
     def __len__(self) -> int:
-        # a Trainer's prediction counts the outputs before it takes the first; its label smoothing does not
+        # a Trainer calls len() before it reads output[0] in prediction, but not for its label smoothing
         self._counted = True
         return super().__len__()
 
     def __getitem__(self, key: str | int | slice) -> Any:
         if key == 0 and not isinstance(key, (str, slice)) and not self._counted:
             raise RuntimeError(
-                "output[0] of a forward without labels is no loss: read output.logits. If it was a Trainer: with "
-                "label_smoothing_factor it keeps the labels and makes a loss of the logits alone, which is not this model's; leave "
-                "it at 0 and make the model with label_smoothing=...; else its batches lack 'labels'"
+                "output[0] of a forward without labels is no loss: read output.logits. If a Trainer read it: with "
+                "label_smoothing_factor it withholds the labels and computes a loss from the logits alone, which is not this "
+                "model's loss; leave it at 0 and create the model with label_smoothing=...; otherwise its batches lack 'labels'"
             )
         return super().__getitem__(key)
 
@@ -88,7 +93,7 @@ def _unflatten_unlabelled(values: Iterable[Any], context: None) -> UnlabelledOut
     return UnlabelledOutput(*values)
 
 
-# without it DDP with static_graph=True finds no tensor in a forward's result, and never averages gradients
+# otherwise DDP with static_graph=True finds no tensors in the output and never averages gradients
 register_pytree_node(FusionOutput, _flatten, _unflatten, serialized_type_name="mope_fast.FusionOutput")
 register_pytree_node(
     UnlabelledOutput, _flatten, _unflatten_unlabelled, serialized_type_name="mope_fast.models.output.UnlabelledOutput"

@@ -1,4 +1,4 @@
-"""PromptTuned: one frozen encoder with trained prompts, no router."""
+"""PromptTuned: one frozen encoder with trained prompts, without a router."""
 
 import os
 from typing import Any
@@ -19,19 +19,20 @@ from .task import apply_head, check_head, describe_encoder, make_head, prompted
 class PromptTuned(Classifier):
     """A frozen encoder with prompts of its own in every layer.
 
-    Prompts are keys and values only, before the layer's own: prefix tuning (arXiv 2101.00190) whose prefixes pass the frozen
-    projections, equal to VPT-deep (arXiv 2203.12119) up to what nobody reads, the layers' outputs at the prompts' positions.
+    Prompts act as keys and values only and precede the layer's own. This is prefix tuning (arXiv 2101.00190) with prefixes that
+    pass through the frozen key/value projections. It equals VPT-deep (arXiv 2203.12119) except for the layers' outputs at prompt
+    positions, which are discarded.
 
     Args:
-        encoder: a supported encoder, held frozen and in eval mode; or a :class:`PromptedEncoder` that several models share.
-        prompt_length: rows of each layer's prompt; 0 for the plain encoder, run without gradient.
-        num_classes: outputs of the linear head; None for no head (``logits`` is None, use ``features``).
-        head: a head of your own, (B, D) -> (B, num_classes), in place of the linear one.
+        encoder: a supported encoder, kept frozen and in eval mode; or a :class:`PromptedEncoder` that several models share.
+        prompt_length: number of prompt rows per layer; 0 for the plain encoder, run without gradient.
+        num_classes: number of outputs of the linear head; None for no head (``logits`` is None, use ``features``).
+        head: a custom head, (B, D) -> (B, num_classes), used instead of the linear one.
         problem_type, label_smoothing: as for :class:`MoPEFusion`.
-        dropout: on prompts, one mask a step.
-        prompt_init: prompts start uniform in +-prompt_init; None for :class:`MoPEConfig`'s rule.
-        pooling: of the encoder's tokens into the feature, see :class:`PromptedEncoder`.
-        return_logits: have ``forward`` give the logits alone, a tensor, for scripts that call ``criterion(model(x), y)``.
+        dropout: dropout probability on prompts, with one mask per step.
+        prompt_init: prompts are initialised uniformly in +-prompt_init; None for :class:`MoPEConfig`'s rule.
+        pooling: how the encoder's tokens are pooled into the feature, see :class:`PromptedEncoder`.
+        return_logits: make ``forward`` return only the logits tensor, for scripts that call ``criterion(model(x), y)``.
 
     Example:
         >>> model = PromptTuned(vit, prompt_length=8, num_classes=10)
@@ -76,10 +77,10 @@ class PromptTuned(Classifier):
 
     @property
     def config(self) -> Any:
-        """The encoder's own configuration, which transformers' scripts read and write class names in.
+        """The encoder's own configuration. Scripts for transformers read it and write class names into it.
 
         Raises:
-            AttributeError: it has none.
+            AttributeError: the encoder has no configuration.
         """
         return self.main.encoder.config
 
@@ -93,13 +94,13 @@ class PromptTuned(Classifier):
         tokens: bool = False,
         **named: Any,
     ) -> FusionOutput | Tensor:
-        """One pass.
+        """Run one forward pass.
 
         Args:
             inputs: the encoder's main input, or a dict of its keyword arguments.
-            labels: see ``problem_type``; gives ``loss``.
-            feature_maps, tokens: give these of the encoder too; see :class:`FusionOutput`.
-            named: the encoder's keyword arguments themselves, in place of ``inputs`` or beside its main one.
+            labels: labels as ``problem_type`` defines them; if given, ``loss`` is computed.
+            feature_maps, tokens: also return the encoder's feature maps or tokens; see :class:`FusionOutput`.
+            named: the encoder's keyword arguments, passed directly instead of ``inputs`` or in addition to the main input.
         """
         self._begin(labels, feature_maps or tokens)
         inputs = one_side(self.main, inputs, named)
@@ -112,7 +113,7 @@ class PromptTuned(Classifier):
         return self._result(output(loss, logits, loss, None, None, encoded.feature, maps, encoded.tokens))
 
     def forward_features(self, inputs: Inputs) -> Tensor:
-        """Return what the head reads, (B, D) or maps; with :meth:`forward_head` this is ``forward``, as timm's models have it."""
+        """Return the head's input, (B, D) or maps. As in timm's models, this and :meth:`forward_head` make up ``forward``."""
         encoded = run_prompted(self.main, self._bank(), inputs, feature_maps=self.is_dense)
         return encoded.feature_maps if self.is_dense else encoded.feature
 
@@ -121,16 +122,16 @@ class PromptTuned(Classifier):
         return features if pre_logits or self.head is None else apply_head(self.head, features)
 
     def fold(self) -> FoldedModel:
-        """For inference: a new model whose prompts' keys and values are computed already; see :meth:`MoPEFusion.fold`."""
+        """Return a new model for inference with precomputed keys and values of the prompts; see :meth:`MoPEFusion.fold`."""
         self._check_whole()
         return FoldedModel(self.main, self.bank, self.head, return_logits=self.return_logits, dense=self.is_dense)
 
     def parameter_groups(self, lr: float, weight_decay: float = 1e-3) -> list[dict[str, Any]]:
-        """Trained parameters for an optimiser."""
+        """Return the trained parameters as groups for an optimiser."""
         return [{"params": [p for p in self.parameters() if p.requires_grad], "lr": lr, "weight_decay": weight_decay}]
 
     def sources(self) -> dict[str, Source | None]:
-        """Where the encoder can be got again."""
+        """Return where the encoder can be obtained again."""
         return {"main": source_of(self.main.encoder)}
 
     def description(self) -> dict[str, Any]:
@@ -139,7 +140,7 @@ class PromptTuned(Classifier):
         }  # fmt: skip
 
     def unwrap(self) -> nn.Module:
-        """Give the encoder back as it was; this model can't be used afterwards. A shared encoder stays wrapped."""
+        """Return the encoder as it was; this model can't be used afterwards. A shared encoder stays wrapped."""
         return self.main.encoder if self._shared else self.main.detach()
 
     @classmethod
@@ -153,14 +154,14 @@ class PromptTuned(Classifier):
         revision: str | None = None,
         return_logits: bool = False,
     ) -> "PromptTuned":
-        """Read a save onto the same encoder; ``head`` only if it was saved with one of its own.
+        """Load a saved checkpoint onto the same encoder; pass ``head`` only if it was saved with a custom head.
 
-        ``path`` is a folder of :meth:`save_pretrained`, or "user/name" of one on the Hugging Face Hub (:meth:`push_to_hub`), of
-        which ``revision`` is a branch, a tag or a commit. An encoder with other weights is a warning; with ``strict`` an error, see
-        :meth:`load_pretrained`.
+        ``path`` is a folder written by :meth:`save_pretrained`, or "user/name" of one on the Hugging Face Hub
+        (:meth:`push_to_hub`), where ``revision`` is a branch, a tag or a commit. An encoder with other weights causes a warning, or
+        an error with ``strict``; see :meth:`load_pretrained`.
 
         Raises:
-            FileNotFoundError, ValueError: no such save, it is damaged or doesn't fit; the message says what doesn't.
+            FileNotFoundError, ValueError: there is no such checkpoint, it is damaged, or it doesn't fit; the message says why.
             OSError: a file can't be read.
         """
         path = hub.local_folder(path, revision)
@@ -178,7 +179,7 @@ class PromptTuned(Classifier):
     def _make(
         cls, path: str | os.PathLike[str], saved: dict[str, Any], encoder: nn.Module, *, head: nn.Module | None = None
     ) -> "PromptTuned":
-        """As the description says, not loaded yet."""
+        """Build the model that the description specifies, without loading weights."""
         classes, task = None if head is not None else saved["num_classes"], checkpoint.task_settings(saved)
         with checkpoint.settings_of(path):
             _config(**saved["config"])

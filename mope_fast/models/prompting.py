@@ -1,4 +1,4 @@
-"""A frozen encoder's forward with the prompts of a bank."""
+"""The forward pass of a frozen encoder with the prompts of a bank."""
 
 from typing import Any
 
@@ -18,15 +18,15 @@ def run_prompted(
     cross: Tensor | None = None,
     **wanted: bool,
 ) -> Encoded:
-    """What the encoder gives, without gradient if there is no bank; ``wanted`` are feature maps and tokens."""
+    """Return the encoder's output, without gradient if there is no bank; ``wanted`` selects feature maps and tokens."""
     if bank is None:
         with torch.no_grad():
             return encoder(inputs, **wanted)
-    # a layer that is computed again projects its prompts again, in place of keeping them
+    # with gradient checkpointing each layer projects its prompts again instead of storing them
     prompts = bank.prepare(cross, encoder.layers, encoder.dtype, ahead=not encoder.gradient_checkpointing)
     return encoder(inputs, prompts, **wanted)
 
 
 def stacked_scores(encoded: Encoded) -> Tensor | None:
-    """(N, B, K); None where no layer routes."""
+    """Return routing scores (N, B, K); None if no layer routes."""
     return torch.stack(encoded.scores) if encoded.scores and encoded.scores[0] is not None else None

@@ -1,4 +1,4 @@
-"""Several complementary sides: their features side by side, each of them perhaps missing."""
+"""Several complementary sides: their features are combined, and each side may be missing."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from .prompting import Inputs
 from .task import describe_encoder
 
 PRESENT = "present"
-"""Beside the names of sides: which samples have those that may be missing."""
+"""The key, next to the names of sides, of the masks that say which samples have an optional side."""
 _ARGUMENTS = (PRESENT, "main_inputs", "complementary_inputs", "labels", "feature_maps", "tokens")
-"""What a model is called with by name, as its sides may be."""
+"""Names of a model's other arguments, which can't be names of sides."""
 
 
 @dataclass(frozen=True, eq=False)
 class Side:
-    """One of several complementary sides of a :class:`MoPEFusion`, where there is more to say than its encoder.
+    """One of several complementary sides of a :class:`MoPEFusion`, with settings beyond its encoder.
 
     Args:
-        source: what a fusion takes as its one complementary side: a supported encoder, a :class:`PromptTuned`, a callable, or None
-            for features.
-        width: of the feature, where it can't be inferred.
-        trainable: of a module that is no supported encoder: train it with the prompts. Its parameters are the model's then, saved
-            and loaded; by default it is held frozen.
-        optional: this side may be missing. A trained row stands in for its feature; see :meth:`MoPEFusion.forward`.
-        frames: "mean" or "max": inputs are (B, T, ...), T frames of a video. The encoder sees B * T of them, and the feature is the
-            mean or the maximum over a video's frames.
-        pooling, prompt_length: of a supported encoder, in place of the config's ``complementary_pooling`` and
+        source: the same as the single complementary side of a fusion: a supported encoder, a :class:`PromptTuned`, a callable, or
+            None for features.
+        width: width of the feature; needed only if it can't be inferred.
+        trainable: for a module that is not a supported encoder: train it with the prompts. Its parameters then belong to the model,
+            and are saved and loaded with it. By default the module is kept frozen.
+        optional: this side may be missing. A trained row then replaces its feature; see :meth:`MoPEFusion.forward`.
+        frames: "mean" or "max": inputs are (B, T, ...), T frames of a video. The encoder runs on all B * T frames, and the feature
+            is the mean or the maximum over a video's frames.
+        pooling, prompt_length: for a supported encoder, used instead of the config's ``complementary_pooling`` and
             ``complementary_prompt_length``.
 
     Example:
@@ -66,32 +66,32 @@ class Side:
 
 
 FACTS = tuple(field.name for field in fields(Side) if field.name != "source")
-"""What a save keeps of a :class:`Side`."""
+"""The fields of a :class:`Side` that are saved."""
 
 
 def named_sides(given: Mapping[str, Any]) -> dict[str, Side]:
-    """Each value as a :class:`Side`.
+    """Convert each value to a :class:`Side`.
 
     Raises:
-        TypeError, ValueError: there are none, or a name can't be one.
+        TypeError, ValueError: there are no sides, or a name is not allowed.
     """
     if not given:
         raise ValueError("complementary is an empty dict: give at least one side, or None for features that are passed in")
     for name in given:
         if not isinstance(name, str):
-            raise TypeError(f"names of complementary sides must be texts, got {name!r}")
+            raise TypeError(f"names of complementary sides must be strings, got {name!r}")
         taken = name in _ARGUMENTS or hasattr(nn.ModuleDict(), name) or hasattr(nn.ParameterDict(), name)
         if taken or not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII):
-            raise ValueError(f"a side can't be called {name!r}: take an identifier that nothing else is called by, such as 'audio'")
+            raise ValueError(f"a side can't be called {name!r}: use an identifier that is not taken yet, such as 'audio'")
     return {name: value if isinstance(value, Side) else Side(value) for name, value in given.items()}
 
 
 class Sides(nn.Module):
-    """The features of several sides as one, psi_y; a learned row for each side that is missing.
+    """The features of several sides combined into one, psi_y, with a learned row for each side that is missing.
 
     Args:
-        facts: name -> its :class:`Side` with its width, which every side needs.
-        sources: name -> what gives its feature.
+        facts: name -> :class:`Side`, each with its width set.
+        sources: name -> the source of the side's feature.
         combine, dropout: ``combine`` and ``side_dropout`` of :class:`MoPEConfig`.
     """
 
@@ -103,11 +103,11 @@ class Sides(nn.Module):
         self.functions = {name: source for name, source in sources.items() if name not in self.sides}
         optional = {name: side.width for name, side in facts.items() if side.optional}
         if self.dropout and not optional:
-            raise ValueError("MoPEConfig.side_dropout is for sides that may be missing: declare them, Side(..., optional=True)")
+            raise ValueError("MoPEConfig.side_dropout is for sides that may be missing: declare them with Side(..., optional=True)")
         self.stand_ins = nn.ParameterDict({name: nn.Parameter(torch.zeros(width)) for name, width in optional.items()})
 
     def sources(self) -> dict[str, FeatureSource]:
-        """By name, with their paths in a model that has these sides as ``complementary``."""
+        """Return feature sources by name, with their paths in a model that has these sides as ``complementary``."""
         found = {}
         for name, facts in self.facts.items():
             if name in self.sides:
@@ -117,21 +117,21 @@ class Sides(nn.Module):
         return found
 
     def forward(self, inputs: Mapping[str, Any], batch: int | None = None) -> Tensor:
-        """psi_y (B, sum of widths), or (B, width) where features are summed.
+        """Return psi_y (B, sum of widths), or (B, width) if features are summed.
 
         Args:
-            inputs: by name; see :meth:`MoPEFusion.forward`.
+            inputs: inputs by name; see :meth:`MoPEFusion.forward`.
             batch: B, if it is known.
         """
         return self.joined(self.features(inputs, batch))
 
     def joined(self, features: Mapping[str, Tensor]) -> Tensor:
-        """One feature of those of all sides."""
+        """Combine the features of all sides into one."""
         whole = [features[name] for name in self.facts]
         return torch.cat(whole, dim=-1) if self.combine == "concat" else sum(whole[1:], whole[0])
 
     def features(self, inputs: Mapping[str, Any], batch: int | None = None) -> dict[str, Tensor]:
-        """(B, width) of each side, with its stand-in where it is missing."""
+        """Return each side's feature (B, width), with its stand-in where the side is missing."""
         given, present = self._checked(inputs)
         found = {}
         for name, source in self.sources().items():
@@ -141,11 +141,11 @@ class Sides(nn.Module):
                 batch = found[name].shape[0] if batch is None else batch
                 check_same_batch(batch, found[name], name)
         if batch is None:
-            raise ValueError(f"all of {list(given)} are missing, and how many samples there are can't be known from the main side")
+            raise ValueError(f"all of {list(given)} are missing, and the number of samples can't be inferred from the main side")
         return {name: self._whole(name, found.get(name), present.get(name), batch) for name in self.facts}
 
     def encoder_inputs(self, name: str, inputs: Mapping[str, Any]) -> Inputs | None:
-        """What a side's encoder is called with for the samples, or frames, that are there; None where there is none."""
+        """Return a side's encoder inputs for the samples, or frames, that are present; None if there are none."""
         given, present = self._checked(inputs)
         if given[name] is None:
             return None
@@ -159,7 +159,7 @@ class Sides(nn.Module):
         return {key: value[rows] if isinstance(value, Tensor) else value for key, value in own.items()}
 
     def _checked(self, inputs: Any) -> tuple[dict[str, Inputs | None], dict[str, Tensor]]:
-        """Inputs of every side, and masks of those that have one."""
+        """Return the inputs of every side, and the presence masks that are given."""
         names = list(self.facts)
         if not isinstance(inputs, Mapping):
             raise TypeError(f"complementary_inputs must be a dict of {names}, got {type(inputs).__name__}")
@@ -169,8 +169,8 @@ class Sides(nn.Module):
         for name, value in given.items():
             if value is None and not self.facts[name].optional:
                 raise ValueError(
-                    f"side {name!r} is missing, and was not declared as one that may be: give complementary_inputs[{name!r}], or "
-                    f"make the model with {{{name!r}: Side(..., optional=True)}}"
+                    f"side {name!r} is missing, but was not declared optional: give complementary_inputs[{name!r}], or "
+                    f"create the model with {{{name!r}: Side(..., optional=True)}}"
                 )
         present = {} if inputs.get(PRESENT) is None else inputs[PRESENT]
         if not isinstance(present, Mapping):
@@ -182,33 +182,33 @@ class Sides(nn.Module):
             if name not in names or not self.facts[name].optional:
                 optional = [each for each in names if self.facts[each].optional]
                 raise ValueError(
-                    f"{PRESENT!r} has a mask of {name!r}: sides that may be missing are {optional}; make the model with "
+                    f"{PRESENT!r} has a mask for {name!r}, but the optional sides are {optional}: create the model with "
                     f"{{{name!r}: Side(..., optional=True)}}"
                 )
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 1:
                 got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-                raise ValueError(f"{PRESENT}[{name!r}] must be a bool tensor (B,), True where there is one; got {got}")
+                raise ValueError(f"{PRESENT}[{name!r}] must be a bool tensor (B,), True for samples with this side; got {got}")
             if given[name] is None:
-                raise ValueError(f"{PRESENT}[{name!r}] is given, but {name!r} is None: leave the mask out where all are missing")
+                raise ValueError(f"{PRESENT}[{name!r}] is given, but {name!r} is None: leave the mask out if all are missing")
         return given, present
 
     def _as_rows(
         self, name: str, inputs: Inputs, present: Tensor | None
     ) -> tuple[Inputs, tuple[int, int] | None, Tensor | None, Tensor | None]:
-        """What the encoder is called with, (B, T) and the frames' mask of a video, and which rows are there; None for all."""
+        """Return the encoder's inputs, a video's (B, T) and frame mask, and a mask of the rows that are present; None for all."""
         if self.facts[name].frames is None:
             return inputs, None, None, present
         inputs, shape, mask = as_samples(name, inputs)
         if present is not None:
             check_same_batch(shape[0], present, f"{PRESENT}[{name!r}]")
-            there = present[:, None].expand(shape)
-            return inputs, shape, mask, (there if mask is None else there & mask).flatten()
+            valid = present[:, None].expand(shape)
+            return inputs, shape, mask, (valid if mask is None else valid & mask).flatten()
         return inputs, shape, mask, None if mask is None else mask.flatten()
 
     def _feature(self, name: str, source: FeatureSource, inputs: Inputs, present: Tensor | None) -> Tensor:
         inputs, shape, mask, rows = self._as_rows(name, inputs, present)
         if rows is not None and (source.is_tuned or source.trained):
-            # NaN there would be NaN in gradients, whatever is done with the feature
+            # NaN in absent rows would cause NaN gradients, whatever is done with their features
             inputs = _filled(inputs, rows)
         feature = source.feature(inputs, training=self.training)
         if shape is None:
@@ -216,7 +216,7 @@ class Sides(nn.Module):
         return pooled(name, feature.unflatten(0, shape), mask, self.facts[name].frames, present)
 
     def _whole(self, name: str, feature: Tensor | None, present: Tensor | None, batch: int) -> Tensor:
-        """(B, width), with the stand-in for samples without this side."""
+        """Return the feature (B, width), with the stand-in for samples without this side."""
         if not self.facts[name].optional:
             return feature
         stand_in = self.stand_ins[name]
@@ -228,19 +228,19 @@ class Sides(nn.Module):
             kept = torch.rand(batch, device=feature.device) >= self.dropout
             present = kept if present is None else present & kept
         elif self.training and present is None:
-            # a stand-in outside of the graph would stop DDP, which waits for all gradients
+            # a stand-in outside of the graph would block DDP, which waits for all gradients
             present = torch.ones(batch, dtype=torch.bool, device=feature.device)
         return feature if present is None else torch.where(present[:, None], feature, stand_in.to(feature.dtype))
 
     def fold(self) -> Sides:
-        """For inference: sources folded, what is trained copied."""
+        """Return a copy for inference, with folded sources and copies of the trained parts."""
         folded = Sides(self.facts, {name: source.folded() for name, source in self.sources().items()}, combine=self.combine)
         for name, row in self.stand_ins.items():
             folded.stand_ins[name] = nn.Parameter(row.detach().clone(), requires_grad=False)
         return folded.eval()
 
     def description(self) -> list[dict[str, Any]]:
-        """Of each side, in order: plain values."""
+        """Describe each side, in order, as plain values."""
         described = []
         for name, source in self.sources().items():
             encoder = describe_encoder(source.value.main) if source.is_tuned else None
@@ -251,14 +251,14 @@ class Sides(nn.Module):
 
 
 def sources_of(complementary: object) -> dict[str, FeatureSource]:
-    """By name: of all sides, or of the only one, "complementary"."""
+    """Return feature sources by name, for all sides or for the single one, "complementary"."""
     if isinstance(complementary, Sides):
         return complementary.sources()
     return {"complementary": FeatureSource("complementary", complementary)}
 
 
 def complementary_feature(complementary: object, inputs: Any, batch: int | None, *, training: bool = False) -> Tensor:
-    """psi_y (B, cross_dim).
+    """Return psi_y (B, cross_dim).
 
     Raises:
         ValueError: there are no inputs, or sides differ in their number of samples.
@@ -266,7 +266,7 @@ def complementary_feature(complementary: object, inputs: Any, batch: int | None,
     if inputs is None:
         raise ValueError(
             "complementary_inputs is None, but prompts or head depend on the complementary modality; if transformers' Trainer has "
-            "dropped its columns: remove_unused_columns=False"
+            "dropped its columns, set remove_unused_columns=False"
         )
     if isinstance(complementary, Sides):
         return complementary(inputs, batch)
@@ -276,16 +276,16 @@ def complementary_feature(complementary: object, inputs: Any, batch: int | None,
 
 
 def check_same_batch(batch: int | None, feature: Tensor, name: str = "complementary") -> None:
-    """Raises ValueError for another number of samples than the main side has."""
+    """Raise ValueError if the number of samples differs from that of the main side."""
     if isinstance(feature, Tensor) and feature.dim() and batch is not None and feature.shape[0] != batch:
-        raise ValueError(f"the two sides differ in batch length: main has {batch} samples, {name} {feature.shape[0]}")
+        raise ValueError(f"the two sides differ in batch size: main has {batch} samples, {name} has {feature.shape[0]}")
 
 
 def restored(given: Any, saved: Any) -> Any:
-    """What is passed to load a save, with what the save says of its sides.
+    """Return the sides passed for loading a save, with the settings that the save holds for them.
 
     Raises:
-        ValueError: it was saved with other sides, or its description is damaged.
+        ValueError: the model was saved with other sides, or its description is damaged.
     """
     if not isinstance(saved, list):
         return given
@@ -306,20 +306,20 @@ def restored(given: Any, saved: Any) -> Any:
     return sides
 
 
-def _filled(inputs: Inputs, there: Tensor) -> Inputs:
-    """Numbers with a point of rows that aren't there replaced by those of the first that is."""
+def _filled(inputs: Inputs, valid: Tensor) -> Inputs:
+    """Replace absent rows of floating-point inputs by the first row that is present."""
     if isinstance(inputs, Mapping):
-        return {name: _filled(value, there) for name, value in inputs.items()}
-    if not isinstance(inputs, Tensor) or not inputs.is_floating_point() or inputs.shape[:1] != there.shape:
+        return {name: _filled(value, valid) for name, value in inputs.items()}
+    if not isinstance(inputs, Tensor) or not inputs.is_floating_point() or inputs.shape[:1] != valid.shape:
         return inputs
-    positions = torch.arange(there.shape[0], device=there.device)
-    taken = inputs[torch.where(there, positions, there.int().argmax())]
-    # where nobody is there the first row may be anything
-    return torch.where(there.view(-1, *[1] * (inputs.dim() - 1)), inputs, taken.nan_to_num(0, 0, 0))
+    positions = torch.arange(valid.shape[0], device=valid.device)
+    taken = inputs[torch.where(valid, positions, valid.int().argmax())]
+    # if all rows are absent, the first row may hold anything
+    return torch.where(valid.view(-1, *[1] * (inputs.dim() - 1)), inputs, taken.nan_to_num(0, 0, 0))
 
 
 def _facts(side: Side, source: Any) -> Side:
-    """Of what a model holds: as a save has to say it, without the source."""
+    """Return the settings of a side as a save has to record them, without the source."""
     if not is_prompted_model(source):
         return replace(side, source=None)
     length = source.settings["prompt_length"] if FeatureSource("", source).is_tuned else None

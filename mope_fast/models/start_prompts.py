@@ -1,4 +1,4 @@
-"""Where prompts start, by data: among the tokens of their layer."""
+"""Data-dependent initialisation of prompts near the tokens of their layer."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -16,36 +16,37 @@ from .prompting import Inputs
 from .sides import Sides, sources_of
 
 SPREAD = 0.3
-"""Of rows around the mean token, over the tokens' standard deviation: tried, not tuned."""
+"""Standard deviation of rows around the mean token, relative to that of the tokens: tried, not tuned."""
 _SEVERAL = "complementary_inputs["
 
 
 def start_prompts(model: MoPEFusion | PromptTuned, batches: Iterable[Mapping[str, Any]], *, progress: bool = True) -> None:
-    """Put a model's prompts where the tokens of their layers are, before it is trained.
+    """Initialise a model's prompts near the tokens of their layers, before training.
 
-    A pre-norm encoder norms prompts as it norms tokens: however small they are drawn, untrained ones weigh as much as tokens and
-    move its feature, the more the fewer tokens there are. Prompts near the mean token do less. Static prompts and experts are drawn
-    anew around it, at 0.3 of the tokens' standard deviation; the mapped prompt starts at it for every sample. After SPT (arXiv
-    2402.02382), whose prompts start as prototypes of tokens. Encoders whose layers have their norm behind them (BERT) are left as
-    they are: there small prompts are small. So is a ``PromptTuned`` that was passed in: start it by a call of its own.
+    A pre-norm encoder normalises prompts like tokens. However small their initial values are, untrained prompts then carry as much
+    weight as tokens and change the encoder's feature; the effect is larger the fewer tokens there are. Prompts near the mean token
+    have a smaller effect. Static prompts and experts are redrawn around the mean token, with 0.3 times the tokens' standard
+    deviation. The mapped prompt starts at the mean token for every sample. This follows SPT (arXiv 2402.02382), whose prompts start
+    as prototypes of tokens. Post-norm encoders (BERT) are left unchanged, because there small prompts stay small. A
+    ``PromptTuned`` that was passed in is left unchanged too; initialise it with a separate call.
 
-    Encoders see each batch once, without prompts, in eval mode and without gradient; some hundred samples are enough.
+    Encoders run once on each batch, without prompts, in eval mode and without gradient; a few hundred samples are enough.
 
     Args:
-        model: a new one, neither compiled nor in DDP or FSDP; with several processes every one calls this with the same batches and
-            the same state of torch's generator.
+        model: a new model, neither compiled nor in DDP or FSDP. With several processes every one must call this with the same
+            batches and the same state of torch's generator.
         batches: keyword arguments of the model; ``labels`` may be among them.
-        progress: show a bar.
+        progress: show a progress bar.
 
     Raises:
-        TypeError: it is another model, ``batches`` gives no dicts, or one lacks the main encoder's inputs.
-        ValueError: there are no batches, one lacks the other encoder's inputs, or weights are sharded.
+        TypeError: the model is of another class, ``batches`` doesn't yield dicts, or a batch lacks the main encoder's inputs.
+        ValueError: there are no batches, a batch lacks the other encoder's inputs, or weights are sharded.
         FloatingPointError: a mean was NaN or infinite.
 
     Example:
         >>> start_prompts(model, itertools.islice(loader, 10))
         >>> fit_head(model, loader)
-        >>> for batch in loader: ...                            # as ever
+        >>> for batch in loader: ...                            # train as usual
     """
     if not isinstance(model, (MoPEFusion, PromptTuned)):
         raise TypeError(f"start_prompts takes a MoPEFusion or PromptTuned, neither compiled nor in DDP, got {type(model).__name__}")
@@ -57,15 +58,15 @@ def start_prompts(model: MoPEFusion | PromptTuned, batches: Iterable[Mapping[str
     with torch.no_grad():
         for batch in tracked(batches, "mean tokens for the prompts", "batch", shown=progress):
             if not isinstance(batch, Mapping):
-                raise TypeError(f"batches must give dicts of the model's keyword arguments, got {type(batch).__name__}")
+                raise TypeError(f"batches must yield dicts of the model's keyword arguments, got {type(batch).__name__}")
             given = _inputs(model, batch)
             for side in sides:
                 if given.get(side.name) is not None:
                     side.see(given[side.name])
-                elif not side.name.startswith(_SEVERAL):  # of several, who may be missing has been checked
+                elif not side.name.startswith(_SEVERAL):  # with several sides, missing ones have been checked already
                     raise ValueError(f"a batch has no {side.name}, only {list(batch)}: prompts start at the mean token of these")
     if not any(side.samples for side in sides):
-        raise ValueError("batches gave none: it needs at least one (an iterator can be used only once)")
+        raise ValueError("batches is empty: it needs at least one batch (an iterator can be used only once)")
     sides = [side for side in sides if side.samples]
     found = [side.mean_and_std() for side in sides]  # all of them, before any is changed
     for side, (means, stds) in zip(sides, found, strict=True):
@@ -73,7 +74,7 @@ def start_prompts(model: MoPEFusion | PromptTuned, batches: Iterable[Mapping[str
 
 
 def _inputs(model: MoPEFusion | PromptTuned, batch: Mapping[str, Any]) -> dict[str, Inputs | None]:
-    """Of each side, whichever way the batch names them."""
+    """Return the inputs of each side, however the batch names them."""
     named = {name: value for name, value in batch.items() if name != "labels"}
     if isinstance(model, PromptTuned):
         return {"inputs": one_side(model.main, named.pop("inputs", None), named)}
@@ -90,7 +91,7 @@ def _of(side: str) -> str:
 
 
 def _prompted_parts(model: MoPEFusion | PromptTuned) -> dict[str, MoPEFusion | PromptTuned]:
-    """What holds prompts of this model's own, by the name of its inputs."""
+    """Return the parts that hold this model's own prompts, by the name of their inputs."""
     if isinstance(model, PromptTuned):
         parts = {"inputs": model}
     else:
@@ -101,7 +102,7 @@ def _prompted_parts(model: MoPEFusion | PromptTuned) -> dict[str, MoPEFusion | P
 
 
 class _Side:
-    """One prompted encoder, and sums over samples of its layers' mean tokens and of their squares'."""
+    """One prompted encoder, with sums over samples of each layer's mean token and mean squared token."""
 
     def __init__(self, name: str, part: MoPEFusion | PromptTuned):
         self.name, self.encoder, self.bank = name, part.main, part.bank
@@ -111,7 +112,7 @@ class _Side:
     def see(self, inputs: Inputs) -> None:
         family = self.encoder.family
         arguments = family.keyword_arguments(inputs)
-        # without a mean to ask for (wav2vec2) it is the family's own way
+        # families without "mean" (wav2vec2) use their own pooling
         mean = family.router_pool(self.encoder.encoder, arguments, "mean" if "mean" in family.pools else None)
 
         def record(index: int, hidden_states: Tensor, pool: Pool) -> tuple[tuple[()], None]:
@@ -124,8 +125,8 @@ class _Side:
         self.encoder(arguments, record)
 
     def mean_and_std(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Of the tokens, (D,) of each layer."""
+        """Return the mean and standard deviation of tokens, (D,) for each layer."""
         means, squares = zip(*(total / self.samples for total in self.sums), strict=True)
         if not all(square.isfinite().all() for square in squares):
-            raise FloatingPointError(f"the mean token of a layer isn't finite: look for {self.name} that aren't")
+            raise FloatingPointError(f"the mean token of a layer isn't finite: look for non-finite values in {self.name}")
         return means, [(square - mean.square()).clamp(min=0).sqrt() for mean, square in zip(means, squares, strict=True)]

@@ -1,4 +1,4 @@
-"""What trained models share: a head and its loss, optimiser groups, saving, checkpointing, giving encoders back."""
+"""Code shared by trained models: head and loss, optimiser groups, saving, gradient checkpointing, unwrapping encoders."""
 
 import os
 import warnings
@@ -28,15 +28,15 @@ from .output import FusionOutput, UnlabelledOutput
 DENSE = "segmentation"
 """The problem type whose head reads feature maps."""
 NOT_A_LABEL = -100
-"""Samples of this class are left out of a loss: cross entropy's default."""
+"""The class index of samples that a loss ignores; the default of cross entropy."""
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, reduction: str = "mean", label_smoothing: float = 0.0) -> Tensor:
-    is_class = not labels.is_floating_point()  # else probabilities of classes
+    is_class = not labels.is_floating_point()  # otherwise class probabilities
     labels = labels.long() if is_class else _fractions(labels, logits.dtype)
     loss = F.cross_entropy(logits, labels, reduction=reduction, label_smoothing=label_smoothing)
     if reduction == "mean" and is_class:
-        # the mean over no sample is NaN, which would end a training
+        # the mean over zero samples is NaN, which would ruin the training
         loss = torch.where((labels != NOT_A_LABEL).any(), loss, 0.0)
     return loss
 
@@ -50,7 +50,10 @@ def _regression_loss(logits: Tensor, labels: Tensor, reduction: str = "mean", la
 
 
 def _fractions(labels: Tensor, dtype: torch.dtype) -> Tensor:
-    """Labels in 0..1, NaN for others: those would reward what is wrong without bound, and this is loud without a wait."""
+    """Return labels with values outside 0..1 replaced by NaN.
+
+    Such labels would reward wrong predictions without bound. NaN makes them visible without a device synchronisation.
+    """
     labels = labels.to(dtype)
     return torch.where((labels >= 0) & (labels <= 1), labels, torch.nan)
 
@@ -64,7 +67,7 @@ TASK_LOSSES: dict[str, Callable[..., Tensor]] = {
 
 
 def _sum_and_terms(problem_type: str, logits: Tensor, labels: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
-    """A task loss as a sum and how many terms its mean is over."""
+    """Return a task loss as a sum, and the number of terms in its mean."""
     total = TASK_LOSSES[problem_type](logits, labels, reduction="sum", label_smoothing=label_smoothing)
     if problem_type == DENSE:
         terms = len(logits)
@@ -74,14 +77,15 @@ def _sum_and_terms(problem_type: str, logits: Tensor, labels: Tensor, label_smoo
         terms = labels.numel() // labels.shape[1]
     else:
         return total, (labels.long() != NOT_A_LABEL).sum().to(total.dtype)
-    # filled on the device: a copied number would make the host wait
+    # filled on the device, because copying a number there would make the host wait
     return total, total.new_full((), terms)
 
 
 def check_labels(problem_type: str, logits: Tensor, labels: Tensor) -> None:
-    """Raises TypeError or ValueError for labels that are none of this problem's.
+    """Raise TypeError or ValueError for labels that don't fit this problem type.
 
-    Shapes and dtypes always; values of plain CPU tensors outside of ``torch.compile``, where looking is no wait.
+    Shapes and dtypes are always checked. Values are checked only for plain CPU tensors outside of ``torch.compile``, where reading
+    them needs no synchronisation.
     """
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
@@ -91,11 +95,11 @@ def check_labels(problem_type: str, logits: Tensor, labels: Tensor) -> None:
     shape, single = tuple(logits.shape), problem_type == "single_label_classification"
     if len(shape) < 2:
         raise ValueError(
-            f"labels of {problem_type} need logits (B, num_classes), the head gave {shape}: have it keep that dimension"
+            f"labels of {problem_type} need logits (B, num_classes), the head returned {shape}: make it keep that dimension"
         )
     floats = labels.is_floating_point()
     if labels.is_complex() or (single and labels.dtype == torch.bool):
-        raise TypeError(f"labels of {problem_type} can't be {labels.dtype}: " + ("call .long()" if single else "take real numbers"))
+        raise TypeError(f"labels of {problem_type} can't be {labels.dtype}: " + ("call .long()" if single else "use real numbers"))
     if single:
         expected = shape if floats else shape[:1] + shape[2:]
         what = f"floating-point probabilities {shape}, or integer classes {shape[:1] + shape[2:]}"
@@ -108,8 +112,8 @@ def check_labels(problem_type: str, logits: Tensor, labels: Tensor) -> None:
         raise ValueError(f"{problem_type} labels must have {what}, got {labels.dtype} {tuple(labels.shape)}: {hint}")
     if single and shape[1] == 1:
         raise ValueError(
-            "labels of single_label_classification need at least 2 classes: of one class the loss is always 0. For yes and no take "
-            "num_classes=2, or problem_type='multi_label_classification'"
+            "labels of single_label_classification need at least 2 classes: with one class the loss is always 0. For yes/no labels "
+            "use num_classes=2, or problem_type='multi_label_classification'"
         )
     if labels.device != logits.device:
         raise ValueError(f"labels are on {labels.device}, the model on {logits.device}: call labels.to({str(logits.device)!r})")
@@ -119,9 +123,9 @@ def check_labels(problem_type: str, logits: Tensor, labels: Tensor) -> None:
 
 def _check_masks(logits: Tensor, masks: Tensor) -> None:
     if logits.dim() != 4:
-        raise ValueError(f"{DENSE} needs logits (B, C, h, w), the head gave {tuple(logits.shape)}")
+        raise ValueError(f"{DENSE} needs logits (B, C, h, w), the head returned {tuple(logits.shape)}")
     if masks.is_floating_point() or masks.is_complex():
-        raise TypeError(f"labels of {DENSE} must be integers or bool, got {masks.dtype}: of probabilities take (masks > 0.5)")
+        raise TypeError(f"labels of {DENSE} must be integers or bool, got {masks.dtype}: for probabilities pass (masks > 0.5)")
     if masks.dim() != 3 or masks.shape[0] != logits.shape[0]:
         hint = "; for (B, 1, H, W) call .squeeze(1)" if masks.dim() == 4 else ""
         raise ValueError(f"labels of {DENSE} must be ({logits.shape[0]}, H, W), got {tuple(masks.shape)}{hint}")
@@ -132,7 +136,7 @@ def _check_masks(logits: Tensor, masks: Tensor) -> None:
         good = (values.ge(0) & values.lt(classes)) | values.eq(NOT_A_LABEL)
         if not good.all():
             raise ValueError(
-                f"labels of {DENSE} must be classes 0 to {classes - 1}, or {NOT_A_LABEL} for pixels that don't count, got "
+                f"labels of {DENSE} must be classes 0 to {classes - 1}, or {NOT_A_LABEL} for ignored pixels, got "
                 f"{int(values[~good][0])}"
             )
 
@@ -145,7 +149,7 @@ def _check_values(problem_type: str, labels: Tensor, classes: int) -> None:
         good, what = (values >= 0) & (values <= 1), "in 0..1"
     else:
         good = ((values >= 0) & (values < classes)) | (values == NOT_A_LABEL)
-        what = f"classes 0 to {classes - 1}, or {NOT_A_LABEL} for none"
+        what = f"classes 0 to {classes - 1}, or {NOT_A_LABEL} to ignore a sample"
     if not good.all():
         raise ValueError(f"labels of {problem_type} must be {what}, got {values[~good][0]}")
 
@@ -153,13 +157,13 @@ def _check_values(problem_type: str, labels: Tensor, classes: int) -> None:
 def check_head(
     num_classes: int | None, head: nn.Module | None, problem_type: str, label_smoothing: float, return_logits: bool = False
 ) -> None:
-    """Raises TypeError or ValueError for settings of a head that don't go together."""
+    """Raise TypeError or ValueError for invalid or incompatible settings of a head."""
     if not isinstance(return_logits, bool):
         raise TypeError(f"return_logits must be True or False, got {return_logits!r}")
     if problem_type not in TASK_LOSSES:
         raise ValueError(f"problem_type must be one of {list(TASK_LOSSES)}, got {problem_type!r}")
     if head is not None and num_classes is not None:
-        raise ValueError("give num_classes for a linear head or head for one of your own, not both")
+        raise ValueError("give num_classes for a linear head or head for a custom one, not both")
     if num_classes is not None and (not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 1):
         raise ValueError(f"num_classes must be an integer >= 1, got {num_classes!r}")
     if not isinstance(label_smoothing, (int, float)) or isinstance(label_smoothing, bool):
@@ -167,13 +171,16 @@ def check_head(
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be in 0..1, got {label_smoothing}")
     if problem_type == DENSE and head is None and num_classes is None:
-        raise ValueError(f"problem_type={DENSE!r} needs a head: give num_classes for SETR's, or head for one of your own")
+        raise ValueError(f"problem_type={DENSE!r} needs a head: give num_classes for SETR's, or head for a custom one")
     if label_smoothing and problem_type != "single_label_classification":
         raise ValueError(f"label_smoothing is for single_label_classification, got {label_smoothing} with {problem_type}")
 
 
 def apply_head(head: nn.Module | None, *read: Tensor | tuple[Tensor, ...]) -> Tensor | None:
-    """Logits in the head's dtype: of features side by side; or of maps, behind which a feature may be. None without a head."""
+    """Return the head's logits in its dtype, or None without a head.
+
+    The head's input is the concatenation of several features, or maps that a feature may follow.
+    """
     if head is None:
         return None
     first = read[0] if isinstance(read[0], Tensor) else read[0][0]
@@ -187,10 +194,10 @@ def apply_head(head: nn.Module | None, *read: Tensor | tuple[Tensor, ...]) -> Te
 def make_head(
     main: PromptedEncoder, num_classes: int | None, head: nn.Module | None, problem_type: str, cross_dim: int = 0
 ) -> nn.Module | None:
-    """The linear head on the feature and so many numbers more, SETR's on maps, the given one, or None.
+    """Build a linear head on the feature and ``cross_dim`` further numbers, or SETR's on maps; or return the given head, or None.
 
     Raises:
-        ValueError: the given one is a part of the frozen encoder, or this has no maps.
+        ValueError: the given head is a part of the frozen encoder, or the encoder has no feature maps.
     """
     if problem_type == DENSE and not main.family.has_feature_maps:
         raise ValueError(f"problem_type={DENSE!r} reads feature maps of the main encoder, and {main.family.name} has none")
@@ -203,24 +210,24 @@ def make_head(
 
 
 def check_is_trained(module: nn.Module | None, *frozen: nn.Module, name: str = "head") -> None:
-    """Raises ValueError for a module that shares parameters with a frozen one."""
+    """Raise ValueError for a module that shares parameters with a frozen one."""
     parameters = {id(parameter) for part in frozen for parameter in part.parameters()}
     if module is not None and any(id(parameter) in parameters for parameter in module.parameters()):
-        raise ValueError(f"{name} is a part of what is held frozen and would not be trained: pass a copy.deepcopy() of it")
+        raise ValueError(f"{name} is a part of a frozen module and would not be trained: pass a copy.deepcopy() of it")
 
 
 def prompted(encoder: nn.Module, **poolings: str | None) -> PromptedEncoder:
-    """The encoder wrapped, or itself if several models share it as a :class:`PromptedEncoder`.
+    """Return the encoder wrapped, or unchanged if it already is a :class:`PromptedEncoder`, which several models can share.
 
     Raises:
-        ValueError: a wrapped one has another pooling than is asked for; None takes its own.
+        ValueError: a wrapped encoder has another pooling than requested; None accepts the encoder's own.
     """
     if not isinstance(encoder, PromptedEncoder):
         return PromptedEncoder(encoder, **poolings)
     for name, asked in poolings.items():
         if asked not in (None, own := getattr(encoder, name)):
             raise ValueError(
-                f"{name}={asked!r} was asked for, but this PromptedEncoder has {name}={own!r}: make it with "
+                f"{name}={asked!r} was requested, but this PromptedEncoder has {name}={own!r}: create it with "
                 f"PromptedEncoder(encoder, {name}={asked!r}), or leave the model's at None"
             )
     return encoder
@@ -236,41 +243,41 @@ class TaskModel(PushToHub, ImageConfig, nn.Module, ABC):
     problem_type: str
     label_smoothing: float
     accepts_loss_kwargs = False
-    """For transformers' Trainer: ``loss`` is a batch's own, to be divided by the number of accumulated batches."""
+    """For transformers' Trainer: ``loss`` is per batch, so the Trainer has to divide it by the number of accumulated batches."""
     _joint_batch: JointBatch | None = None
     _leaves_frozen_out = False
     _kept: FoldedBank | None = None
     """Tables of ``bank`` while :meth:`frozen` lasts."""
 
     def use_joint_batch(self, process_group: ProcessGroup | None = None) -> None:
-        """Take the losses of the batches of all ranks together, in training mode.
+        """Compute losses over the joint batch of all ranks in training mode.
 
-        DDP and FSDP average gradients over ranks. That is the gradient of the mean over all samples only if all ranks have equally
-        many, and never that of the importance loss, which is a statistic of the batch. With this, ``loss``, ``task_loss`` and
-        ``importance_loss`` are those of the joint batch, the same on every rank, and a rank's gradient is its own part of theirs
-        times the number of ranks, so that the average is the joint batch's gradient. Routing scores summed over samples, the task
-        loss (in float32 at least) and how many terms it has go through one all-reduce in the forward pass. In eval mode nothing is
-        exchanged.
+        DDP and FSDP average gradients over ranks. This average is the gradient of the mean over all samples only if all ranks have
+        the same number of samples. It is never the gradient of the joint importance loss, which is a statistic of the batch. With
+        this setting, ``loss``, ``task_loss`` and ``importance_loss`` are those of the joint batch and equal on every rank. A rank's
+        gradient is its own part of the joint gradient times the number of ranks, so that the average is the joint batch's gradient.
+        One all-reduce in the forward pass exchanges routing scores summed over samples, the task loss (in float32 at least) and its
+        number of terms. In eval mode nothing is exchanged.
 
-        Every rank has to run the same forwards in training mode, all with labels or all without. The mapper's batch norm keeps its
-        statistics to a rank's own batch: ``MoPEConfig(mapper_norm="layer")``, or ``nn.SyncBatchNorm`` on GPUs. A loss of your own
-        on ``logits`` is yours to weight.
+        Every rank has to run the same forwards in training mode, all with labels or all without. The mapper's batch norm still uses
+        only the statistics of a rank's own batch; use ``MoPEConfig(mapper_norm="layer")``, or ``nn.SyncBatchNorm`` on GPUs. A
+        custom loss on ``logits`` has to be weighted by the caller.
 
         Args:
             process_group: the ranks over which gradients are averaged; None for the default group, or for this process alone
-                where there is none.
+                if there is no default group.
 
         Raises:
-            TypeError: it is something else, such as what ``new_group`` gives to a rank that isn't in it.
+            TypeError: ``process_group`` is something else, such as the value that ``new_group`` returns on a rank outside it.
         """
         if process_group is not None and not isinstance(process_group, ProcessGroup):
             got = type(process_group).__name__
             raise TypeError(f"process_group must be a torch.distributed.ProcessGroup of this rank, or None; got {got}")
         self._joint_batch = JointBatch(process_group)
 
-    # no property: torch 2.10 compiles none that is another class's
+    # not a property: torch 2.10 can't compile a property of another class
     def _loss_is_cross_entropy(self) -> bool:
-        """Whether the mean cross entropy of a rank's logits, not smoothed, is all of the loss."""
+        """Return whether the loss is just the mean cross entropy of a rank's logits, without smoothing."""
         joint = self._joint_batch is not None and self.training
         return self.problem_type == "single_label_classification" and not joint and not self.label_smoothing
 
@@ -279,19 +286,19 @@ class TaskModel(PushToHub, ImageConfig, nn.Module, ABC):
         return FusionOutput if whole else UnlabelledOutput
 
     def task_loss(self, logits: Tensor | None, labels: Tensor | None) -> Tensor | None:
-        """None without labels."""
+        """Return the task loss, or None without labels."""
         return self._losses(logits, labels)[0]
 
     def _losses(
         self, logits: Tensor | None, labels: Tensor | None, scores: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The task loss, and scores (N, B or 1, K) whose sum over B is that of the batch that counts."""
+        """Return the task loss, and scores (N, B or 1, K) whose sum over B is that of the rank's own or of the joint batch."""
         if labels is not None and logits is None:
             raise ValueError(f"labels need a head: give num_classes or head to {type(self).__name__}")
         smoothing = self.label_smoothing
         if labels is not None:
             check_labels(self.problem_type, logits, labels)
-            # labels are no better than the loss's precision: 1000.5 is 1000 in bfloat16
+            # labels are cast to the dtype of logits, and in bfloat16 1000.5 would become 1000
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self._joint_batch is None or not self.training:
             loss = None if labels is None else TASK_LOSSES[self.problem_type](logits, labels, label_smoothing=smoothing)
@@ -304,26 +311,26 @@ class TaskModel(PushToHub, ImageConfig, nn.Module, ABC):
 
     @abstractmethod
     def description(self) -> dict[str, Any]:
-        """What has to match when the trained parts are loaded; plain values."""
+        """Return the facts that must match when the trained parts are loaded, as plain values."""
 
     def trained_state_dict(self) -> dict[str, Tensor]:
-        """All that isn't a frozen encoder's: whole tensors under plain names, whether this model is compiled, in DDP or sharded.
+        """Return all state outside frozen encoders, as whole tensors under plain names, also if compiled, in DDP or sharded.
 
-        Tensors that are sharded (FSDP2) are gathered: every rank has to call this.
+        Sharded tensors (FSDP2) are gathered, so every rank has to call this.
         """
         state = self.state_dict()
         return {name: gather(state[key]) for name, key in self.trained_keys(state).items()}
 
     def trained_keys(self, state: Iterable[str]) -> dict[str, str]:
-        """Plain name -> key, of the keys of a state dict of this model that are no frozen encoder's."""
+        """Return plain name -> key for the keys of this model's state dict that don't belong to a frozen encoder."""
         frozen = tuple(f"{name}." for name in self.frozen_parts())
         return {plain_name(key): key for key in state if not key.startswith(frozen)}
 
     def leave_frozen_out_of_state_dict(self) -> None:
-        """Have ``state_dict()`` leave frozen encoders out, and a strict ``load_state_dict`` do without them.
+        """Make ``state_dict()`` leave out frozen encoders, and let a strict ``load_state_dict`` accept that.
 
-        For programs that save by calling these, whatever this model is a part of: a state dict with a frozen part whole is loaded
-        whole, one without any of it leaves it as it is.
+        This is for programs that save through these methods, also if this model is a part of a larger module. A state dict that
+        contains a complete frozen part loads it; one without any of its keys leaves that part unchanged.
         """
         if not self._leaves_frozen_out:
             self._leaves_frozen_out = True
@@ -331,42 +338,42 @@ class TaskModel(PushToHub, ImageConfig, nn.Module, ABC):
             self.register_load_state_dict_pre_hook(_put_frozen_in)
 
     def _check_whole(self, what: str = "fold()") -> None:
-        """Raises RuntimeError if weights are sharded, or as :meth:`_check_own`."""
+        """Raise RuntimeError if weights are sharded, or in the cases of :meth:`_check_own`."""
         self._check_own(what)
         if any(is_sharded(parameter) for parameter in self.parameters()):
             raise RuntimeError(
-                f"{what} needs whole weights, and this {_class_name(self)} is sharded: save_pretrained() it, and take what "
-                "from_pretrained() makes of that"
+                f"{what} needs whole weights, but this {_class_name(self)} is sharded: save it with save_pretrained(), and use the "
+                "model that from_pretrained() loads from there"
             )
 
     def _check_own(self, what: str) -> None:
-        """Raises RuntimeError if prompts or head are within a wrapper of peft's."""
+        """Raise RuntimeError if prompts or head are inside a peft wrapper."""
         if any(hasattr(getattr(self, name, None), "modules_to_save") for name in ("bank", "head")):
             raise RuntimeError(
-                f"{what} needs the model's own prompts and head, which peft has wrapped: call it on what the peft model's "
-                "merge_and_unload() gives; its own save_pretrained() saves them with the LoRA"
+                f"{what} needs the model's own prompts and head, which peft has wrapped: call it on the result of the peft model's "
+                "merge_and_unload(); peft's own save_pretrained() saves them with the LoRA"
             )
 
     def sampled_encoders(self) -> dict[str, Samples | None]:
-        """Of each frozen part some of its numbers; None where they can't be read."""
+        """Return sampled weights of each frozen part; None where they can't be read."""
         return {plain_name(name): sample_weights(self.get_submodule(name)) for name in self.frozen_parts()}
 
     def sources(self) -> dict[str, Source | None]:
-        """Where each frozen encoder can be got again, see :func:`mope_fast.encoders.sources.source_of`."""
+        """Return where each frozen encoder can be obtained again, see :func:`mope_fast.encoders.sources.source_of`."""
         return {}
 
     def frozen_parts(self) -> list[str]:
-        """Names of the modules that are held and not trained."""
+        """Return the names of the modules that are kept frozen."""
         modules = self.named_modules(remove_duplicate=False)
         return [name for name, module in modules if isinstance(module, PromptedEncoder)]
 
     @contextmanager
     def frozen(self) -> Iterator["TaskModel"]:
-        """Project prompts and experts once for all forwards of the block, which takes no gradient.
+        """Project prompts and experts once for all forwards in the block, which runs without gradients.
 
-        For evaluation and inference without a second model: forwards do what those of :meth:`fold` do. This model's ``train``, its
-        ``load_state_dict`` and a change of its dtype or device end it early. What else changes prompts or the frozen encoder within
-        the block isn't noticed.
+        This is for evaluation and inference without a second model: forwards compute the same as those of :meth:`fold`. The effect
+        ends early if this model's ``train`` or ``load_state_dict`` is called, or if its dtype or device changes. Any other change
+        to prompts or the frozen encoder within the block is not noticed.
 
         Raises:
             RuntimeError: the model is in training mode, or its weights are sharded.
@@ -377,13 +384,13 @@ class TaskModel(PushToHub, ImageConfig, nn.Module, ABC):
             ...     for batch in loader: ...
         """
         if self.training:
-            raise RuntimeError(f"frozen() is for inference, and this {_class_name(self)} is in training mode: call eval() first")
+            raise RuntimeError(f"frozen() is for inference, but this {_class_name(self)} is in training mode: call eval() first")
         self._check_whole("frozen()")
         parts = [part for part in self.modules() if isinstance(part, TaskModel) and getattr(part, "bank", None) is not None]
         own = {part: FoldedBank(part.bank, part.main.layers, part.main.dtype) for part in parts if part._kept is None}
         try:
             for part, tables in own.items():
-                vars(part)["_kept"] = tables  # not as a part of the model: it is saved nowhere
+                vars(part)["_kept"] = tables  # not registered as a submodule, so that it is never saved
             with torch.no_grad():
                 yield self
         finally:
@@ -395,25 +402,26 @@ class TaskModel(PushToHub, ImageConfig, nn.Module, ABC):
         vars(self)["_kept"] = None
 
     def _bank(self) -> PromptBank | FoldedBank | None:
-        """Where the prompts of a forward come from: kept tables only for those that asked for them."""
+        """Return the source of a forward's prompts: tables kept by :meth:`frozen` are used only without gradients."""
         return self.bank if self._kept is None or torch.is_grad_enabled() else self._kept
 
     def train(self, mode: bool = True) -> "TaskModel":
-        """Train or evaluate what is trained; encoders stay in eval mode."""
+        """Set the mode of the trained parts; encoders stay in eval mode."""
         if mode:
             self._drop_tables()
             self._check_what_is_trained()
         return super().train(mode)
 
     def _check_what_is_trained(self) -> None:
-        """Warn where other programs have changed it.
+        """Warn if other libraries have changed which parameters are trained.
 
-        ``get_peft_model`` leaves prompts frozen, transformers' ``from_pretrained`` of a model around this one thaws its encoder.
+        ``get_peft_model`` leaves prompts frozen. transformers' ``from_pretrained`` of a model around this one unfreezes its
+        encoder.
         """
         encoder = getattr(self, "main", None)
         if isinstance(encoder, PromptedEncoder) and encoder.is_thawed():
             warnings.warn(
-                f"all parameters of the frozen {type(encoder.encoder).__name__} ask for a gradient: an optimiser that is given "
+                f"all parameters of the frozen {type(encoder.encoder).__name__} require a gradient: an optimiser that is given "
                 "them changes the encoder. Call requires_grad_(False) on it",
                 stacklevel=4,
             )
@@ -422,13 +430,13 @@ class TaskModel(PushToHub, ImageConfig, nn.Module, ABC):
         untrained = [part for part in own if not any(parameter.requires_grad for parameter in part.parameters())]
         if untrained and self._trained_in_encoders():
             warnings.warn(
-                "this model trains what was put into its encoder, and its prompts or its head are not trained. If peft did that: "
-                "LoraConfig(modules_to_save=['bank', 'head'], ...) trains, saves and loads them, too",
+                "this model trains parameters that were added to its encoder, but its prompts or its head are not trained. If peft "
+                "added them: LoraConfig(modules_to_save=['bank', 'head'], ...) also trains, saves and loads prompts and head",
                 stacklevel=4,
             )
 
     def _trained_in_encoders(self) -> list[str]:
-        """Names of parameters of frozen parts that are trained, by somebody else."""
+        """Return names of trainable parameters in frozen parts, which other code has added or unfrozen."""
         frozen = tuple(f"{name}." for name in self.frozen_parts())
         return [name for name, parameter in self.named_parameters() if parameter.requires_grad and name.startswith(frozen)]
 
@@ -441,39 +449,39 @@ class TaskModel(PushToHub, ImageConfig, nn.Module, ABC):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy keeps no tables: nobody would drop them."""
+        """Return the state without kept tables, because a copy would never drop them."""
         return {**super().__getstate__(), "_kept": None}
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, every_n_layers: int = 1, offload: bool = False
     ) -> None:
-        """Keep one layer's input in place of its activations, and compute layer and prompts again in the backward pass.
+        """Store each layer's input instead of its activations, and recompute layer and prompts in the backward pass.
 
-        It holds for all models that share the encoder. ``torch.compile`` needs
+        This applies to all models that share the encoder. ``torch.compile`` needs
         ``torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True``.
 
         Args:
-            gradient_checkpointing_kwargs, every_n_layers, offload: for transformers' Trainer; ``{"use_reentrant": False}``, every
-                layer and no offloading is what is done.
+            gradient_checkpointing_kwargs, every_n_layers, offload: accepted for transformers' Trainer. Only
+                ``{"use_reentrant": False}``, every layer and no offloading are supported.
 
         Raises:
-            ValueError: something else is asked for.
+            ValueError: another value is requested.
         """
         if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError("use_reentrant=True is not supported: with frozen encoders it would lose the prompts' gradients")
         if every_n_layers != 1 or offload:
             got = f"every_n_layers={every_n_layers} and offload={offload}"
-            raise ValueError(f"every layer is checkpointed, on its device: expected every_n_layers=1 and offload=False, got {got}")
+            raise ValueError(f"every layer is checkpointed on its device: expected every_n_layers=1 and offload=False, got {got}")
         self._set_gradient_checkpointing(True)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, every_n_layers: int = 1, offload: bool = False
     ) -> None:
-        """:meth:`gradient_checkpointing_enable` by the name that transformers' Trainer has for it from 5.23 on."""
+        """Call :meth:`gradient_checkpointing_enable`; transformers' Trainer uses this name from 5.23 on."""
         self.gradient_checkpointing_enable(activation_checkpointing_kwargs, every_n_layers, offload)
 
     def gradient_checkpointing_disable(self) -> None:
-        """Keep activations again."""
+        """Store activations again."""
         self._set_gradient_checkpointing(False)
 
     def _set_gradient_checkpointing(self, value: bool) -> None:
@@ -482,33 +490,33 @@ class TaskModel(PushToHub, ImageConfig, nn.Module, ABC):
                 module.gradient_checkpointing = value
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Not possible: raises NotImplementedError."""
+        """Raise NotImplementedError, because generation is not possible."""
         raise NotImplementedError(
-            f"{type(self).__name__} can't generate: prompts depend on the whole input and are seen by every token, so the encoder "
-            "is not causal any more; it classifies (logits, features)"
+            f"{type(self).__name__} can't generate: prompts depend on the whole input and are visible to every token, so the "
+            "encoder is no longer causal; use it for classification (logits, features)"
         )
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write the trained parts only: ``mope_fast.json`` and a safetensors file beside it.
+        """Write only the trained parts: ``mope_fast.json`` and a safetensors file beside it.
 
-        Killed at any moment, the folder holds the old save or the new one, each whole. Of a compiled model, or of one in DDP
-        (``ddp.module``), any number of ranks may call this. If trained parts are sharded (FSDP2), every rank has to: the first one
-        writes, and all wait for it.
+        If the process is killed at any moment, the folder holds either the complete old save or the complete new one. For a
+        compiled model, or one in DDP (``ddp.module``), any number of ranks may call this. If trained parts are sharded (FSDP2),
+        every rank has to call it: the first one writes, and all wait for it.
 
-        Under ``sources`` it says where each frozen encoder can be got again, or null where that isn't known.
+        The entry ``sources`` says where each frozen encoder can be obtained again, or null if that isn't known.
 
         Raises:
-            ValueError: a parameter or buffer holds NaN or infinities; the message names it, and what was saved before stays.
+            ValueError: a parameter or buffer holds NaN or infinities. The message names it, and the previous save stays.
         """
         self._save(path)
 
     def _save(self, path: str | os.PathLike[str], more: dict[str, Any] | None = None) -> None:
-        """``more`` stands in the description, and is there from the moment on at which the weights are."""
+        """Save; ``more`` are further entries of the description, which appear atomically with the weights."""
         self._check_own("save_pretrained()")
         if left_out := self._trained_in_encoders():
             warnings.warn(
-                f"{len(left_out)} trained parameters are not in this save, because they are the encoder's: {left_out[0]}, ... Save "
-                "them with what put them there; peft's encoder.save_pretrained() for a LoRA",
+                f"{len(left_out)} trained parameters are not in this save, because they belong to the encoder: {left_out[0]}, ... "
+                "Save them with the library that added them; peft's encoder.save_pretrained() for a LoRA",
                 stacklevel=3,
             )
         state = self.state_dict()
@@ -518,7 +526,7 @@ class TaskModel(PushToHub, ImageConfig, nn.Module, ABC):
         whole = {}
         for name, key in keys.items():
             value = gather(state[key])
-            if writes:  # one by one to the host: all of them may not fit beside the shards
+            if writes:  # one at a time to the host, because all of them may not fit beside the shards
                 whole[name] = value.cpu()
         try:
             if writes:
@@ -529,19 +537,20 @@ class TaskModel(PushToHub, ImageConfig, nn.Module, ABC):
                 wait_for_all(mesh)
 
     def load_pretrained(self, path: str | os.PathLike[str], *, strict: bool = False) -> None:
-        """Read a folder of :meth:`save_pretrained` into this model, in place, and leave its mode and its encoders' as they are.
+        """Load a folder of :meth:`save_pretrained` into this model in place; its mode and its encoders' modes don't change.
 
-        The model may be compiled, in DDP (``ddp.module``) or sharded (FSDP2), and the one that was saved another of these; every
-        rank calls it. Settings that only matter in training may differ from those saved.
+        The model may be compiled, in DDP (``ddp.module``) or sharded (FSDP2), and the saved model may have been any of these. Every
+        rank has to call this. Settings that only matter in training may differ from those saved.
 
         Args:
             path: the folder.
-            strict: frozen encoders must be known to have the weights that the save was trained on, to half precision. By default
-                other weights are a warning, and what can't be compared (older saves, sharded or quantised encoders) isn't.
+            strict: require that frozen encoders are known to have the weights that the save was trained on, to half precision. By
+                default other weights cause a warning, and encoders that can't be compared (older saves, sharded or quantised
+                encoders) are not checked.
 
         Raises:
-            FileNotFoundError, ValueError: no such save, it is damaged or doesn't fit; the message says what doesn't. Nothing is
-                changed then.
+            FileNotFoundError, ValueError: there is no such save, it is damaged, or it doesn't fit; the message says why. The model
+                is unchanged then.
             OSError: a file can't be read.
         """
         own = self.description()
@@ -549,7 +558,7 @@ class TaskModel(PushToHub, ImageConfig, nn.Module, ABC):
         checkpoint.load(path, self, saved, strict=strict)
 
     def _load(self, path: str | os.PathLike[str], description: dict[str, Any], strict: bool, refused: Collection[str] = ()) -> None:
-        """``refused`` has names of :meth:`sampled_encoders` whose other weights are an error in any case."""
+        """Load a save; ``refused`` names entries of :meth:`sampled_encoders` for which other weights are always an error."""
         try:
             checkpoint.load(path, self, description, strict=strict, refused=refused)
         except BaseException:
@@ -568,17 +577,17 @@ class TaskModel(PushToHub, ImageConfig, nn.Module, ABC):
 
     @abstractmethod
     def unwrap(self) -> Any:
-        """Give the encoders back as they were; this model can't be used afterwards."""
+        """Return the encoders as they were; this model can't be used afterwards."""
 
 
 def _class_name(module: nn.Module) -> str:
-    """Of the module itself: not torch.compile's around it, not the one that ``fully_shard`` gives it."""
+    """Return the class name of the module itself, not of torch.compile's wrapper or of the class that ``fully_shard`` assigns."""
     classes = type(getattr(module, "_orig_mod", module)).__mro__
     return (classes[2] if classes[1].__name__ == "FSDPModule" else classes[0]).__name__
 
 
 def _leave_frozen_out(model: TaskModel, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
-    """All but what somebody else trains in frozen parts, such as a LoRA."""
+    """Remove frozen parts from a state dict, except parameters that other code trains in them, such as a LoRA."""
     frozen = tuple(f"{prefix}{name}." for name in model.frozen_parts())
     trained = {f"{prefix}{name}" for name in model._trained_in_encoders()}
     for key in [key for key in state if key.startswith(frozen) and key not in trained]:
@@ -586,7 +595,7 @@ def _leave_frozen_out(model: TaskModel, state: dict[str, Any], prefix: str, meta
 
 
 def _put_frozen_in(model: TaskModel, state: dict[str, Any], prefix: str, *others: Any) -> None:
-    """Each frozen part that is left out as it is now: loading finds every key, and torch copies no tensor onto itself."""
+    """Add the current tensors of each omitted frozen part so that loading finds every key; torch copies no tensor to itself."""
     trained = {f"{prefix}{name}" for name in model._trained_in_encoders()}
     for name in model.frozen_parts():
         part = f"{prefix}{name}."
@@ -596,5 +605,5 @@ def _put_frozen_in(model: TaskModel, state: dict[str, Any], prefix: str, *others
 
 
 def describe_encoder(encoder: PromptedEncoder) -> dict[str, Any]:
-    """Family and widths."""
+    """Return an encoder's family and widths."""
     return {"family": encoder.family.name, "widths": encoder.widths}

@@ -116,7 +116,7 @@ def test_a_complementary_side_that_pools_otherwise_is_refused():
     bert, config = CASES["bert"].make(), MoPEConfig(**SETTINGS, complementary_pooling="cls")
     side = PromptTuned(CASES["bert"].make(), 2, pooling="mean")
     for complementary in (side, side.fold(), None):
-        with pytest.raises(ValueError, match=r"complementary_pooling='cls' was asked for, but complementary, \w+, has pooling="):
+        with pytest.raises(ValueError, match=r"complementary_pooling='cls' was requested, but complementary, \w+, has pooling="):
             MoPEFusion(bert, complementary, 3, replace(config, cross_dim=None if complementary is not None else CROSS))
     assert MoPEFusion(bert, side, 3, MoPEConfig(**{**SETTINGS, "cross_dim": None})).config.complementary_pooling == "mean"
 
@@ -125,7 +125,7 @@ def test_an_encoder_that_came_wrapped_keeps_its_poolings():
     shared = PromptedEncoder(CASES["bert"].make(), pooling="mean")
     config = MoPEConfig(**SETTINGS)
     assert MoPEFusion(shared, None, 3, config).config.pooling == "mean"
-    with pytest.raises(ValueError, match=r"pooling='cls' was asked for, but this PromptedEncoder has pooling='mean'"):
+    with pytest.raises(ValueError, match=r"pooling='cls' was requested, but this PromptedEncoder has pooling='mean'"):
         MoPEFusion(shared, None, 3, MoPEConfig(**SETTINGS, pooling="cls"))
 
 

@@ -93,7 +93,7 @@ def test_summed_features_have_one_mapped_prompt():
     close(model.complementary_feature({"a": x, "b": x}), a(x) + b(x))
     assert model.config.cross_dim == 4
     assert model.config.side_dims is None
-    with pytest.raises(ValueError, match=r"combine='sum' needs features of one width, got \{'a': 4, 'b': 3\}"):
+    with pytest.raises(ValueError, match=r"combine='sum' needs features of equal width, got \{'a': 4, 'b': 3\}"):
         make_model({"a": Side(nn.Linear(6, 4), width=4), "b": Side(nn.Linear(6, 3), width=3)}, combine="sum")
 
 
@@ -400,15 +400,15 @@ def both_trained_and_held(bag):
         (lambda: {"a": 3}, r"complementary\['a'\] must be a supported encoder, a callable or None, got int"),
         (lambda: {"a": None}, r"the width of the feature of \['a'\] can't be inferred"),
         (lambda: {"a": Side(make_dinov2(), width=3)}, "Side.width of 'a' is 3, but Dinov2Model gives features of width 48"),
-        (lambda: {"a": Side(make_dinov2(), trainable=True)}, "trainable=True trains a module whole, and a Dinov2Model is held"),
-        (lambda: {"a": Side(lambda x: x, trainable=True, width=3)}, "trainable=True is for a module, got function"),
-        (lambda: {"a": Side(Bag().requires_grad_(False), trainable=True, width=7)}, "no parameter of the Bag asks for a gradient"),
+        (lambda: {"a": Side(make_dinov2(), trainable=True)}, "trainable=True trains a whole module, but a Dinov2Model is kept"),
+        (lambda: {"a": Side(lambda x: x, trainable=True, width=3)}, "trainable=True needs a module, got function"),
+        (lambda: {"a": Side(Bag().requires_grad_(False), trainable=True, width=7)}, "no parameter of the Bag requires a gradient"),
         (lambda: both_trained_and_held(Bag()), "a is a part of what is held frozen"),
         (lambda: {"a": make_model()}, r"complementary\['a'\] can't be a MoPEFusion"),
         (lambda: {"a": Side(nn.Sequential(make_model()), trainable=True, width=3)}, "routed prompts at '0.bank', whose importance"),
         (lambda: {"a": Side(nn.Sequential(make_model()), width=3)}, "which would be held frozen, but has a MoPEFusion at '0'"),
-        (lambda: {"a": Side(PromptTuned(make_dinov2(), 2), prompt_length=3)}, "prompt_length=3 was asked for, but a, PromptTuned"),
-        (lambda: {"a": Side(PromptTuned(make_dinov2(), 2), pooling="mean")}, "pooling='mean' was asked for, but a, PromptTuned"),
+        (lambda: {"a": Side(PromptTuned(make_dinov2(), 2), prompt_length=3)}, "prompt_length=3 was requested, but a, PromptTuned"),
+        (lambda: {"a": Side(PromptTuned(make_dinov2(), 2), pooling="mean")}, "pooling='mean' was requested, but a, PromptTuned"),
     ],
 )  # fmt: skip
 def test_sides_that_can_not_be_meant_are_refused_and_nothing_stays_held(sides, message):

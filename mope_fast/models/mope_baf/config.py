@@ -1,6 +1,6 @@
-"""The settings of MoPE-BAF. The paper's equations were not at hand: every choice here says whose it is.
+"""The settings of MoPE-BAF. The paper's equations were not available, so every choice here states its source.
 
-Read were the paper's abstract and a summary by others; what neither of them says is a reading.
+The sources are the paper's abstract and a summary by others. A choice that neither of them states is marked as a reading.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ..._settings import Settings, check_types, setting
 from ...modules.block_fusion import FORMS
 
 GROUPS = ("unified_prompt", "text_prompt", "text", "image", "image_prompt")
-"""Groups of the sequence in their order; an absent one takes no place."""
+"""Groups of the sequence in their order; an absent group has no rows."""
 _PAPER = "arXiv 2403.11311"
 _SUMMARY = f"a summary of {_PAPER} by others"
 _OURS = "ours"
@@ -32,28 +32,28 @@ def _reading(why: str) -> str:
 
 
 PARTITIONS = {
-    "experts": "the layers in front of the fusion layers, in blocks as equal as can be",
-    "all": "all layers, in blocks as equal as can be",
-    "stages": "two blocks: the layers in front of the fusion layers, and these",
+    "experts": "the layers before the fusion layers, in blocks of nearly equal size",
+    "all": "all layers, in blocks of nearly equal size",
+    "stages": "two blocks: the layers before the fusion layers, and the fusion layers",
 }
 POOLINGS = {
     "unified": "mean of the unified prompt's outputs",
     "pooler": "VLMo's pooler on the text's class token",
-    "auto": "'unified' if there is such a prompt, else 'pooler'",
+    "auto": "'unified' if there is a unified prompt, else 'pooler'",
 }
 HEADS = {
     "linear": "one linear layer",
-    "mlp": "as VLMo's for questions: D -> 2 D, LayerNorm, GELU, 2 D -> classes",
-    "verbalizer": "VLMo's head for masked words on the text's mask token: mean logit of each class' words",
+    "mlp": "as VLMo's for visual question answering: D -> 2 D, LayerNorm, GELU, 2 D -> classes",
+    "verbalizer": "VLMo's masked language modelling head on the text's mask token: mean logit of each class's words",
 }
 
 
 @dataclass(kw_only=True, unsafe_hash=True)
 class BAFConfig(Settings):
-    """Settings of :class:`MoPEBAF`; ``BAFConfig.describe()`` prints them with meaning and source.
+    """Settings of :class:`MoPEBAF`; ``BAFConfig.describe()`` lists them with meaning and source.
 
     Raises:
-        TypeError, ValueError: a value of a wrong type or out of range, or values that don't go together.
+        TypeError, ValueError: a value has a wrong type or is out of range, or values are incompatible.
     """
 
     text_prompt_length: int = setting(MISSING, "n_l, rows of the L-Prompt; 0 for none", _PAPER + "; its lengths are unknown")
@@ -61,16 +61,18 @@ class BAFConfig(Settings):
     unified_prompt_length: int = setting(MISSING, "n_vl, rows of the VL-Prompt; 0 for none", _PAPER + "; its lengths are unknown")
     per_block_prompts: bool = setting(
         False,
-        "each block has L- and V-Prompts of its own; else those put in at the start are carried through all blocks",
+        "each block has its own L- and V-Prompts; else those inserted at the start are carried through all blocks",
         _reading("prompts are put before the embeddings, once"),
     )
     prompt_init_std: float = setting(
-        0.02, "prompts start normal with this deviation; set_prompt starts them from text", _reading("as all embeddings of VLMo")
+        0.02,
+        "standard deviation of the normal initialisation of prompts; set_prompt initialises them from text",
+        _reading("as all embeddings of VLMo"),
     )
     restricted: bool = setting(True, "prompts have restricted receptive fields; False: every group sees every other", _SUMMARY)
     tokens_see_other_prompts: bool = setting(
         False,
-        "text sees the V-Prompt and images the L-Prompt: then only what prompts themselves see is restricted",
+        "text sees the V-Prompt and images see the L-Prompt; then only the prompts' own receptive fields are restricted",
         _reading("the V-Prompt is 'dedicated to image input only', taken for both directions, and the same for text"),
     )
     prompts_see_themselves: bool = setting(
@@ -78,25 +80,27 @@ class BAFConfig(Settings):
     )
     modalities_see_each_other: bool = setting(
         True,
-        "text and image see each other in front of the fusion layers",
-        _SUMMARY + " has images see text; that text sees images is VLMo's",
+        "text and image see each other before the fusion layers",
+        _SUMMARY + " has images see text; that text sees images is from VLMo",
     )
     unified_from_start: bool = setting(
         False,
-        "the VL-Prompt is there from the first layer, sees everything and goes through the text's expert",
+        "the VL-Prompt is present from the first layer on, sees everything and goes through the text's expert",
         _reading("it is for the multi-modal stage, as the vision-language experts are"),
     )
-    unified_visible: bool = setting(True, "with unified_from_start: others see it in front of the fusion layers", _OURS)
+    unified_visible: bool = setting(True, "with unified_from_start: other groups see it before the fusion layers", _OURS)
     keep_modality_prompts: bool = setting(
         False,
-        "L- and V-Prompt stay in the fusion layers, where all see all; else they end there",
+        "L- and V-Prompt stay in the fusion layers, where every group sees every other; else they end before these",
         _reading("the unified prompt takes over, as the vision-language expert does"),
     )
     visible: Mapping[str, Sequence[str]] | None = setting(
-        None, "in front of the fusion layers: group -> groups that it sees, in place of what the settings above give", _OURS
+        None, "before the fusion layers: group -> groups that it sees, overriding the settings above", _OURS
     )
     fusion_visible: Mapping[str, Sequence[str]] | None = setting(
-        None, "the same for the fusion layers", _OURS + "; there all see all, as in VLMo"
+        None,
+        "in the fusion layers: group -> groups that it sees",
+        _OURS + "; by default every group sees every other, as in VLMo",
     )
     num_blocks: int = setting(
         2,
@@ -105,18 +109,18 @@ class BAFConfig(Settings):
     )
     partition: str = setting(
         "experts",
-        "what is cut into blocks: " + "; ".join(f"'{name}', {meaning}" for name, meaning in PARTITIONS.items()),
+        "which layers are cut into blocks: " + "; ".join(f"'{name}', {meaning}" for name, meaning in PARTITIONS.items()),
         _reading("the prompts that are fused are those of these layers"),
     )
     boundaries: tuple[int, ...] | None = setting(
-        None, "the first layer of each block but the first, in place of num_blocks and partition", _OURS
+        None, "the first layer of each block except the first, overriding num_blocks and partition", _OURS
     )
     fusion_form: str = setting(
         "A",
         "; ".join(f"'{name}', {meaning}" for name, meaning in FORMS.items()),
         _reading("'cross-modal prompt attention', with norm and residual as in VLMo's layers"),
     )
-    fusion_heads: int | None = setting(None, "heads of the fusion's attention; None: as many as VLMo's", _OURS)
+    fusion_heads: int | None = setting(None, "number of heads of the fusion's attention; None: as many as VLMo's", _OURS)
     share_directions: bool = setting(False, "one set of weights for text to image and image to text", _reading("none is mentioned"))
     share_boundaries: bool = setting(False, "one set of weights for all boundaries", _reading("none is mentioned"))
     widen_next_only: bool = setting(False, "form E: prompts see each other in the next layer only, not in all later ones", _OURS)
@@ -126,13 +130,13 @@ class BAFConfig(Settings):
         f"{_SUMMARY} classifies the VL-Prompt's output; that it is the mean is a reading",
     )
     head: str = setting(
-        "linear", "; ".join(f"'{name}', {meaning}" for name, meaning in HEADS.items()), _reading("the least; none is described")
+        "linear", "; ".join(f"'{name}', {meaning}" for name, meaning in HEADS.items()), _reading("the simplest; none is described")
     )
-    verbalizer: tuple[tuple[int, ...], ...] | None = setting(None, "for head='verbalizer': each class' token ids", _OURS)
+    verbalizer: tuple[tuple[int, ...], ...] | None = setting(None, "for head='verbalizer': token ids of each class", _OURS)
     mask_token_id: int | None = setting(None, "for head='verbalizer': id of the mask token, 103 in bert-base-uncased", _OURS)
     freeze_backbone: bool = setting(
         False,
-        "hold VLMo frozen and in eval mode, for which 3e-5 is far too small a learning rate; else it is trained",
+        "keep VLMo frozen and in eval mode, for which a learning rate of 3e-5 is far too small; else it is trained",
         _reading("its learning rate, 3e-5, is VLMo's own for training everything"),
     )
 
@@ -154,14 +158,14 @@ class BAFConfig(Settings):
         if self.partition == "stages" and self.num_blocks > 2:
             raise ValueError(f"BAFConfig.partition='stages' has at most 2 blocks, got num_blocks={self.num_blocks}")
         if self.boundaries is not None and list(self.boundaries) != sorted(set(self.boundaries)):
-            raise ValueError(f"BAFConfig.boundaries must be rising indices of layers, got {self.boundaries}")
+            raise ValueError(f"BAFConfig.boundaries must be strictly increasing layer indices, got {self.boundaries}")
         if self.fusion_form == "C" and self.text_prompt_length != self.image_prompt_length:
             raise ValueError(
-                "BAFConfig.fusion_form='C' adds what one prompt queries to the other: text_prompt_length and image_prompt_length "
-                f"must be equal, got {self.text_prompt_length} and {self.image_prompt_length}"
+                "BAFConfig.fusion_form='C' adds the result of one prompt's queries to the other prompt: text_prompt_length and "
+                f"image_prompt_length must be equal, got {self.text_prompt_length} and {self.image_prompt_length}"
             )
         if self.fusion_form == "G" and not self.unified_prompt_length:
-            raise ValueError("BAFConfig.fusion_form='G' makes the unified prompt, got unified_prompt_length=0: use form 'A'")
+            raise ValueError("BAFConfig.fusion_form='G' creates the unified prompt, got unified_prompt_length=0: use form 'A'")
         if self.pooling == "unified" and not self.unified_prompt_length:
             raise ValueError("BAFConfig.pooling='unified' needs unified_prompt_length >= 1: use 'pooler'")
         self._check_not_ignored()
@@ -170,13 +174,13 @@ class BAFConfig(Settings):
     def _check_lists(self) -> None:
         words = [[]] if self.verbalizer is None else self.verbalizer
         if not _is_list(words) or not all(_is_list(of_class) and all(map(_is_int, of_class)) for of_class in words):
-            raise TypeError(f"BAFConfig.verbalizer must be a list of each class' token ids, got {self.verbalizer!r}")
+            raise TypeError(f"BAFConfig.verbalizer must be a list with a list of token ids per class, got {self.verbalizer!r}")
         starts = () if self.boundaries is None else self.boundaries
         if not _is_list(starts) or not all(map(_is_int, starts)):
-            raise TypeError(f"BAFConfig.boundaries must be a list of indices of layers, got {self.boundaries!r}")
+            raise TypeError(f"BAFConfig.boundaries must be a list of layer indices, got {self.boundaries!r}")
 
     def _freeze_lists(self) -> None:
-        """Lists, as JSON has them, to tuples; dicts copied."""
+        """Convert lists, as read from JSON, to tuples, and copy dicts."""
         for name in ("visible", "fusion_visible"):
             if (visible := getattr(self, name)) is not None:
                 object.__setattr__(self, name, {group: tuple(seen) for group, seen in visible.items()})
@@ -197,7 +201,7 @@ class BAFConfig(Settings):
                 raise ValueError(f"BAFConfig.{name} has group {unknown[0]!r}: the groups are {list(GROUPS)}")
 
     def _check_not_ignored(self) -> None:
-        """Raises ValueError for a setting that others leave without effect."""
+        """Raise ValueError for a setting that has no effect because of other settings."""
         table = ("tokens_see_other_prompts", "prompts_see_themselves", "modalities_see_each_other", "unified_visible")
         defaults = {field.name: field.default for field in fields(self)}
         for names, works, where in (
@@ -207,13 +211,15 @@ class BAFConfig(Settings):
             (("widen_next_only",), self.fusion_form == "E", "fusion_form='E'"),
         ):
             if not works and (ignored := [name for name in names if getattr(self, name) != defaults[name]]):
-                raise ValueError(f"BAFConfig.{ignored[0]}={getattr(self, ignored[0])} has an effect with {where} only")
+                raise ValueError(f"BAFConfig.{ignored[0]}={getattr(self, ignored[0])} has an effect only with {where}")
 
     def _check_verbalizer(self) -> None:
         if (self.head == "verbalizer") != (self.verbalizer is not None) or (self.verbalizer is None) != (
             self.mask_token_id is None
         ):
-            raise ValueError("BAFConfig.head='verbalizer' goes with verbalizer=[[token ids of a class], ...] and mask_token_id")
+            raise ValueError(
+                "BAFConfig.head='verbalizer', verbalizer=[[token ids of a class], ...] and mask_token_id must be set together"
+            )
         if self.verbalizer is not None and not all(self.verbalizer):
             raise ValueError(f"BAFConfig.verbalizer must have at least one token for each class, got {self.verbalizer}")
         given = self.verbalizer or ()
@@ -224,15 +230,15 @@ class BAFConfig(Settings):
             )
 
     def lengths(self, text: int, image: int) -> dict[str, int]:
-        """Group -> rows, all five in their order."""
+        """Return group -> number of rows, for all five groups in their order."""
         lengths = self.unified_prompt_length, self.text_prompt_length, text, image, self.image_prompt_length
         return dict(zip(GROUPS, lengths, strict=True))
 
     def block_starts(self, num_layers: int, first_fusion_layer: int) -> tuple[int, ...]:
-        """The first layer of each block but the first.
+        """Return the first layer of each block except the first.
 
         Raises:
-            ValueError: there are more blocks than layers, or a boundary where there are no prompts to fuse.
+            ValueError: there are more blocks than layers, or there is a boundary without prompts to fuse.
         """
         if self.boundaries is not None:
             starts = self.boundaries
@@ -249,7 +255,7 @@ class BAFConfig(Settings):
         last = min(last, num_layers - 1)
         if any(not 1 <= start <= last for start in starts):
             raise ValueError(
-                f"MoPE-BAF can fuse prompts in front of layers 1 to {last} here, got boundaries {starts}: from layer "
+                f"MoPE-BAF can fuse prompts only before layers 1 to {last} here, got boundaries {starts}: from layer "
                 f"{first_fusion_layer} on, text and image have no prompts left unless keep_modality_prompts=True"
             )
         return starts

@@ -25,21 +25,22 @@ PROMPTS = tuple(name for name in GROUPS if name.endswith("_prompt"))
 
 
 class MoPEBAF(TaskModel):
-    """Three groups of prompts on a VLMo: L- and V-Prompt in the layers with an expert for each modality, the VL-Prompt behind them.
+    """A VLMo with three groups of prompts: L- and V-Prompt in the layers before the fusion layers, VL-Prompt in the fusion layers.
 
-    The sequence is [L-Prompt | text | image | V-Prompt], so that every group sees consecutive rows and attention needs no mask
-    but the text's padding; where the fusion layers begin it becomes [VL-Prompt | text | image]. Prompts are carried as tokens: each
-    layer reads what the one before made of them. With prompts of length zero and one block it is the plain VLMo.
+    In the layers with an expert for each modality the sequence is [L-Prompt | text | image | V-Prompt]. Every group then sees
+    consecutive rows, and attention needs no mask except the text's padding mask. From the first fusion layer on the sequence is
+    [VL-Prompt | text | image]. Prompts are carried along as tokens: each layer reads the previous layer's outputs at prompt
+    positions. With prompts of length zero and one block this is the plain VLMo.
 
     Args:
-        vlmo: the backbone; trained too, unless ``config.freeze_backbone``: then it is held frozen and in eval mode.
-        num_classes: outputs of the head; None for no head (``logits`` is None, use ``features``).
-        config: see :class:`BAFConfig`; the lengths of the prompts have no default.
-        head: a head of your own, (B, D) -> (B, num_classes), in place of ``config.head``.
+        vlmo: the backbone. It is trained too, unless ``config.freeze_backbone`` is set: then it is kept frozen and in eval mode.
+        num_classes: number of outputs of the head; None for no head (``logits`` is None, use ``features``).
+        config: see :class:`BAFConfig`; the prompt lengths have no default.
+        head: a custom head, (B, D) -> (B, num_classes), used instead of ``config.head``.
         problem_type, label_smoothing: as for :class:`MoPEFusion`.
 
     Raises:
-        TypeError, ValueError: settings that don't go together, or don't fit this VLMo.
+        TypeError, ValueError: settings are incompatible with each other or with this VLMo.
 
     Example:
         >>> config = BAFConfig(text_prompt_length=10, image_prompt_length=10, unified_prompt_length=10)
@@ -60,9 +61,9 @@ class MoPEBAF(TaskModel):
         super().__init__()
         check_head(num_classes, head, problem_type, label_smoothing)
         if problem_type == DENSE:
-            raise ValueError(f"problem_type={DENSE!r} needs feature maps, which a VLMo has none of: take MoPEFusion")
+            raise ValueError(f"problem_type={DENSE!r} needs feature maps, which a VLMo doesn't have: use MoPEFusion")
         if not isinstance(vlmo, VLMo):
-            raise TypeError(f"MoPEBAF takes a VLMo, got {type(vlmo).__name__}: VLMo.from_checkpoint or VLMo.from_config makes one")
+            raise TypeError(f"MoPEBAF needs a VLMo, got {type(vlmo).__name__}: use VLMo.from_checkpoint or VLMo.from_config")
         if not isinstance(config, BAFConfig):
             raise TypeError(
                 "MoPEBAF needs config=BAFConfig(text_prompt_length=..., image_prompt_length=..., unified_prompt_length=...), "
@@ -73,7 +74,7 @@ class MoPEBAF(TaskModel):
             check_is_trained(head, vlmo)
         self.config, self.problem_type, self.label_smoothing = config, problem_type, float(label_smoothing)
         self._starts = config.block_starts(vlmo.config.num_layers, vlmo.config.first_fusion_layer)
-        # one for each length of text, made here: a compiled forward guards on what it reads, and nothing of this changes
+        # built here once for each text length, because a compiled forward guards on what it reads, and these never change
         self._plans = tuple(make_plan(config, vlmo.config, text) for text in range(1, vlmo.config.max_text_length + 1))
         self._make_prompts(vlmo)
         self._make_fusions(vlmo)
@@ -85,7 +86,7 @@ class MoPEBAF(TaskModel):
             self._hold = Hold(vlmo)
 
     def _make_prompts(self, vlmo: VLMo) -> None:
-        """(1 or blocks, rows, D) each; None for no rows."""
+        """Create the prompts, (1 or blocks, rows, D) each; None for length zero."""
         config, width = self.config, vlmo.config.hidden_size
         self._blocks_own_prompts = config.per_block_prompts or config.fusion_form == "B"
         for name in PROMPTS:
@@ -95,7 +96,7 @@ class MoPEBAF(TaskModel):
             self.register_parameter(name, nn.Parameter(start) if length else None)
 
     def _make_fusions(self, vlmo: VLMo) -> None:
-        """One for each boundary, as far as there are prompts to fuse; for form G one more."""
+        """Create one fusion for each boundary if there are prompts to fuse, and one more for form G."""
         config, width = self.config, vlmo.config.hidden_size
         heads = vlmo.config.num_heads if config.fusion_heads is None else config.fusion_heads
         lengths = config.text_prompt_length, config.image_prompt_length
@@ -113,10 +114,10 @@ class MoPEBAF(TaskModel):
             return None
         if config.head == "verbalizer":
             if vlmo.mlm_score is None:
-                raise ValueError("head='verbalizer' reads VLMo's head for masked words: make the VLMo with mlm_head=True")
+                raise ValueError("head='verbalizer' uses VLMo's masked language modelling head: create the VLMo with mlm_head=True")
             if len(config.verbalizer) != num_classes:
                 raise ValueError(
-                    f"BAFConfig.verbalizer has words of {len(config.verbalizer)} classes, num_classes is {num_classes}"
+                    f"BAFConfig.verbalizer has words for {len(config.verbalizer)} classes, but num_classes is {num_classes}"
                 )
             size = vlmo.config.vocab_size
             if not 0 <= config.mask_token_id < size:
@@ -131,19 +132,19 @@ class MoPEBAF(TaskModel):
         pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
     ) -> FusionOutput:
-        """One joint pass.
+        """Run one joint pass over text and image.
 
         Args:
-            input_ids: int64 (B, T), T at most VLMo's ``max_text_length``.
-            attention_mask: (B, T), 1 or True for real tokens; None if all are.
-            pixel_values: (B, 3, image_size, image_size).
-            labels: see ``problem_type``; gives ``loss``.
+            input_ids: (B, T) int64, T at most VLMo's ``max_text_length``.
+            attention_mask: (B, T), 1 or True for real tokens; None if all tokens are real.
+            pixel_values: (B, 3, image_size, image_size) float.
+            labels: labels as ``problem_type`` defines them; if given, ``loss`` is computed.
 
         Returns:
-            ``loss``, ``logits`` and ``features`` (B, D), what the head reads.
+            ``loss``, ``logits`` and the pooled ``features`` (B, D).
 
         Raises:
-            TypeError, ValueError: an input of a wrong type or shape, or none.
+            TypeError, ValueError: an input has a wrong type or shape, or is missing.
         """
         if pixel_values is None:
             raise ValueError("MoPEBAF got no pixel_values: its passes are joint, of text and image")
@@ -153,19 +154,19 @@ class MoPEBAF(TaskModel):
         return self._output_type(logits, labels)(loss=loss, logits=logits, task_loss=loss, features=features)
 
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None, pixel_values: Tensor) -> Groups:
-        """Outputs behind the last norm, (B, rows, D) of each group that is left there: "text", "image", "unified_prompt", ...
+        """Return the outputs of the final norm, (B, rows, D) for each remaining group: "text", "image", "unified_prompt", ...
 
         Arguments and errors are those of :meth:`forward`.
         """
         return self.backbone(input_ids, attention_mask, pixel_values, run=self._hidden_states)
 
     def _features(self, input_ids: Tensor, attention_mask: Tensor | None, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (B, D) and what the head reads, within the backbone's call."""
+        """Return features (B, D) and the head's input, within the backbone's call."""
         features = self._pooled(self._hidden_states(input_ids, attention_mask, pixel_values), input_ids)
         return features, self.backbone.mlm_score(features) if isinstance(self.head, Verbalizer) else features
 
     def _hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None, pixel_values: Tensor) -> Groups:
-        """Within the backbone's call."""
+        """Return the hidden states of each group, within the backbone's call."""
         vlmo = self.backbone
         groups = {"text": vlmo.embed_text(input_ids), "image": vlmo.embed_image(pixel_values)}
         check_same_batch(input_ids, pixel_values)
@@ -183,7 +184,7 @@ class MoPEBAF(TaskModel):
         return _split(vlmo.transformer.norm(x), segment.lengths)
 
     def receptive_field(self, layer: int) -> ReceptiveField | None:
-        """Who sees whom in a layer, with a text of full length; None where every group sees every other.
+        """Return which groups see each other in a layer, for a text of full length; None if every group sees every other.
 
         Raises:
             IndexError: there is no such layer.
@@ -194,14 +195,14 @@ class MoPEBAF(TaskModel):
         return next(segment.fields[layer - segment.layers.start] for segment in self._plans[-1] if layer in segment.layers)
 
     def _prompt(self, name: str, block: int, like: Tensor) -> Tensor:
-        """(B, rows, D) of a group of prompts as a block starts with it."""
+        """Return a group of prompts (B, rows, D) as it is at the start of a block."""
         prompt = getattr(self, name)
         if prompt is None:
             return like[:, :0]
         return prompt[block if len(prompt) > 1 else 0].to(like.dtype).expand(len(like), -1, -1)
 
     def _entered(self, layer: int, groups: Groups) -> Groups:
-        """The prompts that change in front of this layer."""
+        """Return the prompts that change before this layer."""
         changed = self._fused(1 + self._starts.index(layer), groups) if layer in self._starts else {}
         if layer == self.backbone.config.first_fusion_layer and self.unified_fusion is not None:
             prompts = [(groups | changed)[name] for name in ("text_prompt", "image_prompt")]
@@ -210,7 +211,7 @@ class MoPEBAF(TaskModel):
         return changed
 
     def _fused(self, block: int, groups: Groups) -> Groups:
-        """Prompts of text and image as a block starts with them, behind the first."""
+        """Return the text and image prompts as they are at the start of a block other than the first."""
         names = ("text_prompt", "image_prompt")
         prompts = own = [groups[name] for name in names]
         if self._blocks_own_prompts:
@@ -220,34 +221,34 @@ class MoPEBAF(TaskModel):
         return dict(zip(names, own, strict=True))
 
     def _pooled(self, groups: Groups, input_ids: Tensor) -> Tensor:
-        """(B, D), what the head reads."""
+        """Return the pooled feature (B, D)."""
         config, text = self.config, groups["text"]
         if isinstance(self.head, Verbalizer):
             masks = input_ids == config.mask_token_id
             feature = text.gather(1, masks.byte().argmax(1)[:, None, None].expand(-1, -1, text.shape[-1]))[:, 0]
-            # loud, and without a wait for the device
+            # NaN makes a missing mask token visible without a device synchronisation
             return feature.masked_fill(~masks.any(1, keepdim=True), float("nan"))
         unified = config.pooling == "unified" or (config.pooling == "auto" and config.unified_prompt_length)
         return groups["unified_prompt"].mean(1) if unified else self.backbone.pooler(text[:, 0])
 
     @torch.no_grad()
     def set_prompt(self, group: str, source: Tensor) -> None:
-        """Start a prompt from text or from embeddings in place of random numbers; rows are repeated or cut to its length.
+        """Initialise a prompt from text or embeddings instead of random numbers; rows are repeated or cut to the prompt's length.
 
-        With ``per_block_prompts`` each block's own starts so.
+        With ``per_block_prompts`` the prompts of all blocks are initialised this way.
 
         Args:
             group: "text_prompt", "image_prompt" or "unified_prompt".
-            source: int64 (n,) token ids, taken as VLMo embeds them as a text (position and modality included), so without [CLS]
-                and [SEP]; or float (n, D) rows.
+            source: (n,) int64 token ids, without [CLS] and [SEP], embedded as VLMo embeds a text (with position and modality
+                embeddings); or (n, D) float rows.
 
         Raises:
-            TypeError, ValueError: another group, one of length zero, or a source of another type or shape.
+            TypeError, ValueError: the group is unknown or has length zero, or the source has another type or shape.
         """
         prompt = getattr(self, group, None) if group in PROMPTS else None
         if prompt is None:
-            there = [name for name in PROMPTS if getattr(self, name) is not None]
-            raise ValueError(f"set_prompt got {group!r}: expected one of {there}")
+            existing = [name for name in PROMPTS if getattr(self, name) is not None]
+            raise ValueError(f"set_prompt got {group!r}: expected one of {existing}")
         if not isinstance(source, Tensor):
             raise TypeError(f"source must be a tensor, got {type(source).__name__}")
         rows = source
@@ -267,17 +268,17 @@ class MoPEBAF(TaskModel):
         prompt.copy_(rows[index])
 
     def train(self, mode: bool = True) -> "MoPEBAF":
-        """Train or evaluate; a frozen VLMo stays in eval mode."""
+        """Set the mode; a frozen VLMo stays in eval mode."""
         super().train(mode)
         if self._hold is not None:
             self.backbone.eval()
         return self
 
     def parameter_groups(self, lr: float, weight_decay: float = 0.01, head_lr_multiplier: float = 1.0) -> list[dict[str, Any]]:
-        """Trained parameters for an optimiser: biases and norms without decay; the head with a rate of its own.
+        """Return the trained parameters as optimiser groups: no decay for biases and norms, and a separate rate for the head.
 
         Raises:
-            ValueError: ``head_lr_multiplier`` isn't 1, and there is no head.
+            ValueError: ``head_lr_multiplier`` isn't 1, but there is no head.
         """
         if self.head is None and head_lr_multiplier != 1:
             raise ValueError(f"head_lr_multiplier is {head_lr_multiplier}, but this MoPEBAF has no head: leave it at 1")
@@ -285,7 +286,7 @@ class MoPEBAF(TaskModel):
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 rate = lr * head_lr_multiplier if name.startswith("head.") else lr
-                # VLMo spares all with "bias" in their names, so this table too
+                # VLMo applies no decay to parameters with "bias" in their names, which includes this table
                 decays = parameter.dim() > 1 and not name.endswith("relative_position_bias_table")
                 groups.setdefault((rate, weight_decay if decays else 0.0), []).append(parameter)
         return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
@@ -294,14 +295,14 @@ class MoPEBAF(TaskModel):
         self.backbone.gradient_checkpointing = value
 
     def frozen_parts(self) -> list[str]:
-        """Names of the modules that are held and not trained."""
+        """Return the names of the modules that are kept frozen."""
         return ["backbone"] if self.config.freeze_backbone else []
 
     def unwrap(self) -> VLMo:
-        """Give the VLMo back; this model can't be used afterwards.
+        """Return the VLMo; this model can't be used afterwards.
 
-        A frozen one is as it came, once no other model holds it: what was trainable and in training mode then is so again. One that
-        was trained is given as it is.
+        A frozen VLMo is restored to its original state once no other model holds it: parameters that were trainable and modules
+        that were in training mode are so again. A trained VLMo is returned as it is.
         """
         if self._hold is not None:
             self._hold.release()
@@ -323,14 +324,14 @@ class MoPEBAF(TaskModel):
     def from_pretrained(
         cls, path: str | os.PathLike[str], vlmo: VLMo, *, head: nn.Module | None = None, strict: bool = False
     ) -> "MoPEBAF":
-        """Read a folder of :meth:`save_pretrained` onto a VLMo of the same sizes; ``head`` only if it was saved with one of yours.
+        """Load a folder of :meth:`save_pretrained` onto a VLMo of the same sizes; pass ``head`` only if the save has a custom one.
 
-        A frozen VLMo with other weights is a warning; with ``strict`` an error, see :meth:`load_pretrained`.
+        A frozen VLMo with other weights causes a warning, or an error with ``strict``; see :meth:`load_pretrained`.
 
-        If the VLMo was trained too, all of its weights were saved, and replace those of ``vlmo``.
+        If the VLMo was trained too, all of its weights were saved, and they replace those of ``vlmo``.
 
         Raises:
-            FileNotFoundError, ValueError: no such save, it is damaged or doesn't fit; the message says what doesn't.
+            FileNotFoundError, ValueError: there is no such save, it is damaged, or it doesn't fit; the message says why.
             OSError: a file can't be read.
         """
         known = {field.name for field in dataclasses.fields(BAFConfig)}

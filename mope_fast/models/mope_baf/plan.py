@@ -1,4 +1,4 @@
-"""What each layer of a MoPE-BAF has in its sequence, which group sees which, and which expert takes which rows."""
+"""The plan of each MoPE-BAF layer: the groups in its sequence, their visibility, and the rows of each expert."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -10,39 +10,39 @@ from .config import BAFConfig
 
 
 class Segment(NamedTuple):
-    """Consecutive layers with nothing to do between them: one block, or its part in front of or behind the first fusion layer."""
+    """Consecutive layers that run without a step in between: one block, or its part before or after the first fusion layer."""
 
     layers: range
     lengths: dict[str, int]
-    """Group -> rows, of those that are there, in the order of the sequence."""
+    """Group -> number of rows, for the groups that are present, in the order of the sequence."""
     experts: dict[str, int]
-    """VLMo's expert -> rows that it takes, in their order."""
+    """VLMo's expert -> number of rows that it takes, in the order of the sequence."""
     fields: tuple[ReceptiveField | None, ...]
-    """Of each layer; None where every group sees every other."""
+    """One for each layer; None if every group sees every other."""
 
-    # no property: torch 2.10 compiles none of a named tuple
+    # not a property: torch 2.10 can't compile a property of a named tuple
     def around_tokens(self) -> tuple[int, int]:
-        """Rows of prompts in front of the text and behind the image."""
+        """Return the numbers of prompt rows before the text and after the image."""
         names = list(self.lengths)
         before = sum(self.lengths[name] for name in names[: names.index("text")])
         return before, sum(self.lengths.values()) - before - self.lengths["text"] - self.lengths["image"]
 
 
 def check_fits(config: BAFConfig, vlmo: VLMoConfig) -> None:
-    """Raises ValueError for a prompt that no layer of this VLMo would see."""
+    """Raise ValueError for a prompt that no layer of this VLMo would use."""
     if config.unified_prompt_length and vlmo.first_fusion_layer == vlmo.num_layers and not config.unified_from_start:
         raise ValueError("this VLMo has no fusion layers for the unified prompt: set unified_from_start=True, or its length to 0")
     if config.fusion_form == "G" and vlmo.first_fusion_layer == vlmo.num_layers:
-        raise ValueError("this VLMo has no fusion layers in front of which form G could make the unified prompt: use another form")
+        raise ValueError("this VLMo has no fusion layers before which form G could create the unified prompt: use another form")
     if config.text_prompt_length + config.image_prompt_length and not (vlmo.first_fusion_layer or config.keep_modality_prompts):
         raise ValueError(
-            "this VLMo has fusion layers only, where text and image have no prompts: set keep_modality_prompts=True, "
+            "this VLMo has only fusion layers, where text and image have no prompts: set keep_modality_prompts=True, "
             "or the lengths to 0"
         )
 
 
 def make_plan(config: BAFConfig, vlmo: VLMoConfig, text: int) -> tuple[Segment, ...]:
-    """All layers, for ``text`` tokens of text."""
+    """Build the segments of all layers for ``text`` text tokens."""
     first, last = vlmo.first_fusion_layer, vlmo.num_layers
     starts = config.block_starts(last, first)
     cuts = sorted({0, first, last, *starts})
@@ -67,7 +67,7 @@ def _segment(config: BAFConfig, vlmo: VLMoConfig, text: int, layers: range, star
 
 
 def expert_visibility(config: BAFConfig, groups: Sequence[str]) -> dict[str, list[str]]:
-    """Group -> groups that it sees, in front of the fusion layers."""
+    """Return group -> groups that it sees, for the layers before the fusion layers."""
     if config.visible is not None:
         return _given("visible", config.visible, groups)
     if not config.restricted:
@@ -89,21 +89,21 @@ def expert_visibility(config: BAFConfig, groups: Sequence[str]) -> dict[str, lis
 
 
 def fusion_visibility(config: BAFConfig, groups: Sequence[str]) -> dict[str, list[str]]:
-    """The same for the fusion layers, where all see all unless other is asked for."""
+    """Return group -> groups that it sees, for the fusion layers; by default every group sees every other."""
     if config.fusion_visible is not None:
         return _given("fusion_visible", config.fusion_visible, groups)
     return {group: list(groups) for group in groups}
 
 
 def _given(name: str, visible: Mapping[str, Sequence[str]], groups: Sequence[str]) -> dict[str, list[str]]:
-    """A user's table; of groups that these layers don't have, nothing."""
+    """Return a user's table, restricted to the groups that these layers have."""
     if missing := [group for group in groups if group not in visible]:
-        raise ValueError(f"BAFConfig.{name} says nothing about {missing[0]!r}: give it a list of the groups that it sees")
+        raise ValueError(f"BAFConfig.{name} has no entry for {missing[0]!r}: give it a list of the groups that it sees")
     return {group: [other for other in groups if other in visible[group]] for group in groups}
 
 
 def _sees_wide(config: BAFConfig, starts: Sequence[int], layer: int) -> bool:
-    """Form E: does this layer let both prompts see each other?"""
+    """Return whether L- and V-Prompt see each other in this layer, as in form E."""
     if config.fusion_form != "E":
         return False
     return layer in starts if config.widen_next_only else any(layer >= start for start in starts)

@@ -1,4 +1,4 @@
-"""Official VLMo checkpoints: reading, recognising, fitting to another image size or text length."""
+"""Official VLMo checkpoints: reading, recognition, and adaptation to another image size or text length."""
 
 import math
 import os
@@ -25,22 +25,22 @@ _HEADS = (
     "mlm_score.", "itm_score.", "itc_text_proj.", "itc_image_proj.", "itc_vl_text_proj.", "itc_vl_image_proj.", "logit_scale",
     "logit_vl_scale", "vqa_classifier.", "nlvr2_classifier.", "head.", "fc_norm.", "lm_head.", "cls_pt_layers.", "mask_token",
 )  # fmt: skip
-"""Of pre-training and of tasks, as the first part of their keys."""
+"""Key prefixes of pre-training and task heads."""
 _INDICES = (
     "text_embeddings.position_ids", "relative_position_index", "text_relative_position_index", "text_imag_relative_position_index",
 )  # fmt: skip
-"""Counted out from the configuration; some versions saved them."""
+"""Buffers that are computed from the configuration; some versions saved them."""
 _TABLE, _POSITIONS, _TEXT_POSITIONS = (
     "relative_position_bias_table", "transformer.pos_embed", "text_embeddings.position_embeddings.weight",
 )  # fmt: skip
 _TYPES = "token_type_embeddings.weight"
-"""A model of two images has a third one, for the second image."""
-_HINTS = {_TEXT_POSITIONS: " (max_text_length can be as long as the file's at most)"}
+"""A model with two images has a third row, for the second image."""
+_HINTS = {_TEXT_POSITIONS: " (max_text_length can be at most that of the file)"}
 State = dict[str, Tensor]
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> State:
-    """Tensors of a file, unwrapped, under VLMo's names."""
+    """Read the tensors of a file, unwrapped, under VLMo's names."""
     state = _unwrapped(_read(Path(path)), Path(path))
     plain = {key.removeprefix("transformer."): value for key, value in state.items()}
     return _from_beit(plain) if "blocks.0.mlp.fc1.weight" in plain else state
@@ -49,7 +49,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> State:
 def _read(path: Path) -> Any:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(f"{path} {what}: expected a file of a VLMo (vlmo_base_plus_patch16_224.pt, for example)")
+        raise FileNotFoundError(f"{path} {what}: expected a VLMo checkpoint file (vlmo_base_plus_patch16_224.pt, for example)")
     try:
         if path.suffix.lower() == ".safetensors":
             from safetensors.torch import load_file
@@ -61,24 +61,24 @@ def _read(path: Path) -> Any:
         raise
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} has more than tensors in it, or is no file of torch.save ({_first_line(error)}). It is not loaded, "
-            "because that could run code. If you trust it, load it with weights_only=False and save its state_dict alone"
+            f"{path} contains more than tensors, or is not a torch.save file ({_first_line(error)}). It is not loaded, "
+            "because that could run code. If you trust it, load it with weights_only=False and save only its state_dict"
         ) from None
-    except Exception as error:  # torch.load has no type of its own for a file that is cut or no checkpoint at all
-        large = ", or asks for more memory than there is" if isinstance(error, MemoryError) or "allocate" in str(error) else ""
-        raise ValueError(f"{path} is damaged, or is no file of torch.save or safetensors{large}: {_first_line(error)}") from None
+    except Exception as error:  # torch.load has no specific exception for truncated files or other formats
+        large = ", or needs more memory than available" if isinstance(error, MemoryError) or "allocate" in str(error) else ""
+        raise ValueError(f"{path} is damaged, or is not a torch.save or safetensors file{large}: {_first_line(error)}") from None
 
 
 def _check_sums(path: Path) -> None:
-    """Raises an error where a part of a file of torch.save isn't what was written, which torch.load doesn't look at."""
+    """Raise ValueError if a part of a torch.save file doesn't match its checksum, which torch.load doesn't check."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as file:
             if (part := file.testzip()) is not None:
-                raise ValueError(f"the checksum of {part} in it is another one")
+                raise ValueError(f"the checksum of {part} in it doesn't match")
 
 
 def _first_line(error: Exception) -> str:
-    """Without the colours that torch puts into its messages."""
+    """Return the first line of an error's message, without torch's colour codes."""
     return next(iter(re.sub(r"\x1b\[[\d;]*m", "", str(error)).splitlines()), type(error).__name__)
 
 
@@ -95,9 +95,10 @@ def _unwrapped(content: Any, path: Path) -> State:
 
 
 def _from_beit(state: State) -> State:
-    """BEiT's image encoder as the image side of a VLMo. Its bias tables become the first rows of VLMo's, which has one a layer.
+    """Convert BEiT's image encoder to the image side of a VLMo; its bias tables become the first rows of VLMo's.
 
-    A layer of BEiT adds its own table, the one that all layers share (pre-training files), or both.
+    VLMo's table has separate columns for each layer. A layer of BEiT adds its own table, the table shared by all layers
+    (pre-training files), or both.
     Names: https://github.com/microsoft/unilm, beit/modeling_pretrain.py.
     """
     layers = sorted({int(match[1]) for key in state if (match := re.match(r"blocks\.(\d+)\.", key))})
@@ -115,10 +116,10 @@ def _from_beit(state: State) -> State:
 
 
 def recognised(state: State, path: str | os.PathLike[str], config: VLMoConfig | None, overrides: dict[str, Any]) -> VLMoConfig:
-    """The configuration of a state dict, with other values for some fields."""
+    """Return the configuration of a state dict, with some fields overridden."""
     if config is not None:
         if not isinstance(config, VLMoConfig):
-            raise TypeError(f"config must be a VLMoConfig (VLMoConfig.named gives the known ones) or None, got {config!r}")
+            raise TypeError(f"config must be a VLMoConfig (VLMoConfig.named returns the known ones) or None, got {config!r}")
         return replace(config, **overrides)
     token = state.get("transformer.cls_token")
     width = token.shape[-1] if token is not None and token.dim() else None
@@ -128,12 +129,13 @@ def recognised(state: State, path: str | os.PathLike[str], config: VLMoConfig | 
         if (known.hidden_size, set(range(known.num_layers))) == (width, layers):
             return replace(known, **overrides)
     raise ValueError(
-        f"{path} has {len(layers)} layers of width {width}, none of VLMo's sizes: if it is a VLMo, pass config=VLMoConfig(...)"
+        f"{path} has {len(layers)} layers of width {width}, which is no known VLMo size: if it is a VLMo, pass "
+        "config=VLMoConfig(...)"
     )
 
 
 def load_into(model: "VLMo", state: State, path: str | os.PathLike[str], *, strict: bool) -> None:
-    """Fit the state dict to the model and load it, or say everything that doesn't fit."""
+    """Adapt the state dict to the model and load it, or raise an error that lists everything that doesn't fit."""
     config, expected = model.config, model.state_dict()
     kept = {key: value for key, value in state.items() if key in expected or not (key.startswith(_HEADS) or key in _INDICES)}
     unread = [
@@ -152,7 +154,7 @@ def load_into(model: "VLMo", state: State, path: str | os.PathLike[str], *, stri
         if key in kept and kept[key].shape != value.shape
     ]
     if unfit or (strict and missing + unexpected):
-        hint = "" if unfit else "\nstrict=False loads the rest and leaves what is missing random"
+        hint = "" if unfit else "\nstrict=False loads the rest and leaves missing parameters random"
         raise ValueError(f"{path} doesn't fit this VLMo:\n  " + "\n  ".join(unfit + missing + unexpected) + hint)
     if missing + unexpected:
         warnings.warn(f"{path} was loaded in part:\n  " + "\n  ".join(missing + unexpected), stacklevel=3)
@@ -162,14 +164,14 @@ def load_into(model: "VLMo", state: State, path: str | os.PathLike[str], *, stri
 
 
 def _kind(value: Tensor) -> str | None:
-    """Of a tensor that is no plain one of floating-point numbers; None for one that is."""
+    """Describe a tensor that is not a plain floating-point tensor; None for one that is."""
     if value.is_meta or value.is_nested or value.layout != torch.strided:
         return "a tensor without values" if value.is_meta else "a nested tensor" if value.is_nested else str(value.layout)
     return None if value.is_floating_point() else str(value.dtype)
 
 
 def _fit(state: State, config: VLMoConfig) -> None:
-    """Positions to the configuration's sizes, in place, where they are positions; what they are else is found later."""
+    """Adapt positions to the configuration's sizes, in place, if they have a valid shape; other shapes are reported later."""
     from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 
     grid = [config.grid, config.grid]
@@ -187,6 +189,6 @@ def _fit(state: State, config: VLMoConfig) -> None:
 
 
 def _side(count: int) -> int | None:
-    """Of a square of so many positions; None if they make none."""
+    """Return the side of a square of ``count`` positions; None if they don't form a square."""
     side = math.isqrt(max(0, count))
     return side if side and side**2 == count else None

@@ -1,4 +1,4 @@
-"""Sizes of VLMo (arXiv 2111.02358), as its official code has them."""
+"""VLMo's architectures (arXiv 2111.02358), as in its official code."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from ..._settings import check_types
 
 @dataclass(frozen=True, kw_only=True)
 class VLMoConfig:
-    """An architecture. Defaults are those of VLMo-Base-plus; :meth:`named` gives all three.
+    """A VLMo architecture. Defaults are those of VLMo-Base-plus; :meth:`named` returns any of the three official ones.
 
     Raises:
-        TypeError: a value of another type.
-        ValueError: sizes that don't go together.
+        TypeError: a value has a wrong type.
+        ValueError: sizes are incompatible.
     """
 
     hidden_size: int = 544
-    """D."""
+    """D, the width of hidden states."""
     num_layers: int = 24
     num_heads: int = 16
     mlp_ratio: int = 4
     first_fusion_layer: int = 21
-    """The first layer with a vision-language expert; all behind it have one too. ``num_layers`` for none."""
+    """Index of the first layer with a vision-language expert; all later layers have one too. ``num_layers`` for none."""
     image_size: int = 224
-    """Side in pixels, a multiple of ``patch_size``."""
+    """Side length of images in pixels, a multiple of ``patch_size``."""
     patch_size: int = 16
     vocab_size: int = 30522
     max_text_length: int = 40
-    """Positions of text that there are; also the length to which :class:`VLMoProcessor` pads."""
+    """Number of text positions; also the length to which :class:`VLMoProcessor` pads."""
     absolute_positions: bool = True
-    """Learned absolute positions for both modalities; else one relative bias table of all layers."""
+    """Use learned absolute positions for both modalities; otherwise one relative position bias table for all layers."""
     layer_scale: float | None = None
-    """What gamma_1 and gamma_2 start from; None for no such parameters."""
+    """Initial value of gamma_1 and gamma_2; None for no such parameters."""
     drop_path_rate: float = 0.1
-    """Of the last layer, rising linearly from 0; also the dropout of text embeddings. In training mode only."""
+    """Drop path rate of the last layer, rising linearly from 0; also the dropout of text embeddings. In training mode only."""
     mlm_head: bool = False
-    """The head for masked words of the pre-training (``mlm_score``), which a verbalizer needs."""
+    """Include the masked language modelling head of pre-training (``mlm_score``), which a verbalizer needs."""
 
     def __post_init__(self):
         check_types(self)
@@ -55,14 +55,16 @@ class VLMoConfig:
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate must be in [0, 1), got {self.drop_path_rate}")
         if not self.absolute_positions and self.max_text_length > TEXT_RANGE:
-            raise ValueError(f"relative positions reach {TEXT_RANGE} text tokens, got max_text_length={self.max_text_length}")
+            raise ValueError(
+                f"relative positions cover at most {TEXT_RANGE} text tokens, got max_text_length={self.max_text_length}"
+            )
 
     @classmethod
     def named(cls, name: str, **overrides: Any) -> VLMoConfig:
-        """ "base", "base_plus" or "large", with other values for some fields.
+        """Return the configuration "base", "base_plus" or "large", with some fields overridden.
 
         Raises:
-            ValueError: another name.
+            ValueError: the name is unknown.
         """
         if name not in _NAMED:
             raise ValueError(f"VLMo has the configurations {list(_NAMED)}, got {name!r}")
@@ -70,21 +72,21 @@ class VLMoConfig:
 
     @property
     def grid(self) -> int:
-        """Patches along a side."""
+        """Number of patches along a side."""
         return self.image_size // self.patch_size
 
     @property
     def image_tokens(self) -> int:
-        """Class token and patches."""
+        """Number of image tokens: the class token and all patches."""
         return self.grid**2 + 1
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return the fields as plain values for JSON."""
         return asdict(self)
 
 
 TEXT_RANGE = 196
-"""Of the relative positions in official checkpoints, whatever ``max_text_length`` is (``max_text_len_of_initckpt``)."""
+"""Text length covered by relative positions in official checkpoints, for any ``max_text_length`` (``max_text_len_of_initckpt``)."""
 _RELATIVE = {"absolute_positions": False, "layer_scale": 0.1}
 _NAMED: dict[str, dict[str, Any]] = {
     "base": {"hidden_size": 768, "num_layers": 12, "num_heads": 12, "first_fusion_layer": 10, **_RELATIVE},

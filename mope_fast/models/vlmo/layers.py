@@ -1,4 +1,4 @@
-"""What VLMo is made of: shared attention, one feed-forward expert for each modality."""
+"""VLMo's layers: shared attention, and one feed-forward expert for each modality."""
 
 from typing import NamedTuple
 
@@ -15,18 +15,18 @@ NORM_EPS = 1e-6
 
 
 class Visibility(NamedTuple):
-    """What the queries of one layer see, and with which bias."""
+    """The masks and the attention bias of one layer."""
 
     key_padding_mask: Tensor | None = None
-    """bool (B, S), True = a real token."""
+    """(B, S) bool, True for real tokens."""
     field: ReceptiveField | None = None
-    """None: everything."""
+    """The receptive field; None if every query sees all keys."""
     bias: Tensor | None = None
-    """(1, H, S, S)."""
+    """(1, H, S, S), added to the attention logits."""
 
 
 class VLMoAttention(nn.Module):
-    """Self-attention of all modalities; queries and values have a bias, keys have none.
+    """Self-attention shared by all modalities; queries and values have a bias, keys have none.
 
     Parameters and names are those of timm's BEiT ``Attention``. There is no dropout.
     """
@@ -41,12 +41,12 @@ class VLMoAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, sees: Visibility) -> Tensor:
-        """(B, S, D) -> (B, S, D)."""
+        """Apply self-attention, (B, S, D) -> (B, S, D)."""
         q, k, v = self._project(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
         return self.proj(self.attend(q, k, v, sees).transpose(1, 2).flatten(2))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, sees: Visibility) -> Tensor:
-        """(B, H, S, Dh) each -> (B, H, S, Dh)."""
+        """Apply attention to q, k and v, (B, H, S, Dh) each -> (B, H, S, Dh)."""
         masking = {"key_padding_mask": sees.key_padding_mask, "bias": sees.bias, "impl": self.impl}
         if sees.field is None:
             return functional.prompt_attention(q, k, v, **masking)
@@ -56,17 +56,17 @@ class VLMoAttention(nn.Module):
         qkv, bias = self.qkv, torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         if type(qkv) is nn.Linear and qkv.bias is None and is_plain(qkv):
             return F.linear(x, qkv.weight, bias)
-        return qkv(x) + bias  # whatever else it is (with a LoRA, hooks or a bias of its own) is called, not read
+        return qkv(x) + bias  # a replaced module (with a LoRA, hooks or its own bias) is called instead of reading its weight
 
 
 class VLMoBlock(nn.Module):
     """A pre-norm transformer layer whose feed-forward expert depends on the modality of the token.
 
     Args:
-        config: see there.
-        drop_path: probability that a sample skips a branch, in training mode.
-        fusion: has a vision-language expert beside those of text and image.
-        impl: of attention.
+        config: the architecture, see :class:`VLMoConfig`.
+        drop_path: probability that a sample skips a branch in training mode.
+        fusion: whether the layer has a vision-language expert in addition to those of text and image.
+        impl: attention implementation.
     """
 
     def __init__(self, config: VLMoConfig, drop_path: float, fusion: bool, impl: str):
@@ -91,12 +91,12 @@ class VLMoBlock(nn.Module):
             self.gamma_1, self.gamma_2 = (nn.Parameter(torch.full((width,), config.layer_scale)) for _ in range(2))
 
     def forward(self, x: Tensor, sees: Visibility, experts: dict[str, int]) -> Tensor:
-        """One layer.
+        """Run one layer, (B, S, D) -> (B, S, D).
 
         Args:
-            x: (B, S, D).
-            sees: of attention.
-            experts: "text", "imag" or "vl" -> how many tokens it takes, in the order of the sequence; together S.
+            x: (B, S, D) hidden states.
+            sees: masks and bias of the attention.
+            experts: "text", "imag" or "vl" -> number of tokens for this expert, in the order of the sequence; the sum is S.
         """
         x = x + self._scaled(self.attn(self.norm1(x), sees), self.gamma_1)
         parts = zip(experts, x.split(list(experts.values()), dim=1), strict=True)
@@ -104,7 +104,7 @@ class VLMoBlock(nn.Module):
         return out[0] if len(out) == 1 else torch.cat(out, dim=1)
 
     def _expert(self, name: str, x: Tensor) -> Tensor:
-        # drop path draws for each modality on its own, as in the official code
+        # drop path is sampled separately for each modality, as in the official code
         return self._scaled(getattr(self, f"mlp_{name}")(getattr(self, f"norm2_{name}")(x)), self.gamma_2)
 
     def _scaled(self, branch: Tensor, gamma: Tensor | None) -> Tensor:
@@ -112,12 +112,12 @@ class VLMoBlock(nn.Module):
 
 
 def row_of(embedding: nn.Embedding, index: int, device: torch.device) -> Tensor:
-    """(D,). The module is called, not read: its weight may be elsewhere until then."""
+    """Return a row (D,). The module is called rather than its weight read, because the weight may be offloaded until the call."""
     return embedding(torch.full((), index, dtype=torch.int64, device=device))
 
 
 class TextEmbeddings(nn.Module):
-    """BERT's embeddings, whose positions can be left out: of "rel_pos" models the table is saved and not added."""
+    """BERT's embeddings with optional positions; models with relative positions save the position table but don't add it."""
 
     def __init__(self, config: VLMoConfig):
         super().__init__()
@@ -130,7 +130,7 @@ class TextEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.drop_path_rate)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """int64 (B, T) -> (B, T, D)."""
+        """Embed token ids, (B, T) int64 -> (B, T, D)."""
         x = self.word_embeddings(input_ids) + row_of(self.token_type_embeddings, 0, input_ids.device)
         if self.absolute_positions:
             x = x + self.position_embeddings(torch.arange(input_ids.shape[1], device=input_ids.device))
@@ -138,19 +138,19 @@ class TextEmbeddings(nn.Module):
 
 
 class Pooler(nn.Module):
-    """What the pre-training reads the text's class token with."""
+    """The pooler that pre-training applies to the text's class token."""
 
     def __init__(self, width: int):
         super().__init__()
         self.dense = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, D) -> (B, D)."""
+        """Apply the pooler, (B, D) -> (B, D)."""
         return self.dense(x).tanh()
 
 
 class MaskedWords(nn.Module):
-    """The pre-training's head for masked words: BERT's, whose decoder has a bias of its own."""
+    """The masked language modelling head of pre-training: BERT's, whose decoder has a separate bias."""
 
     def __init__(self, config: VLMoConfig):
         super().__init__()
@@ -160,5 +160,5 @@ class MaskedWords(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., vocabulary)."""
+        """Return vocabulary logits, (..., D) -> (..., vocabulary)."""
         return self.decoder(self.transform["LayerNorm"](F.gelu(self.transform["dense"](x)))) + self.bias

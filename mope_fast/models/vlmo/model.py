@@ -18,25 +18,25 @@ _INIT_STD = 0.02
 
 
 class VLMoOutput(NamedTuple):
-    """Hidden states behind the last norm; None of a modality that wasn't given."""
+    """Hidden states after the final norm; None for a modality that wasn't given."""
 
     text: Tensor | None
     """(B, T, D), class token first."""
     image: Tensor | None
     """(B, I, D), class token first, then patches in row order."""
     pooled: Tensor | None
-    """(B, D), the pooler on the text's class token; of a joint pass only."""
+    """(B, D), the pooler on the text's class token; only for a joint pass."""
 
 
 class VLMo(nn.Module):
-    """A VLMo encoder whose state dict has the official checkpoints' names, so that they load as they are.
+    """A VLMo encoder whose state dict uses the official checkpoints' names, so that these load unchanged.
 
-    Attention is :mod:`mope_fast.functional`'s. In training mode it is trained like any module; drop path and the dropout of text
-    embeddings are on then.
+    Attention comes from :mod:`mope_fast.functional`. The encoder is trained like any module; drop path and the dropout of text
+    embeddings are active in training mode.
 
     Args:
         config: the architecture, see :meth:`from_config`.
-        impl: of attention: "auto", or an implementation of :func:`mope_fast.functional.prompt_attention`.
+        impl: attention implementation: "auto", or one of :func:`mope_fast.functional.prompt_attention`.
 
     Example:
         >>> vlmo = VLMo.from_checkpoint("vlmo_base_plus_patch16_224.pt")        # or VLMo.from_config("base_plus")
@@ -46,7 +46,7 @@ class VLMo(nn.Module):
 
     def __init__(self, config: VLMoConfig, *, impl: str = "auto"):
         if not isinstance(config, VLMoConfig):
-            raise TypeError(f"config must be a VLMoConfig, got {config!r}: VLMo.from_config takes names")
+            raise TypeError(f"config must be a VLMoConfig, got {config!r}: use VLMo.from_config for names")
         super().__init__()
         self.config = config
         width = config.hidden_size
@@ -61,20 +61,20 @@ class VLMo(nn.Module):
             self.relative_position_bias_table = nn.Parameter(torch.zeros(table_rows(config), columns))
             self.register_buffer("position_index", position_index(config), persistent=False)
         self.gradient_checkpointing = False
-        """Keep the input of each layer in place of its activations, and compute it again in the backward pass."""
+        """Store each layer's input instead of its activations, and recompute the layer in the backward pass."""
         self.apply(_initialize)
 
     @classmethod
     def from_config(cls, name: str, *, impl: str = "auto", **overrides: Any) -> "VLMo":
-        """A random one of a known size.
+        """Create a randomly initialised VLMo of a known size.
 
         Args:
             name: "base" (175 M parameters), "base_plus" (167 M) or "large" (562 M).
-            impl: see the class.
-            overrides: fields of :class:`VLMoConfig`.
+            impl: attention implementation, as for the class.
+            overrides: values for fields of :class:`VLMoConfig`.
 
         Raises:
-            ValueError: another name, or values that don't go together.
+            ValueError: the name is unknown, or values are incompatible.
         """
         return cls(VLMoConfig.named(name, **overrides), impl=impl)
 
@@ -88,23 +88,24 @@ class VLMo(nn.Module):
         strict: bool = True,
         **overrides: Any,
     ) -> "VLMo":
-        """Read an official checkpoint, or BEiT's of the image side, from its pre-training or fine-tuned (``strict=False``).
+        """Load an official checkpoint, or a pre-trained or fine-tuned BEiT checkpoint for the image side (``strict=False``).
 
-        Positions are interpolated to another image size, those of text cut to ``max_text_length``; heads of the pre-training are
-        left out, but for ``mlm_score`` with ``mlm_head=True``. Only tensors are read from the file, never code.
+        Position embeddings are interpolated to another image size, and those of text are cut to ``max_text_length``. Pre-training
+        heads are left out, except ``mlm_score`` with ``mlm_head=True``. Only tensors are read from the file, never code.
 
         Args:
-            path: a file of ``torch.save`` or a safetensors file, its tensors at the top or under "state_dict", "module" or "model".
-            config: the architecture; None to find it by the width and the number of layers of the file.
-            impl: see the class.
-            strict: refuse a file that lacks something or has something unknown; else warn, and keep what is missing random.
-            overrides: fields of :class:`VLMoConfig` in which the model shall differ from its size's, as ``image_size``.
+            path: a ``torch.save`` or safetensors file, with tensors at the top level or under "state_dict", "module" or "model".
+            config: the architecture; None to infer it from the width and number of layers in the file.
+            impl: attention implementation, as for the class.
+            strict: refuse a file with missing or unknown entries; otherwise warn, and leave missing parameters random.
+            overrides: values for fields of :class:`VLMoConfig` that differ from those of the known size, such as ``image_size``.
 
         Raises:
             FileNotFoundError: there is no such file.
-            PermissionError: it may not be read.
-            TypeError: ``config`` is none.
-            ValueError: the file is damaged, has more than tensors in it, is no VLMo's, or doesn't fit; with every difference.
+            PermissionError: the file may not be read.
+            TypeError: ``config`` is not a VLMoConfig.
+            ValueError: the file is damaged, contains more than tensors, is not a VLMo checkpoint, or doesn't fit; the message
+                lists every difference.
         """
         from .checkpoint import load_into, read_state_dict, recognised
 
@@ -122,22 +123,22 @@ class VLMo(nn.Module):
         vl_experts: bool = False,
         run: Callable[[Tensor | None, Tensor | None, Tensor | None], Any] | None = None,
     ) -> Any:
-        """A joint pass with both modalities, else a pass of one of them.
+        """Run a joint pass over both modalities, or a pass over the one that is given.
 
         Args:
-            input_ids: int64 (B, T), T at most ``max_text_length``.
-            attention_mask: (B, T), 1 or True for real tokens; None if all are.
-            pixel_values: (B, 3, image_size, image_size).
-            vl_experts: of one modality: the layers that have a vision-language expert take that one (the second path of the
-                pre-training) in place of the modality's own. A joint pass always does.
-            run: a pass of somebody else's, out of this model's parts, in place of its own: called with the three inputs, its result
-                is returned. Hooks, FSDP and offloading of this model take part in it.
+            input_ids: (B, T) int64, T at most ``max_text_length``.
+            attention_mask: (B, T), 1 or True for real tokens; None if all tokens are real.
+            pixel_values: (B, 3, image_size, image_size) float.
+            vl_experts: for a pass over one modality: layers that have a vision-language expert use it (the second path of the
+                pre-training) instead of the modality's own expert. A joint pass always does.
+            run: a custom pass built from this model's parts, used instead of its own. It is called with the three inputs, and its
+                result is returned. Hooks, FSDP and offloading of this model apply to it.
 
         Returns:
-            A :class:`VLMoOutput`, or what ``run`` returns.
+            A :class:`VLMoOutput`, or the result of ``run``.
 
         Raises:
-            TypeError, ValueError: inputs of wrong types or shapes, or none at all.
+            TypeError, ValueError: inputs have wrong types or shapes, or none are given.
         """
         if run is not None:
             return run(input_ids, attention_mask, pixel_values)
@@ -166,32 +167,32 @@ class VLMo(nn.Module):
         )
 
     def embed_text(self, input_ids: Tensor) -> Tensor:
-        """int64 (B, T) -> (B, T, D), as the first layer takes it."""
+        """Embed token ids (B, T) int64 -> (B, T, D), the input of the first layer."""
         _check_text(input_ids, self.config)
         return self.text_embeddings(input_ids) + row_of(self.token_type_embeddings, 0, input_ids.device)
 
     def embed_image(self, pixel_values: Tensor) -> Tensor:
-        """(B, 3, image_size, image_size) -> (B, I, D), as the first layer takes it."""
+        """Embed images (B, 3, image_size, image_size) -> (B, I, D), the input of the first layer."""
         _check_image(pixel_values, self.config)
         return self.transformer(pixel_values) + row_of(self.token_type_embeddings, 1, pixel_values.device)
 
     def key_padding_mask(
         self, attention_mask: Tensor | None, input_ids: Tensor | None, *, before: int = 0, after: int
     ) -> Tensor | None:
-        """bool (B, before + T + after): the text's mask among keys that are all real; None if all are."""
+        """Return a bool mask (B, before + T + after), True for real tokens; keys other than the text's are real. None if all are."""
         if attention_mask is None:
             return None
         if input_ids is None:
-            raise ValueError("attention_mask is of the text: give input_ids with it, or leave it out")
+            raise ValueError("attention_mask belongs to the text: give input_ids with it, or leave it out")
         check_text({"input_ids": input_ids, "attention_mask": attention_mask})
         return F.pad(attention_mask.bool(), (before, after), value=True)
 
     def position_biases(
         self, text: int, image: int, *, before: int = 0, after: int = 0, layers: range | None = None
     ) -> Sequence[Tensor | None]:
-        """(1, H, S, S) of each layer for ``text`` and ``image`` tokens, of other tokens before and behind them zero.
+        """Return each layer's position bias (1, H, S, S) for ``text`` and ``image`` tokens; it is zero for tokens before and after.
 
-        None for each layer of a model with absolute positions; ``layers`` are consecutive ones, None all.
+        Entries are None for a model with absolute positions. ``layers`` is a range of consecutive layers; None for all.
         """
         table, config = self.relative_position_bias_table, self.config
         layers = range(config.num_layers) if layers is None else layers
@@ -200,20 +201,20 @@ class VLMo(nn.Module):
         table = table[:, layers.start * config.num_heads : layers.stop * config.num_heads]
         parts = slice(text), slice(config.max_text_length, config.max_text_length + image)
         index = torch.cat([torch.cat([self.position_index[rows, columns] for columns in parts], dim=1) for rows in parts])
-        # without an entry for prompts, their rows and columns are looked up behind the table's last row
+        # the table has no entries for prompts, so their rows and columns index a zero row appended to it
         index = F.pad(index, (before, after, before, after), value=len(table))
         bias = F.embedding(index, F.pad(table, (0, 0, 0, 1))).permute(2, 0, 1).contiguous()
         return bias.unflatten(0, (len(layers), 1, config.num_heads)).unbind()
 
     def run_block(self, block: VLMoBlock, x: Tensor, sees: Visibility, experts: dict[str, int]) -> Tensor:
-        """A layer, with or without its activations kept."""
+        """Run a layer, storing its activations or, with gradient checkpointing, only its input."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, x, sees, experts, use_reentrant=False)
         return block(x, sees, experts)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "VLMo":
         super()._apply(fn, recurse)
-        if not self.config.absolute_positions:  # to_empty leaves it at random, and it is in no state dict
+        if not self.config.absolute_positions:  # to_empty leaves this buffer uninitialised, and it is not in the state dict
             self.position_index = position_index(self.config).to(self.position_index.device)
         return self
 
@@ -222,7 +223,7 @@ class VLMo(nn.Module):
 
 
 class _Transformer(nn.Module):
-    """Patch embedding, layers and last norm, under their names in official checkpoints."""
+    """Patch embedding, layers and final norm, under their names in official checkpoints."""
 
     def __init__(self, config: VLMoConfig, impl: str):
         from timm.layers import PatchEmbed
@@ -242,14 +243,14 @@ class _Transformer(nn.Module):
                 nn.init.normal_(parameter, std=_INIT_STD)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Embeds patches; the layers are called one by one."""
+        """Embed patches only; the layers are called one by one elsewhere."""
         patches = self.patch_embed(pixel_values)
         x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
         return x if self.pos_embed is None else x + self.pos_embed
 
 
 def _initialize(module: nn.Module) -> None:
-    """As VLMo, whose truncated normal is cut at +-2, a hundred deviations."""
+    """Initialise as VLMo does; its truncation at +-2 is a hundred standard deviations, so a plain normal is used."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=_INIT_STD)
     if isinstance(module, nn.Linear) and module.bias is not None:
@@ -257,7 +258,7 @@ def _initialize(module: nn.Module) -> None:
 
 
 def check_same_batch(input_ids: Tensor | None, pixel_values: Tensor | None) -> None:
-    """Raises ValueError for two modalities of different numbers of samples."""
+    """Raise ValueError if the two modalities have different numbers of samples."""
     if input_ids is not None and pixel_values is not None and len(input_ids) != len(pixel_values):
         raise ValueError(f"text and image must have the same number of samples, got {len(input_ids)} and {len(pixel_values)}")
 
@@ -265,7 +266,7 @@ def check_same_batch(input_ids: Tensor | None, pixel_values: Tensor | None) -> N
 def _check_text(input_ids: Tensor, config: VLMoConfig) -> None:
     if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int32, torch.int64):
         got = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
-        raise TypeError(f"input_ids must be an int64 tensor (B, T), got {got}: VLMoProcessor makes it from text")
+        raise TypeError(f"input_ids must be an int64 tensor (B, T), got {got}: VLMoProcessor creates it from text")
     if input_ids.dim() != 2 or not 1 <= input_ids.shape[1] <= config.max_text_length:
         raise ValueError(
             f"input_ids must be (B, T) with 1 to {config.max_text_length} tokens, got {tuple(input_ids.shape)}: truncate them "
@@ -276,7 +277,7 @@ def _check_text(input_ids: Tensor, config: VLMoConfig) -> None:
 def _check_image(pixel_values: Tensor, config: VLMoConfig) -> None:
     if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():
         got = pixel_values.dtype if isinstance(pixel_values, Tensor) else type(pixel_values).__name__
-        raise TypeError(f"pixel_values must be a float tensor (B, 3, H, W), got {got}: VLMoProcessor makes it from images")
+        raise TypeError(f"pixel_values must be a float tensor (B, 3, H, W), got {got}: VLMoProcessor creates it from images")
     side = config.image_size
     if pixel_values.dim() != 4 or pixel_values.shape[1:] != (3, side, side):
         raise ValueError(

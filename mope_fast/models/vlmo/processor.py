@@ -1,4 +1,4 @@
-"""Text and images as VLMo takes them."""
+"""Preprocessing of text and images for VLMo."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,15 +12,15 @@ from .model import VLMo
 
 
 class VLMoProcessor:
-    """Tokens of a BERT tokenizer, padded and cut to a length; square images with mean and deviation 0.5.
+    """A processor that tokenizes text to a fixed length and normalises square images with mean and standard deviation 0.5.
 
     Args:
-        tokenizer: transformers' BERT tokenizer, that of ``bert-base-uncased`` for official checkpoints.
-        image_size: side in pixels; images are resized to it by Pillow's bicubic filter, whatever their shape.
-        max_text_length: tokens, [CLS] and [SEP] included.
+        tokenizer: transformers' BERT tokenizer; for official checkpoints that of ``bert-base-uncased``.
+        image_size: side length in pixels; images of any shape are resized to this square by Pillow's bicubic filter.
+        max_text_length: number of tokens to which texts are padded or truncated, including [CLS] and [SEP].
 
     Raises:
-        TypeError: ``tokenizer`` is none, or a size isn't an integer.
+        TypeError: ``tokenizer`` is not callable, or a size isn't an integer.
         ValueError: a size is too small.
 
     Example:
@@ -40,25 +40,25 @@ class VLMoProcessor:
 
     @classmethod
     def of(cls, vlmo: VLMo, tokenizer: Any) -> "VLMoProcessor":
-        """With the image size and the text length of a model."""
+        """Create a processor with the image size and the text length of a model."""
         return cls(tokenizer, vlmo.config.image_size, vlmo.config.max_text_length)
 
     def __call__(self, text: str | Sequence[str] | None = None, images: Any = None) -> dict[str, Tensor]:
-        """Keyword arguments for :class:`VLMo` and :class:`MoPEBAF`.
+        """Return keyword arguments for :class:`VLMo` and :class:`MoPEBAF`.
 
         Args:
-            text: one or several; None for images only.
-            images: PIL images, taken as :func:`mope_fast.data.load_image` shows them, or arrays or tensors of uint8, (3, H, W) or
-                (H, W, 3); one or several; None for text only.
+            text: one or several strings; None for images only.
+            images: one or several PIL images, converted by :func:`mope_fast.data.load_image`, or uint8 arrays or tensors, (3, H, W)
+                or (H, W, 3); None for text only.
 
         Returns:
             input_ids and attention_mask (B, max_text_length) int64, pixel_values (B, 3, image_size, image_size) float32.
 
         Raises:
-            TypeError: something else than text or images.
-            ValueError: neither text nor images, none of them, different numbers of them, or an image of another shape or (3, W, 3),
-                which may be either.
-            OSError: a PIL image can't be shown: its file is cut short or too large, or its mode has no known range.
+            TypeError: an input is neither text nor an image.
+            ValueError: neither text nor images are given, one of them is empty, their numbers differ, or an image has another
+                shape, or the ambiguous shape (3, W, 3).
+            OSError: a PIL image can't be decoded: its file is truncated or too large, or its mode has no known range.
         """
         if text is None and images is None:
             raise ValueError("VLMoProcessor got neither text nor images")
@@ -72,12 +72,12 @@ class VLMoProcessor:
             inputs["pixel_values"] = torch.stack([self._pixels(image) for image in _images(images)])
         if len({len(value) for value in inputs.values()}) > 1:
             raise ValueError(
-                f"got {len(inputs['input_ids'])} texts and {len(inputs['pixel_values'])} images: expected one image a text"
+                f"got {len(inputs['input_ids'])} texts and {len(inputs['pixel_values'])} images: expected one image per text"
             )
         return inputs
 
     def _pixels(self, image: Any) -> Tensor:
-        """A PIL image -> (3, side, side), -1 to 1."""
+        """Convert a PIL image -> (3, side, side), -1 to 1."""
         from PIL.Image import Resampling
 
         resized = load_image(image).resize((self.image_size, self.image_size), Resampling.BICUBIC)
@@ -90,12 +90,12 @@ def _texts(text: Any) -> list[str]:
         raise ValueError("VLMoProcessor got no text: expected at least one")
     for item in texts:
         if not isinstance(item, str):
-            raise TypeError(f"text must be a str, or several, got {type(item).__name__}")
+            raise TypeError(f"text must be a str or a sequence of str, got {type(item).__name__}")
     return texts
 
 
 def _images(images: Any) -> list[Any]:
-    """Of PIL."""
+    """Return a list of PIL images."""
     from PIL.Image import Image, fromarray
 
     one = isinstance(images, (Image, str)) or getattr(images, "ndim", 0) in (2, 3) or not hasattr(images, "__iter__")
@@ -108,10 +108,10 @@ def _images(images: Any) -> list[Any]:
             if array.ndim != 3 or 3 not in (array.shape[0], array.shape[2]) or not array.size:
                 raise ValueError(f"arrays and tensors of images must be (3, H, W) or (H, W, 3), got {tuple(array.shape)}")
             if array.shape[0] == array.shape[2]:
-                raise ValueError(f"an image of shape {tuple(array.shape)} may have its channels first or last: pass a PIL image")
+                raise ValueError(f"an image of shape {tuple(array.shape)} could have its channels first or last: pass a PIL image")
             image = fromarray(np.ascontiguousarray(array.transpose(1, 2, 0) if array.shape[0] == 3 else array))
         elif not isinstance(image, Image):
-            raise TypeError(f"images must be of PIL, arrays or tensors, got {type(image).__name__}: open files with PIL.Image.open")
+            raise TypeError(f"images must be PIL images, arrays or tensors, got {type(image).__name__}: open files by PIL.Image.open")
         pictures.append(image)
     if not pictures:
         raise ValueError("VLMoProcessor got no image: expected at least one")
