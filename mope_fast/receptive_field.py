@@ -40,7 +40,7 @@ class ReceptiveField:
     Raises:
         TypeError, ValueError: a length isn't an integer >= 0, or ``visible`` misses a group or names an unknown one.
 
-    Example:
+    Examples:
         MoPE-BAF's single-modal layers, without a mask because of the order:
 
         >>> ReceptiveField(

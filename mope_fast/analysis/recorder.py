@@ -406,7 +406,7 @@ def record(
     Raises:
         TypeError, ValueError: the model has no router, or several, or a setting is wrong.
 
-    Example:
+    Examples:
         >>> with analysis.record(model, class_names=["cat", "dog"]) as r:
         ...     for text, images, labels in loader:
         ...         model(text, images, labels)

@@ -64,7 +64,7 @@ def what_sides_add(model: MoPEFusion, batches: Iterable[Mapping[str, Any]], *, p
         TypeError: it is another model, or ``batches`` gives no dicts.
         ValueError: the model has no head, or depends on no other side; there are no batches, or one has no labels; no label counts.
 
-    Example:
+    Examples:
         >>> print(what_sides_add(model, test_loader))
     """
     if not isinstance(model, MoPEFusion):

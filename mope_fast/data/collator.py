@@ -115,7 +115,7 @@ class FusionCollator:
         TypeError: ``main`` or ``complementary`` is none of these.
         ValueError: ``complementary`` without a field, or fields of other sides.
 
-    Example:
+    Examples:
         >>> collate = FusionCollator(tokenizer, image_processor)
         >>> loader = DataLoader(posts, batch_size=32, shuffle=True, collate_fn=collate)
         >>> output = model(**next(iter(loader)))

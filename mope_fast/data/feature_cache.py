@@ -57,7 +57,7 @@ class FeatureCache:
             and what to do. Nothing stored is lost by it.
         NotADirectoryError: ``folder`` is a file.
 
-    Example:
+    Examples:
         >>> cache = FeatureCache("features/", dinov2)
         >>> model = MoPEFusion(bert, cache, num_classes=13)
         >>> output = model(text, images, labels)

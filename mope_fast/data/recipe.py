@@ -47,7 +47,7 @@ class FewShotRecipe(Settings):
     Raises:
         TypeError, ValueError: a setting of a wrong type or out of range.
 
-    Example:
+    Examples:
         >>> split = FewShotSplit(labels, shots=32, seed=0)
         >>> run = FewShotRecipe(evaluate_every=20).fit(model, batch, split.train, dev=split.dev)
         >>> classification_metrics(predict(model, batch, split.rest), labels[split.rest], num_classes=2)

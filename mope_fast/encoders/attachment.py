@@ -361,7 +361,7 @@ def unwrap_encoder(encoder: nn.Module) -> nn.Module:
     Returns:
         The same object.
 
-    Example:
+    Examples:
         >>> model = MoPEFusion(bert, dinov2, num_classes=13)    # a notebook's cell, and then once more:
         >>> unwrap_encoder(bert), unwrap_encoder(dinov2)
         >>> model = MoPEFusion(bert, dinov2, num_classes=13)

@@ -99,7 +99,7 @@ def register_transformers_encoder(
             list of layers; or an unknown pooling.
         RuntimeError: ``like`` is no family.
 
-    Example:
+    Examples:
         >>> register_transformers_encoder("electra", ElectraModel, like="bert")
         >>> register_transformers_encoder(
         ...     "llama", LlamaModel, like="gpt2", layers="layers", attention="self_attn", norm="input_layernorm",

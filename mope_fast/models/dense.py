@@ -56,7 +56,7 @@ class SimplePyramid(nn.Module):
     Args:
         width: number of channels of the input map and of the four output maps.
 
-    Example:
+    Examples:
         >>> head = nn.Sequential(SimplePyramid(384), UperNetHead(UperNetConfig(num_labels=1), in_channels=[384] * 4))
     """
 

@@ -51,7 +51,7 @@ def fit_head(
         ValueError: the model has no head, or one without trained parameters; there are no batches, or one has no labels.
         FloatingPointError: a loss was NaN or infinite.
 
-    Example:
+    Examples:
         >>> fit_head(model, loader)
         >>> for batch in loader: ...                            # train as usual
     """

@@ -54,7 +54,7 @@ class MoPEFusion(Classifier):
         return_logits: make ``forward`` return only the logits tensor, for scripts that call ``criterion(model(x, y), labels)``.
             The importance loss must then be added from :meth:`auxiliary_loss`.
 
-    Example:
+    Examples:
         >>> model = MoPEFusion(main=bert, complementary=dinov2, num_classes=13)
         >>> output = model({"input_ids": ids, "attention_mask": mask}, images, labels)
         >>> output.loss.backward()

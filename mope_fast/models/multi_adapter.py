@@ -41,7 +41,7 @@ class MultiAdapter(ImageConfig, nn.Module):
         ValueError: the models use different encoder objects, can't be folded, gate their scores differently (``top_k``), or hold
             non-finite values.
 
-    Example:
+    Examples:
         >>> shared = PromptedEncoder(bert)
         >>> topic, mood = PromptTuned.from_pretrained("topic", shared), MoPEFusion.from_pretrained("mood", shared)
         >>> both = MultiAdapter({"topic": topic, "mood": mood})

@@ -34,7 +34,7 @@ class PromptTuned(Classifier):
         pooling: how the encoder's tokens are pooled into the feature, see :class:`PromptedEncoder`.
         return_logits: make ``forward`` return only the logits tensor, for scripts that call ``criterion(model(x), y)``.
 
-    Example:
+    Examples:
         >>> model = PromptTuned(vit, prompt_length=8, num_classes=10)
         >>> model(images, labels).loss.backward()
     """

@@ -39,7 +39,7 @@ class Side:
         pooling, prompt_length: for a supported encoder, used instead of the config's ``complementary_pooling`` and
             ``complementary_prompt_length``.
 
-    Example:
+    Examples:
         >>> sides = {"audio": Side(wav2vec2, optional=True), "video": Side(vit, frames="max")}
         >>> model = MoPEFusion(bert, sides, num_classes=2)
         >>> video = {"pixel_values": frames, "frame_mask": real}             # (B, T, 3, 224, 224) and (B, T)

@@ -43,7 +43,7 @@ def start_prompts(model: MoPEFusion | PromptTuned, batches: Iterable[Mapping[str
         ValueError: there are no batches, a batch lacks the other encoder's inputs, or weights are sharded.
         FloatingPointError: a mean was NaN or infinite.
 
-    Example:
+    Examples:
         >>> start_prompts(model, itertools.islice(loader, 10))
         >>> fit_head(model, loader)
         >>> for batch in loader: ...                            # train as usual

@@ -379,7 +379,7 @@ class TaskModel(PushToHub, ImageConfig, nn.Module, ABC):
             RuntimeError: the model is in training mode, or its weights are sharded.
             ValueError: folding is not exact for this encoder, see :meth:`fold`.
 
-        Example:
+        Examples:
             >>> with model.eval().frozen():
             ...     for batch in loader: ...
         """

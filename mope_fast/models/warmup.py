@@ -33,7 +33,7 @@ def warmup(model: nn.Module, *inputs: Any, **named: Any) -> None:
         Whatever the model's forward or backward raises; torch's RuntimeError for a part that is checkpointed with
         use_reentrant=True.
 
-    Example:
+    Examples:
         >>> warmup(model.train(), images, text, labels=labels)
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):

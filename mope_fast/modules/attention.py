@@ -49,7 +49,7 @@ class PromptAttention(nn.Module):
         ValueError: D is no multiple of H or H none of Hkv, Dh is above 256, a norm is asked for without ``norm_layer``, a dropout
             is not 0, or a limit of the window is below 0.
 
-    Example:
+    Examples:
         >>> for block in vit.blocks:                                          # a timm VisionTransformer
         ...     block.attn = PromptAttention.from_attention(block.attn)       # same parameters, same output
         >>> attention, norm = vit.blocks[0].attn, vit.blocks[0].norm1

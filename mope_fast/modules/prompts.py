@@ -48,7 +48,7 @@ class MoPELayer(nn.Module):
 
     State: ``static_prompt`` (L, D), ``experts`` (K, L, D), ``keys`` (K, d_i + d_c), ``inter_proj``, ``cross_proj``.
 
-    Example:
+    Examples:
         >>> layer = MoPELayer(dim=768, cross_dim=512)
         >>> out = layer(tokens, cross)                          # tokens (B, S, 768), cross (B, 512)
         >>> tokens = frozen_layer(torch.cat([out.prompts, tokens], dim=1))[:, out.prompts.shape[1] :]
@@ -190,7 +190,7 @@ class PromptBank(nn.Module):
         cross_dim: width of the complementary feature; None where no prompt depends on it.
         config: see :class:`MoPEConfig`.
 
-    Example:
+    Examples:
         >>> bank = PromptBank([768] * 12, cross_dim=512, config=MoPEConfig())
         >>> context = bank.prepare(cross)                       # once per forward, cross (B, 512)
         >>> out = bank.layer(i, tokens, context)                # at layer i, tokens (B, S, 768)

@@ -58,7 +58,7 @@ class Predictor(hub.PushToHub):
         ValueError: a model without head, a collator with another number of sides, names that don't fit.
         RuntimeError: the model's weights are sharded.
 
-    Example:
+    Examples:
         >>> Predictor(model, collate, class_names=["red", "blue"]).save_pretrained("adapter")
         >>> predictor = Predictor.from_pretrained("adapter")
         >>> for prediction in predictor([{"text": "which color ?", "image": "a.png"}]):

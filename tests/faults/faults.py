@@ -369,8 +369,8 @@ ATTENTION = (
     _fault(
         "sign-bit-of-the-last-group",
         "receptive_field.py",
-        "values += [group.index, group.sees - (1 << 32 if group.sees >> 31 else 0)]",
-        "values += [group.index, group.sees & 0x7FFFFFFF]",
+        "values += [group.number, group.sees - (1 << 32 if group.sees >> 31 else 0)]",
+        "values += [group.number, group.sees & 0x7FFFFFFF]",
         "With 32 groups nobody sees the last one.",
         "tests/test_receptive_field.py::test_the_last_of_32_groups_is_the_sign_bit",
     ),

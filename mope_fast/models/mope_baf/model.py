@@ -42,7 +42,7 @@ class MoPEBAF(TaskModel):
     Raises:
         TypeError, ValueError: settings are incompatible with each other or with this VLMo.
 
-    Example:
+    Examples:
         >>> config = BAFConfig(text_prompt_length=10, image_prompt_length=10, unified_prompt_length=10)
         >>> model = MoPEBAF(VLMo.from_checkpoint("vlmo_base_plus_patch16_224.pt"), num_classes=2, config=config)
         >>> model(**processor(texts, images), labels=labels).loss.backward()
