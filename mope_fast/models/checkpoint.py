@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
@@ -17,10 +17,7 @@ from torch import Tensor
 
 from .._distributed import shard_like
 from .._files import make_names_durable, remove_leftovers, write_atomically
-from ..encoders.weights import differences, plain_name
-
-if TYPE_CHECKING:
-    from .task import TaskModel
+from ..encoders.weights import Samples, differences, plain_name
 
 DESCRIPTION = "mope_fast.json"
 FORMAT = 2
@@ -35,6 +32,17 @@ BEFORE = {
     "side_dims": None, "combine": "concat", "side_dropout": 0.0,
 }  # fmt: skip
 """Values of settings that older saves don't contain yet, independent of the current defaults."""
+
+
+class Loadable(Protocol):
+    """What a save is read into: a :class:`TaskModel`."""
+
+    def description(self) -> dict[str, Any]: ...
+    def frozen_parts(self) -> list[str]: ...
+    def sampled_encoders(self) -> dict[str, Samples | None]: ...
+    def trained_keys(self, state: Mapping[str, Tensor]) -> dict[str, str]: ...
+    def state_dict(self) -> dict[str, Tensor]: ...
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = ...) -> Any: ...
 
 
 def _content_name(data: bytes) -> str:
@@ -255,7 +263,7 @@ def task_settings(description: dict[str, Any]) -> dict[str, Any]:
     return {"problem_type": description["problem_type"], "label_smoothing": description.get("label_smoothing", 0.0)}
 
 
-def _check_encoders(path: Path, model: "TaskModel", saved: dict[str, Any], strict: bool, refused: Collection[str]) -> None:
+def _check_encoders(path: Path, model: Loadable, saved: dict[str, Any], strict: bool, refused: Collection[str]) -> None:
     """Warn if the model's frozen encoders have other weights than in training.
 
     Raise ValueError instead with ``strict``, and for encoders in ``refused``.
@@ -292,7 +300,7 @@ def _check_encoders(path: Path, model: "TaskModel", saved: dict[str, Any], stric
 
 def load(
     path: str | os.PathLike[str],
-    model: "TaskModel",
+    model: Loadable,
     description: dict[str, Any],
     *,
     strict: bool,

@@ -8,17 +8,14 @@ import warnings
 import zipfile
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checkpoint import not_finite
 from .config import VLMoConfig
 from .positions import TEXT_ROWS, image_rows
-
-if TYPE_CHECKING:
-    from .model import VLMo
 
 _WRAPPERS = ("state_dict", "module", "model")
 _HEADS = (
@@ -134,9 +131,9 @@ def recognised(state: State, path: str | os.PathLike[str], config: VLMoConfig | 
     )
 
 
-def load_into(model: "VLMo", state: State, path: str | os.PathLike[str], *, strict: bool) -> None:
+def load_into(model: nn.Module, config: VLMoConfig, state: State, path: str | os.PathLike[str], *, strict: bool) -> None:
     """Adapt the state dict to the model and load it, or raise an error that lists everything that doesn't fit."""
-    config, expected = model.config, model.state_dict()
+    expected = model.state_dict()
     kept = {key: value for key, value in state.items() if key in expected or not (key.startswith(_HEADS) or key in _INDICES)}
     unread = [
         f"{key}: the file has {_kind(value)}, the model floating-point numbers"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...encoders.families import check_text
+from .checkpoint import load_into, read_state_dict, recognised
 from .config import VLMoConfig
 from .layers import NORM_EPS, MaskedWords, Pooler, TextEmbeddings, Visibility, VLMoBlock, row_of
 from .positions import position_index, table_rows
@@ -107,11 +108,10 @@ class VLMo(nn.Module):
             ValueError: the file is damaged, contains more than tensors, is not a VLMo checkpoint, or doesn't fit; the message
                 lists every difference.
         """
-        from .checkpoint import load_into, read_state_dict, recognised
 
         state = read_state_dict(path)
         model = cls(recognised(state, path, config, overrides), impl=impl)
-        load_into(model, state, path, strict=strict)
+        load_into(model, model.config, state, path, strict=strict)
         return model
 
     def forward(
