@@ -179,7 +179,7 @@ class VLMo(nn.Module):
     def key_padding_mask(
         self, attention_mask: Tensor | None, input_ids: Tensor | None, *, before: int = 0, after: int
     ) -> Tensor | None:
-        """Return a bool mask (B, before + T + after), True for real tokens; keys other than the text's are real. None if all are."""
+        """Return a bool mask (B, before + T + after), the text's mask padded with True; None if all keys are real."""
         if attention_mask is None:
             return None
         if input_ids is None:
