@@ -54,9 +54,7 @@ def find_alarms(importance: Tensor, information: Tensor, not_finite: int, thresh
     alarms = []
     if not_finite:
         samples = "1 sample has" if not_finite == 1 else f"{not_finite:,} samples have"
-        message = (
-            f"{samples} scores that are NaN, infinite or negative and are excluded: check the loss and the learning rate"
-        )
+        message = f"{samples} scores that are NaN, infinite or negative and are excluded: check the loss and the learning rate"
         alarms.append(Alarm("not finite", None, (), message))
     num_experts = importance.shape[1]
     if num_experts == 1:  # nothing to choose

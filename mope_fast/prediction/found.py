@@ -31,9 +31,7 @@ def find_encoder(folder: Path, side: str, given: Any, saved: dict[str, Any]) -> 
     if isinstance(given, Side):
         given = given.source
     if not (is_function or isinstance(described, dict)) or not isinstance(source, (dict, type(None))):
-        raise ValueError(
-            f"{folder / checkpoint.DESCRIPTION} is damaged: it doesn't describe {side}; restore it, or save it again"
-        )
+        raise ValueError(f"{folder / checkpoint.DESCRIPTION} is damaged: it doesn't describe {side}; restore it, or save it again")
     if is_function and given is None and "sources" in saved and side not in saved["sources"]:
         return Found(None)  # features are passed in
     if is_function and callable(given) and find_family(given) is None:  # includes modules that were trained
