@@ -266,7 +266,7 @@ def test_a_model_that_can_not_be_folded_runs_as_it_is(return_logits):
 def test_a_models_own_save_takes_its_librarys_preprocessing_and_says_so_once(home, tmp_path, make):
     model = make(home)
     model.save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match="was saved by the model alone: inputs are made of the main encoder by") as seen:
+    with pytest.warns(UserWarning, match="was saved by the model alone: inputs are made for the main encoder by") as seen:
         loaded = Predictor.from_pretrained(tmp_path, class_names=NAMES)
     assert len(seen) == 1
     assert seen[0].filename == __file__
@@ -287,7 +287,7 @@ def test_saves_without_sources_load_as_before_and_ask_for_their_encoders(home, t
     MoPEFusion.from_pretrained(tmp_path, bert(home), vit(home), strict=True)
     with pytest.raises(
         ValueError,
-        match=r"doesn't say where its main encoder can be got, only that it is a BertModel whose layers have the widths \[16, 16\]",
+        match=r"where to load its main encoder from, only that it is a BertModel whose layers have the widths \[16, 16\]",
     ):
         Predictor.from_pretrained(tmp_path)
     loaded = Predictor.from_pretrained(tmp_path, main=str(home / "bert"), complementary=vit(home))
@@ -308,12 +308,12 @@ def test_an_encoder_that_is_not_there_any_more_is_asked_for_with_all_that_is_kno
     Predictor(model, FusionCollator(tokenizer(home), None, complementary_field=None)).save_pretrained(tmp_path / "adapter")
     (tmp_path / "bert").rename(tmp_path / "elsewhere")
     message = (
-        r"BertModel '.*/bert' of transformers, a bert whose layers .*, can't be had by .*: pass main=\.\.\., the encoder itself"
+        r"BertModel '.*/bert' of transformers, a bert whose layers .*, can't be loaded by .*: pass main=\.\.\., the encoder itself"
     )
     with pytest.raises(ValueError, match=message):
         Predictor.from_pretrained(tmp_path / "adapter")
     Predictor.from_pretrained(tmp_path / "adapter", main=str(tmp_path / "elsewhere"))
-    with pytest.raises(ValueError, match=r"main='timm/vit' is a name of timm's, but the save is of BertModel"):
+    with pytest.raises(ValueError, match=r"main='timm/vit' is a name of a timm model, but the save needs BertModel"):
         Predictor.from_pretrained(tmp_path / "adapter", main="timm/vit")
 
 
@@ -322,9 +322,7 @@ def test_an_encoder_with_other_weights_under_its_name_is_refused(home, tmp_path)
     with torch.no_grad():
         encoder.encoder.layer[0].attention.self.key.weight.add_(1)
     Predictor(PromptTuned(encoder, 2, 3), FusionCollator(tokenizer(home), None, complementary_field=None)).save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"other weights of 'main' .*: the name that it knows for the encoder is another one's by now"
-    ):
+    with pytest.raises(ValueError, match=r"other weights of 'main' .*: the saved encoder name now refers to other weights"):
         Predictor.from_pretrained(tmp_path)
     Predictor.from_pretrained(tmp_path, main=copy_of(encoder))
     with pytest.warns(UserWarning, match="was trained on other weights of 'main'"):
@@ -413,7 +411,7 @@ def test_a_complementary_side_of_the_users_is_asked_for_and_features_are_not(hom
     config = MoPEConfig(**{**CONFIG.to_dict(), "cross_dim": 4})
     own = Predictor(loud(MoPEFusion(bert(home), Brightness(), 3, config)), FusionCollator(tokenizer(home), processor(home)))
     own.save_pretrained(tmp_path / "own")
-    with pytest.raises(ValueError, match=r"a function or module of yours, .*: pass complementary="):
+    with pytest.raises(ValueError, match=r"your own function or module, .*: pass complementary="):
         Predictor.from_pretrained(tmp_path / "own")
     assert same(Predictor.from_pretrained(tmp_path / "own", complementary=Brightness())(samples(home)), own(samples(home)))
 
@@ -429,7 +427,7 @@ def test_a_head_of_ones_own_is_asked_for(home, tmp_path):
     model = loud(PromptTuned(bert(home), 2, head=head))
     made = Predictor(model, FusionCollator(tokenizer(home), None, complementary_field=None), NAMES)
     made.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="a head of its own, Sequential: pass head="):
+    with pytest.raises(ValueError, match="a custom head, Sequential: pass head="):
         Predictor.from_pretrained(tmp_path)
     fresh = torch.nn.Sequential(torch.nn.Linear(16, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
     assert same(Predictor.from_pretrained(tmp_path, head=fresh)(samples(home)), made(samples(home)))
@@ -559,10 +557,10 @@ def test_wrong_uses_are_refused_with_what_to_do(home, tmp_path):
     for arguments, error, message in (
         ((model.fold(), collate), TypeError, "model must be a MoPEFusion or a PromptTuned, got FoldedModel"),
         ((model, tokenizer(home)), TypeError, "inputs must be the FusionCollator"),
-        ((model, one), ValueError, r"inputs of 2 sides: make them by FusionCollator\(main, complementary\)"),
+        ((model, one), ValueError, r"inputs of 2 sides: use FusionCollator\(main, complementary\)"),
         ((only_text(home).model, collate), ValueError, "inputs of 1 side: .*complementary_field=None"),
         ((model, collate, NAMES[:2]), ValueError, "class_names must be 3, one for each output of the head, got 2"),
-        ((model, collate, "red"), TypeError, "class_names must be a list of texts"),
+        ((model, collate, "red"), TypeError, "class_names must be a list of strings"),
         ((model, collate, ["red", "red", "blue"]), ValueError, "class_names must differ"),
         ((loud(PromptTuned(bert(home), 2)), one), ValueError, "has no head"),
     ):
@@ -574,7 +572,7 @@ def test_wrong_uses_are_refused_with_what_to_do(home, tmp_path):
     with pytest.raises(ValueError, match="batch_size must be an integer >= 1, got 0"):
         made(samples(home), batch_size=0)
     made.save_pretrained(tmp_path)
-    with pytest.raises(TypeError, match="main must be an encoder, or a name of one, got int"):
+    with pytest.raises(TypeError, match="main must be an encoder or the name of one, got int"):
         Predictor.from_pretrained(tmp_path, main=3)
     only_text(home).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="PromptTuned, which has no complementary side"):
@@ -749,7 +747,7 @@ def test_several_sides_are_found_by_the_names_in_the_save(home, tmp_path):
     assert next(given(samples)).probabilities == pytest.approx(expected[0].probabilities, abs=1e-5)
     with pytest.raises(ValueError, match=r"of some of the sides \['picture', 'video'\], got \['sound'\]"):
         Predictor.from_pretrained(tmp_path, complementary={"sound": vit(home)})
-    with pytest.raises(ValueError, match=r"make them by FusionCollator\(main, {'picture': ..., 'video': ...}\)"):
+    with pytest.raises(ValueError, match=r"use FusionCollator\(main, {'picture': ..., 'video': ...}\)"):
         Predictor(model, FusionCollator(tokenizer(home), processor(home)))
 
 

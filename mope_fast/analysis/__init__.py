@@ -1,4 +1,4 @@
-"""What the experts learned: routing recorded while a model runs, measured, and shown on one page."""
+"""Analysis of what experts learned: routing is recorded while a model runs, measured, and shown on one page."""
 
 from .alarms import Alarm, Thresholds
 from .recorder import Recorder, TopSample, record

@@ -1,4 +1,4 @@
-"""What is wrong with a routing, in plain words."""
+"""Alarms: problems of a routing, described in plain words."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -10,14 +10,14 @@ from .._settings import check_types
 
 @dataclass(frozen=True, kw_only=True)
 class Thresholds:
-    """When to raise an alarm. Shares and information are compared layer by layer; thresholds are ours, not the paper's."""
+    """Thresholds for alarms. Shares and information are compared layer by layer; the values are ours, not the paper's."""
 
     dominance: float = 0.9
     """An expert whose mean score is at least this dominates its layer."""
     dead: float = 0.01
     """An expert whose mean score is below this part of the fair share 1/K is dead."""
     information: float = 0.01
-    """A layer whose choice of experts has less information about the sample than this part of log K is the same for all."""
+    """A layer whose choice of experts has less information about the sample than this part of log K counts as "same for all"."""
 
     def __post_init__(self):
         check_types(self)
@@ -33,9 +33,9 @@ class Alarm:
     kind: str
     """"not finite", "dominance", "same for all" or "dead"."""
     layer: int | None
-    """None: it is about samples."""
+    """The layer; None if the finding is about samples."""
     experts: tuple[int, ...]
-    """The ones it is about; empty: the whole layer."""
+    """The experts concerned; empty for the whole layer."""
     message: str
 
     def __str__(self) -> str:
@@ -43,20 +43,18 @@ class Alarm:
 
 
 def find_alarms(importance: Tensor, information: Tensor, not_finite: int, thresholds: Thresholds) -> list[Alarm]:
-    """The worst first.
+    """Return alarms, the worst first.
 
     Args:
-        importance: (N, K), rows sum to 1.
-        information: (N,), mutual information of sample and expert over log K.
-        not_finite: samples whose scores were NaN, infinite or negative.
-        thresholds: see there.
+        importance: (N, K) mean scores, rows sum to 1.
+        information: (N,) mutual information of sample and expert, divided by log K.
+        not_finite: number of samples whose scores were NaN, infinite or negative.
+        thresholds: see :class:`Thresholds`.
     """
     alarms = []
     if not_finite:
         samples = "1 sample has" if not_finite == 1 else f"{not_finite:,} samples have"
-        message = (
-            f"{samples} scores that are NaN, infinite or negative and count nowhere else: look at the loss and the learning rate"
-        )
+        message = f"{samples} scores that are NaN, infinite or negative and are excluded: check the loss and the learning rate"
         alarms.append(Alarm("not finite", None, (), message))
     num_experts = importance.shape[1]
     if num_experts == 1:  # nothing to choose
@@ -68,7 +66,7 @@ def find_alarms(importance: Tensor, information: Tensor, not_finite: int, thresh
         if shares[first] >= thresholds.dominance:
             message = f"layer {layer}: expert {first} takes {shares[first]:.1%} of all scores"
             found["dominance"].append(Alarm("dominance", layer, (first,), message))
-            continue  # that the others are unused, and the choice always the same, is the same finding
+            continue  # unused other experts and a constant choice follow from this finding
         if known < thresholds.information:
             message = f"layer {layer}: routing is nearly the same for all samples (information {known:.2%} of log K)"
             found["same for all"].append(Alarm("same for all", layer, (), message))

@@ -1,4 +1,4 @@
-"""Samples as a page can show them: a short text and a small picture inside of a data URI."""
+"""Samples in the form that the page displays: a short text, and a small picture in a data URI."""
 
 import base64
 import io
@@ -12,9 +12,9 @@ from ..data import Post
 from ..data.images import load_image, pillow
 
 SIDE = 112
-"""Longest side of a picture, in pixels."""
+"""Maximum side length of a picture, in pixels."""
 LENGTH = 400
-"""Longest text, in characters."""
+"""Maximum length of a text, in characters."""
 
 
 class Shown(NamedTuple):
@@ -26,11 +26,11 @@ class Shown(NamedTuple):
 
 
 def show(sample: Any, name: str) -> Shown:
-    """See :meth:`Recorder.report`; ``name`` is the sample's in errors.
+    """Convert a sample for :meth:`Recorder.report`; ``name`` identifies the sample in errors.
 
     Raises:
         ImportError: a picture needs Pillow.
-        ValueError: it is neither text nor picture, or a picture can't be read.
+        ValueError: the sample is neither text nor picture, or a picture can't be read.
     """
     if isinstance(sample, Post):
         parts = (sample.text, sample.image)
@@ -39,7 +39,7 @@ def show(sample: Any, name: str) -> Shown:
             raise ValueError(f"{name}: a dict must have 'text' or 'image', got {list(sample)}")
         parts = (sample.get("text"), sample.get("image"))
     elif isinstance(sample, (tuple, list)):
-        # what follows is of no interest, nor is a label in second place
+        # items after the second, and a label in second place, are ignored
         parts = (*sample[:2], None)[:2]
         parts = (parts[0], None if isinstance(parts[1], (int, float)) else parts[1])
     else:
@@ -79,12 +79,12 @@ def _pillow_image(picture: Tensor) -> Any:
     pixels = picture.detach().cpu()
     if pixels.dtype != torch.uint8:
         if pixels.dtype != torch.bool and not pixels.is_floating_point():
-            raise ValueError("of integers only those of uint8 have a known range: scale the others to it")
+            raise ValueError("among integer dtypes only uint8 has a known range: convert the picture to uint8")
         pixels = pixels.float()
         if not pixels.isfinite().all():
             raise ValueError("it has NaN or infinite values")
         low, high = pixels.min(), pixels.max()
-        if low < 0 or high > 1:  # normalised for a model
+        if low < 0 or high > 1:  # the picture was normalised for a model
             pixels = (pixels - low) / (high - low).clamp(min=1e-12)
         pixels = (pixels * 255).round()
     return pillow().fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).to(torch.uint8).numpy())

@@ -1,4 +1,4 @@
-"""Routing recorded while a model runs."""
+"""Recording of routing while a model runs."""
 
 import copy
 import math
@@ -20,17 +20,17 @@ from .statistics import Sums
 
 
 class TopSample(NamedTuple):
-    """One of the samples that gave an expert its highest scores."""
+    """One of the samples with an expert's highest scores."""
 
     id: int
     score: float
 
 
 class Curves(NamedTuple):
-    """Measures over steps, one row a window of W."""
+    """Measures over steps, with one row for each of W windows."""
 
     edges: Tensor
-    """(W + 1,) int64: window w is of steps edges[w] up to edges[w + 1]."""
+    """(W + 1,) int64: window w covers the steps from edges[w] up to, but excluding, edges[w + 1]."""
     importance: Tensor
     """(W, N, K)"""
     entropy: Tensor
@@ -40,10 +40,10 @@ class Curves(NamedTuple):
 
 
 class Recorder:
-    """What :func:`record` gives. Measures are read at any time, inside the block or after it; reading waits for the device.
+    """The result of :func:`record`. Measures can be read at any time, inside the block or after it; reading waits for the device.
 
-    Layers and experts are counted from 0. N layers, K experts, C classes. A sample's scores are divided by their sum, which
-    changes something only with ``top_k`` without ``renormalize``. Entropies are divided by log K, so that all measures of a
+    Layers and experts are counted from 0. There are N layers, K experts and C classes. A sample's scores are divided by their sum,
+    which makes a difference only with ``top_k`` without ``renormalize``. Entropies are divided by log K, so that all measures of a
     layer are in [0, 1] and ``information = balance - entropy``.
 
     Raises:
@@ -67,18 +67,18 @@ class Recorder:
         if isinstance(class_names, str) or not all(isinstance(name, str) for name in class_names or ()):
             raise TypeError(f"class_names must be a sequence of strings, one for each class, got {class_names!r}")
         if class_names is not None and len(set(class_names)) < len(class_names):
-            raise ValueError(f"class_names must differ from each other, got {list(class_names)}")
+            raise ValueError(f"class_names must be distinct, got {list(class_names)}")
         self.model = None if model is None else _routing_model(model)
         self.class_names = None if class_names is None else list(class_names)
         self.thresholds = Thresholds() if thresholds is None else thresholds
         self.steps = 0
-        """Forwards seen, those that ``every`` skips included."""
+        """Number of forwards, including those that ``every`` skips."""
         self.training_steps = 0
-        """Those of them in training mode."""
+        """Number of these forwards in training mode."""
         self._columns = _columns(self.model, adapter)
         self._top, self._every, self._windows = top, every, windows + windows % 2
-        self._stride = every  # steps a window
-        self._seen = 0  # samples, and so the next one's position
+        self._stride = every  # steps per window
+        self._seen = 0  # number of samples, which is the position of the next one
         self._by_position = False
         self._noted: tuple[Tensor | None, Tensor | None] = (None, None)
         self._sums: Sums | None = None
@@ -86,10 +86,10 @@ class Recorder:
 
     def __enter__(self) -> "Recorder":
         if self.model is None:
-            raise RuntimeError("this recorder has no model to watch: feed it by update(), or give record() a model")
+            raise RuntimeError("this recorder has no model to observe: call update(), or give record() a model")
         if self._handle is not None:
-            raise RuntimeError("this recorder is already recording: leave its block first, or make a second recorder")
-        # compiled models run their hooks outside of the graph; nobody should compile this one
+            raise RuntimeError("this recorder is already recording: leave its block first, or create a second recorder")
+        # compiled models run their hooks outside of the graph; this hook should not be compiled itself
         hook = torch.compiler.disable(self._after_forward)
         self._handle = self.model.register_forward_hook(hook, with_kwargs=True, always_call=True)
         return self
@@ -100,22 +100,22 @@ class Recorder:
         self._noted = (None, None)
 
     def note(self, *, ids: Tensor | Sequence[int] | None = None, labels: Tensor | Sequence[int] | None = None) -> None:
-        """Say before a forward what its samples are; it holds for the next forward only.
+        """Set ids and labels of the samples of the next forward; this applies to one forward only.
 
         Args:
-            ids: (B,) integers, for example positions in the data set. Without them samples are numbered as they come.
-            labels: (B,) integer classes or (B, C) weights in 0..1, where the model isn't called with any or others are meant.
+            ids: (B,) integers, for example positions in the data set. Without them samples are numbered in order of arrival.
+            labels: (B,) integer classes or (B, C) weights in 0..1, if the model is called without labels or others should be used.
         """
         self._noted = (_integers("ids", ids), None if labels is None else torch.as_tensor(labels))
 
     def update(
         self, scores: Tensor, labels: Tensor | Sequence[int] | None = None, ids: Tensor | Sequence[int] | None = None
     ) -> None:
-        """Count a batch by hand, where no hook can: scores out of a compiled or captured step, or of modules of your own.
+        """Count a batch manually if no hook can: scores from a compiled or captured step, or from your own modules.
 
         Args:
-            scores: (N, B, K), or (B, K) of one layer.
-            labels, ids: see :meth:`note`.
+            scores: (N, B, K), or (B, K) for one layer.
+            labels, ids: labels and ids of the samples, see :meth:`note`.
         """
         if not isinstance(scores, Tensor) or not scores.is_floating_point() or scores.dim() not in (2, 3):
             got = f"{scores.dtype} {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
@@ -125,14 +125,14 @@ class Recorder:
         self._step(scores, labels, _integers("ids", ids), None if self.class_names is None else len(self.class_names), False)
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if module is not self.model or self._handle is None:  # a deep copy has taken the hook along
+        if module is not self.model or self._handle is None:  # the hook was copied along with a deep copy of the model
             return
         ids, labels = self._noted
         self._noted = (None, None)
         if output is None:  # the forward has failed
             return
         if isinstance(output, Tensor):
-            raise ValueError("the model gives logits alone, without scores to record: set model.return_logits = False meanwhile")
+            raise ValueError("the model returns only logits, without scores to record: set model.return_logits = False meanwhile")
         classes = None if self.class_names is None else len(self.class_names)
         if labels is None and isinstance(module, MoPEFusion):
             labels = _class_labels(module, kwargs.get("labels", args[2] if len(args) > 2 else None), output.logits)
@@ -146,14 +146,18 @@ class Recorder:
         layers, batch, experts = scores.shape
         if self._sums is not None and (layers, experts) != self._sums.scores.shape:
             known = tuple(self._sums.scores.shape)
-            raise ValueError(f"scores are of {(layers, experts)} layers and experts, those before of {known}: record anew")
+            raise ValueError(
+                f"scores have {(layers, experts)} layers and experts, but earlier ones had {known}: use a new recorder"
+            )
         if ids is not None and ids.shape != (batch,):
             raise ValueError(f"ids must be one integer for each of {batch} samples, got {tuple(ids.shape)}")
         classes = _check_labels(labels, batch, classes)
         if self._sums is not None and labels is not None and len(self._sums.classes) not in (1, classes + 1):
-            raise ValueError(f"labels are of {classes} classes, those before of {len(self._sums.classes) - 1}: record anew")
+            raise ValueError(
+                f"labels have {classes} classes, but earlier ones had {len(self._sums.classes) - 1}: use a new recorder"
+            )
         if self.steps % self._every == 0 and batch:
-            # not in inference mode: what is made in it can't be added to outside of it
+            # leave inference mode, because tensors created in it can't be modified outside of it
             with torch.inference_mode(False), torch.no_grad(), without_autocast(scores.device.type):
                 self._count(scores.detach(), labels, ids, classes)
         self.steps += 1
@@ -177,10 +181,10 @@ class Recorder:
 
     @cached_property
     def _totals(self) -> Sums:
-        """On the CPU, until the next step."""
+        """Sums on the CPU, cached until the next step."""
         if self._sums is None:
             raise RuntimeError(
-                "nothing was recorded: call the model in the block of record(); where a larger compiled function calls it, feed "
+                "nothing was recorded: call the model in the block of record(); if a larger compiled function calls it, use "
                 "update(output.scores)"
             )
         totals = self._sums.cpu()
@@ -193,17 +197,17 @@ class Recorder:
 
     @property
     def samples(self) -> int:
-        """Samples counted; one that came twice counts twice."""
+        """Number of samples counted; a sample that was seen twice counts twice."""
         return int(self._totals.counts[0])
 
     @property
     def not_finite(self) -> int:
-        """Samples left out because a score was NaN, infinite or negative."""
+        """Number of samples left out because a score was NaN, infinite or negative."""
         return int(self._totals.counts[1])
 
     @property
     def not_routed(self) -> int:
-        """Samples left out because all their scores are 0: those of a MultiAdapter's other members."""
+        """Number of samples left out because all their scores are 0: those of a MultiAdapter's other members."""
         return int(self._totals.counts[2])
 
     @property
@@ -213,20 +217,20 @@ class Recorder:
 
     @property
     def entropy(self) -> Tensor:
-        """(N,): mean entropy of a sample's scores over log K; 0: each sample takes one expert, 1: all alike (MoPE v1, figure 6).
+        """(N,): mean entropy of a sample's scores over log K; 0: one expert per sample, 1: uniform scores (MoPE v1, figure 6).
 
-        The paper's figure is at hand without its formula; natural logarithms would be ``entropy * math.log(K)``.
+        The paper shows the figure without its formula; in nats the values would be ``entropy * math.log(K)``.
         """
         return self._totals.entropy / self._totals.counts[0] / _log(self.importance.shape[1])
 
     @property
     def balance(self) -> Tensor:
-        """(N,): entropy of the mean scores over log K; 0: one expert takes all, 1: all are used alike."""
+        """(N,): entropy of the mean scores over log K; 0: one expert takes all, 1: all experts are used equally."""
         return _entropy(self.importance)
 
     @property
     def information(self) -> Tensor:
-        """(N,): mutual information of sample and expert over log K, ``balance - entropy``; 0: the same for all samples.
+        """(N,): mutual information of sample and expert over log K, ``balance - entropy``; 0: scores are equal for all samples.
 
         It is the generalised Jensen-Shannon divergence of the samples' scores.
         """
@@ -236,7 +240,8 @@ class Recorder:
     def class_information(self) -> Tensor | None:
         """(N,): mutual information of class and expert over log K, at most ``information``; over samples that have a class.
 
-        Few samples a class make it too high. None without labels. With several labels a sample, each counts as one of its own.
+        It is overestimated if classes have few samples. None without labels. With several labels per sample, each label counts as a
+        sample.
         """
         if (by_class := self.by_class) is None:
             return None
@@ -249,7 +254,7 @@ class Recorder:
     def by_class(self) -> Tensor | None:
         """(N, C, K): mean scores of each class's samples, rows sum to 1; NaN for a class without samples, None without labels.
 
-        With several labels a sample counts for each, by its weight.
+        A sample with several labels counts for each of them, by its weight.
         """
         if (counts := self.class_counts) is None:
             return None
@@ -257,18 +262,18 @@ class Recorder:
 
     @property
     def class_counts(self) -> Tensor | None:
-        """(C,): samples of each class, or sums of their weights; None without labels."""
+        """(C,): number of samples of each class, or the sum of their weights; None without labels."""
         counts = self._totals.class_counts[:-1]
         return None if counts.sum() == 0 else counts
 
     @property
     def without_class(self) -> int:
-        """Samples whose label is out of range, such as -100, or has weights that are not finite."""
+        """Number of samples whose label is out of range, such as -100, or has weights that are not finite."""
         return int(self._totals.class_counts[-1])
 
     @property
     def curves(self) -> Curves:
-        """Over steps; windows double in length whenever there are more than ``windows`` of them."""
+        """Measures over steps; windows double in length whenever there would be more than ``windows`` of them."""
         totals, windows = self._totals, -(-self.steps // self._stride)
         counts = totals.window_counts[:windows]
         sums = totals.windows[:windows] / counts[:, None, None]
@@ -278,11 +283,11 @@ class Recorder:
 
     @property
     def alarms(self) -> list[Alarm]:
-        """What is wrong, the worst first; see :class:`Thresholds`."""
+        """Problems of the routing, the worst first; see :class:`Thresholds`."""
         return find_alarms(self.importance, self.information, self.not_finite, self.thresholds)
 
     def top_samples(self, layer: int, expert: int) -> list[TopSample]:
-        """The samples with the highest scores, at most ``top`` of them, the highest first; the first seen among equal ones."""
+        """Return the samples with the highest scores, at most ``top``, the highest first; equal scores keep the first seen."""
         layers, experts = self._totals.scores.shape
         for name, value, count in (("layer", layer, layers), ("expert", expert, experts)):
             if not 0 <= value < count:
@@ -295,13 +300,13 @@ class Recorder:
         return [TopSample(sample, score) for sample, score in best.items()]
 
     def gather(self, process_group: Any = None) -> "Recorder":
-        """One recorder of what all processes have recorded, on each of them; a collective, to be called by all.
+        """Return a recorder with the recordings of all processes; a collective operation that all processes must call.
 
-        Steps are those of the process with the most. Samples that a sampler gave to two processes count twice. Top samples are
-        kept where all were noted with ids: positions are each process's own.
+        Steps are those of the process with the most steps. Samples that a sampler gave to two processes count twice. Top samples
+        are kept only from processes where all were noted with ids, because positions differ between processes.
 
         Raises:
-            ValueError: the processes recorded different layers, experts or classes, or with other settings.
+            ValueError: the processes recorded different layers, experts or classes, or used different settings.
         """
         sums = None if self._sums is None else self._sums.cpu()
         if sums is not None and self._by_position:
@@ -319,7 +324,7 @@ class Recorder:
         return total
 
     def tensors(self) -> dict[str, Tensor]:
-        """All measures by name, on the CPU."""
+        """Return all measures by name, on the CPU."""
         curves = self.curves
         named = {name: getattr(self, name) for name in ("importance", "entropy", "balance", "information")}
         named |= {name: getattr(self, name) for name in ("class_information", "by_class", "class_counts")}
@@ -344,37 +349,37 @@ class Recorder:
         training: "Recorder | None" = None,
         title: str | None = None,
     ) -> Path:
-        """Write one HTML page that needs nothing else: alarms, entropy and importance, curves, classes, and top samples.
+        """Write one self-contained HTML page: alarms, entropy and importance, curves, classes, and top samples.
 
         Args:
-            path: the file.
-            samples: what a sample is: a sequence, data set or function, id -> its text, its picture, a pair or dict of both, or a
-                :class:`mope_fast.data.Post`.
-                A picture is a PIL image or a path, shown as :func:`mope_fast.data.load_image` does, or a tensor (3, H, W): uint8,
-                bool, or floating-point in 0..1 (other values, normalised for a model, are stretched to it).
+            path: the file to write.
+            samples: the samples to show: a sequence, data set or function from an id to a text, a picture, a pair or dict of both,
+                or a :class:`mope_fast.data.Post`.
+                A picture is a PIL image or a path, loaded by :func:`mope_fast.data.load_image`, or a tensor (3, H, W): uint8,
+                bool, or floating-point in 0..1 (other values, normalised for a model, are rescaled to this range).
                 Without it top samples are shown by their ids.
-            training: a recorder of the same model's training, whose curves are shown; without it these are of this recorder.
-            title: default: "Routing of" and the model.
+            training: a recorder of the same model's training, whose curves are shown; None to show this recorder's curves.
+            title: title of the page; the default is "Routing of" and the model's class name.
 
         Raises:
             ImportError: pictures need Pillow.
             RuntimeError: nothing was recorded.
-            ValueError: ``samples`` gives something else, or ``training`` has other layers or experts.
+            ValueError: ``samples`` returns something else, or ``training`` has other layers or experts.
         """
         from .report import render
 
-        # a lone surrogate in a text is no reason to have no page
+        # errors="replace", so that a lone surrogate in a text doesn't prevent the page from being written
         write_atomically(file := _file(path), render(self, samples, training, title).encode(errors="replace"))
         return file
 
 
 def _check_alike(sums: Sequence[Sums], settings: Sequence[dict[str, int]]) -> None:
-    """Raises ValueError if the processes' recordings can't be added up; one that saw no label has no classes."""
+    """Raise ValueError if the processes' recordings can't be added up; a process that saw no labels has no classes."""
     found = {"layers": [len(part.scores) for part in sums], "experts": [part.scores.shape[1] for part in sums]}
     found["classes"] = [len(part.classes) - 1 for part in sums if len(part.classes) > 1]
     found |= {name: [own[name] for own in settings] for name in ("top", "every", "windows")}
     if unlike := [f"{name} {values}" for name, values in found.items() if len(set(values)) > 1]:
-        raise ValueError(f"processes recorded with different {', '.join(unlike)}: make their recorders alike")
+        raise ValueError(f"processes recorded with different {', '.join(unlike)}: create their recorders with the same settings")
 
 
 def record(
@@ -389,22 +394,22 @@ def record(
 ) -> Recorder:
     """Record the routing of all forwards within a block, in training or evaluation.
 
-    Sums are kept on the model's device and read when they are asked for: a step launches some small operations more and waits
-    for nothing. Memory is bounded, see :class:`Sums`. The model's results and gradients are what they were.
+    Sums are kept on the model's device and read on request: a step launches a few additional small operations and needs no
+    synchronisation. Memory is bounded, see :class:`Sums`. The model's results and gradients don't change.
 
     Args:
-        model: a :class:`MoPEFusion`, a :class:`FoldedModel` or :class:`MultiAdapter` that routes, or a module that has one in
-            it, such as DistributedDataParallel; compiled or not. With several processes each records its own
-            samples: see :meth:`Recorder.gather`.
-        class_names: of the classes of the labels; without it classes are counted by the model's logits.
-        adapter: which member of a :class:`MultiAdapter`; it may be left out if one alone routes.
-        top: samples kept for each layer and expert.
-        every: record each so many forwards.
-        windows: most points of a curve over steps.
-        thresholds: of alarms.
+        model: a :class:`MoPEFusion`, a :class:`FoldedModel` or :class:`MultiAdapter` that routes, or a module that contains one,
+            such as DistributedDataParallel; compiled or not. With several processes each records its own samples; see
+            :meth:`Recorder.gather`.
+        class_names: names of the label classes; without them the number of classes is that of the model's logits.
+        adapter: the member of a :class:`MultiAdapter` to record; it may be left out if only one member routes.
+        top: number of samples kept for each layer and expert.
+        every: record only one of this many forwards.
+        windows: maximum number of points of a curve over steps.
+        thresholds: thresholds of alarms; None for the defaults of :class:`Thresholds`.
 
     Raises:
-        TypeError, ValueError: the model has no router, or several, or a setting is wrong.
+        TypeError, ValueError: the model has no router or contains several models, or a setting is invalid.
 
     Examples:
         >>> with analysis.record(model, class_names=["cat", "dog"]) as r:
@@ -415,14 +420,14 @@ def record(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"model must be a MoPEFusion, FoldedModel or MultiAdapter, or a module that has one, got {type(model).__name__}"
+            f"model must be a MoPEFusion, FoldedModel or MultiAdapter, or a module that contains one, got {type(model).__name__}"
         )
     settings = {"class_names": class_names, "adapter": adapter, "top": top, "every": every, "windows": windows}
     return Recorder(model, **settings, thresholds=thresholds)
 
 
 def _routing_model(model: nn.Module) -> nn.Module:
-    """The model itself, or the one inside of what wraps it."""
+    """Return the model itself, or the one inside its wrapper."""
     kinds = (MoPEFusion, FoldedModel, MultiAdapter)
     found, queue = [], [model]
     while queue:
@@ -430,14 +435,14 @@ def _routing_model(model: nn.Module) -> nn.Module:
         if isinstance(module, kinds):
             if not any(module is known for known in found):
                 found.append(module)
-        else:  # what is inside of such a model does not run on its own
+        else:  # modules inside such a model are not searched, because they don't run on their own
             queue.extend(module.children())
     if not found:
         raise TypeError(
-            f"{type(model).__name__} has no MoPEFusion, FoldedModel or MultiAdapter in it: there is no routing to record"
+            f"{type(model).__name__} contains no MoPEFusion, FoldedModel or MultiAdapter: there is no routing to record"
         )
     if len(found) > 1:
-        raise ValueError(f"{type(model).__name__} has {len(found)} models that may route: give record() one of them")
+        raise ValueError(f"{type(model).__name__} contains {len(found)} models that may route: give record() one of them")
     target = found[0]
     if not isinstance(target, MultiAdapter) and not (target.bank is not None and target.bank.routes):
         raise ValueError(f"this {type(target).__name__} has no router: its prompts are not dynamic (MoPEConfig.use_dynamic)")
@@ -445,7 +450,7 @@ def _routing_model(model: nn.Module) -> nn.Module:
 
 
 def _columns(model: nn.Module | None, adapter: str | None) -> slice:
-    """Whose experts are recorded, of a MultiAdapter's; all of another model."""
+    """Return the columns of the recorded experts: those of one member of a MultiAdapter, or all for another model."""
     if not isinstance(model, MultiAdapter):
         if adapter is not None:
             raise ValueError(f"adapter={adapter!r} names a member of a MultiAdapter, but the model is a {type(model).__name__}")
@@ -464,14 +469,14 @@ def _columns(model: nn.Module | None, adapter: str | None) -> slice:
 
 
 def _class_labels(model: MoPEFusion, labels: Tensor | None, logits: Tensor | None) -> Tensor | None:
-    """A model's own labels, unless they are no classes of samples: numbers to regress, or one class a pixel."""
+    """Return the model's labels if they are sample classes; None for regression targets or pixel classes."""
     if labels is None or model.problem_type == "regression" or logits.dim() != 2:
         return None
     return labels
 
 
 def _check_labels(labels: Tensor | None, batch: int, classes: int | None) -> int | None:
-    """C; raises for labels of another shape or dtype, or of unknown classes."""
+    """Return C; raise ValueError for labels of another shape or dtype, or if the number of classes is unknown."""
     if labels is None:
         return None
     if labels.dim() == 2 and labels.shape[0] == batch and (classes is None or labels.shape[1] == classes):
@@ -483,7 +488,7 @@ def _check_labels(labels: Tensor | None, batch: int, classes: int | None) -> int
             f"{tuple(labels.shape)}"
         )
     if classes is None:
-        raise ValueError("how many classes there are is not known: give record() class_names")
+        raise ValueError("the number of classes is not known: give record() class_names")
     return classes
 
 
@@ -497,7 +502,7 @@ def _integers(name: str, values: Tensor | Sequence[int] | None) -> Tensor | None
 
 
 def _sum_of(parts: Sequence[tuple[Sums, int]], stride: int) -> Sums | None:
-    """Of processes' sums, each with the length of its windows; none of these is longer than ``stride``."""
+    """Add up processes' sums, each given with the length of its windows, none of which is longer than ``stride``."""
     total = None
     classes = max((len(sums.classes) for sums, _ in parts), default=1)
     for sums, own in parts:
@@ -510,12 +515,12 @@ def _sum_of(parts: Sequence[tuple[Sums, int]], stride: int) -> Sums | None:
 
 
 def _log(experts: int) -> float:
-    """log K; 1 for a single expert, all of whose entropies are 0."""
+    """Return log K, or 1 for a single expert, all of whose entropies are 0."""
     return math.log(experts) if experts > 1 else 1.0
 
 
 def _entropy(shares: Tensor) -> Tensor:
-    """Over log K, of (..., K)."""
+    """Return the entropy of (..., K) over log K."""
     return torch.special.entr(shares).sum(-1) / _log(shares.shape[-1])
 
 

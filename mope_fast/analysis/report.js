@@ -66,7 +66,7 @@
     tip.hidden = true;
   }
 
-  // places: (column, row) under a pointer or the keyboard's cursor; wide: columns only
+  // let the pointer and the arrow keys explore cells (column, row): mark them and show their tooltips
   function explore(host, svg, { columns, rows, box, text, pick, label }) {
     const cursor = draw(svg, "rect", { class: "cursor", visibility: "hidden" });
     let place = null;
@@ -226,21 +226,21 @@
       ["balance", (s) => draw(s, "circle", { cx: 11, cy: 7, r: 4.5, fill: "none", stroke: "var(--balance)", "stroke-width": 2 })],
       ["entropy", (s) => draw(s, "circle", { cx: 11, cy: 7, r: 5, fill: "var(--entropy)" })],
       ["information", (s) => draw(s, "rect", { x: 2, y: 3, width: 18, height: 8, fill: "var(--gap)" })],
-      ...(data.classInformation ? [["of it, of the class", (s) => draw(s, "rect", { x: 2, y: 3, width: 18, height: 8, fill: "var(--class)" })]] : []),
+      ...(data.classInformation ? [["of which class information", (s) => draw(s, "rect", { x: 2, y: 3, width: 18, height: 8, fill: "var(--class)" })]] : []),
     ]);
     explore(host, svg, {
       columns: layers, rows: 1, pick: (i) => choose(i), label,
       box: (i) => [left + i * step, top - 6, step, tall + 12],
       text: (i) => [
         `layer ${i}`, `balance ${number(data.balance[i])}`, `entropy ${number(data.entropy[i])}`, `information ${number(data.information[i])}`,
-        ...(data.classInformation ? [`of the class ${number(data.classInformation[i])}`] : []),
+        ...(data.classInformation ? [`class information ${number(data.classInformation[i])}`] : []),
       ].join("\n"),
     });
     svg.classList.add("pick");
   }
 
   function drawImportance() {
-    // a layer that one expert has taken must not leave all others dark
+    // limit the scale, so that a layer dominated by one expert doesn't make all others dark
     const largest = Math.max(...data.importance.flat()) * unit;
     const most = Math.min(largest, 4 / experts);
     scale(byId("importance-scale"), VIRIDIS, "0", most < largest ? `${number(most)} and more` : number(most), 1 / experts / most);
@@ -418,7 +418,7 @@
   }
   drawAll();
   new ResizeObserver(drawAll).observe(document.querySelector("main"));
-  // charts are as wide as their page when they are drawn
+  // charts get the page's width when they are drawn, so redraw them for print
   for (const [event, paper] of [["beforeprint", true], ["afterprint", false]]) {
     addEventListener(event, () => {
       document.body.classList.toggle("paper", paper);

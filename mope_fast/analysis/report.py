@@ -1,4 +1,4 @@
-"""The page: one HTML file with its data, styles and script inside, and no address of anything outside."""
+"""The report: one self-contained HTML file with data, styles and script, without references to external resources."""
 
 import base64
 import hashlib
@@ -22,26 +22,26 @@ if TYPE_CHECKING:
     from .recorder import Curves, Recorder
 
 MAX_CLASSES = 60
-"""Rows of the table of classes."""
+"""Maximum number of rows of the class table."""
 MAX_CURVE = 400_000
-"""Numbers in the curves of importance."""
+"""Maximum number of values in the importance curves."""
 MAX_SAMPLES = 480
-"""Distinct samples with text or picture; of those without, MAX_IDS."""
+"""Maximum number of distinct samples with text or picture; MAX_IDS is the limit for samples shown by id only."""
 MAX_IDS = 20_000
 UNIT = 1e-5
-"""Shares are written as integers of this unit."""
+"""Shares are written as integer multiples of this unit."""
 
 KINDS = {
     "not finite": ("Scores that are not numbers", ""),
     "dominance": ("One expert takes nearly all", "Try a larger importance_weight, or a higher temperature."),
     "same for all": ("Routing does not depend on the sample", "Do the complementary features differ? Try a lower temperature."),
-    "dead": ("Experts that are nearly never used", "Fewer experts may do; else try a larger importance_weight."),
+    "dead": ("Experts that are nearly never used", "Fewer experts may suffice; otherwise try a larger importance_weight."),
 }
-"""Of alarms: title and advice."""
+"""Title and advice for each kind of alarm."""
 
 
 def render(recorder: "Recorder", samples: Any, training: "Recorder | None", title: str | None) -> str:
-    """See :meth:`Recorder.report`."""
+    """Render the page as HTML; see :meth:`Recorder.report`."""
     layers, experts = recorder.importance.shape
     if training is not None and training.importance.shape != (layers, experts):
         raise ValueError(
@@ -62,7 +62,7 @@ def render(recorder: "Recorder", samples: Any, training: "Recorder | None", titl
         "title": html.escape(title or f"Routing of {_model_name(recorder)}"),
         "style": _resource("report.css"),
         "script": script,
-        # whatever a sample's text may be, no other script runs and nothing is loaded
+        # with this hash no other script runs and nothing is loaded, whatever a sample's text contains
         "script-hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         "facts": "".join(f"<li>{html.escape(fact)}</li>" for fact in _facts(recorder, training)),
         "alarms": _alarms(recorder),
@@ -71,7 +71,7 @@ def render(recorder: "Recorder", samples: Any, training: "Recorder | None", titl
         "left-out": "".join(f"<li>{html.escape(sentence)}</li>" for sentence in left_out),
         "data": _inside_script(data),
     }
-    # in one pass: what is put in is not looked through again
+    # in one pass, so that inserted text is not scanned for placeholders
     return re.sub(r"\{\{([\w-]+)\}\}", lambda match: values[match[1]], _resource("report.html"))
 
 
@@ -80,13 +80,13 @@ def _resource(name: str) -> str:
 
 
 def _inside_script(data: Any) -> str:
-    """JSON that can't end its element."""
+    """Serialise to JSON that can't close its script element."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
 def _numbers(values: Tensor | None) -> list | None:
-    """Nested lists, rounded to what is shown; None for NaN."""
+    """Convert to nested lists, rounded to the displayed precision; None for NaN."""
     if values is None:
         return None
     if values.dim() > 1:
@@ -95,7 +95,7 @@ def _numbers(values: Tensor | None) -> list | None:
 
 
 def _shares(values: Tensor) -> list:
-    """Nested lists of integers in UNIT; None for NaN."""
+    """Convert to nested lists of integer multiples of UNIT; None for NaN."""
     if values.dim() > 1:
         return [_shares(row) for row in values]
     return [None if math.isnan(value) else round(value / UNIT) for value in values.tolist()]
@@ -112,7 +112,7 @@ def _curves(curves: "Curves", left_out: list[str]) -> dict[str, Any] | None:
         starts = list(range(0, windows, width))
         edges = torch.cat([edges[:-1][::width], edges[-1:]])
         parts = tuple(torch.stack([part[i : i + width].nanmean(0) for i in starts]) for part in parts)
-        left_out.append(f"Curves have {len(starts)} points in place of the {windows} recorded; each is a mean.")
+        left_out.append(f"Curves have {len(starts)} points instead of the {windows} recorded; each is a mean.")
     importance, entropy, balance = (part.transpose(0, 1) for part in parts)
     return {
         "edges": edges.tolist(), "importance": _shares(importance), "entropy": _numbers(entropy), "balance": _numbers(balance)
@@ -124,27 +124,27 @@ def _classes(recorder: "Recorder", left_out: list[str]) -> dict[str, Any] | None
     if by_class is None:
         return None
     names = recorder.class_names or [str(c) for c in range(len(counts))]
-    there = counts.nonzero().squeeze(1)
-    if len(there) > MAX_CLASSES:
-        # whose scores are furthest from the layer's, in total variation
-        distance = (by_class - recorder.importance[:, None]).abs().sum(-1).mean(0)[there]
-        chosen = there[distance.argsort(descending=True, stable=True)[:MAX_CLASSES]].sort().values
+    present = counts.nonzero().squeeze(1)
+    if len(present) > MAX_CLASSES:
+        # the classes whose scores are furthest from the layer's mean, in total variation
+        distance = (by_class - recorder.importance[:, None]).abs().sum(-1).mean(0)[present]
+        chosen = present[distance.argsort(descending=True, stable=True)[:MAX_CLASSES]].sort().values
         left_out.append(
-            f"The table of classes has {MAX_CLASSES} of {len(there)}: those whose scores differ most from their layer's mean. "
+            f"The table of classes has {MAX_CLASSES} of {len(present)}: those whose scores differ most from their layer's mean. "
             "by_class has all."
         )
-        there = chosen
+        present = chosen
     if missing := len(counts) - int((counts > 0).sum()):
         left_out.append(f"{missing} of {len(counts)} classes have no sample.")
     if recorder.without_class:
         left_out.append(f"{recorder.without_class:,} samples have a label out of range and are in no class.")
     return {
-        "names": [names[c] for c in there.tolist()], "counts": _numbers(counts[there]), "scores": _shares(by_class[:, there])
+        "names": [names[c] for c in present.tolist()], "counts": _numbers(counts[present]), "scores": _shares(by_class[:, present])
     }  # fmt: skip
 
 
 def _top_samples(recorder: "Recorder", samples: Any, left_out: list[str]) -> dict[str, Any]:
-    """References into a list of samples, the most used experts first, until there are as many as a page should have."""
+    """Return each expert's top samples as references into a list, filled from the most used experts up to the page's limit."""
     layers, experts = recorder.importance.shape
     order = recorder.importance.flatten().argsort(descending=True, stable=True).tolist()
     best = [recorder.top_samples(place // experts, place % experts) for place in range(layers * experts)]
@@ -166,7 +166,7 @@ def _top_samples(recorder: "Recorder", samples: Any, left_out: list[str]) -> dic
                 shown.append([sample, *(Shown(None, None) if samples is None else _shown(samples, sample))])
             top[place].append([indices[sample], round(score, 6)])
     if missing:
-        left_out.append(f"{most} samples are shown; {missing:,} places of the lists of top samples are left out.")
+        left_out.append(f"{most} samples are shown; {missing:,} entries of the lists of top samples are left out.")
     return {"samples": shown, "top": [top[layer * experts : (layer + 1) * experts] for layer in range(layers)]}
 
 
@@ -175,13 +175,13 @@ def _shown(samples: Any, sample: int) -> Shown:
         value = samples(sample) if callable(samples) and not hasattr(type(samples), "__getitem__") else samples[sample]
     except (IndexError, KeyError) as error:
         raise ValueError(
-            f"samples has no {sample}: its ids must be those given to note(), or positions in the order of one pass"
+            f"samples has no id {sample}: its ids must be those given to note(), or positions in the order of one pass"
         ) from error
     return show(value, f"sample {sample}")
 
 
 def _model_name(recorder: "Recorder") -> str:
-    return "scores given by hand" if recorder.model is None else type(recorder.model).__name__
+    return "manually recorded scores" if recorder.model is None else type(recorder.model).__name__
 
 
 def _facts(recorder: "Recorder", training: "Recorder | None") -> Iterable[str]:
@@ -218,10 +218,10 @@ def _alarms(recorder: "Recorder") -> str:
     if not alarms:
         text = (
             f"No expert has {limits.dominance:.0%} of its layer, none has less than {limits.dead:.0%} of its fair share, and every "
-            f"layer's choice depends on the sample (information of {limits.information:.0%} or more)."
+            f"layer's routing depends on the sample (information of {limits.information:.0%} or more)."
         )
         if recorder.importance.shape[1] == 1:
-            text = "There is one expert, so nothing to choose."
+            text = "There is only one expert, so routing has no choice."
         return f'<section class="alarms none"><h2>No alarms</h2><p>{html.escape(text)}</p></section>'
     kinds: dict[str, list[Alarm]] = {}
     for alarm in alarms:
@@ -233,7 +233,7 @@ def _alarms(recorder: "Recorder") -> str:
 
 
 def _list(lines: Iterable[str], most: int = 5) -> str:
-    """The first ones; all others can be opened."""
+    """Render a list of the first lines; the others are in an expandable section."""
     items = [f"<li>{html.escape(line)}</li>" for line in lines]
     rest = "".join(items[most:])
     more = f"<details><summary>{len(items) - most} more</summary><ul>{rest}</ul></details>" if rest else ""
@@ -246,7 +246,7 @@ def _summary(recorder: "Recorder") -> Iterable[str]:
     if experts == 1:
         return
     most, least = int(information.argmax()), int(information.argmin())
-    sentence = f"The choice of experts tells {float(information.mean()):.0%} of what it could about the sample"
+    sentence = f"The choice of experts carries {float(information.mean()):.0%} of the maximum information about the sample"
     if layers > 1:
         sentence += (
             f", on average over layers: most in layer {most} ({float(information[most]):.0%}), least in layer {least} "
@@ -255,18 +255,18 @@ def _summary(recorder: "Recorder") -> Iterable[str]:
     yield sentence + "."
     known = recorder.class_information
     if known is not None and information.mean() > 0:
-        yield f"The class accounts for {min(1.0, float(known.mean() / information.mean())):.0%} of that."
+        yield f"The class accounts for {min(1.0, float(known.mean() / information.mean())):.0%} of this information."
     place = int(importance.argmax())
     yield (
-        f"Most used is expert {place % experts} of layer {place // experts}: {float(importance.max()):.1%}, where the fair share "
-        f"is {1 / experts:.1%}."
+        f"The most used expert is expert {place % experts} of layer {place // experts}: {float(importance.max()):.1%}; the fair "
+        f"share is {1 / experts:.1%}."
     )
 
 
 def _layer_table(recorder: "Recorder") -> str:
     importance, known = recorder.importance, recorder.class_information
     columns = {"entropy": recorder.entropy, "balance": recorder.balance, "information": recorder.information}
-    columns |= {} if known is None else {"of the class": known}
+    columns |= {} if known is None else {"class information": known}
     head = "".join(f'<th scope="col">{name}</th>' for name in ("layer", *columns, "most used", "its share"))
     rows = []
     for layer, shares in enumerate(importance):

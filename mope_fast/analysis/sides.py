@@ -1,4 +1,4 @@
-"""What each complementary side adds to a model's answers: the same samples with that side taken away."""
+"""The contribution of each complementary side to a model's predictions, measured by removing that side."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,30 +19,31 @@ WHOLE, ALL = "nothing", "all of them"
 
 
 class SideEffect(NamedTuple):
-    """The model without one side."""
+    """Results of the model without one side."""
 
     without: str
-    """The side; "nothing" for the model as it is, "all of them" where it has several."""
+    """The removed side; "nothing" for the full model, "all of them" for all sides if there are several."""
     replaced_by: str
-    """What stood in its place for every sample: "stand-in", the trained row of a side that may be missing; "mean", its feature's
-    mean over the batches; "" for the model as it is."""
+    """The replacement for every sample: "stand-in", the trained row of an optional side; "mean", the side's mean feature over the
+    batches; "" for the full model."""
     metrics: dict[str, float]
-    """``loss``, the mean task loss; and those of :func:`classification_metrics` or :func:`multi_label_metrics`."""
+    """``loss``, the mean task loss, and the metrics of :func:`classification_metrics` or :func:`multi_label_metrics`."""
     changed: float
-    """Share of samples whose predicted class, or any of whose classes, is another than the whole model's; NaN for a regression."""
+    """Share of samples whose predicted class, or any of whose predicted classes, differs from the full model's; NaN for
+    regression."""
     routing: float
-    """Mean total variation distance of routing scores from the whole model's, 0 to 1; NaN without routing."""
+    """Mean total variation distance of routing scores from the full model's, 0 to 1; NaN without routing."""
 
 
 @dataclass(frozen=True)
 class SideEffects:
-    """One row for the model as it is, one without each side; ``str()`` is a table."""
+    """One row for the full model, and one without each side; ``str()`` returns a table."""
 
     rows: list[SideEffect]
 
     def __str__(self) -> str:
         names = list(self.rows[0].metrics)
-        table = [["without", "in its place", *names, "changed", "routing moved"]]
+        table = [["without", "replaced by", *names, "changed", "routing changed"]]
         for row in self.rows:
             numbers = [*row.metrics.values(), row.changed, row.routing]
             table.append([row.without, row.replaced_by, *(f"{number:.4f}" for number in numbers)])
@@ -51,18 +52,21 @@ class SideEffects:
 
 
 def what_sides_add(model: MoPEFusion, batches: Iterable[Mapping[str, Any]], *, progress: bool = True) -> SideEffects:
-    """Measure a model with each complementary side replaced by one row for all samples: its stand-in, or its mean feature.
+    """Measure a model with each complementary side replaced by the same row for all samples: its stand-in, or its mean feature.
 
-    The difference is what that side tells of a *sample*: the main side, the other sides, and all that is trained stay. A side that
-    may be missing gets its stand-in, any other one the mean of its feature over the batches, which are gone through twice then.
+    The difference is the information that this side has about a *sample*: the main side, the other sides, and all trained
+    parameters stay the same. An optional side is replaced by its stand-in, any other side by the mean of its feature over the
+    batches; in that case the batches are iterated twice.
 
     Args:
-        model: with a head; neither compiled nor in DDP or FSDP.
+        model: a model with a head, neither compiled nor in DDP or FSDP.
         batches: keyword arguments of the model with ``labels``; a list or DataLoader.
+        progress: show a progress bar.
 
     Raises:
-        TypeError: it is another model, or ``batches`` gives no dicts.
-        ValueError: the model has no head, or depends on no other side; there are no batches, or one has no labels; no label counts.
+        TypeError: the model is of another class, or ``batches`` doesn't yield dicts.
+        ValueError: the model has no head or doesn't depend on a complementary side, there are no batches, a batch has no labels, or
+            all labels are ignored.
 
     Examples:
         >>> print(what_sides_add(model, test_loader))
@@ -70,7 +74,7 @@ def what_sides_add(model: MoPEFusion, batches: Iterable[Mapping[str, Any]], *, p
     if not isinstance(model, MoPEFusion):
         raise TypeError(f"what_sides_add takes a MoPEFusion, neither compiled nor in DDP, got {type(model).__name__}")
     if model.head is None or not model.config.uses_cross:
-        raise ValueError("what_sides_add needs a model with a head, whose prompts or head depend on a complementary side")
+        raise ValueError("what_sides_add needs a model with a head whose prompts or head depend on a complementary side")
     with torch.no_grad(), evaluating(model):
         rows = dict(getattr(model.complementary, "stand_ins", {}).items())
         replaced_by = {name: "stand-in" if name in rows else "mean" for name in _names(model)}
@@ -90,10 +94,10 @@ def what_sides_add(model: MoPEFusion, batches: Iterable[Mapping[str, Any]], *, p
                 output = model.fused(main_inputs, _joined(model, changed))
                 seen[case].append((output.logits.cpu(), None if output.scores is None else output.scores.cpu()))
         if not labels:
-            raise ValueError("batches gave none: it needs at least one (an iterator can be used only once)")
+            raise ValueError("batches is empty: it needs at least one batch (an iterator can be used only once)")
         truth = torch.cat(labels).cpu()
         if model.problem_type == "single_label_classification" and not truth.is_floating_point() and not (truth >= 0).any():
-            raise ValueError("no sample counts, all labels are -100: the model is measured against labels")
+            raise ValueError("all labels are -100, so no sample counts: the model is measured against labels")
         logits = {case: torch.cat([each for each, _ in found]) for case, found in seen.items()}
         scores = {case: None if found[0][1] is None else torch.cat([each for _, each in found], 1) for case, found in seen.items()}
         ways = {WHOLE: "", ALL: " and ".join(sorted(set(replaced_by.values()))), **replaced_by}
@@ -114,7 +118,7 @@ def _names(model: MoPEFusion) -> list[str]:
 
 def _arguments(model: MoPEFusion, batch: Any) -> tuple[Any, Any, Tensor]:
     if not isinstance(batch, Mapping):
-        raise TypeError(f"batches must give dicts of the model's keyword arguments, got {type(batch).__name__}")
+        raise TypeError(f"batches must yield dicts of the model's keyword arguments, got {type(batch).__name__}")
     named = dict(batch)
     if (labels := named.pop("labels", None)) is None:
         raise ValueError(f"a batch has no labels, only {list(named)}: the model is measured against them")
@@ -123,7 +127,7 @@ def _arguments(model: MoPEFusion, batch: Any) -> tuple[Any, Any, Tensor]:
 
 
 def _features(model: MoPEFusion, main_inputs: Any, others: Any) -> dict[str, Tensor]:
-    """Of each side, missing ones replaced already."""
+    """Return each side's feature, with stand-ins for missing ones."""
     batch = batch_of(model.main, main_inputs)
     if isinstance(model.complementary, Sides):
         return model.complementary.features(others, batch)
@@ -166,5 +170,5 @@ def _changed(model: MoPEFusion, logits: Tensor, whole: Tensor) -> float:
 
 
 def _distance(scores: Tensor, whole: Tensor) -> float:
-    """Of distributions (N, B, K)."""
+    """Return the mean total variation distance of distributions (N, B, K)."""
     return (scores - whole).abs().sum(-1, dtype=torch.float64).mean().item() / 2

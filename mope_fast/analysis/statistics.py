@@ -1,4 +1,4 @@
-"""Sums over routing scores, kept on the scores' device: a step neither waits for them nor keeps its scores."""
+"""Sums over routing scores, kept on the scores' device, so that a step needs no synchronisation and stores no scores."""
 
 from dataclasses import dataclass, fields, replace
 
@@ -8,25 +8,25 @@ from torch import Tensor
 
 @dataclass
 class Sums:
-    """What is kept of all scores seen, in float64: 8 * N * K * (steps' windows + C + 2 * top + 1) bytes, whatever runs by.
+    """Statistics of all scores seen, in float64: 8 * N * K * (steps' windows + C + 2 * top + 1) bytes, for any number of samples.
 
-    A sample's scores are divided by their sum in each layer, which changes something only with ``top_k`` without
-    ``renormalize``. Samples with scores that are not finite or negative, or that were not routed, count in ``counts`` only.
+    A sample's scores are divided by their sum in each layer, which makes a difference only with ``top_k`` without ``renormalize``.
+    Samples whose scores are negative or not finite, or that were not routed, count only in ``counts``.
     """
 
     counts: Tensor  # (3,): samples counted, not finite, not routed
     scores: Tensor  # (N, K)
     entropy: Tensor  # (N,), in nats
-    top_scores: Tensor  # (N, K, T), as they came, falling; -inf for none
+    top_scores: Tensor  # (N, K, T), not divided by their sum, in descending order; -inf for empty places
     top_ids: Tensor  # (N, K, T), int64
-    windows: Tensor  # (W, N, K + 1): of each window of steps, scores and entropy
+    windows: Tensor  # (W, N, K + 1): scores and entropy of each window of steps
     window_counts: Tensor  # (W,)
-    classes: Tensor  # (C + 1, N, K), weighted by multi-label weights; the last row is of labels out of range
+    classes: Tensor  # (C + 1, N, K), weighted by multi-label weights; the last row is for labels out of range
     class_counts: Tensor  # (C + 1,)
 
     @classmethod
     def empty(cls, layers: int, experts: int, windows: int, top: int, device: torch.device | str = "cpu") -> "Sums":
-        """Of no sample, without classes."""
+        """Create sums of no samples, without classes."""
 
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
@@ -39,22 +39,22 @@ class Sums:
         )  # fmt: skip
 
     def with_classes(self, num_classes: int) -> "Sums":
-        """With room for the sums of classes."""
+        """Return these sums with empty sums of classes added."""
         classes = self.classes.new_zeros(num_classes + 1, *self.scores.shape)
         return replace(self, classes=classes, class_counts=classes.new_zeros(num_classes + 1))
 
     def cpu(self) -> "Sums":
-        """A copy on the CPU; waits for the device."""
+        """Return a copy on the CPU; this waits for the device."""
         return Sums(*(getattr(self, item.name).detach().to("cpu", copy=True) for item in fields(self)))
 
     def add(self, scores: Tensor, labels: Tensor | None, ids: Tensor, window: int) -> None:
         """Count one batch.
 
         Args:
-            scores: (N, B, K).
-            labels: (B,) int64 classes or (B, C) weights; classes out of range and weights that are not finite are no class.
-            ids: (B,) int64.
-            window: of the step.
+            scores: (N, B, K) routing scores.
+            labels: (B,) int64 classes or (B, C) weights; samples with classes out of range or non-finite weights have no class.
+            ids: (B,) int64 sample ids.
+            window: index of the step's window.
         """
         device = self.scores.device
         scores, ids = scores.to(device, torch.float64), ids.to(device, non_blocking=True)
@@ -74,7 +74,7 @@ class Sums:
         self._keep_top(torch.where(counted[:, None], scores, float("-inf")), ids)
 
     def plus(self, other: "Sums") -> "Sums":
-        """Of the samples of both, whose windows and classes are the same; a top sample of both counts once."""
+        """Return the sums over both sets of samples, given the same windows and classes; a shared top sample counts once."""
         sums = {item.name: getattr(self, item.name) + getattr(other, item.name) for item in fields(self)}
         total = Sums(**{**sums, "top_scores": self.top_scores, "top_ids": self.top_ids})
         known = (other.top_ids[..., None] == self.top_ids[..., None, :]).any(-1)
@@ -82,7 +82,7 @@ class Sums:
         return total
 
     def merge_windows(self) -> None:
-        """Pairs of windows become one; the second half is free."""
+        """Merge pairs of windows into one, which frees the second half."""
         half = len(self.windows) // 2
         for sums in (self.windows, self.window_counts):
             sums[:half] = sums[0::2] + sums[1::2]
@@ -102,7 +102,7 @@ class Sums:
         self.class_counts.index_add_(0, rows, counted.to(torch.float64))
 
     def _keep_top(self, scores: Tensor, ids: Tensor) -> None:
-        # a sample that comes again counts with its last score, within a batch too
+        # a repeated sample counts with its last score, also within a batch
         order = ids.argsort(stable=True)
         comes_again = torch.zeros_like(ids, dtype=torch.bool)
         comes_again[order[:-1]] = ids[order[1:]] == ids[order[:-1]]
@@ -113,9 +113,9 @@ class Sums:
         self._merge_top(scores.transpose(1, 2), ids.expand(*kept.shape[:2], -1))
 
     def _merge_top(self, scores: Tensor, ids: Tensor) -> None:
-        """Keep the best of the present ones and these, (N, K, M) each."""
+        """Keep the best of the current top samples and these, (N, K, M) each."""
         top = self.top_scores.shape[2]
-        # stable: among equal scores the first one seen wins, however samples are batched
+        # a stable sort keeps the first one seen among equal scores, however samples are batched
         best, index = torch.cat([self.top_scores, scores], dim=2).sort(dim=2, descending=True, stable=True)
         self.top_scores = best[..., :top]
         self.top_ids = torch.cat([self.top_ids, ids], dim=2).gather(2, index[..., :top])

@@ -1,4 +1,4 @@
-"""Using what was trained: samples in, classes out."""
+"""Inference with trained models: samples in, classes out."""
 
 from .predictor import Prediction, Predictor
 

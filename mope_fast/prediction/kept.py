@@ -1,4 +1,4 @@
-"""How a model's inputs are made, in a subfolder of its save."""
+"""The preprocessing of a model's inputs, stored in a subfolder of its save."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ def content_hash(data: bytes) -> str:
 
 
 def write_subfolder(whole: Path, content: dict[str, bytes]) -> None:
-    """The subfolder, which has its name when all of it is there; another process may be writing the same."""
+    """Write the subfolder under a temporary name and rename it when complete; another process may be writing the same one."""
     temporary = whole.with_name(f".{whole.name}-{uuid.uuid4().hex}.tmp")
     try:
         for file, data in content.items():
@@ -52,9 +52,11 @@ def is_whole(subfolder: Path) -> bool:
 
 
 def read_kept(folder: Path, name: str) -> dict[str, Any]:
-    """What a save's subfolder says, every file of it as it was written."""
+    """Read the description in a save's subfolder, after checking that each of its files is unchanged."""
     if not _NAME.fullmatch(name):
-        raise ValueError(f"{folder / checkpoint.DESCRIPTION} names {name!r:.99}, which no save does: don't trust it")
+        raise ValueError(
+            f"{folder / checkpoint.DESCRIPTION} names {name!r:.99}, which is not a name that mope_fast writes: don't trust it"
+        )
     try:
         data = (folder / name / DESCRIPTION).read_bytes()
         kept = json.loads(data) if content_hash(data)[:16] == name.rpartition("-")[2] else {}
@@ -68,7 +70,7 @@ def read_kept(folder: Path, name: str) -> dict[str, Any]:
 
 
 class Inputs(NamedTuple):
-    """How one side's inputs are made."""
+    """The preprocessing of one side's inputs."""
 
     field: str | None
     preprocess: Callable[..., Any] | None
@@ -76,15 +78,15 @@ class Inputs(NamedTuple):
 
 
 def kept_inputs(folder: Path, side: str, given: Callable[..., Any] | None, saved: dict[str, Any], kept: dict[str, Any]) -> Inputs:
-    """As given, or else as saved."""
+    """Return the given preprocessing, or the saved one."""
     kept = kept["sides"].get(side)
     field = None if kept is None else kept["field"]
     if given is not None or kept is None or kept["inputs"] is None:
         return Inputs(field, given, given is not None or kept is not None)
     if kept["inputs"]["kind"] == "function":
         raise ValueError(
-            f"{folder} was saved with a function of yours that makes inputs of the {side} encoder, {kept['inputs']['name']}, of "
-            f"which only the name could be saved: pass {argument(side, '_inputs')}, that function"
+            f"{folder} was saved with your own preprocessing function for the {side} encoder, {kept['inputs']['name']}, of which "
+            f"only the name could be saved: pass that function, {argument(side, '_inputs')}"
         )
     try:
         return Inputs(field, preprocessing.read(kept["inputs"], folder / saved["predictor"] / side), True)
@@ -93,7 +95,7 @@ def kept_inputs(folder: Path, side: str, given: Callable[..., Any] | None, saved
 
 
 def completed(folder: Path, inputs: dict[str, Inputs], found: dict[str, Found], of_frames: Collection[str]) -> dict[str, Inputs]:
-    """With what encoders' libraries have, where nothing is known; warns of it. Sides ``of_frames`` take videos."""
+    """Fill in unknown preprocessing with that of the encoders' libraries, and warn about it. Sides ``of_frames`` take videos."""
     words = []
     for side, (field, preprocess, known) in inputs.items():
         encoder = found[side].encoder
@@ -103,30 +105,30 @@ def completed(folder: Path, inputs: dict[str, Inputs], found: dict[str, Found], 
             field = preprocessing.FIELDS.get(find_family(encoder).input_name)
         if field is None or (not known and encoder is None):
             raise ValueError(
-                f"{folder} was saved by the model alone, and how the inputs of its {side} side are made of samples can't be known: "
-                "make Predictor(model, FusionCollator(...)) of model = MoPEFusion.from_pretrained(...) or PromptTuned's"
+                f"{folder} was saved by the model alone, so the preprocessing of its {side} side is unknown: create "
+                "Predictor(model, FusionCollator(...)) from model = MoPEFusion.from_pretrained(...) or PromptTuned's"
             )
         if not known:
             try:
                 preprocess, what = preprocessing.own_preprocessing(encoder, found[side].source)
             except (ImportError, OSError, ValueError) as error:
                 raise ValueError(
-                    f"{folder} was saved by the model alone, and nothing was found that makes inputs of its {side} encoder "
+                    f"{folder} was saved by the model alone, and no preprocessing was found for its {side} encoder "
                     f"({error}): pass {argument(side, '_inputs')}, a tokenizer, an image processor or a function of a list of "
                     "values"
                 ) from error
             preprocess = EachFrame(preprocess) if side in of_frames else preprocess
-            words.append(f"of the {side} encoder by {what}, of the field {field!r}")
+            words.append(f"for the {side} encoder by {what}, from the field {field!r}")
         inputs[side] = Inputs(field, preprocess, True)
     if words and len({each.field for each in inputs.values()}) < len(inputs):
         raise ValueError(
-            f"{folder} was saved by the model alone, and two of its encoders would read one field: make "
+            f"{folder} was saved by the model alone, and two of its encoders would read the same field: create "
             "Predictor(MoPEFusion.from_pretrained(...), FusionCollator(..., main_field=..., complementary_field=...))"
         )
     if words:
         warnings.warn(
-            f"{folder} was saved by the model alone: inputs are made {'; '.join(words)}. If training made them otherwise, pass "
-            "main_inputs and complementary_inputs; Predictor(model, collate).save_pretrained(folder) keeps them",
+            f"{folder} was saved by the model alone: inputs are made {'; '.join(words)}. If training used other preprocessing, "
+            "pass main_inputs and complementary_inputs; Predictor(model, collate).save_pretrained(folder) saves them",
             stacklevel=3,
         )
     return inputs

@@ -1,4 +1,4 @@
-"""Predictor: a trained model with what makes its inputs, saved together and used on samples as they are."""
+"""Predictor: a trained model with its preprocessing, saved together and applied to raw samples."""
 
 import copy
 import functools
@@ -32,30 +32,30 @@ KINDS = {"MoPEFusion": MoPEFusion, "PromptTuned": PromptTuned}
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says of one sample."""
+    """A model's prediction for one sample."""
 
     label: Any
-    """The class: its name, or its index where classes have no names. Of multi-label classification a list of them, all whose
-    probability is above 0.5. Of regression a number, or a list of several."""
+    """The class: its name, or its index if classes have no names. For multi-label classification a list of all classes whose
+    probability is above 0.5. For regression a number, or a list of several."""
     probabilities: dict[str, float] | list[float] | None
-    """Of each class, by its name or by its index; None of regression."""
+    """The probability of each class, by its name or by its index; None for regression."""
     experts: list[tuple[int, float]] | None
-    """Of each layer the expert with the highest routing score, and that score; None of a model that doesn't route."""
+    """For each layer the expert with the highest routing score, and that score; None for a model without a router."""
 
 
 class Predictor(hub.PushToHub):
-    """Predicts samples with a trained model: makes inputs, runs the folded model, and names classes.
+    """A predictor for raw samples: it preprocesses them, runs a trained model in folded form, and names classes.
 
     Args:
-        model: :class:`MoPEFusion` or :class:`PromptTuned`, with a head that gives (B, C). What predicts is this model folded, as it
-            is at this moment; where folding is not exact it is the model itself, in eval mode.
-        inputs: what made its batches in training, ``FusionCollator(tokenizer, image_processor)``. For a PromptTuned it has one
-            side, ``FusionCollator(tokenizer, None, complementary_field=None)``.
-        class_names: of class 0, 1, ...; None for their indices. Regression has none.
+        model: :class:`MoPEFusion` or :class:`PromptTuned`, with a head that returns (B, C). Predictions come from this model folded
+            in its current state; if folding is not exact, from the model itself in eval mode.
+        inputs: the collator that made the batches in training, ``FusionCollator(tokenizer, image_processor)``. For a PromptTuned it
+            has one side, ``FusionCollator(tokenizer, None, complementary_field=None)``.
+        class_names: names of class 0, 1, ...; None to use their indices. Regression has no class names.
 
     Raises:
-        TypeError: another model, or no FusionCollator.
-        ValueError: a model without head, a collator with another number of sides, names that don't fit.
+        TypeError: the model is of another class, or ``inputs`` is not a FusionCollator.
+        ValueError: the model has no head, the collator has another number of sides, or the names don't fit.
         RuntimeError: the model's weights are sharded.
 
     Examples:
@@ -71,9 +71,9 @@ class Predictor(hub.PushToHub):
         if not isinstance(inputs, FusionCollator):
             raise TypeError(f"inputs must be the FusionCollator that makes the model's batches, got {type(inputs).__name__}")
         if model.head is None:
-            raise ValueError(f"this {type(model).__name__} has no head, so it predicts nothing: make it with num_classes")
+            raise ValueError(f"this {type(model).__name__} has no head, so it predicts nothing: create it with num_classes")
         if model.is_dense:
-            raise ValueError("a Predictor names classes of samples, and this model's are of pixels: call the model, or its fold()")
+            raise ValueError("a Predictor names classes of samples, but this model classifies pixels: call it, or its fold()")
         encoders = _encoders(model)
         if set(inputs.sides) != set(encoders):
             needed, count = "FusionCollator(main, complementary)", len(encoders)
@@ -82,7 +82,7 @@ class Predictor(hub.PushToHub):
             elif "complementary_inputs" not in encoders:
                 names = ", ".join(f"{name.partition('.')[2]!r}: ..." for name in encoders if "." in name)
                 needed = f"FusionCollator(main, {{{names}}})"
-            raise ValueError(f"a {type(model).__name__} has inputs of {count} side{'s' * (count > 1)}: make them by {needed}")
+            raise ValueError(f"this {type(model).__name__} has inputs of {count} side{'s' * (count > 1)}: use {needed}")
         self.class_names = None if class_names is None else _checked_names(class_names, model)
         self.model, self.inputs = model, inputs
         try:
@@ -99,17 +99,16 @@ class Predictor(hub.PushToHub):
     def __call__(
         self, samples: Iterable[Post | Mapping[str, Any]], batch_size: int = 32, progress: bool = False
     ) -> Iterator[Prediction]:
-        """Predict samples one by one in their order; a batch runs when its first prediction is asked for.
+        """Yield one prediction per sample, in order; a batch runs when its first prediction is requested.
 
         Args:
-            samples: what the collator takes: dicts with its fields, or posts; labels are not looked at. An image may be a path, in
-                the field "image" or of an encoder of images: it is opened by :func:`mope_fast.data.load_image`.
-            batch_size: of all batches but the last.
-            progress: show a bar.
+            samples: the collator's samples: dicts with its fields, or posts; labels are ignored. In the field "image", or in the
+                field of an image encoder, an image may be a path, which is opened by :func:`mope_fast.data.load_image`.
+            batch_size: number of samples in all batches except the last.
+            progress: show a progress bar.
 
         Raises:
-            TypeError, ValueError: samples or ``batch_size`` that make no sense, a head that doesn't give (B, C), logits that aren't
-                finite.
+            TypeError, ValueError: samples or ``batch_size`` are invalid, the head doesn't return (B, C), or logits aren't finite.
             OSError: an image can't be read.
         """
         if isinstance(samples, (str, Mapping)) or not isinstance(samples, Iterable):
@@ -135,10 +134,12 @@ class Predictor(hub.PushToHub):
             logits = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32)).cpu()
         classes = logits.shape[-1] if self.class_names is None else len(self.class_names)
         if logits.shape != (len(samples), classes):
-            raise ValueError(f"the head gave {tuple(logits.shape)} for {len(samples)} samples, expected {(len(samples), classes)}")
+            raise ValueError(
+                f"the head returned {tuple(logits.shape)} for {len(samples)} samples, expected {(len(samples), classes)}"
+            )
         if not (finite := logits.isfinite().all(1)).all():
             first = done + int(finite.int().argmin())
-            raise ValueError(f"the model gave NaN or infinite logits, first for sample {first} (from 0): look at its inputs")
+            raise ValueError(f"the model returned NaN or infinite logits, first for sample {first} (from 0): look at its inputs")
         experts = [None] * len(samples)
         if output.scores is not None:
             scores, chosen = (value.t().tolist() for value in output.scores.max(-1))
@@ -164,24 +165,25 @@ class Predictor(hub.PushToHub):
         return Prediction(label, values if self.class_names is None else dict(zip(names, values, strict=True)), experts)
 
     def _opened(self, sample: Any) -> Any:
-        """With the images that it names by their paths, and None for a side that may be missing and isn't named."""
+        """Return a sample with images loaded from their paths, and None for the field of an absent optional side."""
         if not isinstance(sample, Mapping):
             return sample
         fields = [side.field for side in self._sides.values() if side.is_image and side.field in sample]
         return {**self._may_lack, **sample, **{field: _opened(sample[field]) for field in fields}}
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write what the model's own ``save_pretrained`` writes, and a subfolder that says how inputs are made and classes named.
+        """Write the files of the model's ``save_pretrained``, and a subfolder with its preprocessing and class names.
 
         transformers' tokenizers, image processors and feature extractors, also in a ``functools.partial`` with plain keyword
-        arguments, are saved by their own ``save_pretrained``; of a ``TimmTransform`` its config is kept. Of any other function only
-        its name is, and :meth:`from_pretrained` asks for it.
+        arguments, are saved by their own ``save_pretrained``. For a ``TimmTransform`` its config is saved. For any other function
+        only its name is saved, and :meth:`from_pretrained` requires the function as an argument.
 
-        Killed at any moment, the folder holds the old save or the new one, each whole: the subfolder has its name when it is whole,
-        and counts when the model's description names it. It is named by its content.
+        If the process is killed at any moment, the folder holds either the complete old save or the complete new one: the subfolder
+        gets its name when it is complete, and becomes valid when the model's description names it. Its name is derived from its
+        content.
 
         Raises:
-            ValueError, NotADirectoryError: as of the model's.
+            ValueError, NotADirectoryError: as for the model's ``save_pretrained``.
         """
         folder = Path(folder)
         if folder.exists() and not folder.is_dir():
@@ -193,7 +195,7 @@ class Predictor(hub.PushToHub):
         remove_leftovers(folder, [*unused, *folder.glob(".predictor-*.tmp")])
 
     def _publish(self, folder: Path) -> str:
-        """Name of the whole subfolder."""
+        """Write the subfolder completely and return its name."""
         with TemporaryDirectory() as scratch:
             sides = {}
             for name, (field, preprocess) in self.inputs.sides.items():
@@ -207,10 +209,10 @@ class Predictor(hub.PushToHub):
         content[DESCRIPTION] = json.dumps(description, indent=2).encode()
         whole = folder / f"predictor-{content_hash(content[DESCRIPTION])[:16]}"
         if is_whole(whole):
-            os.utime(whole)  # in use again, it is no leftover
+            os.utime(whole)  # it is in use again, so it must not look like a leftover
         else:
             write_subfolder(whole, content)
-        for useless in folder.glob(f".{whole.name}-*.tmp"):  # of killed processes, and of slower ones
+        for useless in folder.glob(f".{whole.name}-*.tmp"):  # left by killed or slower processes
             shutil.rmtree(useless, ignore_errors=True)
         return whole.name
 
@@ -228,38 +230,38 @@ class Predictor(hub.PushToHub):
         device: str | torch.device | None = None,
         revision: str | None = None,
     ) -> "Predictor":
-        """Read a folder of :meth:`save_pretrained`, or of a model's own; encoders are got by the names in the save.
+        """Load a folder of :meth:`save_pretrained`, or of a model's own; encoders are loaded by the names in the save.
 
-        ``folder`` may also be "user/name" of one on the Hugging Face Hub, of which ``revision`` is a branch, a tag or a commit.
+        ``folder`` may also be "user/name" of one on the Hugging Face Hub, where ``revision`` is a branch, a tag or a commit.
 
-        A model's own save says nothing of inputs and class names. Then inputs are made by what the encoders' library has for them
-        (tokenizer, padded and truncated; image processor; feature extractor; timm's transform), of the fields "text", "image" and
-        "audio", and a warning says so.
+        A save of a model alone contains no preprocessing and no class names. Then the preprocessing of the encoders' library is
+        used (tokenizer with padding and truncation; image processor; feature extractor; timm's transform) on the fields "text",
+        "image" and "audio", and a warning says so.
 
         Args:
-            main, complementary: the encoder itself, or another name for it: "bert-base-uncased", a folder, "timm/NAME". Where the
-                complementary side was a function of your own, that function. Of several sides a dict of these by name.
-            main_inputs, complementary_inputs: in place of what is saved, as for :class:`FusionCollator`; needed where that was a
-                function of your own. Of several sides a dict by name.
+            main, complementary: the encoder itself, or another name for it: "bert-base-uncased", a folder, "timm/NAME". If the
+                complementary side was your own function, that function. For several sides, a dict of these by name.
+            main_inputs, complementary_inputs: preprocessing used instead of the saved one, as for :class:`FusionCollator`; needed
+                if that was your own function. For several sides, a dict by name.
             head: as for the model's ``from_pretrained``.
-            class_names: in place of those saved.
-            device: where to run; None for where the encoders are, which is the CPU for those got by name.
+            class_names: names used instead of those saved.
+            device: where to run; None for the encoders' current device, which is the CPU for those loaded by name.
 
         Raises:
-            FileNotFoundError, ValueError: no such save, it is damaged or doesn't fit, an encoder can't be had or has other weights
-                than it was trained on, or something that was not saved has to be passed; the message says what.
+            FileNotFoundError, ValueError: there is no such save, it is damaged or doesn't fit, an encoder can't be loaded or has
+                other weights than in training, or something that was not saved has to be passed; the message says what.
             OSError: a file can't be read.
-            TypeError: an argument of a wrong type.
+            TypeError: an argument has a wrong type.
         """
         folder = hub.local_folder(folder, revision)
         name = checkpoint.saved_by(folder)
         if name not in list(KINDS):
-            raise ValueError(f"{folder} was saved by {name}: Predictor takes saves of {' and '.join(KINDS)}")
+            raise ValueError(f"{folder} was saved by {name}: Predictor loads saves of {' and '.join(KINDS)}")
         saved = KINDS[name]._read(folder)
         if saved["head"] is None and head is None:
             raise ValueError(f"{folder} was saved without a head, so it predicts nothing: pass head=... if you have one for it")
         if saved["head"] not in (None, "Linear") and head is None:
-            raise ValueError(f"{folder} was saved with a head of its own, {saved['head']}: pass head=..., the same module")
+            raise ValueError(f"{folder} was saved with a custom head, {saved['head']}: pass head=..., the same module")
         kept = read_kept(folder, saved["predictor"]) if "predictor" in saved else {"class_names": None, "sides": {}}
         if name == "PromptTuned" and (complementary, complementary_inputs) != (None, None):
             raise ValueError(f"{folder} was saved by PromptTuned, which has no complementary side: pass main and main_inputs")
@@ -291,7 +293,7 @@ class Predictor(hub.PushToHub):
 
 
 class _Side:
-    """What a side's inputs need on their way to the model."""
+    """The encoder and the field of one side, used to load images and to move inputs to the device."""
 
     def __init__(self, encoder: nn.Module | None, field: str):
         family = None if encoder is None else find_family(encoder)
@@ -299,7 +301,7 @@ class _Side:
         self.is_image = field == "image" or (family is not None and preprocessing.FIELDS.get(family.input_name) == "image")
 
     def moved(self, value: Any, device: torch.device) -> Any:
-        """On the device; numbers with a point in the encoder's precision."""
+        """Move inputs to the device, and floating-point inputs to the encoder's dtype."""
         if value is None:
             return None
         if isinstance(value, Mapping):
@@ -310,7 +312,7 @@ class _Side:
 
 
 def _encoders(model: MoPEFusion | PromptTuned) -> dict[str, nn.Module | None]:
-    """By the names of the model's inputs; None where a function of the user's, or nothing, stands for one."""
+    """Return encoders by the names of the model's inputs; None for a side with a user's function or with features passed in."""
     if isinstance(model, PromptTuned):
         return {"inputs": model.main.encoder}
     encoders = {"main_inputs": model.main.encoder}
@@ -321,7 +323,7 @@ def _encoders(model: MoPEFusion | PromptTuned) -> dict[str, nn.Module | None]:
 
 
 def _each(argument: str, given: Any, names: list[str]) -> list[Any]:
-    """What is given for each complementary side of a save."""
+    """Return the value given for each complementary side of a save."""
     if names[1:] in ([], ["complementary"]):
         return [given] * len(names[1:])
     known = [name.partition(".")[2] for name in names[1:]]
@@ -332,7 +334,7 @@ def _each(argument: str, given: Any, names: list[str]) -> list[Any]:
 
 
 def _opened(value: Any) -> Any:
-    """Images for their paths, and for lists of them."""
+    """Load images from paths, also within lists; other values stay as they are."""
     if isinstance(value, (list, tuple)):
         return [_opened(each) for each in value]
     return load_image(value) if isinstance(value, (str, os.PathLike)) else value
@@ -340,13 +342,13 @@ def _opened(value: Any) -> Any:
 
 def _checked_names(names: Sequence[str], model: MoPEFusion | PromptTuned) -> tuple[str, ...]:
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"class_names must be a list of texts, got {names!r:.200}")
+        raise TypeError(f"class_names must be a list of strings, got {names!r:.200}")
     if model.problem_type == "regression":
-        raise ValueError("class_names are of classes, and this model was trained for regression: leave them out")
+        raise ValueError("class_names are for classification, but this model was trained for regression: leave them out")
     if model.num_classes not in (None, len(names)):
-        raise ValueError(f"class_names must be {model.num_classes}, one for each output of the head, got {len(names)}")
+        raise ValueError(f"class_names must have {model.num_classes} names, one for each output of the head, got {len(names)}")
     if len(set(names)) < len(names):
-        raise ValueError(f"class_names must differ from each other, got {list(names)}")
+        raise ValueError(f"class_names must be distinct, got {list(names)}")
     return tuple(names)
 
 

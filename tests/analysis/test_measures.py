@@ -276,9 +276,9 @@ def test_nothing_recorded_is_a_clear_error(measure):
         ({"scores": torch.ones(2)}, ValueError, r"scores must be .* got torch.float32 \(2,\)"),
         ({"scores": torch.ones(4, 2), "ids": [1, 2]}, ValueError, r"one integer for each of 4 samples, got \(2,\)"),
         ({"scores": torch.ones(4, 2), "ids": [1.0] * 4}, TypeError, "ids must be integers, got torch.float32"),
-        ({"scores": torch.ones(4, 2), "labels": [0] * 4}, ValueError, "how many classes there are is not known"),
+        ({"scores": torch.ones(4, 2), "labels": [0] * 4}, ValueError, "the number of classes is not known"),
         ({"scores": torch.ones(4, 2), "labels": [0.5] * 4}, ValueError, r"labels must be \(4,\) integers or \(4, C\) weights"),
-        ({"scores": torch.ones(1, 4, 3)}, ValueError, "scores are of .* those before of"),
+        ({"scores": torch.ones(1, 4, 3)}, ValueError, "scores have .* but earlier ones had"),
     ],
 )
 def test_what_can_not_be_counted_is_refused(arguments, error, message):
@@ -291,5 +291,5 @@ def test_what_can_not_be_counted_is_refused(arguments, error, message):
 def test_labels_of_other_classes_are_refused():
     recorder = Recorder()
     recorder.update(torch.ones(3, 2), torch.ones(3, 4))
-    with pytest.raises(ValueError, match="labels are of 5 classes, those before of 4"):
+    with pytest.raises(ValueError, match="labels have 5 classes, but earlier ones had 4"):
         recorder.update(torch.ones(3, 2), torch.ones(3, 5))

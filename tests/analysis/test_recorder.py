@@ -335,7 +335,7 @@ def test_a_note_before_a_forward_that_fails_is_not_taken_for_the_next_one():
     text, images = inputs()
     with analysis.record(model) as recorder:
         recorder.note(ids=[7, 7, 7, 7], labels=[0, 0, 0, 0])
-        with pytest.raises(ValueError, match="differ in batch length"):
+        with pytest.raises(ValueError, match="differ in batch size"):
             model(text, images[:2])
         model(text, images, LABELS)
     assert recorder.class_counts.tolist() == torch.bincount(LABELS, minlength=CLASSES).tolist()
@@ -347,7 +347,7 @@ def test_nothing_recorded_is_a_clear_error():
         pass
     with pytest.raises(RuntimeError, match="nothing was recorded"):
         recorder.report("never.html")
-    with pytest.raises(RuntimeError, match="no model to watch"), analysis.Recorder():
+    with pytest.raises(RuntimeError, match="no model to observe"), analysis.Recorder():
         pass
 
 

@@ -102,7 +102,7 @@ def test_from_the_smallest_to_the_largest_a_page_is_bounded_and_says_what_it_lea
         assert len(data["classes"]["names"]) == page.MAX_CLASSES
         assert "The table of classes has 60 of" in text
         assert "classes have no sample" in text
-        assert "points in place of the 40 recorded" in text
+        assert "points instead of the 40 recorded" in text
         assert sum(map(len, data["curves"]["importance"])) * experts <= page.MAX_CURVE
     else:
         assert data["classes"] is data["curves"] is None
@@ -113,8 +113,8 @@ def test_places_of_samples_left_out_are_counted(tmp_path, monkeypatch):
     recorder = recorded(samples=30, experts=4, top=2)
     data = data_of(file := recorder.report(tmp_path / "report.html", samples=str))
     assert len(data["samples"]) == 4
-    places = sum(len(best) for layer in data["top"] for best in layer)
-    assert f"4 samples are shown; {2 * 4 * 2 - places} places" in file.read_text(encoding="utf-8")
+    entries = sum(len(best) for layer in data["top"] for best in layer)
+    assert f"4 samples are shown; {2 * 4 * 2 - entries} entries" in file.read_text(encoding="utf-8")
     # the most used expert is served first
     layer, expert = divmod(int(recorder.importance.argmax()), 4)
     assert data["samples"][0][0] == recorder.top_samples(layer, expert)[0].id
@@ -193,7 +193,7 @@ def test_lone_surrogates_do_not_cost_the_report(tmp_path):
         ([3, 4], "sample [01]: expected a text, a PIL image, a path of one, or a tensor .* got [34]"),
         ([torch.zeros(4, 4)] * 2, r"sample [01]: .* got torch.float32 \(4, 4\) \(the shape is not \(3, H, W\)\)"),
         ([torch.full((3, 4, 4), float("nan"))] * 2, r"sample [01]: .* \(it has NaN or infinite values\)"),
-        ([torch.zeros(3, 4, 4, dtype=torch.uint16)] * 2, r"got torch.uint16 .*of integers only those of uint8 have a known range"),
+        ([torch.zeros(3, 4, 4, dtype=torch.uint16)] * 2, r"got torch.uint16 .*among integer dtypes only uint8 has a known range"),
         ([Image.new("F", (4, 4))] * 2, r"sample [01]: .*mode F of an image in memory has no range"),
         ([{"label": 1}] * 2, r"sample [01]: a dict must have 'text' or 'image', got \['label'\]"),
         ([("text", "missing.png")] * 2, "sample [01]: .* got 'missing.png'"),

@@ -88,11 +88,11 @@ def test_what_can_not_be_measured_is_refused(bert):
         analysis.what_sides_add(bert, batches)
     with pytest.raises(ValueError, match="a batch has no labels"):
         analysis.what_sides_add(model, [{**batches[0], "labels": None}], progress=False)
-    with pytest.raises(ValueError, match="no sample counts, all labels are -100"):
+    with pytest.raises(ValueError, match="all labels are -100, so no sample counts"):
         analysis.what_sides_add(model, [{**b, "labels": torch.full_like(b["labels"], -100)} for b in batches], progress=False)
-    with pytest.raises(ValueError, match="batches gave none"):
+    with pytest.raises(ValueError, match="batches is empty"):
         analysis.what_sides_add(model, [], progress=False)
-    with pytest.raises(ValueError, match="batches gave none"):
+    with pytest.raises(ValueError, match="batches is empty"):
         analysis.what_sides_add(model, iter(batches), progress=False)
     model.unwrap()
     with pytest.raises(ValueError, match="needs a model with a head"):

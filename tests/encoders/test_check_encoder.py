@@ -247,7 +247,7 @@ def test_a_feature_of_another_token_is_found_behind_the_layers(qwen3):
         return output.last_hidden_state[:, -1 if len(seen) % 2 else 0]
 
     families.register_encoder(dataclasses.replace(family, feature=feature))
-    fails(encoder, "behind the last layer")
+    fails(encoder, "after the last layer")
 
 
 def test_a_gradient_that_is_no_number_is_found(qwen3, monkeypatch):
@@ -313,7 +313,7 @@ def test_layers_of_another_shape_are_refused():
         "swin_tiny_patch4_window7_224", img_size=32, depths=(1, 1), embed_dim=16, num_heads=(2, 4), window_size=4
     )
     with pytest.raises(
-        ValueError, match=r"takes layers of sequences \(B, S, D\), but SwinTransformerBlock was given \(2, 8, 8, 16\)"
+        ValueError, match=r"needs layers on sequences \(B, S, D\), but SwinTransformerBlock was given \(2, 8, 8, 16\)"
     ):
         check_encoder(swin, torch.randn(2, 3, 32, 32))
 

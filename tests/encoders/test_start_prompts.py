@@ -110,9 +110,9 @@ def test_what_is_wrong_is_said_and_changes_nothing():
     before = copy.deepcopy(model.bank.state_dict())
     with pytest.raises(TypeError, match="takes a MoPEFusion or PromptTuned"):
         start_prompts(torch.nn.Linear(2, 3), [])
-    with pytest.raises(ValueError, match="gave none"):
+    with pytest.raises(ValueError, match="batches is empty"):
         start_prompts(model, [], progress=False)
-    with pytest.raises(TypeError, match="must give dicts"):
+    with pytest.raises(TypeError, match="must yield dicts"):
         start_prompts(model, [inputs["pixel_values"]], progress=False)
     with pytest.raises(TypeError, match="the main encoder's inputs are missing"):
         start_prompts(model, [{"labels": torch.zeros(2)}], progress=False)

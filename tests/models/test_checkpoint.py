@@ -233,7 +233,7 @@ def test_weights_of_a_name_that_fits_and_a_header_that_lies_are_refused(saved, d
     name = f"{checkpoint._content_name(data)}.safetensors"
     (saved / name).write_bytes(data)
     rewrite_description(saved, lambda description: description.update(weights=name))
-    with pytest.raises(ValueError, match=rf"{name} is no file of safetensors \("):
+    with pytest.raises(ValueError, match=rf"{name} is not a safetensors file \("):
         MoPEFusion.from_pretrained(saved, bert(), dinov2())
 
 

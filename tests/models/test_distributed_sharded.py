@@ -188,7 +188,7 @@ def check_evaluation(rank, folder):
     model, batch = fusion_and_batch("dinov2", "bert")
     expected = model(*batch)
     shard(model)
-    with pytest.raises(RuntimeError, match=r"fold\(\) needs whole weights, and this MoPEFusion is sharded: save_pretrained\(\) it"):
+    with pytest.raises(RuntimeError, match=r"fold\(\) needs whole weights, but this MoPEFusion is sharded: save it"):
         model.fold()
     with torch.no_grad():
         output = model(*cut(batch, part(rank)))

@@ -151,7 +151,7 @@ def test_exporting_leaves_the_model_as_it_was_even_where_it_fails():
     model = make_small()
     folded, inputs = model.fold(), (make_text(4), make_images(4).float())
     before = folded(*inputs).logits
-    with pytest.raises(ValueError, match="the two sides differ in batch length"):
+    with pytest.raises(ValueError, match="the two sides differ in batch size"):
         export(folded, make_text(4), make_images(3).float())
     export(folded, *inputs)
     assert torch.equal(folded(*inputs).logits, before)

@@ -80,8 +80,8 @@ def test_other_models_and_kinds_of_labels():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"batches": []}, ValueError, "batches gave none"),
-        ({"batches": [torch.ones(2)]}, TypeError, "must give dicts of the model's keyword arguments, got Tensor"),
+        ({"batches": []}, ValueError, "batches is empty"),
+        ({"batches": [torch.ones(2)]}, TypeError, "must yield dicts of the model's keyword arguments, got Tensor"),
         ({"batches": [{"main_inputs": make_text(2)}]}, ValueError, "a batch has no labels"),
         ({"epochs": 0}, ValueError, "epochs must be an integer >= 1, got 0"),
         ({"lr": 1e30}, FloatingPointError, "the head's loss became"),
@@ -96,7 +96,7 @@ def test_what_can_not_be_fitted_is_refused(change, error, message):
 
 
 def test_a_model_without_a_head_is_told():
-    with pytest.raises(ValueError, match="this MoPEFusion has no head to fit: give it num_classes or head"):
+    with pytest.raises(ValueError, match="this MoPEFusion has no head to fit: create it with num_classes or head"):
         fit_head(make_fusion(num_classes=None), batches(), progress=False)
 
 

@@ -228,7 +228,7 @@ def test_a_copy_of_a_model_that_was_compiled_in_place_is_its_own():
 
 
 def test_frozen_is_for_inference():
-    message = r"frozen\(\) is for inference, and this MoPEFusion is in training mode: call eval\(\) first"
+    message = r"frozen\(\) is for inference, but this MoPEFusion is in training mode: call eval\(\) first"
     with pytest.raises(RuntimeError, match=message), make_fusion().train().frozen():
         pass
 
@@ -257,7 +257,7 @@ def test_bad_complementary_inputs_are_named():
     folded = make_fusion("bert", None, cross_dim=20).fold()
     with pytest.raises(ValueError, match="complementary_inputs is None"):
         folded(make_text(3))
-    with pytest.raises(ValueError, match="the two sides differ in batch length: main has 3 samples, complementary 4"):
+    with pytest.raises(ValueError, match="the two sides differ in batch size: main has 3 samples, complementary has 4"):
         folded(make_text(3), torch.randn(4, 20, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"cross must be \(B, 20\), got \(3, 19\)"):
         folded(make_text(3), torch.randn(3, 19, dtype=torch.float64))

@@ -132,9 +132,7 @@ def test_a_complementary_function_that_would_train_what_nobody_saves_is_refused_
     run = torch.compile(model, fullgraph=True, backend="eager") if compiled else model
     x = torch.randn(3, 6, dtype=torch.float64)
     run(text, x)  # in eval mode nobody trains
-    with pytest.raises(
-        Exception, match=r"would not be saved. Call .requires_grad_\(False\) on the module in it; pass a PromptTuned"
-    ):
+    with pytest.raises(Exception, match=r"would not be saved. Call .requires_grad_\(False\) on its module; pass a PromptTuned"):
         run.train()(text, x)
     linear.requires_grad_(False)
     run(text, x).features.sum().backward()

@@ -49,15 +49,15 @@ def test_a_save_of_the_hub_is_read_by_name_and_revision(cache):
 
 @pytest.mark.parametrize("name", ["user/nothing", "outputs/adapter"])
 def test_what_is_neither_here_nor_there_is_said_once(cache, name):
-    with pytest.raises(FileNotFoundError, match=f"{name} is no folder here, and can't be had from the Hub: "):
+    with pytest.raises(FileNotFoundError, match=f"{name} is not a local folder, and can't be downloaded from the Hub: "):
         PromptTuned.from_pretrained(name, make_bert())
-    with pytest.raises(FileNotFoundError, match="at v9 is no folder here"):
+    with pytest.raises(FileNotFoundError, match="at v9 is not a local folder"):
         PromptTuned.from_pretrained(name, make_bert(), revision="v9")
 
 
 def test_a_folder_here_has_no_revision(tmp_path):
     PromptTuned(make_bert(), 2, 3).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is a folder here, which has no revision 'v1'"):
+    with pytest.raises(ValueError, match="is a local folder, which has no revision 'v1'"):
         PromptTuned.from_pretrained(tmp_path, make_bert(), revision="v1")
 
 

@@ -30,8 +30,8 @@ NAN, INF = math.nan, math.inf
         (SINGLE, (1, 2), torch.tensor([[NAN, 1.0]]), ValueError, "must be in 0..1, got nan"),
         (SINGLE, (1, 2), torch.tensor([[-100.0, 1.0]]), ValueError, "must be in 0..1, got -100"),
         (SINGLE, (1, 2), torch.tensor([[2.0, -1.0]]), ValueError, r"must be in 0\.\.1, got 2"),
-        (REGRESSION, (2,), torch.zeros(2), ValueError, r"need logits \(B, num_classes\), the head gave \(2,\)"),
-        (SINGLE, (2, 1), torch.tensor([0, 0]), ValueError, "at least 2 classes: of one class the loss is always 0"),
+        (REGRESSION, (2,), torch.zeros(2), ValueError, r"need logits \(B, num_classes\), the head returned \(2,\)"),
+        (SINGLE, (2, 1), torch.tensor([0, 0]), ValueError, "at least 2 classes: with one class the loss is always 0"),
         (SINGLE, (2, 3, 4), torch.tensor([0, 1]), ValueError, r"integer classes \(2, 4\), got"),
         (
             MULTI,

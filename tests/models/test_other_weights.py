@@ -48,7 +48,7 @@ def silent():
     ("encoders", "side"), [(lambda: (bert(5), dinov2()), "main"), (lambda: (bert(), dinov2(5)), "complementary.main")]
 )
 def test_other_weights_of_the_same_shapes_are_a_warning_and_refused_by_strict(saved, encoders, side):
-    message = f"was trained on other weights of '{side}' than it is put on: .* has .*, had .* and .* more"
+    message = f"was trained on other weights of '{side}' than it is loaded onto: .* has .*, had .* and .* more"
     with pytest.warns(UserWarning, match=message) as seen:
         MoPEFusion.from_pretrained(saved, *encoders()).unwrap()
     assert seen[0].filename == __file__
@@ -109,7 +109,7 @@ def test_a_changed_layer_and_a_black_box_count_too(tmp_path):
         MoPEFusion.from_pretrained(tmp_path, changed, copy.deepcopy(black))
     with torch.no_grad():
         black.bias += 0.1
-    with pytest.warns(UserWarning, match=r"other weights of 'complementary' than it is put on: bias has"):
+    with pytest.warns(UserWarning, match=r"other weights of 'complementary' than it is loaded onto: bias has"):
         MoPEFusion.from_pretrained(tmp_path, bert(), black)
 
 
@@ -131,10 +131,10 @@ def test_what_can_not_be_compared_is_taken_but_not_by_strict(saved):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         MoPEFusion.from_pretrained(saved, bert(5), dinov2())
-    with pytest.raises(ValueError, match=r"whether 'main' has the weights .* can't be known, the save holds nothing of it"):
+    with pytest.raises(ValueError, match=r"can't check that 'main' has the weights .* because the save holds no samples of it"):
         MoPEFusion.from_pretrained(saved, bert(), dinov2(), strict=True)
     file.write_text(json.dumps({**description, "encoders": {**samples, "main": {"needed": 3}}}))
-    with pytest.raises(ValueError, match="is damaged: it has no samples of 'main'"):
+    with pytest.raises(ValueError, match="is damaged: it has no valid samples of 'main'"):
         MoPEFusion.from_pretrained(saved, bert(), dinov2())
 
 

@@ -147,7 +147,7 @@ def test_a_failing_constructor_leaves_nothing_attached():
         with pytest.raises(ValueError, match="num_classes must be an integer >= 1, got True"):
             build()
     head = bert.pooler
-    with pytest.raises(ValueError, match="head is a part of what is held frozen and would not be trained"):
+    with pytest.raises(ValueError, match="head is a part of a frozen module and would not be trained"):
         MoPEFusion(bert, dinov2, head=head)
     assert bert.training
     assert dinov2.training

@@ -81,7 +81,7 @@ def test_new_kinds_equal_the_concatenation_folded_and_saved(main, mixing, toys, 
         close(mine, truth, 1e-9)
 
     close(model.fold()(inputs, cross).features, expected)
-    with pytest.raises(ValueError, match="adapter 'a' has mark, pair prompts, which can't stand beside other adapters' yet"):
+    with pytest.raises(ValueError, match="adapter 'a' has mark, pair prompts, which MultiAdapter doesn't support yet"):
         MultiAdapter({"a": model})
     model.save_pretrained(tmp_path)
     twin = make_fusion(model.unwrap()[0], None, cross_dim=CROSS, mixing=mixing)

@@ -116,7 +116,7 @@ def test_heads_of_ones_own_read_maps_and_the_other_feature():
         (lambda m: m.float(), "must be integers or bool, got torch.float32"),
         (lambda m: m[:, None], r"must be \(4, H, W\), got \(4, 1, 12, 12\); for \(B, 1, H, W\) call"),
         (lambda m: m[:2], r"must be \(4, H, W\), got \(2, 12, 12\)"),
-        (lambda m: m + 1, "must be classes 0 to 1, or -100 for pixels that don't count, got 2"),
+        (lambda m: m + 1, "must be classes 0 to 1, or -100 for ignored pixels, got 2"),
     ],
 )
 def test_masks_that_can_not_be_meant_are_refused(masks, message):
@@ -137,10 +137,10 @@ def test_what_pixels_can_not_be_asked_for_is_refused():
     model = make_model()
     with pytest.raises(ValueError, match="the head reads feature maps"):
         fit_head(model, [])
-    with pytest.raises(ValueError, match="this model's are of pixels"):
+    with pytest.raises(ValueError, match="this model classifies pixels"):
         Predictor(model, FusionCollator(None, None))
     shared = PromptedEncoder(make_dinov2())
     with pytest.raises(ValueError, match="adapter 'a' predicts pixels"):
         MultiAdapter({"a": PromptTuned(shared, 2, 2, problem_type="segmentation"), "b": PromptTuned(shared, 2, 2)})
-    with pytest.raises(ValueError, match="which a VLMo has none of"):
+    with pytest.raises(ValueError, match="which a VLMo doesn't have"):
         MoPEBAF(None, 2, problem_type="segmentation")

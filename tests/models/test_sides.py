@@ -339,7 +339,7 @@ def test_prompts_of_every_side_start_among_its_tokens():
     before = rows.clone()
     start_prompts(model, [{"main_inputs": text, "complementary_inputs": {**others, "picture": None}}], progress=False)
     assert torch.equal(rows, before)
-    with pytest.raises(ValueError, match="side 'video' is missing, and was not declared as one that may be"):
+    with pytest.raises(ValueError, match="side 'video' is missing, but was not declared optional"):
         start_prompts(model, [{"main_inputs": text}], progress=False)
 
 
@@ -359,15 +359,15 @@ def test_encoders_are_given_back():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda x: {**x, "video": None}, "side 'video' is missing, and was not declared"),
+        (lambda x: {**x, "video": None}, "side 'video' is missing, but was not declared"),
         (lambda x: {**x, "sound": x["words"]}, r"complementary_inputs has \['sound'\]: this model's sides are"),
         (lambda x: x["picture"], "complementary_inputs must be a dict of"),
         (lambda x: {**x, "words": x["words"][:3]}, "main has 5 samples, words 3"),
         (lambda x: {**x, "video": x["video"][:, :0]}, "'video' has videos without frames"),
-        (lambda x: {**x, "video": x["video"][0, 0, 0, 0]}, "'video' is of frames: its inputs must be tensors"),
+        (lambda x: {**x, "video": x["video"][0, 0, 0, 0]}, "'video' is a side of frames: its inputs must be tensors"),
         (lambda x: {**x, "video": {"frames": x["video"], "frame_mask": torch.zeros(B, T).bool()}}, "video 0 of the batch has no"),
         (lambda x: {**x, "video": {"pixel_values": x["video"], "frame_mask": torch.ones(B, 2).bool()}}, "of the same B and T"),
-        (lambda x: {**x, "present": {"video": torch.ones(B).bool()}}, "'present' has a mask of 'video': sides that may be missing"),
+        (lambda x: {**x, "present": {"video": torch.ones(B).bool()}}, "'present' has a mask for 'video', but the optional"),
         (lambda x: {**x, "present": {"words": torch.ones(B)}}, r"present\['words'\] must be a bool tensor"),
         (lambda x: {**x, "present": {"words": torch.ones(2).bool()}}, r"main has 5 samples, present\['words'\] 2"),
         (lambda x: {**x, "words": None, "present": {"words": torch.ones(B).bool()}}, "but 'words' is None"),
@@ -394,8 +394,8 @@ def both_trained_and_held(bag):
         (lambda: {"tokens": None}, "a side can't be called 'tokens'"),
         (lambda: {"a": make_model({"b": Side(width=3)}).fold()}, r"'a'\] can't be a folded fusion"),
         (lambda: {"a.b": None}, "a side can't be called 'a.b'"),
-        (lambda: {3: None}, "names of complementary sides must be texts, got 3"),
-        (lambda: Side(None, width=3), "give it a name"),
+        (lambda: {3: None}, "names of complementary sides must be strings, got 3"),
+        (lambda: Side(None, width=3), "is a Side without a name: give it one"),
         (lambda: dict.fromkeys("ab", make_dinov2()), "already takes prompts from another model, or another side of this one"),
         (lambda: {"a": 3}, r"complementary\['a'\] must be a supported encoder, a callable or None, got int"),
         (lambda: {"a": None}, r"the width of the feature of \['a'\] can't be inferred"),
@@ -403,7 +403,7 @@ def both_trained_and_held(bag):
         (lambda: {"a": Side(make_dinov2(), trainable=True)}, "trainable=True trains a whole module, but a Dinov2Model is kept"),
         (lambda: {"a": Side(lambda x: x, trainable=True, width=3)}, "trainable=True needs a module, got function"),
         (lambda: {"a": Side(Bag().requires_grad_(False), trainable=True, width=7)}, "no parameter of the Bag requires a gradient"),
-        (lambda: both_trained_and_held(Bag()), "a is a part of what is held frozen"),
+        (lambda: both_trained_and_held(Bag()), "a is a part of a frozen module"),
         (lambda: {"a": make_model()}, r"complementary\['a'\] can't be a MoPEFusion"),
         (lambda: {"a": Side(nn.Sequential(make_model()), trainable=True, width=3)}, "routed prompts at '0.bank', whose importance"),
         (lambda: {"a": Side(nn.Sequential(make_model()), width=3)}, "which would be held frozen, but has a MoPEFusion at '0'"),
@@ -421,7 +421,7 @@ def test_sides_that_can_not_be_meant_are_refused_and_nothing_stays_held(sides, m
 
 def test_settings_of_several_sides_need_several():
     for settings in ({"side_dropout": 0.1}, {"combine": "sum"}):
-        with pytest.raises(ValueError, match="are for several sides, which are a dict of names"):
+        with pytest.raises(ValueError, match="are for several sides, which are given as a dict by name"):
             MoPEFusion(make_bert(), None, 2, MoPEConfig(cross_dim=3, **settings))
 
 

@@ -47,9 +47,9 @@ def test_logits_alone_are_those_of_all_outputs_for_folded_models_too():
     close(model(*inputs), expected.logits, 0)
     close(model.fold()(*inputs), expected.logits)
     close(model.fold().for_export("scores")(*inputs), expected.scores)
-    with pytest.raises(ValueError, match="return_logits=True gives logits and no loss"):
+    with pytest.raises(ValueError, match="return_logits=True returns logits and no loss"):
         model(*inputs, LABELS)
-    with pytest.raises(ValueError, match="return_logits=True gives logits, no feature maps and no tokens"):
+    with pytest.raises(ValueError, match="return_logits=True returns logits, no feature maps and no tokens"):
         model(*inputs, feature_maps=True)
     model.reset_classifier(0)
     close(model(*inputs), expected.features, 0)
@@ -71,7 +71,7 @@ def test_the_importance_loss_of_a_step_is_taken_once_and_makes_the_models_own_lo
     expected.backward()
     for name, parameter in trained(model).items():
         close(parameter.grad, trained(whole)[name].grad, 1e-12)
-    with pytest.raises(RuntimeError, match="call the model, and then this once"):
+    with pytest.raises(RuntimeError, match="call the model first"):
         model.auxiliary_loss()
     with pytest.raises(RuntimeError, match=r"read output\.loss"):
         whole.auxiliary_loss()
@@ -81,7 +81,7 @@ def test_the_importance_loss_of_a_step_is_taken_once_and_makes_the_models_own_lo
     model.train()(*inputs)
     with pytest.raises(ValueError, match="complementary_inputs is None"):
         model(inputs[0])
-    with pytest.raises(RuntimeError, match="call the model, and then this once"):
+    with pytest.raises(RuntimeError, match="call the model first"):
         model.auxiliary_loss()  # of a forward that failed there is none
 
 
@@ -161,7 +161,7 @@ def test_names_that_fit_no_side_are_refused(given, message):
 
 
 def test_names_that_fit_both_sides_or_none_are_refused():
-    with pytest.raises(TypeError, match=r"input_ids and attention_mask may be of either encoder: pass main_inputs"):
+    with pytest.raises(TypeError, match=r"input_ids and attention_mask could belong to either encoder: pass main_inputs"):
         make_fusion("bert", make_bert())(**make_text(3))
     tuned = PromptTuned(make_bert(), 2)
     for given, message in (
@@ -337,11 +337,11 @@ def test_a_script_after_timms_train_py_trains_averages_saves_and_resumes(tmp_pat
 
 def test_what_can_not_be_done_for_timms_script_is_said():
     model = make_tuned()
-    with pytest.raises(ValueError, match="layer decay gives each layer a learning rate of its own, but the layers are frozen"):
+    with pytest.raises(ValueError, match="layer decay gives each layer its own learning rate, but the layers are frozen"):
         create_optimizer_v2(model, opt="adamw", lr=0.01, layer_decay=0.75)
     with pytest.raises(TypeError, match=r"torch\.jit\.script can't read a model .* torch\.jit\.trace"):
         torch.jit.script(model)
-    with pytest.raises(ValueError, match="global_pool='avg': pooling is chosen when the model is made"):
+    with pytest.raises(ValueError, match="global_pool='avg' is not supported: choose pooling when you create the model"):
         model.reset_classifier(3, global_pool="avg")
     with pytest.raises(ValueError, match="complementary has return_logits=True"):
         MoPEFusion(make_bert(), model, 3)
@@ -370,7 +370,7 @@ def test_a_frozen_encoder_that_somebody_trains_stays_in_eval_mode_and_says_that_
     holder.train()
     close(model(text).logits, expected, 0)
     model.requires_grad_(True)
-    with pytest.warns(UserWarning, match="all parameters of the frozen BertModel ask for a gradient"):
+    with pytest.warns(UserWarning, match="all parameters of the frozen BertModel require a gradient"):
         model.train()
 
 

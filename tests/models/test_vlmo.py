@@ -310,7 +310,7 @@ IDS, IMAGES = make_inputs("text")["input_ids"], make_inputs("image")["pixel_valu
     [
         ({}, ValueError, "neither input_ids nor pixel_values: give one of them, or both"),
         ({"input_ids": IDS[:2], "pixel_values": IMAGES}, ValueError, "the same number of samples, got 2 and 4"),
-        ({"pixel_values": IMAGES, "attention_mask": IDS}, ValueError, "attention_mask is of the text: give input_ids with it"),
+        ({"pixel_values": IMAGES, "attention_mask": IDS}, ValueError, "attention_mask belongs to the text: give input_ids with it"),
         ({"input_ids": IDS, "attention_mask": [[1] * 7] * 4}, TypeError, r"attention_mask must be a tensor \(B, S\), got list"),
         (
             {"input_ids": IDS, "attention_mask": IDS[:, :3]},
@@ -318,12 +318,12 @@ IDS, IMAGES = make_inputs("text")["input_ids"], make_inputs("image")["pixel_valu
             r"attention_mask must be \(B, S\) as input_ids \(4, 7\), .* got \(4, 3\)",
         ),
         ({"input_ids": IDS.tolist()}, TypeError, r"input_ids must be an int64 tensor \(B, T\), got list: VLMoProcessor"),
-        ({"input_ids": IDS.float()}, TypeError, "got torch.float32: VLMoProcessor makes it from text"),
+        ({"input_ids": IDS.float()}, TypeError, "got torch.float32: VLMoProcessor creates it from text"),
         ({"input_ids": IDS[0]}, ValueError, r"input_ids must be \(B, T\) with 1 to 7 tokens, got \(7,\)"),
         ({"input_ids": IDS[:, :0]}, ValueError, r"got \(4, 0\)"),
         ({"input_ids": IDS.repeat(1, 2)}, ValueError, r"with 1 to 7 tokens, got \(4, 14\): truncate them"),
         ({"pixel_values": IMAGES.byte()}, TypeError, r"pixel_values must be a float tensor \(B, 3, H, W\), got torch.uint8"),
-        ({"pixel_values": "cat.png"}, TypeError, "got str: VLMoProcessor makes it from images"),
+        ({"pixel_values": "cat.png"}, TypeError, "got str: VLMoProcessor creates it from images"),
         ({"pixel_values": IMAGES[0]}, ValueError, r"pixel_values must be \(B, 3, 12, 12\), got \(3, 12, 12\): resize"),
         ({"pixel_values": IMAGES[:, :1]}, ValueError, r"got \(4, 1, 12, 12\)"),
         ({"pixel_values": IMAGES[..., :8]}, ValueError, r"got \(4, 3, 12, 8\): resize the images, or load the checkpoint with"),

@@ -73,7 +73,7 @@ def test_drop_path_rises_to_its_rate():
         ({"first_fusion_layer": 4}, ValueError, "first_fusion_layer must be 0 to num_layers=3, got 4"),
         ({"first_fusion_layer": -1}, ValueError, "first_fusion_layer must be 0 to num_layers=3, got -1"),
         ({"drop_path_rate": 1.0}, ValueError, r"drop_path_rate must be in \[0, 1\), got 1.0"),
-        ({"max_text_length": 197}, ValueError, "relative positions reach 196 text tokens, got max_text_length=197"),
+        ({"max_text_length": 197}, ValueError, "relative positions cover at most 196 text tokens, got max_text_length=197"),
     ],
     ids=str,
 )
@@ -85,7 +85,7 @@ def test_sizes_that_do_not_go_together(overrides, error, message):
 def test_other_names_and_no_configuration():
     with pytest.raises(ValueError, match=r"configurations \['base', 'base_plus', 'large'\], got 'huge'"):
         VLMo.from_config("huge")
-    with pytest.raises(TypeError, match=r"config must be a VLMoConfig, got 'base_plus': VLMo.from_config takes names"):
+    with pytest.raises(TypeError, match=r"config must be a VLMoConfig, got 'base_plus': use VLMo.from_config for names"):
         VLMo("base_plus")
 
 

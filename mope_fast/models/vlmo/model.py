@@ -39,7 +39,7 @@ class VLMo(nn.Module):
         config: the architecture, see :meth:`from_config`.
         impl: attention implementation: "auto", or one of :func:`mope_fast.functional.prompt_attention`.
 
-    Examples:
+    Example:
         >>> vlmo = VLMo.from_checkpoint("vlmo_base_plus_patch16_224.pt")        # or VLMo.from_config("base_plus")
         >>> inputs = VLMoProcessor(tokenizer)(texts, images)
         >>> vlmo(**inputs).pooled                                               # (B, 544)
@@ -179,7 +179,7 @@ class VLMo(nn.Module):
     def key_padding_mask(
         self, attention_mask: Tensor | None, input_ids: Tensor | None, *, before: int = 0, after: int
     ) -> Tensor | None:
-        """Return a bool mask (B, before + T + after), True for real tokens and for keys other than the text's; None if all are."""
+        """Return a bool mask (B, before + T + after), the text's mask padded with True; None if all keys are real."""
         if attention_mask is None:
             return None
         if input_ids is None:

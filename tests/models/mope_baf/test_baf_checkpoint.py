@@ -153,7 +153,7 @@ def test_missing_and_foreign_files_are_named(frozen, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"does not exist: expected a folder written by MoPEBAF\.save_pretrained"):
         MoPEBAF.from_pretrained(tmp_path, given)
     make_baf(vlmo(), freeze_backbone=frozen).save_pretrained(tmp_path)
-    with pytest.raises(TypeError, match="MoPEBAF takes a VLMo, got Linear"):
+    with pytest.raises(TypeError, match="MoPEBAF needs a VLMo, got Linear"):
         MoPEBAF.from_pretrained(tmp_path, nn.Linear(2, 2))
     state = load_file(weights_of(tmp_path))
     weights_of(tmp_path).unlink()
@@ -171,7 +171,7 @@ def test_missing_and_foreign_files_are_named(frozen, tmp_path):
 
 def test_a_verbalizer_wants_the_head_for_masked_words_back(tmp_path):
     make_baf(vlmo(), **SETTINGS["verbalizer"], freeze_backbone=True).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="make the VLMo with mlm_head=True"):
+    with pytest.raises(ValueError, match="create the VLMo with mlm_head=True"):
         MoPEBAF.from_pretrained(tmp_path, vlmo(mlm_head=False))
 
 

@@ -210,13 +210,13 @@ def test_two_frozen_models_share_a_vlmo():
 @pytest.mark.parametrize(
     ("build", "error", "message"),
     [
-        (lambda v, c: MoPEBAF(nn.Linear(2, 2), 2, c), TypeError, "MoPEBAF takes a VLMo, got Linear: VLMo.from_checkpoint"),
+        (lambda v, c: MoPEBAF(nn.Linear(2, 2), 2, c), TypeError, "MoPEBAF needs a VLMo, got Linear: use VLMo.from_checkpoint"),
         (lambda v, c: MoPEBAF(v, 2), TypeError, r"MoPEBAF needs config=BAFConfig\(text_prompt_length=.*got NoneType"),
         (lambda v, c: MoPEBAF(v, 2, MoPEConfig()), TypeError, "got MoPEConfig"),
         (lambda v, c: MoPEBAF(v, True, c), ValueError, "num_classes must be an integer >= 1, got True"),
         (lambda v, c: MoPEBAF(v, 2, c, head=nn.Linear(68, 2)), ValueError, "give num_classes for a linear head or head"),
         (lambda v, c: MoPEBAF(v, 2, c, problem_type="ranking"), ValueError, "problem_type must be one of"),
-        (lambda v, c: MoPEBAF(v, None, c, head=v.pooler.dense), ValueError, "head is a part of what is held frozen"),
+        (lambda v, c: MoPEBAF(v, None, c, head=v.pooler.dense), ValueError, "head is a part of a frozen module"),
     ],
 )
 def test_wrong_arguments_are_named_and_leave_the_vlmo_as_it_was(build, error, message):
@@ -230,23 +230,23 @@ def test_wrong_arguments_are_named_and_leave_the_vlmo_as_it_was(build, error, me
 @pytest.mark.parametrize(
     ("sizes", "classes", "settings", "message"),
     [
-        ({}, 3, VERBALIZER, "head='verbalizer' reads VLMo's head for masked words: make the VLMo with mlm_head=True"),
-        ({"mlm_head": True}, 2, VERBALIZER, "has words of 3 classes, num_classes is 2"),
-        ({"mlm_head": True}, 3, {**VERBALIZER, "verbalizer": [[4], [50], [5]]}, "has token id 50, the vocabulary has 0 to 49"),
+        ({}, 3, VERBALIZER, "head='verbalizer' uses VLMo's masked language modelling head: create the VLMo with mlm_head=True"),
+        ({"mlm_head": True}, 2, VERBALIZER, "has words for 3 classes, but num_classes is 2"),
+        ({"mlm_head": True}, 3, {**VERBALIZER, "verbalizer": [[4], [50], [5]]}, "token id 50, but the vocabulary has ids 0 to 49"),
         ({"mlm_head": True}, 3, {**VERBALIZER, "mask_token_id": 50}, "mask_token_id=50 is outside of the vocabulary, 0 to 49"),
         ({}, 3, {"fusion_heads": 3}, "the width 68 must be a multiple of num_heads=3"),
         ({}, 3, {"fusion_form": "G", "text_prompt_length": 0, "fusion_heads": 3}, "must be a multiple of num_heads=3"),
         ({}, 3, {"num_blocks": 4}, "num_blocks=4 is more than the 3 layers that are cut into blocks"),
-        ({}, 3, {"boundaries": [3]}, r"in front of layers 1 to 2 here, got boundaries \(3,\): from layer 3 on, text and image"),
-        ({}, 3, {"boundaries": [0]}, r"in front of layers 1 to 2 here, got boundaries \(0,\)"),
-        ({}, 3, {"boundaries": [5], "keep_modality_prompts": True}, "in front of layers 1 to 4 here"),
-        ({}, 3, {"partition": "stages"}, r"in front of layers 1 to 2 here, got boundaries \(3,\)"),
-        ({}, 3, {"partition": "all", "num_blocks": 3}, r"in front of layers 1 to 2 here, got boundaries \(2, 4\)"),
+        ({}, 3, {"boundaries": [3]}, r"only before layers 1 to 2 here, got boundaries \(3,\): from layer 3 on, text and image"),
+        ({}, 3, {"boundaries": [0]}, r"only before layers 1 to 2 here, got boundaries \(0,\)"),
+        ({}, 3, {"boundaries": [5], "keep_modality_prompts": True}, "only before layers 1 to 4 here"),
+        ({}, 3, {"partition": "stages"}, r"only before layers 1 to 2 here, got boundaries \(3,\)"),
+        ({}, 3, {"partition": "all", "num_blocks": 3}, r"only before layers 1 to 2 here, got boundaries \(2, 4\)"),
         ({}, 3, {"visible": {"text": ["text"]}}, "BAFConfig.visible says nothing about 'text_prompt': give it a list"),
         ({}, 3, {"fusion_visible": {"text": []}}, "BAFConfig.fusion_visible says nothing about 'unified_prompt'"),
         ({"first_fusion_layer": 5}, 3, {}, "this VLMo has no fusion layers for the unified prompt: set unified_from_start=True"),
-        ({"first_fusion_layer": 5}, 3, {"fusion_form": "G", "unified_from_start": True}, "form G could make the unified prompt"),
-        ({"first_fusion_layer": 0}, 3, {"num_blocks": 1}, "this VLMo has fusion layers only, where text and image have no prompts"),
+        ({"first_fusion_layer": 5}, 3, {"fusion_form": "G", "unified_from_start": True}, "form G could create the unified prompt"),
+        ({"first_fusion_layer": 0}, 3, {"num_blocks": 1}, "this VLMo has only fusion layers, where text and image have no prompts"),
     ],
 )
 def test_settings_that_do_not_fit_the_vlmo_are_named(sizes, classes, settings, message):
