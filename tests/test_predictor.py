@@ -211,7 +211,7 @@ def test_images_are_paths_or_pil_images_shown_as_a_viewer_does(home, tmp_path):
     ways.append(Image.new("RGB", (20, 24), "white"))
     predictions = list(made([{"text": "red", "image": image} for image in ways]))
     assert same(predictions, predictions[:1] * 4)
-    with pytest.raises(FileNotFoundError, match=r"there is no picture .*nowhere\.png"):
+    with pytest.raises(FileNotFoundError, match=r"the picture .*nowhere\.png"):
         next(made([{"text": "red", "image": str(tmp_path / "nowhere.png")}]))
 
 
@@ -644,7 +644,7 @@ def test_missing_images_are_told_left_out_or_grey(home, tmp_path, data, capsys):
     predictor(home).save_pretrained(tmp_path / "adapter")
     (data.parent / "images" / "1.png").unlink()
     arguments = (tmp_path / "adapter", data, "-o", tmp_path / "out.jsonl")
-    with pytest.raises(SystemExit, match=r"1 problem in .*data\.jsonl:\nline 2: field \"img\": .*1\.png is not there"):
+    with pytest.raises(SystemExit, match=r"1 problem in .*data\.jsonl:\nline 2: field \"img\": .*1\.png does not exist"):
         run(*arguments)
     assert not (tmp_path / "out.jsonl").exists()
     run(*arguments, "--missing-images", "skip")
