@@ -67,7 +67,9 @@ BACKBONES = {"trained": False, "frozen": True}
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--held-out", choices=TYPES, default="what-is", help="; ".join(f"{k}: {v}" for k, v in TYPES.items()))
-    parser.add_argument("--shots", type=int, default=32, help="training samples of each answer; as many are used to select the step")
+    parser.add_argument(
+        "--shots", type=int, default=32, help="training samples of each answer; as many are used to select the step"
+    )
     parser.add_argument("--seeds", type=int, default=5, help="seeds of samples, new parameters and order")
     parser.add_argument("--steps", type=int, default=200, help="steps of adaptation, with 8 samples each")
     # both rates are the best of three on the dev samples of one additional seed, for "no prompts" and "2 blocks"

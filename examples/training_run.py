@@ -34,9 +34,7 @@ def run_parser(description: str, output: str, sets: Mapping[str, str] | None = N
 def add_run(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the arguments of a run."""
     parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no", help="autocast dtype")
-    parser.add_argument(
-        "--choose", choices=("best", "last"), default="best", help="epoch to test: the best on val, or the last"
-    )
+    parser.add_argument("--choose", choices=("best", "last"), default="best", help="epoch to test: the best on val, or the last")
     parser.add_argument("--checkpoint-every", type=int, default=100, help="steps between checkpoints; also after each epoch")
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --output, if one exists")
     return parser

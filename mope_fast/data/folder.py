@@ -121,9 +121,7 @@ class Folder:
         way = [each for each in reversed((path / "_").parents) if each.is_relative_to(self.root) and each.name != ".."]
         first = next((each for each in way if os.path.isdir(each) and not self._allows(each)), None)
         first = first or (real.parent if os.path.islink(path) else path)
-        return (
-            f"{path} is {real}, outside of {self.root}: if it belongs to the data, pass outside=[{os.path.realpath(first)!r}]"
-        )
+        return f"{path} is {real}, outside of {self.root}: if it belongs to the data, pass outside=[{os.path.realpath(first)!r}]"
 
     def _allows(self, path: Path) -> bool:
         real = Path(os.path.realpath(path))

@@ -55,7 +55,7 @@ class FewShotRecipe(Settings):
 
     lr: float = setting(3e-5, "peak learning rate", _PAPER)
     batch_size: int = setting(8, "samples per step", _PAPER)
-    steps: int = setting(200, "total optimizer steps, whatever the size of the training set", _PAPER)
+    steps: int = setting(200, "total optimizer steps, whatever the size of the set", _PAPER)
     betas: tuple[float, float] = setting((0.9, 0.98), "AdamW's betas", _VLMO)
     eps: float = setting(1e-8, "AdamW's eps", _VLMO)
     weight_decay: float = setting(0.01, "AdamW's weight decay, not applied to biases and norms", _VLMO)

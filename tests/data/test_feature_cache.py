@@ -834,7 +834,7 @@ def test_a_clock_that_runs_ahead_makes_no_leftovers(tmp_path, monkeypatch):
         ({1: torch.ones(2)}, TypeError, "but 1 is Tensor"),
         (torch.ones(()), ValueError, r"inputs must be \(B, ...\) with at least one sample, got \(\)"),
         (torch.ones(0, 3), ValueError, r"at least one sample, got \(0, 3\)"),
-        ({"a": torch.ones(2, 3), "b": torch.ones(3, 3)}, ValueError, r"the same batch size B, got \{'a': \(2, 3\), 'b': \(3, 3\)\}"),
+        ({"a": torch.ones(2, 3), "b": torch.ones(3, 3)}, ValueError, r"same batch size B, got \{'a': \(2, 3\), 'b': \(3, 3\)\}"),
     ],
 )
 def test_wrong_inputs_are_refused(tmp_path, inputs, error, message):

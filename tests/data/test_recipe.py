@@ -50,7 +50,7 @@ def test_defaults_and_their_sources():
     assert text[:3] == [
         "lr = 3e-05: peak learning rate [MoPE-BAF (arXiv 2403.11311), from a summary of it]",
         "batch_size = 8: samples per step [MoPE-BAF (arXiv 2403.11311), from a summary of it]",
-        "steps = 200: total optimizer steps, whatever the size of the training set [MoPE-BAF (arXiv 2403.11311), from a summary of it]",
+        "steps = 200: total optimizer steps, whatever the size of the set [MoPE-BAF (arXiv 2403.11311), from a summary of it]",
     ]
     with pytest.raises(FrozenInstanceError):
         FewShotRecipe().lr = 1.0
