@@ -33,9 +33,7 @@ def pytest_configure(config):
     config.stash[suite.RECORD] = Record(config.getoption("results"), config.getoption("budget"))
     if config.getoption("cpu_time"):
         if torch.cuda.is_available():
-            raise pytest.UsageError(
-                "--cpu-time doesn't include GPU time: hide the GPU (CUDA_VISIBLE_DEVICES=) or drop the option"
-            )
+            raise pytest.UsageError("--cpu-time doesn't include GPU time: hide the GPU (CUDA_VISIBLE_DEVICES=) or drop the option")
         measure.count_cpu_time()
 
     # a benchmark that failed reports its own error

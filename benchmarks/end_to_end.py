@@ -68,7 +68,7 @@ def check_random(provider: FusedProvider, case: FusedCase, mode: str, got: Named
         if truth[name].norm() > 2 * (eager[name] - truth[name]).norm():
             cosines.append(F.cosine_similarity(tensor.flatten().to(truth[name].dtype), truth[name].flatten(), dim=0).item())
     mean = statistics.fmean(cosines)
-    assert mean > LEAST_COSINE, f"outputs differ too much from those without dropout: mean cosine {mean:.3f}, expected more than {LEAST_COSINE}"
+    assert mean > LEAST_COSINE, f"outputs differ too much from those without dropout: mean cosine {mean:.3f}"
 
 
 def check_without_randomness(provider: FusedProvider, case: FusedCase, mode: str, device: torch.device) -> None:

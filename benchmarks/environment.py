@@ -29,7 +29,7 @@ def slug(name: str) -> str:
 
 
 def commit() -> str:
-    """Return the checkout's commit, with -dirty if it was changed; the variable BENCHMARK_COMMIT overrides it, for use without git."""
+    """Return the checkout's commit, with -dirty if it was changed; BENCHMARK_COMMIT overrides it, for use without git."""
     if "BENCHMARK_COMMIT" in os.environ:
         return os.environ["BENCHMARK_COMMIT"]
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]

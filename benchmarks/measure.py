@@ -186,7 +186,7 @@ def relative_error(got: Outputs, truth: Outputs) -> float:
 def assert_as_exact_as_eager(
     got: Outputs, eager: Outputs, truth: Outputs, names: Sequence[str], times: float = 2, typical: float = 0.0
 ) -> None:
-    """Check RMS and max error against the float64 ``truth``: at most ``times`` those of ``eager`` in its dtype, plus eps max|truth|.
+    """Check RMS and max error against the float64 ``truth``: at most ``times`` those of ``eager`` in its dtype + eps max|truth|.
 
     ``eager``'s error, relative to the truth, counts as at least ``typical``, because with few numbers it may be smaller by chance.
     """

@@ -162,7 +162,7 @@ def time_in_turns(
 
 
 def taxes(ratios: list[float], info: Mapping[str, Any]) -> dict[str, float]:
-    """Return the median ratio and its spread; for a model with more tokens than the divisor also the excess over the token ratio."""
+    """Return the median ratio and its spread; for a model with more tokens than the divisor also its excess over their ratio."""
     ratios = sorted(ratios)
     tax, (low, high) = statistics.median(ratios), (ratios[round(share * (len(ratios) - 1))] for share in (0.2, 0.8))
     excess = {"excess": tax / info["token_ratio"]} if "token_ratio" in info else {}

@@ -72,7 +72,7 @@ class Plan:
 
 def _found(entry: Mapping[str, Any]) -> str:
     if "reason" in entry:
-        return entry["reason"] if entry["reason"].startswith(FAILED) else "not measured"  # the reason is printed once below the tables
+        return entry["reason"] if entry["reason"].startswith(FAILED) else "not measured"  # the reason is printed below the tables
     info = entry["extra_info"]
     tax = f", tax {info['tax']:.3f}" if "tax" in info else ""
     return f"{terminal.time_of(info['median_us'] / 1e6)}{tax}{', outside its bound' if info.get('inexact') else ''}"
@@ -119,7 +119,7 @@ class Progress:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
-        """Replace the status letter: a line after each measurement reports it, and reasons for skips are printed below the tables."""
+        """Replace the status letter: a line after each measurement reports it; reasons for skips are printed below the tables."""
         if report.nodeid not in self.numbers or report.when != "call" or report.failed:
             return None
         outcome = "not measured" if report.skipped else report.outcome

@@ -1,4 +1,4 @@
-"""One page about all devices: what MoPE costs on top of a frozen encoder, against other ways, and which goals are met."""
+"""One page about all devices: the cost of MoPE on top of a frozen encoder, compared with other methods, and which goals are met."""
 
 import collections
 import re
@@ -19,7 +19,7 @@ HEADLINE_COLUMNS = (
 
 @dataclass(frozen=True)
 class Device:
-    """What was measured on one device; ``folder``: from the page to the reports of its ops."""
+    """The results of one device; ``folder`` is the path from the page to the reports of its ops."""
 
     rows: Sequence[Row]
     folder: str
@@ -27,9 +27,9 @@ class Device:
     """op -> its groups; scaling has curves instead."""
     skipped: Sequence[Skip] = ()
     curves: Sequence[str] = ()
-    """Names of pictures in the folder's ``scaling``, if that was measured."""
+    """Names of the pictures in the folder's ``scaling``, if that was measured."""
     flatness: Sequence[str] = ()
-    """What they say about the goal, a sentence each."""
+    """Verdicts of the curves about the scaling goal, one sentence each."""
 
     @property
     def name(self) -> str:
@@ -52,12 +52,12 @@ def _memory(row: Row | None) -> str:
 
 
 def _columns(groups: Sequence[Group], profile: Profile) -> list[str]:
-    """All that shares the baseline's task and inputs; what doesn't says so in its label."""
+    """Return all measured providers but the baseline; those with another task or other inputs say so in their labels."""
     return [name for name in profile.labels if name != profile.baseline and any(name in group.rows for group in groups)]
 
 
 def tax_tables(groups: Sequence[Group], profile: Profile) -> Iterator[str]:
-    """For every mode the times and the peak memory of all providers over the baseline's."""
+    """Yield for every mode the times and peak memory of all providers relative to the baseline's."""
     for mode in dict.fromkeys(group.mode for group in groups):
         chosen = [group for group in groups if group.mode == mode]
         names = _columns(chosen, profile)
@@ -161,13 +161,13 @@ Written by `python -m benchmarks.report`; `python -m benchmarks.run` writes the 
 
 
 def is_complete(device: Device) -> bool:
-    """Whether all models of the README's table have been measured."""
+    """Return whether all models of the README's table have been measured."""
     measured = {group.info["model"] for group in device.groups.get(END_TO_END.op, []) if "mope_fast" in group.rows}
     return measured.issuperset(TOKENS)
 
 
 def headline(device: Device) -> str:
-    """The README's table: three encoders at the batch size at which most was measured."""
+    """Return the README's table: three encoders, each at the batch size with the most measurements."""
     lines = []
     for model, tokens in TOKENS.items():
         named = [group for group in device.groups.get(END_TO_END.op, []) if like(model=model, S=tokens)(group.info)]
@@ -184,7 +184,7 @@ def headline(device: Device) -> str:
 
 
 def put(document: str, table: str) -> str:
-    """``document`` with the table between its two marks."""
+    """Return ``document`` with the table between its two marks."""
     begin, end = "<!-- from benchmarks/REPORT.md -->", "<!-- end -->"
     between = re.compile(f"{begin}.*?{end}", re.DOTALL)
     replaced, count = between.subn(lambda _: f"{begin}\n\n{table}\n\n{end}", document)

@@ -274,7 +274,7 @@ def test_what_is_no_picture_is_refused(tmp_path):
         with pytest.raises(OSError, match=f"the picture has {size[0]} x {size[1]} pixels"):
             load_image(Image.new("RGB", size))
     for other in (np.zeros((3, 3, 3), np.uint8), io.BytesIO(), None):
-        with pytest.raises(TypeError, match=f"a path or an image of PIL, got {type(other).__name__}"):
+        with pytest.raises(TypeError, match=f"a path or a PIL image, got {type(other).__name__}"):
             load_image(other)
 
 
