@@ -94,7 +94,7 @@ def _speed_tables(device: Device) -> Iterator[str]:
                          *(f"{speed:.2f}" for speed in (speeds[0], statistics.median(speeds), speeds[-1]))]
                     )  # fmt: skip
     if lines:
-        yield '### Functions\n\nSpeed of `impl="auto"` over the fastest other form of the same size, over all sizes:'
+        yield '### Functions\n\nSpeed of `impl="auto"` relative to the fastest other form of the same size, over all sizes:'
         yield text.table(["", "mode", "", "sizes", "worst", "middle", "best"], lines)
 
 
@@ -152,10 +152,10 @@ def page(devices: Sequence[Device]) -> str:
     head = """\
 # What MoPE costs
 
-Time and peak memory of a fused model's step over those of the frozen encoder's own step (1.000), same mode, same run; the
+Time and peak memory of a fused model's step relative to the frozen encoder's own step (1.000), in the same mode and run; the
 complementary encoder is in neither. A training step of the frozen encoder goes back through every layer, so **head only**, which
 never goes back into the encoder, is cheaper than 1. [README](README.md) says what each provider is and how it is checked and timed.
-Written by `python -m benchmarks.report`; `python -m benchmarks.run` writes the same page about your machine."""
+This page is written by `python -m benchmarks.report`; `python -m benchmarks.run` writes the same page about your machine."""
     without = [] if any(device.type == "cuda" for device in devices) else ["**No GPU has been measured yet.**"]
     return "\n\n".join([head, *without, *(part for device in devices for part in _section(device))]) + "\n"
 

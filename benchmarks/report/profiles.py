@@ -348,17 +348,17 @@ END_TO_END_LABELS = {
     "full": "full fine-tuning",
     "side": "complementary encoder alone",
 }
-FEWER_KERNELS = "fewer small kernels a layer; which, notes/end_to_end.md has under 'What to try'"
+FEWER_KERNELS = "fewer small kernels per layer; notes/end_to_end.md lists them under 'What to try'"
 CPU_ATTENTION = (
-    "an attention for CPUs that takes prompts' keys and values without a concatenation, as fast for a number of keys that is no "
-    "multiple of 16 as for one that is; torch's SDPA is neither"
+    "an attention for CPUs that takes prompts' keys and values without a concatenation, and that is as fast for any number of keys "
+    "as for a multiple of 16; torch's SDPA does neither"
 )
 OUT_OF_PYTHON = (
-    "a CUDA graph or torch.compile(mode='reduce-overhead'): as called, small batches wait for Python; the other can't be captured"
+    "a CUDA graph or torch.compile(mode='reduce-overhead'): small batches wait for Python, and paper-literal can't be captured"
 )
 SHARED_WORK = (
-    "nothing in this package: what the other form adds to the frozen encoder's step is less than the goal asks for, and most of it "
-    "is saved already; the rest is the encoder, which both run"
+    "nothing in this package: paper-literal adds less to the frozen encoder's step than the goal requires us to save, and most of "
+    "that is saved already; the rest is the encoder, which both run"
 )
 VIT_BERT, SWIN = ("ViT-B/16", "BERT-B"), "Swin-B/224"
 TOKENS = {"ViT-B/16": 197, "BERT-B": 128, SWIN: 3136}
