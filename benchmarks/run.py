@@ -99,7 +99,7 @@ def main() -> int:
     parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"any of {', '.join(GROUPS)}; default: all")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks"), metavar="DIR", help="results and report")
     parser.add_argument("-k", metavar="EXPRESSION", help="select measurements by parts of their names, as pytest's -k")
-    parser.add_argument("--minutes", type=float, default=6.0, help="a shard starts no measurement after so many (default: 6)")
+    parser.add_argument("--minutes", type=float, default=6.0, help="minutes after which a shard starts no measurement (default: 6)")
     parser.add_argument("--shards", type=int, help="maximum shards per group, for a machine that is available for minutes only")
     options, arguments = parser.parse_known_args()
     if unknown := set(options.groups) - set(GROUPS):

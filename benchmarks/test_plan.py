@@ -140,7 +140,7 @@ def test_a_measurement_that_left_no_entry_moves_no_line(monkeypatch):
 
 def test_a_run_prints_plan_progress_and_tables(printed):
     out = printed("-k", "not mope_fast", "--budget", "1e-9")
-    assert "15 are left, the budget is used up" in out
+    assert "15 measurements are left, because the budget is used up" in out
     printed("-k", "not mope_fast")
     out = printed()
     begin, middle, end = (out.index(part) for part in ("4 measurements, about", "[1/4, ", "mope_fast and the others"))

@@ -292,7 +292,7 @@ def main() -> None:
     answers = test.labels[: args.test_samples]
     chance = torch.bincount(answers).max().item() / len(answers)
     Console(width=130).print(table(runs, args))
-    print(f"the commonest answer is right in {100 * chance:.1f} %")
+    print(f"the most common answer is right in {100 * chance:.1f} %")
     draw(runs, args, chance, args.output / "few_shot.png")
     print(f"{args.output / 'few_shot.png'} and {runs.file}; {time.perf_counter() - start:.0f} s")
 

@@ -37,7 +37,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--main", choices=("text", "image"), default="text", help="the side whose layers take prompts")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=None, metavar="METHOD", help=", ".join(METHODS))
     parser.add_argument("--splits", type=int, default=3, help="number of splits, counted from 0")
-    parser.add_argument("--hours", type=float, default=float("inf"), help="start no cell after so many hours")
+    parser.add_argument("--hours", type=float, default=float("inf"), help="hours after which no cell is started")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of finished cells")
     parser.add_argument("--untimed", action="store_true", help="save no step times, because other programs run at the same time")
     parser.add_argument("--quick", action="store_true", help="only check that it runs: few samples, one trial, split and epoch")

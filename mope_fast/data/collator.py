@@ -62,7 +62,7 @@ class EachFrame:
 
     Args:
         preprocess: a transform of a list of images, as for :class:`FusionCollator`.
-        most: maximum number of frames; of a longer video so many are taken, evenly spread over it. None takes all.
+        most: maximum number of frames, taken evenly spread over a longer video; None takes all frames.
 
     Raises:
         ValueError: a video has no frame, or the transform doesn't return one row per frame.

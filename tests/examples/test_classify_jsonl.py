@@ -297,9 +297,9 @@ def test_a_damaged_checkpoint_is_named(folder, tmp_path, file, damage):
     path.write_bytes(data[: len(data) // 2] if damage == "cut" else b"")
     if damage == "gone":
         path.unlink()
-    expected = rf"(?s){checkpoint} can't be read \(.*: restore it, or delete it to start anew"
+    expected = rf"(?s){checkpoint} can't be read \(.*: restore it, or delete it to start from the beginning"
     if file == "settings.json":
-        expected = "has files, but none of this program's runs" if damage == "gone" else r"settings.json is damaged \("
+        expected = "has files that are not a run of this program" if damage == "gone" else r"settings.json is damaged \("
     with pytest.raises(SystemExit, match=expected):
         run(folder, tmp_path / "out", "--resume")
 

@@ -131,7 +131,7 @@ def test_what_can_not_be_trained_on_is_said(tmp_path, encoders, capsys):
         run(folder, tmp_path / "out", encoders)
     with pytest.raises(SystemExit):
         run(folder, tmp_path / "out", encoders, "--split-by", "umd")
-    assert "are for a published set: give --set" in capsys.readouterr().err
+    assert "are for a published set: add --set" in capsys.readouterr().err
     folder = write_folder(tmp_path / "other")
     Image.new("L", (5, 5)).save(folder / "train-3-mask.png")
     with pytest.raises(ValueError, match=r"reference 3: its mask is \(5, 5\), but its picture \(20, 33\) pixels"):
