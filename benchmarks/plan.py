@@ -133,5 +133,5 @@ class Progress:
             terminalreporter.write_line(terminal.tables(documents))
         if self.record.left:
             terminalreporter.write_line(
-                f"{self.record.left} measurements are left, because the budget is used up; with --results DIR the next run continues"
+                f"{self.record.left} measurements are left, because the budget is used up; with --results DIR the next continues"
             )
