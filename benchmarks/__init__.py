@@ -1,1 +1,1 @@
-"""Speed and memory of mope_fast beside the forms it replaces: see README.md."""
+"""Speed and memory of mope_fast compared with the forms that it replaces: see README.md."""

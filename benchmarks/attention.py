@@ -1,4 +1,4 @@
-"""What the two groups of attention benchmarks share: inputs as encoders make them, steps, the float64 truth, the check."""
+"""Shared by the two groups of attention benchmarks: inputs as encoders make them, steps, the float64 truth, the check."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from benchmarks.cases.attention import AttentionCase
 from mope_fast import reference
 
 REFERENCE_PAIRS = 2**24
-"""Pairs of a query and a key that the reference holds at a time: 128 MiB in float64, and that a few times over."""
+"""Query-key pairs that the reference holds at a time: a few tensors of 128 MiB in float64."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Arguments and a random upstream gradient; those arguments ask for gradients whose gradients the case is about."""
+    """Arguments and a random upstream gradient; only arguments whose gradients the case measures require grad."""
 
     q: Tensor
     k: Tensor
@@ -27,7 +27,7 @@ class Inputs:
 
     @classmethod
     def random(cls, case: AttentionCase, device: torch.device, mode: str) -> "Inputs":
-        """q, k and v are views of one packed projection, prefixes and gradient have tokens before heads."""
+        """Draw inputs: q, k and v are views of one packed projection; prefixes and gradient have tokens before heads in memory."""
 
         def tokens(batch: int, length: int, heads: int) -> Tensor:
             return torch.randn(batch, length, heads, case.head_dim, device=device).to(case.dtype).transpose(1, 2)
@@ -57,7 +57,7 @@ def forward(function: providers.Provider, inputs: Inputs) -> measure.Outputs:
 def forward_backward(function: providers.Provider, inputs: Inputs) -> measure.Outputs:
     (out,) = forward(function, inputs)
     grads = torch.autograd.grad(out, [t for t in inputs.arguments if t.requires_grad], inputs.upstream)
-    # detached, as autograd forbids what is done to the outputs of a graph: writing into a view that a custom function returned
+    # detached, because graph checks write into outputs, and autograd forbids writing into a view returned by a custom function
     return out.detach(), *grads
 
 
@@ -70,7 +70,7 @@ def build_step(provider: str, case: AttentionCase, device: torch.device, mode: s
 
 
 def _blocks(case: AttentionCase) -> Iterator[tuple[slice, slice]]:
-    """Samples and heads of keys, few enough at a time for the reference's (S, P + S) matrices."""
+    """Yield slices of samples and key heads, small enough for the reference's (S, P + S) matrices."""
     pairs = case.tokens * case.keys * (case.heads // case.heads_of_keys)
     heads = min(case.heads_of_keys, max(1, REFERENCE_PAIRS // pairs))
     samples = max(1, REFERENCE_PAIRS // (pairs * heads))
@@ -88,7 +88,7 @@ def _reference(case: AttentionCase, arguments: Sequence[Tensor], padding: Tensor
 
 
 def expected(case: AttentionCase, mode: str, inputs: Inputs, dtype: torch.dtype) -> measure.Outputs:
-    """The reference's outputs in ``dtype``, block by block; a prefix of batch 1 gets the sum of the samples' gradients."""
+    """Return the reference's outputs in ``dtype``, block by block; a prefix of batch 1 gets the sum of the samples' gradients."""
     needs = [t.requires_grad for t in inputs.arguments]
     arguments = [t.detach().to(dtype) for t in inputs.arguments]
     out = torch.empty_like(arguments[0])
@@ -111,12 +111,12 @@ def expected(case: AttentionCase, mode: str, inputs: Inputs, dtype: torch.dtype)
 
 
 def check(provider: str, case: AttentionCase, mode: str, got: measure.Outputs, inputs: Inputs) -> None:
-    # the reference sums in float32 whatever it is given: rounded at its end, it is the eager form in the case's dtype
+    # the reference accumulates in float32 for every dtype: with its result rounded, it is the eager form in the case's dtype
     eager = tuple(t.to(case.dtype) for t in expected(case, mode, inputs, torch.float32))
     truth = expected(case, mode, inputs, torch.float64)
     names = ["q", "k", "v", *(f"prefix {i} {part}" for i in range(len(case.prefixes)) for part in ("keys", "values"))]
     asked = [f"gradient of {name}" for name, tensor in zip(names, inputs.arguments, strict=True) if tensor.requires_grad]
-    # twice what eager is allowed elsewhere: fused kernels make the probabilities anew from a rounded sum, torch's with a faster exp
+    # twice the usual tolerance: fused kernels recompute probabilities from a rounded sum, torch's with a faster exp
     measure.assert_as_exact_as_eager(got, eager, truth, ["out", *asked], times=4)
 
 

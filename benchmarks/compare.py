@@ -1,12 +1,12 @@
-"""Which measurements got slower between two sets of results, beyond what their spread explains.
+"""List the measurements that got slower between two sets of results by more than their spread explains.
 
     python -m benchmarks.compare OLD NEW
 
-OLD and NEW are files saved with pytest --benchmark-json, or folders of them. Where a measurement was taken in turns with a
-baseline, its tax is compared, else its time. It is slower, or faster, if the spreads (quartiles of times, 20th to 80th percentile
-of taxes, the widest over several runs) don't overlap and the medians differ by more than --least; it takes more memory if its peak
-grew by more than --least. On a machine that others use too, one run's spread says little: give folders of several runs, or taxes.
-Exits with 1 if anything got slower, takes more memory, or can't be measured any more.
+OLD and NEW are files saved with pytest --benchmark-json, or folders of them. If a measurement was timed in turns with a baseline,
+its tax is compared, else its time. It is slower, or faster, if the spreads (quartiles of times, 20th to 80th percentile of taxes,
+the widest over several runs) don't overlap and the medians differ by more than --least. It takes more memory if its peak grew by
+more than --least. On a shared machine one run's spread says little: give folders of several runs, or taxes. The exit status is 1 if
+anything got slower, takes more memory, or can't be measured any more.
 """
 
 import argparse
@@ -24,7 +24,7 @@ BAD = VERDICTS[:3]
 
 
 class Change(NamedTuple):
-    """One measurement, then and now; None where it wasn't made."""
+    """One measurement in the old and new results; None where it wasn't made."""
 
     verdict: str
     name: str
@@ -42,7 +42,7 @@ class Spread(NamedTuple):
 
 
 def spread(runs: Sequence[Row]) -> Spread:
-    """Of the tax, or of the seconds: the median over runs of the median, between the lowest and the highest quantile."""
+    """Return the spread of the tax, or of the seconds: the median of the runs' medians, and the lowest and highest quantile."""
     each = [
         Spread(*(row.info[name] for name in ("tax_low", "tax", "tax_high")))
         if "tax" in row.info
@@ -53,15 +53,15 @@ def spread(runs: Sequence[Row]) -> Spread:
 
 
 def compare(old: Sequence[Row], new: Sequence[Row], skipped: Iterable[Skip], least: float) -> list[Change]:
-    """Every measurement of either, the worst first; two lines for one whose time and memory changed.
+    """Compare every measurement in either set, the worst first; one whose time and memory changed gets two lines.
 
     Raises:
-        ValueError: they are of different devices, or timed by different clocks.
+        ValueError: the sets are from different devices, or timed by different clocks.
     """
     for fact in ("device", "clock"):
         found = [sorted({row.info.get(fact, "wall time") for row in rows}) for rows in (old, new)]
         if old and new and found[0] != found[1]:
-            raise ValueError(f"old results are of {fact} {', '.join(found[0])}, new ones of {', '.join(found[1])}: measure alike")
+            raise ValueError(f"old results have {fact} {', '.join(found[0])}, new ones {', '.join(found[1])}: it must be the same")
     before, after = by_key(old), by_key(new)
     failed = {(s.op, s.mode, s.timing, s.case, s.provider): s.reason for s in skipped}
     changes = []
@@ -97,7 +97,7 @@ def _text(runs: Sequence[Row]) -> str:
 
 
 def render(changes: Sequence[Change]) -> str:
-    """A line for each change, and how many of each kind; what is the same is only counted."""
+    """Return a line for each change, and the number of each kind; unchanged measurements are only counted."""
     shown = [change for change in changes if change.verdict not in ("the same", "only in new", "only in old")]
     lines = []
     for change in shown:
@@ -108,10 +108,10 @@ def render(changes: Sequence[Change]) -> str:
 
 
 def read(path: Path) -> tuple[list[Row], list[Skip]]:
-    """All results of a file, or of a folder's files.
+    """Read all results of a file, or of a folder's files.
 
     Raises:
-        FileNotFoundError, ValueError: there are none, or a file isn't one of ours.
+        FileNotFoundError, ValueError: there are no files, or a file has no results of these benchmarks.
     """
     files = sorted(path.glob("*.json")) if path.is_dir() else [path]
     if not files:
@@ -123,7 +123,7 @@ def read(path: Path) -> tuple[list[Row], list[Skip]]:
             rows += parse(document)
             skipped += parse_skipped([document])
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} is no result of these benchmarks ({type(error).__name__}: {error})") from error
+            raise ValueError(f"{file} is not a result of these benchmarks ({type(error).__name__}: {error})") from error
     return rows, skipped
 
 
@@ -131,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("old", type=Path, help="file or folder")
     parser.add_argument("new", type=Path, help="file or folder")
-    parser.add_argument("--least", type=float, default=0.03, help="smallest change to tell, as a share (default: 0.03)")
+    parser.add_argument("--least", type=float, default=0.03, help="smallest relative change to report (default: 0.03)")
     options = parser.parse_args(arguments)
     if not options.least >= 0:
         parser.error(f"--least must be >= 0, got {options.least}")

@@ -1,4 +1,4 @@
-"""How fused encoders are measured: what is right, with dropout and routing noise and without."""
+"""Measurement of fused encoders: checks of outputs and gradients, with and without dropout and routing noise."""
 
 import dataclasses
 import functools
@@ -17,8 +17,8 @@ from benchmarks.models import WIDER, Named
 from mope_fast import _implementations
 
 LEAST_COSINE = 0.8
-"""Seen: 0.95 to 1.00 for gradients behind dropout at the sizes measured, less at tiny ones; 1.00 for the others."""
-SWIN_HEAD_DIM = 32  # of all but the tiny one
+"""Observed: 0.95 to 1.00 for gradients affected by dropout at the sizes measured, less at tiny ones; 1.00 for the others."""
+SWIN_HEAD_DIM = 32  # of all Swins but the tiny one
 
 
 class FusedGroup(models.ModelGroup):
@@ -26,7 +26,7 @@ class FusedGroup(models.ModelGroup):
         fitting = [name for name, (modes, _) in providers.PROVIDERS.items() if mode in modes and is_compiled(name) == case.compiled]
         if case.dense:
             return [name for name in fitting if name in providers.SEGMENTING]
-        # the others use it as they are
+        # encoders without windows use SDPA by default
         return [name for name in fitting if name != providers.FROZEN_WITH_SDPA or case.encoder.window]
 
     def captures(self, provider: str) -> bool:
@@ -41,7 +41,7 @@ def batch_of(case: FusedCase, device: torch.device) -> Inputs:
 
 @functools.lru_cache(maxsize=3)
 def expected(name: str, case: FusedCase, mode: str, device: torch.device) -> tuple[Named, Named]:
-    """A provider's outputs, dropout and noise off, in the case's dtype and in a wider one: the eager form and the truth."""
+    """Return a provider's outputs without dropout and noise, in the case's dtype (eager form) and in a wider one (truth)."""
     outputs = []
     for dtype in (None, WIDER[case.dtype]):
         provider = providers.build(name, case, device, mode, dtype)
@@ -54,21 +54,21 @@ def expected(name: str, case: FusedCase, mode: str, device: torch.device) -> tup
 
 
 def check(provider: FusedProvider, case: FusedCase, mode: str, got: Named, device: torch.device) -> None:
-    """Against the provider's truth, if it has one."""
+    """Check outputs against the provider's truth, if it has one."""
     models.check(got, *(expected(provider.truth, case, mode, device) if provider.truth else ({}, {})))
 
 
 def check_random(provider: FusedProvider, case: FusedCase, mode: str, got: Named, device: torch.device) -> None:
-    """With dropout and noise there is no truth: what is there without them shows where outputs and gradients must lie."""
+    """Check outputs with dropout and noise, which have no exact truth: they must point in the direction of those without."""
     eager, truth = expected(provider.truth, case, mode, device)
     cosines = []
     for name, tensor in got.items():
         assert tensor.isfinite().all(), f"{name} is not finite"
-        # not of what is zero but for rounding, as the gradient of a bias before a batch norm
+        # skip tensors that are zero up to rounding, such as the gradient of a bias before a batch norm
         if truth[name].norm() > 2 * (eager[name] - truth[name]).norm():
             cosines.append(F.cosine_similarity(tensor.flatten().to(truth[name].dtype), truth[name].flatten(), dim=0).item())
     mean = statistics.fmean(cosines)
-    assert mean > LEAST_COSINE, f"outputs have little to do with what they are without dropout: mean cosine {mean:.3f}"
+    assert mean > LEAST_COSINE, f"outputs differ too much from those without dropout: mean cosine {mean:.3f}"
 
 
 def check_without_randomness(provider: FusedProvider, case: FusedCase, mode: str, device: torch.device) -> None:
@@ -86,14 +86,14 @@ def prepared(name: str, point: suite.Point, device: torch.device) -> models.Prep
     case, mode = point.case, point.mode
     provider, right = providers.build(name, case, device, mode), check
     if provider.is_random(mode):
-        if not is_compiled(name):  # those would be compiled a second time
+        if not is_compiled(name):  # compiled ones would be compiled a second time
             check_without_randomness(provider, case, mode, device)
         right = check_finite if provider.alone and case.batch > 1 else check_random
     return models.prepare(provider, point, batch_of(case, device), lambda got: right(provider, case, mode, got, device))
 
 
 def implementation(provider: str, case: FusedCase, device: torch.device) -> dict[str, str]:
-    """What the fused model runs on."""
+    """Return the implementations that the fused model runs on."""
     encoder = case.encoder
     masked = "attention_mask" in encoder.inputs(1, encoder.tokens, torch.device("cpu"), case.dtype)
     keys, head_dim = (encoder.window**2, SWIN_HEAD_DIM) if encoder.window else (encoder.tokens, 0)

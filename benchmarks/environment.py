@@ -1,4 +1,4 @@
-"""What a result needs beside it: device, versions, commit. No host or user names."""
+"""Facts saved with a result: device, versions, commit. No host or user names."""
 
 import os
 import platform
@@ -24,17 +24,17 @@ def device_name(device: torch.device) -> str:
 
 
 def slug(name: str) -> str:
-    """A device's name as a folder name."""
+    """Turn a device's name into a folder name."""
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")
 
 
 def commit() -> str:
-    """The checkout's commit, with -dirty if it was changed; BENCHMARK_COMMIT where there is no git to ask."""
+    """Return the checkout's commit, with -dirty if it was changed; BENCHMARK_COMMIT overrides it, for use without git."""
     if "BENCHMARK_COMMIT" in os.environ:
         return os.environ["BENCHMARK_COMMIT"]
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     project = Path(__file__).parents[1]
-    own = os.environ | {"GIT_CEILING_DIRECTORIES": str(project.parent)}  # not a repository that an unpacked sdist lies in
+    own = os.environ | {"GIT_CEILING_DIRECTORIES": str(project.parent)}  # ignore a repository around an unpacked sdist
     try:
         answer = subprocess.run(command, cwd=project, env=own, capture_output=True, text=True, check=False)
     except FileNotFoundError:

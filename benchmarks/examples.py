@@ -1,4 +1,4 @@
-"""Modules of the examples, whose folder is of programs, not a package."""
+"""Import modules of the examples, whose folder is not a package."""
 
 import importlib
 import sys
@@ -9,7 +9,7 @@ FOLDER = Path(__file__).parents[1] / "examples"
 
 
 def example(name: str) -> ModuleType:
-    """One of them, by its file's name."""
+    """Import a module of the examples by its file's name."""
     if str(FOLDER) not in sys.path:
         sys.path.insert(0, str(FOLDER))
     return importlib.import_module(name)

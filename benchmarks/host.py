@@ -1,4 +1,4 @@
-"""What prompts cost the host: layers of hardly any width, where a step takes as long as calling it does. As ``end_to_end``."""
+"""Cost of prompts on the host: very narrow layers, whose step takes as long as calling it. Otherwise as ``end_to_end``."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ NO_LAUNCH = {
     "promote_types", "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze",
     "_unsafe_view", "view",
 }  # fmt: skip
-"""Operations that give another view of memory, or memory as it is."""
+"""Operations that only return a view or uninitialized memory."""
 
 
 class HostGroup(models.ModelGroup):
@@ -40,13 +40,13 @@ class _Launches(TorchDispatchMode):
 
 @functools.cache
 def launches_a_layer(name: str, case: FusedCase, device: torch.device) -> int:
-    """Operations of a forward that do work, of one layer with all that a provider adds to it, as this device runs them."""
+    """Count the operations of a forward that do work on this device, for one layer with everything that a provider adds to it."""
     (kind,) = (kind for kind in NARROW if case.encoder.name.startswith(f"{kind},"))
     counts = []
     for layers in (2, 3):
         of_these = dataclasses.replace(case, encoder=narrow(kind, layers))
         provider = providers.build(name, of_these, device, INFERENCE)
-        with torch.no_grad(), _Launches() as launches:  # inference mode would show composite operations whole
+        with torch.no_grad(), _Launches() as launches:  # inference mode would dispatch composite operations undecomposed
             provider.logits_and_loss(end_to_end.batch_of(of_these, device), training=False)
         counts.append(launches.count)
     return counts[1] - counts[0]

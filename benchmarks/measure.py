@@ -1,4 +1,4 @@
-"""Timer, input rotation, CUDA graphs, memory, the device's peaks and the check that comes before any timing."""
+"""Timer, input rotation, CUDA graphs, memory, the device's peaks, and the check before any timing."""
 
 import functools
 import itertools
@@ -15,19 +15,19 @@ from torch import Tensor
 Outputs = tuple[Tensor, ...]
 MAX_INPUT_SETS = 256
 DENSE_BF16_TFLOPS = {r"NVIDIA H200": 989.0, r"NVIDIA H100 80GB HBM3": 989.0, r"NVIDIA A100.*": 312.0}
-"""From the datasheets, by device name; PCIe and NVL parts of the Hopper cards are slower and left out."""
+"""Datasheet peaks by device name; slower PCIe and NVL variants of the Hopper cards are left out."""
 clock = time.perf_counter
 
 
 def count_cpu_time() -> None:
-    """Time in CPU seconds of this process, on one thread: what other programs on a shared machine do then hardly counts."""
+    """Time in CPU seconds of this process, on one thread, which other programs on a shared machine hardly affect."""
     global clock
     torch.set_num_threads(1)
     clock = time.process_time
 
 
 def synchronised_time() -> float:
-    """Seconds, after the device has finished everything it was given."""
+    """Return the time in seconds after the device has finished all work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return clock()
@@ -45,16 +45,16 @@ def seconds_per_call(target: Callable[[], Any], calls: int, warm_up: int = 3) ->
 def schedule(
     target: Callable[[], Any], round_seconds: float = 0.01, total_seconds: float = 2.0, warm_up: int = 3, least: int = 10
 ) -> tuple[int, int]:
-    """Rounds (``least`` to 50) and calls in each, so that a round is long enough to hide the timer's own wait for the device."""
+    """Return rounds (``least`` to 50) and calls per round, with rounds long enough to hide the timer's wait for the device."""
     seconds = seconds_per_call(target, max(1, warm_up), warm_up)
     iterations = max(1, min(1000, int(round_seconds / seconds)))
     return max(least, min(50, int(total_seconds / (iterations * seconds)))), iterations
 
 
 class InTurns:
-    """Times ``other`` before and after every round of a benchmark: what drifts, drifts for both.
+    """Times ``other`` before and after every round of a benchmark, so that drift affects both.
 
-    :meth:`before` is the benchmark's ``setup``; :meth:`ratios` are of a round to the mean of its two neighbours.
+    :meth:`before` is the benchmark's ``setup``; :meth:`ratios` divides each round by the mean of its two neighbors.
     """
 
     def __init__(self, other: Callable[[], Any], calls: int):
@@ -65,14 +65,14 @@ class InTurns:
         self.seconds.append(seconds_per_call(self.other, self.calls, warm_up=0))
 
     def ratios(self, rounds: Sequence[float]) -> list[float]:
-        """``rounds``: seconds a call of each."""
+        """Return the ratio of each round to ``other``; ``rounds`` has the seconds per call of each."""
         self.before()
         others = self.seconds[-len(rounds) - 1 :]
         return [own / ((a + b) / 2) for own, a, b in zip(rounds, others, others[1:], strict=False)]
 
 
 def input_sets(footprint: int, device: torch.device) -> tuple[int, str]:
-    """How many input sets to rotate over, and the state of the cache that follows: cold if they are twice the L2."""
+    """Return how many input sets to rotate over, and the resulting state of the cache: cold if they are twice the L2."""
     if device.type != "cuda":
         return 1, "warm"
     wanted = -(-2 * torch.cuda.get_device_properties(device).L2_cache_size // footprint)
@@ -80,13 +80,13 @@ def input_sets(footprint: int, device: torch.device) -> tuple[int, str]:
 
 
 def rotating(step: Callable[[Any], Outputs], sets: Sequence[Any]) -> Callable[[], Outputs]:
-    """A function of no arguments that takes the next input set at every call."""
+    """Return a function without arguments that uses the next input set at every call."""
     inputs = itertools.cycle(sets)
     return lambda: step(next(inputs))
 
 
 def capture(step: Callable[[Any], Outputs], sets: Sequence[Any]) -> tuple[torch.cuda.CUDAGraph, list[Outputs]]:
-    """A CUDA graph that runs ``step`` once on every input set, and its outputs; all stay alive, so none shares memory."""
+    """Capture a CUDA graph that runs ``step`` once on every input set; all outputs stay alive, so none share memory."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -100,15 +100,15 @@ def capture(step: Callable[[Any], Outputs], sets: Sequence[Any]) -> tuple[torch.
 
 
 def replay_poisoned(graph: torch.cuda.CUDAGraph, outputs: Sequence[Outputs]) -> None:
-    """Replay once into outputs filled with NaN, so that what nobody writes is seen."""
-    with torch.inference_mode():  # outputs may have been made in it, and then can't be written to outside
+    """Replay once into outputs filled with NaN, so that elements that are not written are detected."""
+    with torch.inference_mode():  # outputs that were made in inference mode can't be written to outside of it
         for tensor in itertools.chain.from_iterable(outputs):
             tensor.fill_(float("nan"))
     graph.replay()
 
 
 def peak_memory(target: Callable[[], Any], device: torch.device) -> int:
-    """Bytes that a call takes beyond its inputs: by torch's allocator on CUDA, by the profiler's record of tensors on a CPU."""
+    """Return the bytes that a call takes beyond its inputs: by torch's allocator on CUDA, by the profiler on a CPU."""
     if device.type != "cuda":
         return _peak_of_tensors(target)
     torch.cuda.synchronize()
@@ -129,7 +129,7 @@ def _peak_of_tensors(target: Callable[[], Any]) -> int:
 
 
 def copy_bandwidth(device: torch.device, smoke: bool) -> float:
-    """Bytes a second, read plus written, of a copy far larger than any cache."""
+    """Measure bytes per second, read plus written, of a copy far larger than any cache."""
     size = 2**22 if smoke else 2**30 if device.type == "cuda" else 2**28
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
@@ -138,7 +138,7 @@ def copy_bandwidth(device: torch.device, smoke: bool) -> float:
 
 @functools.cache
 def peak_arithmetic(device: torch.device, name: str, smoke: bool) -> dict[str, str | float]:
-    """TFLOP/s of dense products: the datasheet's, else those of a large square one."""
+    """Return the peak TFLOP/s of dense products: the datasheet's, else measured on a large square one."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     for pattern, tflops in DENSE_BF16_TFLOPS.items():
         if re.fullmatch(pattern, name):
@@ -154,15 +154,15 @@ def peak_arithmetic(device: torch.device, name: str, smoke: bool) -> dict[str, s
 
 
 OTHERS_TIMES = 2
-"""Others' errors may be so many times what ours may be: how torch's own kernels round depends on the processor."""
+"""Factor on the error bound of other providers: how torch's own kernels round depends on the processor."""
 GROSS_TIMES = 100
-"""So many times its bound is no rounding, whoever it is."""
+"""An error of more than this many times its bound is not rounding and fails for any provider."""
 _noted: list[str] | None = None
 
 
 @contextmanager
 def others() -> Iterator[list[str]]:
-    """Within, the bound is that of others, and what misses it is noted here in place of an error."""
+    """Apply the wider bound for other providers within this context, and collect misses in the list instead of failing."""
     global _noted
     before, _noted = _noted, []
     try:
@@ -177,7 +177,7 @@ def _errors(got: Tensor, truth: Tensor) -> dict[str, float]:
 
 
 def relative_error(got: Outputs, truth: Outputs) -> float:
-    """The median over outputs that aren't zero of their largest error, relative to their largest number."""
+    """Return the median, over nonzero outputs, of the largest error relative to the largest number."""
     sizes = [exact.abs().max().item() for exact in truth]
     errors = [_errors(mine, exact)["max"] / size for mine, exact, size in zip(got, truth, sizes, strict=True) if size]
     return statistics.median(errors) if errors else 0.0
@@ -186,9 +186,9 @@ def relative_error(got: Outputs, truth: Outputs) -> float:
 def assert_as_exact_as_eager(
     got: Outputs, eager: Outputs, truth: Outputs, names: Sequence[str], times: float = 2, typical: float = 0.0
 ) -> None:
-    """RMS and max error against the float64 ``truth``: at most ``times`` those of ``eager`` in its dtype, plus eps max|truth|.
+    """Check RMS and max error against the float64 ``truth``: at most ``times`` those of ``eager`` in its dtype + eps max|truth|.
 
-    ``eager``'s is taken to be ``typical`` at least, relative to the truth: where there are few numbers it may be less by luck.
+    ``eager``'s error, relative to the truth, counts as at least ``typical``, because with few numbers it may be smaller by chance.
     """
     times *= 1 if _noted is None else OTHERS_TIMES
     for name, mine, peer, exact in zip(names, got, eager, truth, strict=True):

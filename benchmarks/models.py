@@ -1,4 +1,4 @@
-"""How whole models are measured: the check against a truth in a wider dtype, timing in turns with a divisor."""
+"""Measurement of whole models: the check against a truth in a wider dtype, timing in turns with a divisor."""
 
 import gc
 import statistics
@@ -21,32 +21,32 @@ Prepared = tuple[suite.Step, Callable[[], object]]
 
 @dataclass(frozen=True)
 class ModelGroup(suite.Group):
-    """Whole models under measurement; a case says with ``compiled`` whether its providers are those that torch.compile makes."""
+    """A group of whole models; a case's ``compiled`` says whether its providers are those made by torch.compile."""
 
     divisor: str
-    """The provider whose time and memory the others' are divided by."""
+    """The baseline provider, by whose time and memory the others' are divided."""
     batch_of: Callable[[Any, torch.device], Inputs]
-    """The same for all providers of a case."""
+    """Returns the batch of a case, the same for all providers."""
     prepared: Callable[[str, suite.Point, torch.device], Prepared]
-    """A provider's step and the function to time; its numbers are right."""
+    """Returns a provider's step and the function to time, after checking its outputs."""
     facts: Callable[[str, Any, torch.device], dict[str, Any]]
-    """What is saved of a provider at a case beside the measurement."""
+    """Returns facts about a provider at a case that are saved with the measurement."""
     seconds_of_rounds: float = 45.0
-    """What the rounds of one measurement should take when all is measured, where seven rounds don't take longer."""
+    """Target duration of one measurement's rounds when all sizes are measured, unless seven rounds take longer."""
 
     def rounds(self, extent: str) -> tuple[float, int] | None:
-        """Seconds that all rounds should take and their least number; None for three of one call."""
+        """Return the target seconds of all rounds and their minimum number; None for three rounds of one call."""
         return {SMOKE: None, CENTRE: (CENTRE_SECONDS, 3), FULL: (self.seconds_of_rounds, 7)}[extent]
 
     def reason(self, point: suite.Point, setting: suite.Setting) -> str | None:
         if (reason := super().reason(point, setting)) is not None:
             return reason
         if point.case.compiled and setting.device.type == "cpu" and not setting.compile_on_cpu:
-            return "on a CPU, where compiling takes minutes, only with --compile-on-cpu"
+            return "compiling takes minutes on a CPU: give --compile-on-cpu to measure it"
         return None
 
     def seconds(self, point: suite.Point, setting: suite.Setting) -> float:
-        """A few steps to check and the truth's, then rounds of two steps each."""
+        """Estimate the seconds: a few steps for the check and the truth, then rounds of two steps each."""
         if self.reason(point, setting) is not None:
             return 0.1
         step = point.case.flops(point.mode) / setting.flops_a_second
@@ -57,26 +57,26 @@ class ModelGroup(suite.Group):
 
 @dataclass(frozen=True)
 class Divisor:
-    """What the others are timed in turns with."""
+    """The baseline that the other providers are timed in turns with."""
 
     target: Callable[[], object]
     memory: int | None
 
 
 def check(got: Named, eager: Named, truth: Named) -> None:
-    """Logits, loss and the gradients that both have, against the truth; the others are finite at least."""
+    """Check logits, loss and common gradients against the truth, and that all other outputs are finite."""
     for name, tensor in got.items():
         assert tensor.isfinite().all(), f"{name} is not finite"
     names = [name for name in got if name in truth]
     assert names[:2] == list(truth)[:2], f"got {names[:2]}, expected {list(truth)[:2]}"
     ours, eager, truth = ([outputs[name] for name in names] for outputs in (got, eager, truth))
     titles = [name if name in ("logits", "loss") else f"gradient of {name}" for name in names]
-    # twice what eager is allowed elsewhere: a dozen layers, in each another order of sums
+    # twice the usual tolerance: a dozen layers, each with a different order of summation
     measure.assert_as_exact_as_eager(ours, eager, truth, titles, times=4, typical=measure.relative_error(eager, truth))
 
 
 def prepare(provider: Provider, point: suite.Point, inputs: Inputs, right: Callable[[Named], None]) -> Prepared:
-    """The step and the function to time; ``right`` fails if a step's outputs are not."""
+    """Return the step and the function to time; ``right`` raises if a step's outputs are wrong."""
     names: list[str] = []
 
     def step(inputs: Inputs) -> measure.Outputs:
@@ -116,10 +116,10 @@ _kept: dict[tuple[Any, ...], Divisor] = {}
 
 
 def _divisor(group: ModelGroup, point: suite.Point, device: torch.device) -> Divisor:
-    """Made once for all providers of a size, mode and timing, which follow one another."""
+    """Return the divisor, made once for all providers of a size, mode and timing, which run in a row."""
     key = (group.name, point.mode, point.case, point.timing)
     if key not in _kept:
-        _kept.clear()  # before the next is made: two may not fit
+        _kept.clear()  # before the next is made, because two may not fit in memory
         with group.judged(group.divisor):
             step, target = group.prepared(group.divisor, point, device)
         inputs = group.batch_of(point.case, device)
@@ -134,7 +134,7 @@ def drop_divisors() -> None:
 def time_in_turns(
     benchmark, target: Callable[[], object], divisor: Callable[[], object], schedule: tuple[float, int] | None
 ) -> None:
-    """``schedule`` is of :meth:`ModelGroup.rounds`."""
+    """Time ``target`` in turns with ``divisor``; ``schedule`` comes from :meth:`ModelGroup.rounds`."""
     rounds, calls = 3, 1
     if schedule is not None:
         total, least = schedule
@@ -149,7 +149,7 @@ def time_in_turns(
 
     benchmark.extra_info["calls_per_iteration"] = calls
     gc.collect()
-    gc.freeze()  # a full collection among all modules' objects would take as long as a small step
+    gc.freeze()  # a full garbage collection over all modules' objects would take as long as a small step
     try:
         benchmark.pedantic(call, setup=turns.before, rounds=rounds)
     finally:
@@ -162,7 +162,7 @@ def time_in_turns(
 
 
 def taxes(ratios: list[float], info: Mapping[str, Any]) -> dict[str, float]:
-    """The median ratio and its spread; of a model with more tokens than the divisor also the excess over their ratio."""
+    """Return the median ratio and its spread; for a model with more tokens than the divisor also its excess over their ratio."""
     ratios = sorted(ratios)
     tax, (low, high) = statistics.median(ratios), (ratios[round(share * (len(ratios) - 1))] for share in (0.2, 0.8))
     excess = {"excess": tax / info["token_ratio"]} if "token_ratio" in info else {}

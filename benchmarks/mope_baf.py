@@ -1,4 +1,4 @@
-"""How MoPE-BAF is measured: every form against itself with the mask written out, in turns with the plain VLMo."""
+"""Measurement of MoPE-BAF: every form is checked against itself with an explicit mask, and timed in turns with the plain VLMo."""
 
 import functools
 from collections.abc import Sequence
@@ -27,14 +27,14 @@ def batch_of(case: BAFCase, device: torch.device) -> Inputs:
 
 @functools.lru_cache(maxsize=2)
 def expected(form: providers.Form, case: BAFCase, mode: str, device: torch.device) -> tuple[Named, Named]:
-    """A form's outputs in the case's dtype and in a wider one: the eager form and the truth."""
+    """Return a form's outputs in the case's dtype (the eager form) and in a wider one (the truth)."""
     batch, wider = batch_of(case, device), WIDER[case.dtype]
     eager = providers.make(form, case, device, mode).step(batch, mode)
     return eager, providers.make(form, case, device, mode, wider).step(batch.to(wider), mode)
 
 
 def check(name: str, case: BAFCase, mode: str, got: Named, device: torch.device) -> None:
-    """Logits, loss and every gradient against the truth; in place of the embedding's a compiled model has its anchor's."""
+    """Check logits, loss and every gradient against the truth; a compiled model has its anchor's gradient, not the embedding's."""
     eager, truth = expected(providers.PROVIDERS[name].truth, case, mode, device)
     lost = truth.keys() - got.keys() - ({"embedding"} if "anchor" in got else set())
     assert not lost, f"there is no gradient of {sorted(lost)[0]}"
@@ -48,7 +48,7 @@ def prepared(name: str, point: suite.Point, device: torch.device) -> models.Prep
 
 
 def facts(provider: str, case: BAFCase, device: torch.device) -> dict[str, Any]:
-    """What ``auto`` chooses, and how many tokens a layer has for each of the plain VLMo's."""
+    """Return the implementation that ``auto`` chooses, and a layer's number of tokens relative to the plain VLMo's."""
     return {
         "implementation": _implementations.choose("receptive_field_attention", "auto", providers.problem(case, device)),
         "token_ratio": case.token_ratio if providers.PROVIDERS[provider].prompts else 1.0,

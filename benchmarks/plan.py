@@ -1,4 +1,4 @@
-"""What a run is going to measure and how long that takes, how far it is, and what it found."""
+"""The plan of a run: what it will measure and how long that takes, its progress, and its results."""
 
 import time
 from collections.abc import Iterable, Mapping
@@ -14,7 +14,7 @@ from benchmarks.report import terminal
 
 
 def duration(seconds: float) -> str:
-    """Two digits or so."""
+    """Format seconds with about two digits."""
     if seconds < 99.5:
         return f"{max(1, round(seconds))} s"
     return f"{round(seconds / 60)} min" if seconds < 99.5 * 60 else f"{round(seconds / 3600)} h"
@@ -22,7 +22,7 @@ def duration(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class Work:
-    """A measurement, and the seconds that it may take."""
+    """A measurement and its estimated seconds."""
 
     group: suite.Group
     point: suite.Point
@@ -45,7 +45,7 @@ class Plan:
         self.begun: float | None = None
 
     def __str__(self) -> str:
-        """A line for each group: measurements, time, and sizes where these are few."""
+        """Return a line for each group: measurements, time, and the sizes if they are few."""
         lines = [f"{len(self.works)} measurements, about {duration(sum(work.seconds for work in self.works))} on this machine"]
         for name in dict.fromkeys(work.group.name for work in self.works):
             works = [work for work in self.works if work.group.name == name]
@@ -59,9 +59,9 @@ class Plan:
             self.begun = time.monotonic()
 
     def end(self, number: int, entry: Mapping[str, Any]) -> str:
-        """What the measurement of that number, from 0, found, and the time left by the estimate, at the speed so far.
+        """Return the result of a measurement, by its number from 0, and the estimated time left at the speed so far.
 
-        In front a line for the size, where the one before was of another.
+        If the previous measurement had another size, a line with the size precedes it.
         """
         work, ended = self.works[number], number + 1
         title = "" if number and self.works[number - 1].size == work.size else f"{work.size}\n"
@@ -72,27 +72,27 @@ class Plan:
 
 def _found(entry: Mapping[str, Any]) -> str:
     if "reason" in entry:
-        return entry["reason"] if entry["reason"].startswith(FAILED) else "not measured"  # why is below the tables, once
+        return entry["reason"] if entry["reason"].startswith(FAILED) else "not measured"  # the reason is printed below the tables
     info = entry["extra_info"]
     tax = f", tax {info['tax']:.3f}" if "tax" in info else ""
     return f"{terminal.time_of(info['median_us'] / 1e6)}{tax}{', outside its bound' if info.get('inexact') else ''}"
 
 
 class Progress:
-    """pytest's plugin that prints it: the plan before the first measurement, a line behind each, the tables at the end."""
+    """A pytest plugin that prints the plan before the first measurement, a line after each one, and the tables at the end."""
 
     def __init__(self, config: pytest.Config):
         self.config, self.record = config, config.stash[suite.RECORD]
         self.plan: Plan | None = None
         self.numbers: dict[str, int] = {}
-        """By pytest's id, the place in the plan."""
+        """pytest id -> index in the plan."""
 
     def _reporter(self) -> pytest.TerminalReporter:
         return self.config.pluginmanager.getplugin("terminalreporter")
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        """What ``-k`` left out is not planned."""
+        """Plan only the measurements that ``-k`` selects."""
         items = suite.measurements(session.items)
         groups = self.config.stash[suite.GROUPS]
         self.numbers = {item.nodeid: number for number, item in enumerate(items)}
@@ -119,7 +119,7 @@ class Progress:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
-        """The line behind each says it, in place of a letter; a reason for a skip is below the tables."""
+        """Replace the status letter: a line after each measurement reports it; reasons for skips are printed below the tables."""
         if report.nodeid not in self.numbers or report.when != "call" or report.failed:
             return None
         outcome = "not measured" if report.skipped else report.outcome
@@ -133,5 +133,5 @@ class Progress:
             terminalreporter.write_line(terminal.tables(documents))
         if self.record.left:
             terminalreporter.write_line(
-                f"{self.record.left} are left, the budget is used up; with --results DIR the next run goes on"
+                f"{self.record.left} measurements are left, because the budget is used up; with --results DIR the next continues"
             )

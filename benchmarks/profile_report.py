@@ -1,4 +1,4 @@
-"""The text of a profile."""
+"""Write a profile as Markdown."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,13 +7,13 @@ from benchmarks.profile_trace import Cost, differences
 from benchmarks.report.text import table
 
 ROWS = 20
-"""Of a table; what is left out is one row more."""
+"""Maximum rows of a table; the remaining ones are summed in one more row."""
 Rows = Sequence[tuple[str, Cost, Cost]]
 Column = Callable[[Cost, Cost], float]
 
 
 def text(found: dict[str, Any]) -> str:
-    """A report in Markdown of what :func:`benchmarks.profile_steps.profile` found."""
+    """Return a Markdown report of what :func:`benchmarks.profile_steps.profile` found."""
     facts, runs = found["facts"], found["runs"]
     ours, theirs = facts["provider"], facts["against"]
     on_device = runs[ours]["timeline"] is not None
@@ -107,7 +107,7 @@ def _costs(ours: dict[str, Any], theirs: dict[str, Any], what: str, against: str
 
 
 def _table(what: str, rows: Rows, columns: dict[str, Column], by: str, *, signed: bool) -> str:
-    """The rows that matter most, by size of the difference or by our cost, in the order given; the others as one sum."""
+    """Build a table of the rows with the largest difference or cost, in the order given; the others are summed in one row."""
     weight = (lambda row: abs(getattr(row[1], by) - getattr(row[2], by))) if signed else (lambda row: getattr(row[1], by))
     shown = {id(row) for row in sorted(rows, key=weight, reverse=True)[:ROWS]}
     form = "{:+.1f}" if signed else "{:.1f}"
@@ -118,7 +118,7 @@ def _table(what: str, rows: Rows, columns: dict[str, Column], by: str, *, signed
         for name, mine, other in [row]
     ]
     for title, members in (("others", [row for row in rows if id(row) not in shown]), ("**all**", rows)):
-        # total time of ops counts what they call once more
+        # a sum of total times would count nested ops twice
         sums = [
             "" if name == "host total us" else form.format(sum(column(*row[1:]) for row in members))
             for name, column in columns.items()
@@ -128,7 +128,7 @@ def _table(what: str, rows: Rows, columns: dict[str, Column], by: str, *, signed
 
 
 def _short(name: str) -> str:
-    """A name that fits a table: C++ kernels have parameters of a page."""
+    """Shorten a name to fit a table: C++ kernels have very long template parameters."""
     name = name if len(name) <= 100 else f"{name[:97]}..."
     return f"`{name}`".replace("|", "\\|")
 

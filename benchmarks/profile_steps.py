@@ -1,8 +1,8 @@
-"""Where a step's time goes: ``python -m benchmarks.profile_steps --encoder ViT-B/16 --batch 8 --mode training --output DIR``.
+"""Profile a step: ``python -m benchmarks.profile_steps --encoder ViT-B/16 --batch 8 --mode training --output DIR``.
 
 Runs a provider of the group ``end_to_end`` and one to compare it with under torch's profiler, in turns, and writes a report, a
-JSON and a Chrome trace. Nothing is checked: that is the benchmark's business. On a GPU each runs as called and, where it can be
-captured, as a CUDA graph.
+JSON file and a Chrome trace. Outputs are not checked; the benchmark does that. On a GPU each provider runs as called and, if it can
+be captured, as a CUDA graph.
 """
 
 import argparse
@@ -32,14 +32,14 @@ from mope_fast._files import write_atomically
 Steps = dict[str, Callable[[], Any]]
 """Label of a run -> its step."""
 REPLAY = ", replay"
-"""The end of a graph's label."""
+"""Suffix of a CUDA graph's label."""
 
 
 def find_case(encoder: str, batch: int, device: torch.device) -> FusedCase:
-    """Any batch of the encoders that the benchmark has, the tiny ones of its smoke run too.
+    """Return a case with any batch size for one of the benchmark's encoders, including the tiny ones of its smoke run.
 
     Raises:
-        ValueError: it has none of that name.
+        ValueError: the benchmark has no encoder of that name.
     """
     known = {case.encoder.name: case for extent in (SMOKE, FULL) for case in cases(device, extent)}
     if encoder not in known:
@@ -48,10 +48,10 @@ def find_case(encoder: str, batch: int, device: torch.device) -> FusedCase:
 
 
 def make_step(name: str, case: FusedCase, mode: str, device: torch.device) -> Callable[[], Any]:
-    """A provider's step on the batch that all providers of the case get.
+    """Return a provider's step on the case's batch, which is the same for all providers.
 
     Raises:
-        ValueError: there is no such provider in this mode, or it can't run here.
+        ValueError: the mode has no such provider, or the provider can't run here.
     """
     known = [provider for provider, (modes, _) in providers.PROVIDERS.items() if mode in modes]
     if name not in known:
@@ -63,12 +63,12 @@ def make_step(name: str, case: FusedCase, mode: str, device: torch.device) -> Ca
 
 
 def with_graphs(steps: Steps) -> tuple[Steps, dict[str, str]]:
-    """Beside each step the replay of its CUDA graph, and for those that can't be captured the reason."""
+    """Return the steps together with replays of their CUDA graphs, and the reasons for those that can't be captured."""
     both, failed = dict(steps), {}
     for label, step in steps.items():
         try:
             graph, _ = measure.capture(lambda _, step=step: tuple(step().values()), [None])
-        except Exception as error:  # what a capture allows is the library's to say; the rest is still of use
+        except Exception as error:  # a capture may fail in any way; the other runs are still useful
             failed[label] = f"{type(error).__name__}: {error}".splitlines()[0]
             torch.cuda.synchronize()
         else:
@@ -77,7 +77,7 @@ def with_graphs(steps: Steps) -> tuple[Steps, dict[str, str]]:
 
 
 def time_steps(steps: Steps, rounds: int) -> dict[str, dict[str, float]]:
-    """Medians in microseconds, not profiled, one step of each in turns: the whole step, and until the call came back."""
+    """Return unprofiled medians in microseconds, one step of each in turns: of the whole step, and until the call returned."""
     whole, called = ({label: [] for label in steps} for _ in range(2))
     for _ in range(rounds):
         for label, step in steps.items():
@@ -90,7 +90,7 @@ def time_steps(steps: Steps, rounds: int) -> dict[str, dict[str, float]]:
 
 
 def record(steps: Steps, count: int, rounds: int) -> dict[str, Any]:
-    """The Chrome trace of ``rounds`` blocks of ``count`` steps of each, in turns; what ran before them is not in a block."""
+    """Record a Chrome trace of ``rounds`` blocks of ``count`` steps of each, in turns; warm-up steps are not in a block."""
     cuda = torch.cuda.is_available()
     activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if cuda else [])]
     with torch.profiler.profile(activities=activities) as profile:
@@ -113,7 +113,7 @@ def record(steps: Steps, count: int, rounds: int) -> dict[str, Any]:
 
 
 def clock_ops(steps: Steps, rounds: int) -> list[profile_trace.Block]:
-    """As :func:`record`, by the CPU time of each op in place of wall time; a step a block."""
+    """Measure as :func:`record` does, but the CPU time of each op instead of wall time, with one step per block."""
     blocks = []
     for _ in range(rounds):
         for label, step in steps.items():
@@ -129,7 +129,7 @@ def summarise(
     traffic: dict | None,
     times: dict[str, float],
 ) -> dict[str, Any]:
-    """One run's costs a step, in microseconds; ``clocked`` blocks, if there are any, say what ops take."""
+    """Return one run's costs per step, in microseconds; times of ops come from ``clocked`` blocks, if there are any."""
     blocks = profile_trace.of_run(blocks, label)
     timed = profile_trace.of_run(clocked, label) or blocks
     ops, timeline, host = profile_trace.op_costs(timed), profile_trace.timeline(blocks), profile_trace.host(blocks)
@@ -162,11 +162,12 @@ def summarise(
 def profile(
     case: FusedCase, mode: str, running: Steps, device: torch.device, *, count: int, rounds: int, smoke: bool = False
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What was found, and the trace.
+    """Profile two providers; return the results and the trace.
 
     Args:
-        running: two providers' steps, the one of interest and the one to compare it with.
-        count: steps of a block. rounds: blocks of each.
+        running: two providers' steps: the one of interest, and the one to compare it with.
+        count: steps per block.
+        rounds: blocks of each provider.
     """
     provider, against = running
     for step in running.values():
@@ -193,24 +194,24 @@ def profile(
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--encoder", required=True, metavar="NAME", help="of the group end_to_end, as ViT-B/16")
+    parser.add_argument("--encoder", required=True, metavar="NAME", help="an encoder of the group end_to_end, such as ViT-B/16")
     parser.add_argument("--batch", required=True, type=int, metavar="B")
     parser.add_argument("--mode", required=True, choices=MODES)
     parser.add_argument("--provider", default="mope_fast", metavar="NAME", help="default: %(default)s")
     parser.add_argument("--against", default=FROZEN, metavar="NAME", help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=4, metavar="N", help="of a block (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=4, metavar="N", help="steps per block (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="blocks of each provider (default: %(default)s)")
     parser.add_argument("--cpu-time", action="store_true", help="one thread, CPU time of steps and of ops; no GPU")
-    parser.add_argument("--smoke", action="store_true", help="a small copy to compare with: does it run at all?")
+    parser.add_argument("--smoke", action="store_true", help="only check that it runs, with a small copy for the bandwidth")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="for NAME.md, NAME.json, NAME.trace.json.gz")
     options = parser.parse_args(arguments)
     device = environment.default_device()
     if options.cpu_time:
         if device.type == "cuda":
-            parser.error("--cpu-time leaves out what a GPU does: hide the GPU (CUDA_VISIBLE_DEVICES=) or drop the option")
+            parser.error("--cpu-time doesn't include GPU time: hide the GPU (CUDA_VISIBLE_DEVICES=) or drop the option")
         measure.count_cpu_time()
     if min(options.batch, options.steps, options.rounds) < 1 or options.provider == options.against:
-        parser.error("--batch, --steps and --rounds must be at least 1, --provider and --against two different ones")
+        parser.error("--batch, --steps and --rounds must be at least 1, and --provider and --against must differ")
     try:
         case = find_case(options.encoder, options.batch, device)
         running = {name: make_step(name, case, options.mode, device) for name in (options.provider, options.against)}

@@ -1,6 +1,6 @@
-"""What a Chrome trace of torch's profiler says about blocks of steps: costs by op and by kernel, and when the device was idle.
+"""Analyze blocks of steps in a Chrome trace of torch's profiler: costs by op and by kernel, and when the device was idle.
 
-Nothing here runs or profiles anything: it is arithmetic on events. Times are microseconds, costs are of one step.
+This module runs and profiles nothing; it only computes on events. Times are in microseconds, costs are per step.
 """
 
 import statistics
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 BLOCK = "profiled: "
-"""What the name of a block's annotation begins with; the run's own follows."""
+"""Prefix of a block's annotation; the run's name follows."""
 DEVICE_KINDS = ("kernel", "gpu_memcpy", "gpu_memset")
 _ENGINE = "autograd::engine::evaluate_function: "
 
@@ -28,17 +28,17 @@ class Span:
 
 @dataclass(frozen=True)
 class Op(Span):
-    """One call of an op on the host; ``self_time`` leaves out the ops that it calls, ``parents`` are those that called it."""
+    """One call of an op on the host; ``self_time`` leaves out nested ops, ``parents`` are the ops that it is nested in."""
 
     self_time: float
     parents: tuple["Op", ...]
     identity: int | None
-    """What the kernels that it launches carry."""
+    """Id by which the kernels that it launches refer to it."""
 
 
 @dataclass(frozen=True)
 class Activity(Span):
-    """A kernel, copy or fill on a stream; ``op`` is the innermost one that launched it, None in a graph's replay."""
+    """A kernel, copy or fill on a stream; ``op`` is the innermost op that launched it, None in a graph's replay."""
 
     stream: int
     op: Op | None
@@ -46,7 +46,7 @@ class Activity(Span):
 
 @dataclass(frozen=True)
 class Block:
-    """Some steps of one run back to back; the device has finished before the next block."""
+    """Consecutive steps of one run; the device has finished before the next block."""
 
     run: str
     steps: int
@@ -56,11 +56,11 @@ class Block:
 
 
 Pick = Callable[[Sequence[float]], float]
-"""One of several measurements of the same thing."""
+"""Selects or combines several measurements of the same quantity, such as ``min`` or the median."""
 
 
 class Cost(NamedTuple):
-    """A step's share; ``total`` includes what an op calls, ``device`` what it itself launched."""
+    """Cost per step; ``total`` includes nested ops, ``device`` only what the op itself launched."""
 
     calls: float = 0.0
     total: float = 0.0
@@ -71,19 +71,19 @@ class Cost(NamedTuple):
 class Gap(NamedTuple):
     duration: float
     before: str
-    """What ended last."""
+    """Name of the activity that ended last."""
     after: str
-    """What starts next."""
+    """Name of the activity that starts next."""
 
 
 class Timeline(NamedTuple):
-    """Of the device within blocks, from the first kernel's start to the last one's end; several streams are one timeline."""
+    """The device's timeline within blocks, from the first kernel's start to the last one's end; streams are merged."""
 
     window: float
     busy: float
     streams: int
     gaps: list[Gap]
-    """The largest first."""
+    """Sorted by duration, the largest first."""
 
     @property
     def idle_share(self) -> float:
@@ -91,19 +91,19 @@ class Timeline(NamedTuple):
 
 
 class Host(NamedTuple):
-    """A step's host side."""
+    """Host costs of a step."""
 
     ops: float
     in_ops: float
     between_ops: float
-    """Python, and whatever else is no op."""
+    """Python, and everything else outside ops."""
 
 
 def read_blocks(document: dict[str, Any], steps: int) -> list[Block]:
-    """The blocks of a trace; ``steps`` is how many each has.
+    """Read the blocks of a trace; ``steps`` is the number of steps in each.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the trace has no block.
     """
     events = [event for event in document["traceEvents"] if event.get("ph") == "X" and "dur" in event]
     marks = sorted(
@@ -143,8 +143,8 @@ def _by_thread(events: Iterable[dict[str, Any]]) -> dict[Any, list[dict[str, Any
 
 
 def nested(events: list[dict[str, Any]]) -> list[Op]:
-    """One thread's ops in order of their start, each with the ops that were open then."""
-    # of two with one start the longer one called the other
+    """Return one thread's ops in order of their start, each with the ops that were open then."""
+    # of two ops with the same start, the longer one called the other
     events = sorted(events, key=lambda event: (event["ts"], -event["dur"]))
     inner = [0.0] * len(events)
     open_: list[int] = []
@@ -170,9 +170,9 @@ def of_run(blocks: Iterable[Block], run: str) -> list[Block]:
 
 
 def _per_step(blocks: Sequence[Block], values: Callable[[Block], dict[str, list[float]]], pick: Pick) -> dict[str, float]:
-    """Sums over a step of what ``values`` gives by name for a block's calls, in order.
+    """Sum over a step, by name, what ``values`` returns for a block's calls, in order.
 
-    ``pick`` takes the one value out of all steps' at the same place in a step; where steps differ, of the blocks' sums.
+    ``pick`` combines the values of all steps at the same position in a step; if steps differ, it combines the blocks' sums.
     """
     each = [values(block) for block in blocks]
     result = {}
@@ -188,7 +188,7 @@ def _per_step(blocks: Sequence[Block], values: Callable[[Block], dict[str, list[
 
 
 def _of_ops(blocks: Sequence[Block], value: Callable[[Op], float], pick: Pick = min) -> dict[str, float]:
-    """Of what the host does the least: a busy machine makes it slower, nothing makes it faster."""
+    """Combine host times by their minimum: a busy machine only makes them longer."""
     return _per_step(blocks, lambda block: _by_name((op.name, value(op)) for op in block.ops), pick)
 
 
@@ -205,7 +205,7 @@ def _by_name(pairs: Iterable[tuple[str | None, float]]) -> dict[str, list[float]
 
 
 def op_costs(blocks: Sequence[Block]) -> dict[str, Cost]:
-    """By name; an op within one of its own name counts once in ``total``."""
+    """Return costs by op name; an op nested in one of the same name counts once in ``total``."""
     calls = _of_ops(blocks, lambda op: 1.0, statistics.median)
     total = _of_ops(blocks, lambda op: 0.0 if any(parent.name == op.name for parent in op.parents) else op.duration)
     own = _of_ops(blocks, lambda op: op.self_time)
@@ -214,16 +214,16 @@ def op_costs(blocks: Sequence[Block]) -> dict[str, Cost]:
 
 
 def kernel_costs(blocks: Sequence[Block]) -> dict[str, Cost]:
-    """By name, copies and fills too."""
+    """Return costs by kernel name, including copies and fills."""
     times = _of_activities(blocks, lambda a: a.name)
     calls = _per_step(blocks, lambda block: _by_name((a.name, 1.0) for a in block.activities), statistics.median)
     return {name: Cost(calls[name], time, time, time) for name, time in times.items()}
 
 
 def time_within(blocks: Sequence[Block], names: Collection[str]) -> dict[str, float]:
-    """A step's time for which each op of ``names`` is responsible, the outermost where one calls another.
+    """Return the time per step for which each op of ``names`` is responsible; of nested ops the outermost is.
 
-    The device's time if there is a device, else the host's.
+    It is the device's time if there is a device, else the host's.
     """
 
     def responsible(op: Op | None) -> Op | None:
@@ -236,13 +236,13 @@ def time_within(blocks: Sequence[Block], names: Collection[str]) -> dict[str, fl
 
 
 def differences(ours: dict[str, Cost], theirs: dict[str, Cost], by: str) -> list[tuple[str, Cost, Cost]]:
-    """(name, our cost, theirs), what we add most of ``by`` first."""
+    """Return (name, our cost, their cost), sorted by how much we add of ``by``, the largest first."""
     rows = [(name, ours.get(name, Cost()), theirs.get(name, Cost())) for name in {**ours, **theirs}]
     return sorted(rows, key=lambda row: getattr(row[2], by) - getattr(row[1], by))
 
 
 def union(spans: Iterable[Span]) -> float:
-    """Length of what the spans cover together."""
+    """Return the total length covered by the spans."""
     covered, end = 0.0, float("-inf")
     for span in sorted(spans, key=lambda span: span.start):
         covered += max(0.0, span.end - max(end, span.start))
@@ -251,7 +251,7 @@ def union(spans: Iterable[Span]) -> float:
 
 
 def gaps(activities: Iterable[Activity]) -> list[Gap]:
-    """When no stream has anything to do, the longest first."""
+    """Return the gaps in which all streams are idle, the longest first."""
     found: list[Gap] = []
     last: Activity | None = None
     for activity in sorted(activities, key=lambda activity: (activity.start, activity.end)):
@@ -263,7 +263,7 @@ def gaps(activities: Iterable[Activity]) -> list[Gap]:
 
 
 def timeline(blocks: Sequence[Block]) -> Timeline | None:
-    """Of all blocks, per step; None without a device."""
+    """Return the timeline of all blocks, per step; None without a device."""
     steps = sum(block.steps for block in blocks)
     used = [block.activities for block in blocks if block.activities]
     if not used:
@@ -275,7 +275,7 @@ def timeline(blocks: Sequence[Block]) -> Timeline | None:
 
 
 def host(blocks: Sequence[Block]) -> Host:
-    """Threads that run at the same time count once in ``between_ops``, the least over blocks."""
+    """Return host costs; concurrent threads count once in ``between_ops``, which is the minimum over blocks."""
     between = [max(0.0, block.span.duration - union(op for op in block.ops if not op.parents)) for block in blocks]
     costs = op_costs(blocks).values()
     return Host(sum(cost.calls for cost in costs), sum(cost.own for cost in costs), min(between) / blocks[0].steps)

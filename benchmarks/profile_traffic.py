@@ -1,7 +1,7 @@
-"""What every op that a function runs moves and takes, backward included, as torch dispatches it.
+"""Count the compulsory bytes and CPU time of every op that a function runs, backward included, as torch dispatches it.
 
-Compulsory bytes: each input read once, each output written once. CPU time, where other programs make a profiler's wall time
-useless.
+Compulsory bytes are each input read once and each output written once. CPU time is for machines where other programs make a
+profiler's wall time useless.
 """
 
 import math
@@ -19,12 +19,12 @@ from torch.utils.flop_counter import flop_registry
 
 _WRITES_ONLY = {"copy_", "fill_", "zero_", "normal_", "uniform_", "bernoulli_", "random_"}
 _READS_ROWS = {"embedding", "index", "index_select", "gather"}
-"""Of their first argument only what they give."""
+"""Ops that read of their first argument only as much as they return."""
 
 
 @dataclass
 class Traffic:
-    """Of all calls of one op. ``product``: it multiplies matrices, so bytes may not be what bounds it."""
+    """Traffic of all calls of one op. ``product``: it multiplies matrices, so it may not be memory-bound."""
 
     calls: int = 0
     bytes: int = 0
@@ -32,17 +32,17 @@ class Traffic:
 
 
 def footprint(tensor: Tensor) -> int:
-    """Bytes of the distinct elements: a dimension of stride 0 repeats what is there."""
+    """Return the bytes of a tensor's distinct elements; a dimension of stride 0 repeats them."""
     sizes = zip(tensor.shape, tensor.stride(), strict=True)
     return tensor.element_size() * math.prod(size if stride or not size else 1 for size, stride in sizes)
 
 
 class _Leaves(TorchDispatchMode):
-    """Sees every op that is not made of others."""
+    """Calls ``leaf`` for every op that doesn't decompose into others."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        # in inference mode ops come that are made of others
+        # in inference mode composite ops are dispatched too
         with self:
             result = func.decompose(*args, **kwargs)
         return self.leaf(func, args, kwargs) if result is NotImplemented else result
@@ -64,7 +64,7 @@ class _Clock(_Leaves):
 
 
 def cpu_times(function: Callable[[], Any]) -> list[tuple[str, float]]:
-    """Name and CPU seconds of every op of one call of ``function`` that is not made of others; backward on this thread too."""
+    """Return name and CPU seconds of every non-composite op of one call of ``function``, including backward on this thread."""
     with _Clock() as clock:
         function()
     return clock.calls
@@ -88,7 +88,7 @@ class _Counter(_Leaves):
         if is_view or not outputs or "empty" in name:
             return
         written, read = sum(map(footprint, outputs)), [footprint(tensor) for tensor in inputs]
-        # a tensor that another one is made like is not read
+        # the template tensor of *_like and new_* ops is not read
         if name in _WRITES_ONLY or name.startswith("new_") or name.endswith("_like"):
             read[:1] = [0]
         elif name in _READS_ROWS:
@@ -100,7 +100,7 @@ class _Counter(_Leaves):
 
 
 def count_traffic(function: Callable[[], Any]) -> dict[str, Traffic]:
-    """Name of each op, as the profiler has it, -> what one call of ``function`` moves in it. Views and empty tensors: nothing."""
+    """Map each op's name in the profiler to its traffic in one call of ``function``. Views and empty tensors are left out."""
     counter = _Counter()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), counter:
         function()

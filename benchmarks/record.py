@@ -1,7 +1,8 @@
-"""What a run measured: saved after every measurement, so that a run that was stopped at any moment goes on where it was.
+"""Record the results of a run: saved after every measurement, so that a run stopped at any moment can continue.
 
-A folder of such files, run*.json, is one set of results of one device, written by one run at a time. A measurement in it, made or
-skipped for a reason, is not made again. One that failed or that a run died of is tried a second time, and then given up.
+A folder of such files, run*.json, is one set of results of one device, written by one run at a time. A measurement in it that was
+made, or skipped for a reason, is not made again. One that failed, or during which a run died, is tried a second time and then given
+up.
 """
 
 import collections
@@ -27,15 +28,15 @@ def _key(entry: Mapping[str, Any]) -> Key:
 
 
 def read(file: Path) -> dict[str, Any]:
-    """Empty where a run was killed before it wrote anything.
+    """Read a file of results; it is empty if a run was killed before it wrote anything.
 
     Raises:
-        ValueError: it is no file of results.
+        ValueError: the file is not a file of results.
     """
     text = file.read_text()
     document = json.loads(text) if text else {"benchmarks": []}
     if not isinstance(document, dict) or "benchmarks" not in document:
-        raise ValueError(f"{file} has no results of benchmarks: take it out of the folder, or leave it out of the arguments")
+        raise ValueError(f"{file} has no benchmark results: remove it from the folder or the arguments")
     return document
 
 
@@ -48,7 +49,7 @@ def _measured(documents: Iterable[Mapping[str, Any]]) -> set[Key]:
 
 
 def skips(documents: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """What was not measured, with the reason, and is not measured in another of these."""
+    """Return what was not measured in any of these documents, with the reason."""
     documents = list(documents)
     measured = _measured(documents)
     entries = [entry for document in documents for entry in document.get("skipped", [])]
@@ -65,7 +66,7 @@ def done(folder: Path) -> set[Key]:
 
 
 class Record:
-    """In memory only where there is no folder; ``seconds``: after so many no measurement begins."""
+    """The record of a run, kept in memory only if there is no folder; after ``seconds`` no measurement begins."""
 
     def __init__(self, folder: Path | None = None, seconds: float = math.inf):
         self.folder, self.path, self.end = folder, None, time.monotonic() + seconds
@@ -77,7 +78,7 @@ class Record:
         self.running: dict[str, str] | None = None
 
     def begin(self, key: Key) -> bool:
-        """False if there is no time for it: it is left for another run. There always is for a run's first."""
+        """Begin a measurement; False if there is no time left and another run must do it. A run's first always begins."""
         if self.begun and time.monotonic() > self.end:
             self.left += 1
             self._save()
@@ -88,34 +89,35 @@ class Record:
         return True
 
     def entry(self, key: Key) -> dict[str, Any] | None:
-        """What this run has of a measurement: its figures, or why there are none; None if it was left."""
+        """Return this run's result of a measurement, or the reason for its absence; None if it was left for another run."""
         for entry in reversed(self.benchmarks):
             if _key(entry["extra_info"]) == key:
                 return entry
         return next((entry for entry in reversed(self.skipped) if _key(entry) == key), None)
 
     def documents(self) -> list[dict[str, Any]]:
-        """What the folder has, of earlier runs too; without one what this run has."""
+        """Return all documents in the folder, including earlier runs'; without a folder, this run's."""
         if self.folder is None:
             return [{"benchmarks": self.benchmarks, "skipped": self.skipped}]
         return [read(file) for file in files(self.folder)]
 
     def interrupted(self) -> None:
-        """By the user, not by the measurement."""
+        """Note that the user stopped the run, so that the current measurement is not blamed."""
         self.running = None
         self._save()
 
     def check_same(self, facts: Mapping[str, Any]) -> None:
-        """
+        """Check that the folder's results are comparable with this run's.
+
         Raises:
-            ValueError: the folder has results of another device or clock.
+            ValueError: the folder has results of another device, clock or ``smoke`` setting.
         """
         for file in [] if self.folder is None else files(self.folder):
             for entry in read(file)["benchmarks"]:
                 for name in ("device", "clock", "smoke"):
                     if (before := entry["extra_info"].get(name)) != facts[name]:
                         what = f"{name} {before!r}, this run's is {facts[name]!r}"
-                        raise ValueError(f"{self.folder} has results with {what}: give each a folder of its own")
+                        raise ValueError(f"{self.folder} has results with {what}: use separate folders")
 
     def skip(self, key: Key, reason: str) -> None:
         self.skipped.append(dict(zip(NAMES, key, strict=True)) | {"reason": reason})
@@ -123,7 +125,7 @@ class Record:
         self._save()
 
     def add(self, benchmark) -> None:
-        """What pytest-benchmark's fixture measured, if it wasn't told not to; single timings are left out."""
+        """Add the statistics of pytest-benchmark's fixture, unless it was disabled; single timings are left out."""
         if benchmark.stats is not None:
             stats = benchmark.stats.stats
             figures = {name: getattr(stats, name) for name in ("median", "q1", "q3", "min", "max", "mean", "stddev", "rounds")}

@@ -1,7 +1,7 @@
 """Measure everything, or some groups, in resumable shards, and write the report: ``python -m benchmarks.run [GROUP ...]``.
 
-A shard is a pytest of its own that begins no measurement after some minutes. What was measured is saved at once and stays, whenever
-the program is stopped; called again it goes on with the rest. Arguments that it doesn't know are pytest's: ``-k "ViT-B and B64"``,
+A shard is a separate pytest process that starts no measurement after some minutes. Measurements are saved at once and survive a
+stop at any time; the same command continues with the rest. Unknown arguments are passed to pytest: ``-k "ViT-B and B64"``,
 ``--cpu-time``, ``--smoke``.
 """
 
@@ -20,7 +20,7 @@ from benchmarks import record, report
 FOLDER = Path(__file__).parent
 GROUPS = sorted(file.stem.removeprefix("test_") for file in FOLDER.glob("test_*.py") if "suite.parametrize(" in file.read_text())
 GRACE = 180.0
-"""Seconds that the last measurement of a shard may go on after its time is up."""
+"""Seconds that a shard's last measurement may take after the shard's time is up."""
 NOTHING_LEFT = 5  # pytest's exit status
 
 
@@ -37,12 +37,12 @@ class Shard:
         self.before = set(record.files(results))
 
     def run(self) -> int:
-        """Its exit status, after a progress bar."""
+        """Run it with a progress bar; return its exit status."""
         with open(self.log, "ab") as log, subprocess.Popen(self.command, stdout=log, stderr=log, cwd=FOLDER.parent) as process:
             try:
                 self._watch(process)
             except KeyboardInterrupt:
-                process.send_signal(signal.SIGINT)  # so that it notes that its measurement is not to blame
+                process.send_signal(signal.SIGINT)  # so that it records that the measurement itself didn't fail
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(10)
                 raise
@@ -66,7 +66,7 @@ class Shard:
             bar.set_postfix_str(" ".join((document["running"] or {}).get(name, "") for name in ("mode", "case", "provider")))
 
     def document(self) -> dict | None:
-        """What it has saved so far."""
+        """Return what it has saved so far."""
         files = set(record.files(self.results)) - self.before
         document = record.read(files.pop()) if files else {}
         return document if "planned" in document else None
@@ -78,32 +78,32 @@ class Shard:
 
 
 def run_group(group: str, results: Path, minutes: float, shards: int | None, arguments: Sequence[str]) -> bool:
-    """False if something failed, which the log tells."""
+    """Run a group in shards; return False if something failed, which the log describes."""
     good = True
     for _ in itertools.count() if shards is None else range(shards):
         shard = Shard(group, results, minutes, arguments)
         status = shard.run()
         if shard.document() is None and status in (0, NOTHING_LEFT):
-            print(f"{group}: nothing to measure: all is there, or -k takes none", file=sys.stderr)
+            print(f"{group}: nothing to measure: everything is saved already, or -k selects nothing", file=sys.stderr)
         elif status not in (0, NOTHING_LEFT):
             good = False
             print(f"{group}: pytest ended with {status}, see {shard.log}", file=sys.stderr)
         if shard.is_last():
             return good
-    print(f"{group}: {shard.document()['left']} are left for another call", file=sys.stderr)
+    print(f"{group}: {shard.document()['left']} measurements are left for another call", file=sys.stderr)
     return good
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=__doc__.split("\n\n")[1])
-    parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"of {', '.join(GROUPS)}; none: all")
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"any of {', '.join(GROUPS)}; default: all")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks"), metavar="DIR", help="results and report")
-    parser.add_argument("-k", metavar="EXPRESSION", help="pytest's: which measurements, by parts of their names")
-    parser.add_argument("--minutes", type=float, default=6.0, help="after which a shard begins no measurement (default 6)")
-    parser.add_argument("--shards", type=int, help="of each group at most, for a machine that is lent for minutes")
+    parser.add_argument("-k", metavar="EXPRESSION", help="select measurements by parts of their names, as pytest's -k")
+    parser.add_argument("--minutes", type=float, default=6.0, help="minutes after which a shard starts no measurement (default: 6)")
+    parser.add_argument("--shards", type=int, help="maximum shards per group, for a machine that is available for minutes only")
     options, arguments = parser.parse_known_args()
     if unknown := set(options.groups) - set(GROUPS):
-        parser.error(f"no such group: {', '.join(sorted(unknown))}; there are {', '.join(GROUPS)}")
+        parser.error(f"no such group: {', '.join(sorted(unknown))}; expected any of {', '.join(GROUPS)}")
     options.output.mkdir(parents=True, exist_ok=True)
     if options.k:
         arguments += ["-k", options.k]
@@ -113,7 +113,7 @@ def main() -> int:
         for group in options.groups or GROUPS:
             good.append(run_group(group, options.output.resolve(), options.minutes, options.shards, arguments))
     except KeyboardInterrupt:
-        print("stopped; the same command goes on with the rest", file=sys.stderr)
+        print("stopped; the same command continues with the rest", file=sys.stderr)
         good.append(False)
     if files := [*record.files(options.output), *sorted(options.output.glob("*.jsonl"))]:
         print(*report.write(files, options.output), sep="\n")

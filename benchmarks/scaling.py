@@ -1,4 +1,4 @@
-"""How cost grows: one fused encoder along K, L, B and S, checked and timed as ``end_to_end`` is."""
+"""Growth of cost: one fused encoder along K, L, B and S, checked and timed as in ``end_to_end``."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -28,7 +28,7 @@ def prepared(name: str, point: suite.Point, device: torch.device) -> models.Prep
 
 
 def facts(name: str, case: ScalingCase, device: torch.device) -> dict[str, Any]:
-    """With the trained parameters, what both ways of scaling are compared at."""
+    """Return facts with the number of trained parameters, at which both ways of scaling are compared."""
     trained = providers.build(name, case, device, TRAINING).parameters
     return end_to_end.implementation(name, case, device) | {"trained_parameters": sum(p.numel() for p in trained.values())}
 

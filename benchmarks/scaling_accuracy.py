@@ -1,8 +1,9 @@
-"""More experts or longer prompts, at equal trained parameters: accuracy on Easy-VQA. ``python -m benchmarks.scaling_accuracy``.
+"""Accuracy on Easy-VQA of more experts or longer prompts, at equal trained parameters. ``python -m benchmarks.scaling_accuracy``.
 
-Trains ``examples/easy_vqa.py``'s fused model, text as main, once for each number of experts K at L rows a prompt, and once for two
-experts of as many rows as take the same parameters; seed after seed. A finished run is in the output file at once, and isn't run
-again: the same command goes on where it was stopped. A small study by default: part of the questions, one pass.
+Trains the fused model of ``examples/easy_vqa.py``, text as main, once for each number of experts K at prompt length L, and once for
+two experts of the length with the same number of parameters; seed after seed. A finished run is written to the output file at once
+and isn't run again: the same command continues where it was stopped. By default it is a small study: part of the questions, one
+epoch.
 """
 
 import argparse
@@ -24,12 +25,12 @@ from benchmarks.examples import example
 from mope_fast._files import write_atomically
 
 SUBSET_SEED = 0
-"""Of the questions that are taken: the same for all runs."""
+"""Seed that draws the subset of questions, the same for all runs."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One model: ``experts`` of ``length`` rows; ``scaled`` says which of both grew from 2 experts."""
+    """One model: ``experts`` of ``length`` tokens; ``scaled`` says which of the two was scaled up from 2 experts."""
 
     scaled: str
     experts: int
@@ -38,7 +39,7 @@ class Run:
 
 
 def planned(experts: Iterable[int], length: int, seeds: Iterable[int]) -> Iterator[Run]:
-    """Seed after seed, so that a sweep that is cut short has whole seeds; where both ways are one model it is run once."""
+    """Yield runs seed by seed, so that an interrupted sweep has whole seeds; a model that both ways share is run once."""
     for seed in seeds:
         for count in experts:
             yield Run("experts", count, length, seed)
@@ -47,7 +48,7 @@ def planned(experts: Iterable[int], length: int, seeds: Iterable[int]) -> Iterat
 
 
 def subset(data: Any, count: int | None) -> Any:
-    """So many of a split's questions, drawn once for all runs; None for all, in their order."""
+    """Return ``count`` of a split's questions, drawn once for all runs; None for all, in their order."""
     if count is None or count >= len(data):
         return data
     index = torch.randperm(len(data), generator=torch.Generator().manual_seed(SUBSET_SEED))[:count]
@@ -59,7 +60,7 @@ def subset(data: Any, count: int | None) -> Any:
 
 
 def constant_accuracy(data: Any) -> float:
-    """Of answering each question by the commonest of its answers among these very questions: what no image is needed for."""
+    """Return the accuracy of always giving each question's most common answer in this data, which needs no image."""
     _, groups = data.input_ids.unique(dim=0, return_inverse=True)
     counts = torch.zeros(int(groups.max()) + 1, int(data.answers.max()) + 1)
     counts.index_put_((groups.cpu(), data.answers.cpu()), torch.ones(len(data)), accumulate=True)
@@ -67,7 +68,7 @@ def constant_accuracy(data: Any) -> float:
 
 
 def train_and_test(run: Run, args: Namespace, train: Any, test: Any, classes: int) -> dict[str, Any]:
-    """What one run gives; a step is forward, backward and optimiser."""
+    """Do one run and return its results; a step is forward, backward and optimizer."""
     easy_vqa = example("easy_vqa")
     args = Namespace(**{**vars(args), "experts": run.experts, "prompt_length": run.length, "seed": run.seed})
     torch.manual_seed(run.seed)
@@ -86,10 +87,10 @@ def train_and_test(run: Run, args: Namespace, train: Any, test: Any, classes: in
 
 
 def load(path: Path) -> list[dict[str, Any]]:
-    """The runs of a file, one a line.
+    """Read the runs of a file, one per line.
 
     Raises:
-        ValueError: a line is not of a run; the message says which.
+        ValueError: a line is not a run; the message says which.
     """
     rows = []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
@@ -110,18 +111,18 @@ def sweep(
     measured: Callable[[Run], dict[str, Any]],
     facts: dict[str, Any],
 ) -> None:
-    """Run what isn't in ``output`` with these settings yet; what is ``measured`` of a run is added to it, with the ``facts``."""
+    """Do the runs that are not in ``output`` with these settings yet; add to it what ``measured`` returns, and the ``facts``."""
     todo = [run for run in runs if not _is_done(run, settings, output)]
     if len(todo) < len(runs):
-        print(f"{len(runs) - len(todo)} of {len(runs)} runs are in {output} already")
+        print(f"{len(runs) - len(todo)} of {len(runs)} runs are already in {output}")
     for number, run in enumerate(todo, start=1):
         if _is_done(run, settings, output):  # another process was faster
             continue
-        print(f"run {number} of {len(todo)}: {run.experts} experts of {run.length} rows, seed {run.seed}", flush=True)
+        print(f"run {number} of {len(todo)}: {run.experts} experts of {run.length} tokens, seed {run.seed}", flush=True)
         row = {"run": dataclasses.asdict(run), "settings": settings, **facts, **measured(run)}
         rows = [*_finished(output), row]
         write_atomically(output, "".join(json.dumps(each) + "\n" for each in rows).encode())
-        print(f"  test accuracy {row['test_accuracy']:.4f}, {row['step_ms']:.0f} ms a step", flush=True)
+        print(f"  test accuracy {row['test_accuracy']:.4f}, {row['step_ms']:.0f} ms per step", flush=True)
 
 
 def _finished(output: Path) -> list[dict[str, Any]]:
@@ -138,16 +139,16 @@ def parse_arguments(words: Sequence[str] | None = None) -> Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         prog="benchmarks.scaling_accuracy",
     )
-    parser.add_argument("--output", type=Path, default=Path("outputs/scaling-accuracy.jsonl"), help="one line a finished run")
+    parser.add_argument("--output", type=Path, default=Path("outputs/scaling-accuracy.jsonl"), help="one line per finished run")
     parser.add_argument("--experts", type=int, nargs="+", default=[2, 4, 8, 16, 32], metavar="K")
-    parser.add_argument("--length", type=int, default=6, metavar="L", help="rows of a prompt of expert-scaling")
+    parser.add_argument("--length", type=int, default=6, metavar="L", help="prompt length when scaling experts")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED")
-    parser.add_argument("--samples", type=int, default=12000, help="training questions, drawn once; 38,575 are all")
-    parser.add_argument("--test-samples", type=int, default=4000, help="test questions, drawn once; 9,673 are all")
+    parser.add_argument("--samples", type=int, default=12000, help="training questions, drawn once; all are 38,575")
+    parser.add_argument("--test-samples", type=int, default=4000, help="test questions, drawn once; all are 9,673")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--image-size", type=int, default=70, help="pixels, a multiple of 14")
     parser.add_argument("--cpu-time", action="store_true", help="one thread, CPU time instead of wall time")
-    parser.add_argument("--smoke", action="store_true", help="a minimum of questions, experts and seeds: does it run at all?")
+    parser.add_argument("--smoke", action="store_true", help="only check that it runs, with minimal settings")
     args = parser.parse_args(words)
     if args.smoke:
         args.experts, args.seeds, args.samples, args.test_samples, args.image_size = [2, 4], [0], 64, 64, 14
@@ -161,7 +162,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> Namespace:
     except ValueError as error:
         parser.error(str(error))
     if args.cpu_time and torch.cuda.is_available():
-        parser.error("--cpu-time leaves out what a GPU does: hide the GPU (CUDA_VISIBLE_DEVICES=) or drop the option")
+        parser.error("--cpu-time doesn't include GPU time: hide the GPU (CUDA_VISIBLE_DEVICES=) or drop the option")
     return args
 
 

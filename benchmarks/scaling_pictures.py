@@ -25,7 +25,7 @@ OPTIMIZER, STATIC = "optimizer", "vpt-deep"
 
 
 class Series(NamedTuple):
-    """A line: colours of Okabe and Ito, and a marker for who sees none."""
+    """A line's style: a color of Okabe and Ito's palette, and a marker for readers who can't tell colors apart."""
 
     label: str
     colour: str
@@ -42,7 +42,7 @@ SERIES = {
     "paper-literal": _series("paper-literal", "#d55e00", "s"),
     STATIC: _series(STATIC, "#009e73", "^"),
 }
-"""By provider, along an axis."""
+"""Provider -> style, for plots along an axis."""
 BOTH_WAYS = {
     ("K", "mope_fast"): Series("more experts, mope_fast", "#0072b2", "o"),
     (LENGTH, "mope_fast"): Series("longer prompts, mope_fast", "#e69f00", "D"),
@@ -50,11 +50,11 @@ BOTH_WAYS = {
     (LENGTH, "paper-literal"): Series("longer prompts, paper-literal", "#cc79a7", "v"),
     (LENGTH, STATIC): Series("longer prompts, VPT-deep", "#009e73", "^"),
 }
-"""By curve and provider, over trained parameters."""
+"""(curve, provider) -> style, for plots over trained parameters."""
 
 
 class Place(NamedTuple):
-    """A point and its spread."""
+    """A point with its spread."""
 
     x: float
     y: float
@@ -80,7 +80,7 @@ def _new_figure(rows: int, columns: int, title: str):
 
 
 def _draw(axes, series: Series, places: Sequence[Place]) -> None:
-    """A line, its band and its markers."""
+    """Draw a line with its band and markers."""
     if not places:
         return
     xs, ys, lows, highs = zip(*places, strict=True)
@@ -99,7 +99,7 @@ def _dress(axes, title: str, x_label: str, y_label: str) -> None:
 
 
 def _ticks_at(axes, values: Iterable[float]) -> None:
-    """A logarithmic horizontal axis with ticks where the points are."""
+    """Make the horizontal axis logarithmic, with ticks at the points."""
     from matplotlib.ticker import NullLocator
 
     values = sorted(set(values))
@@ -109,7 +109,7 @@ def _ticks_at(axes, values: Iterable[float]) -> None:
 
 
 def _count_parameters(axes) -> None:
-    """A horizontal axis of numbers of parameters, logarithmic if they span more than a factor of four."""
+    """Label the horizontal axis with numbers of parameters; it is logarithmic if they span more than a factor of four."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     low, high = axes.dataLim.intervalx
@@ -124,7 +124,7 @@ def _count_parameters(axes) -> None:
 
 
 def _over_the_frozen(axes) -> None:
-    """The scale of taxes: logarithmic where they double, a line at one."""
+    """Scale the axis of taxes, with a line at one; it is logarithmic if it reaches beyond 2.5."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
     axes.axhline(1.0, color="#333333", linewidth=0.8)
@@ -138,7 +138,7 @@ def _over_the_frozen(axes) -> None:
 
 
 def write_svg(figure, path: Path, **metadata: str) -> Path:
-    """The same picture gives the same bytes, with the same matplotlib."""
+    """Write an SVG reproducibly: the same picture gives the same bytes with the same matplotlib."""
     import matplotlib
     from matplotlib import pyplot
 
@@ -162,12 +162,12 @@ def _timings_and_modes(rows: Iterable[Row]) -> tuple[list[str], list[str]]:
 
 
 def _told(row: Row, *held: str) -> str:
-    """The model, and sizes that are the same at all points."""
+    """Describe the model and the sizes that are the same at all points."""
     return ", ".join([row.info["model"], *(f"{name}={row.info[name]}" for name in held), row.info["dtype"]])
 
 
 def plot_axis(rows: Sequence[Row], axis: str, path: Path, device: str) -> Path:
-    """Taxes of every provider along K, L, B or S; along K the optimiser's share in a panel of its own."""
+    """Plot taxes of every provider along K, L, B or S; along K the optimizer's share has its own panel."""
     timings, modes = _timings_and_modes(rows)
     panels = [*modes, OPTIMIZER] if axis == "K" and TRAINING in modes else modes
     told = _told(rows[0], *(name for name in AXES if name != axis))
@@ -192,7 +192,7 @@ def plot_axis(rows: Sequence[Row], axis: str, path: Path, device: str) -> Path:
 
 
 def plot_both_ways(rows: Sequence[Row], path: Path, device: str) -> Path:
-    """Taxes over trained parameters: more experts, and longer prompts of as many parameters."""
+    """Plot taxes over trained parameters, for more experts and for longer prompts."""
     timings, modes = _timings_and_modes(rows)
     start = min((row for row in rows if LENGTH in row.info["axes"]), key=lambda row: row.info["L"])
     told = f"{_told(start, 'B', 'S')}: from {start.info['K']} experts of {start.info['L']} rows"
@@ -208,7 +208,7 @@ def plot_both_ways(rows: Sequence[Row], path: Path, device: str) -> Path:
 
 
 def _over_seeds(runs: Iterable[dict[str, Any]], name: str, times: float) -> list[Place]:
-    """The mean over seeds at each number of trained parameters, from the least to the largest."""
+    """Return for each number of trained parameters the mean over seeds, with minimum and maximum."""
     values: dict[int, list[float]] = {}
     for run in runs:
         values.setdefault(run["trained_parameters"], []).append(times * run[name])
@@ -216,13 +216,13 @@ def _over_seeds(runs: Iterable[dict[str, Any]], name: str, times: float) -> list
 
 
 def plot_accuracy(runs: Sequence[dict[str, Any]], path: Path, device: str) -> Path:
-    """Test accuracy and the time of a training step over trained parameters, both ways of scaling; bands from least to largest."""
+    """Plot test accuracy and training step time over trained parameters for both ways of scaling; bands are minimum to maximum."""
     settings, seeds = runs[0]["settings"], len({run["run"]["seed"] for run in runs})
     told = f"Easy-VQA, {settings['training_questions']:,} questions, epochs: {settings['epochs']}, seeds: {seeds}"
     figure, grid = _new_figure(1, 2, f"{told}\n{device}")
     ways = {
         BOTH_WAYS["K", "mope_fast"]: [run for run in runs if run["run"]["scaled"] == "experts"],
-        # from the same start
+        # both ways start from the same model
         BOTH_WAYS[LENGTH, "mope_fast"]: [run for run in runs if run["run"]["experts"] == LENGTH_EXPERTS],
     }
     for axes, name, times, title in zip(
@@ -256,7 +256,7 @@ def plot_all(results: Results, output: Path) -> list[Path]:
 
 
 def write(files: Sequence[Path], output: Path) -> list[Path]:
-    """The table and the pictures."""
+    """Write the table and the pictures; return their paths."""
     results = read(files)
     output.mkdir(parents=True, exist_ok=True)
     points = output / "points.csv"

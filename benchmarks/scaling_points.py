@@ -1,4 +1,4 @@
-"""Points of the scaling curves out of saved results: rows of one table, and what they say about the goal."""
+"""Points of the scaling curves from saved results: one table, and the verdict on the goal."""
 
 import csv
 import io
@@ -13,7 +13,7 @@ from benchmarks.report.model import Row, Skip, distinct, merge, parse, parse_ski
 
 OP = "scaling"
 FLAT_FROM, FLAT_TO, FLAT_GOAL = 16, 256, 1.02
-"""So many times the step with so many experts may the one with so many more take, forward and backward."""
+"""Goal: a forward and backward step with FLAT_TO experts takes at most FLAT_GOAL times that with FLAT_FROM experts."""
 FACTS = ("device", "torch", "clock", "commit", "date")
 SIZES = ("model", "dtype", "K", "L", "B", "S")
 COLUMNS = (
@@ -33,10 +33,10 @@ class Results:
 
 
 def read(files: Sequence[Path]) -> Results:
-    """Saved results, and ``.jsonl`` of accuracy; all of one device.
+    """Read saved results, and ``.jsonl`` files of accuracy, all from one device.
 
     Raises:
-        ValueError: no point in them, or of several devices.
+        ValueError: the files have no point, or are from several devices.
     """
     documents = [record.read(file) for file in files if file.suffix != ".jsonl"]
     rows = merge(row for document in documents for row in parse(document) if row.info["op"] == OP)
@@ -46,12 +46,12 @@ def read(files: Sequence[Path]) -> Results:
     if not rows and not runs:
         raise ValueError(f"no measurement of the group {OP} and no run of benchmarks.scaling_accuracy in {names}")
     if len(devices := {row.info["device"] for row in rows} | {run["device"] for run in runs}) > 1:
-        raise ValueError(f"curves are of one device, {names} are from {', '.join(sorted(devices))}: name those of one")
+        raise ValueError(f"curves are of one device, {names} are from {', '.join(sorted(devices))}: give the files of one device")
     return Results(rows, skipped, runs)
 
 
 def table(results: Results) -> str:
-    """All points as CSV: of time, of accuracy, and those that weren't measured, with the reason."""
+    """Return all points as CSV: times, accuracies, and points that weren't measured, with the reason."""
     lines = [_of_time(row) for row in results.rows]
     lines += [_of_accuracy(run) for run in results.runs]
     lines += [{"kind": "time", **skip._asdict(), "not_measured": skip.reason} for skip in results.skipped]
@@ -84,7 +84,7 @@ def _of_accuracy(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def on_axis(rows: Iterable[Row], axis: str, provider: str, mode: str, timing: str) -> list[Row]:
-    """A provider's points on a curve, from the smallest."""
+    """Return a provider's points on a curve, sorted from the smallest."""
     wanted = (provider, mode, timing)
     found = [
         row for row in rows if axis in row.info["axes"] and tuple(row.info[n] for n in ("provider", "mode", "timing")) == wanted
@@ -93,7 +93,7 @@ def on_axis(rows: Iterable[Row], axis: str, provider: str, mode: str, timing: st
 
 
 def verdicts(rows: Iterable[Row]) -> list[str]:
-    """For every model, whether a training step is flat in K."""
+    """Return for every model a sentence on whether a training step is flat in K."""
     rows, lines = list(rows), []
     for model, timing in dict.fromkeys((row.info["model"], row.info["timing"]) for row in rows):
         of_model = [row for row in rows if row.info["model"] == model]
@@ -112,6 +112,6 @@ def verdicts(rows: Iterable[Row]) -> list[str]:
 
 
 def where(results: Results) -> str:
-    """Device, clock, dates and commits, for a picture's title."""
+    """Return device, clock and dates for a picture's title."""
     facts = [Row(run, 0.0, (0.0, 0.0)) for run in results.runs] + results.rows
     return f"{distinct(facts, 'device')}, {distinct(facts, 'clock')}, {distinct(facts, 'date')}"

@@ -1,7 +1,7 @@
-"""What all groups of benchmarks share: which points are measured, the check before the timing, the timing, what is saved with it.
+"""Shared by all groups of benchmarks: the points to measure, the check before timing, the timing, and the facts saved with it.
 
-Two timings: ``called`` is what Python code sees, launch overhead included; ``replay`` is one call's share of a CUDA graph of many.
-Both rotate over as many input sets as ``l2`` in the results says.
+There are two timings: ``called`` includes launch overhead, as seen by Python code; ``replay`` is one call's share of a CUDA graph
+of many calls. Both rotate over several input sets; ``l2`` in the results is the resulting state of the cache.
 """
 
 import functools
@@ -23,19 +23,19 @@ Step = Callable[[Any], measure.Outputs]
 RECORD = pytest.StashKey[Record]()
 COMPILE_SECONDS = 8.0
 OP_SECONDS = {CENTRE: 1.0, FULL: 2.0}
-"""What the rounds of a function's measurement should take, where ten don't take longer."""
+"""Target duration of the rounds of a function's measurement, unless ten rounds take longer."""
 GROUPS = pytest.StashKey[dict[str, "Group"]]()
-"""By the name of the test function."""
+"""Name of the test function -> its group."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and how much is measured."""
+    """The device, and how much is measured."""
 
     device: torch.device
     extent: str
     compile_on_cpu: bool = False
-    """Compile encoders where that takes minutes."""
+    """Compile encoders on a CPU too, where that takes minutes."""
 
     @property
     def smoke(self) -> bool:
@@ -43,7 +43,7 @@ class Setting:
 
     @functools.cached_property
     def flops_a_second(self) -> float:
-        """That whole models reach, roughly."""
+        """Rough FLOP/s that whole models reach."""
         return 0.8e12 * measure.peak_arithmetic(self.device, device_name(self.device), self.smoke)["peak_tflops"]
 
 
@@ -70,53 +70,55 @@ class OpCase(Case, Protocol):
 
 @dataclass(frozen=True)
 class Group(ABC):
-    """What is compared: ``Case`` is its own, opaque to this module."""
+    """A group of providers to compare. Its ``Case`` is opaque to this module."""
 
     name: str
     providers: Sequence[str]
     ours: Sequence[str]
-    """Providers whose numbers have to be right; those of the others are timed with a flag if they aren't."""
+    """Providers whose outputs must be within their bounds; others are timed even if they aren't, and marked."""
     cases: Callable[[torch.device, str], Sequence[Case]]
-    """For a device, and how much is measured."""
+    """Returns the cases for a device and an extent."""
     why_not: Callable[[str, Any, torch.device, bool], str | None]
-    """Why a provider isn't measured at a case."""
+    """Returns why a provider isn't measured at a case; None if it is."""
 
     @abstractmethod
     def seconds(self, point: "Point", setting: Setting) -> float:
         """Estimate how long a measurement takes."""
 
     def reason(self, point: "Point", setting: Setting) -> str | None:
-        """Why it isn't made; None if it is."""
+        """Return why a measurement isn't made; None if it is."""
         return self.why_not(point.provider, point.case, setting.device, setting.smoke)
 
     def providers_at(self, case: Any, mode: str) -> Sequence[str]:
-        """Those for which it makes sense there."""
+        """Return the providers that make sense at a case and mode."""
         return self.providers
 
     def captures(self, provider: str) -> bool:
-        """Whether it can go into a CUDA graph."""
+        """Return whether a provider can be captured in a CUDA graph."""
         return True
 
     def judged(self, provider: str) -> AbstractContextManager[list[str]]:
-        """Within, numbers outside their bound are an error of ours; the others' bound is wider, and what misses it is noted."""
+        """Return a context in which outputs outside their bound raise for our providers; for others the bound is wider and misses
+        are only collected.
+        """
         return nullcontext([]) if provider in self.ours else measure.others()
 
 
 @dataclass(frozen=True)
 class Op(Group):
-    """One function under measurement; the input sets are its own too."""
+    """A group for one function, with its own kind of input sets."""
 
     random: Callable[[Any, torch.device, str], Any]
-    """One input set for a case and mode."""
+    """Draws one input set for a case and mode."""
     step: Callable[[str, Any, torch.device, str], Step]
-    """A provider at a case and mode, as a function of an input set."""
+    """Returns a provider at a case and mode as a function of an input set."""
     check: Callable[[str, Any, str, measure.Outputs, Any], None]
-    """Fails if a provider's outputs at a case and mode are not what the input set gives."""
+    """Raises if a provider's outputs at a case and mode are wrong for the input set."""
     implementation: Callable[[str, Any, torch.device], str | None]
-    """What a provider of ours that chooses has chosen."""
+    """Returns the implementation that a provider has chosen, if it chooses one."""
 
     def seconds(self, point: "Point", setting: Setting) -> float:
-        """The truth is in float64 and holds all scores."""
+        """Estimate the seconds; the truth is slow, because it is in float64 and materializes all scores."""
         if self.reason(point, setting) is not None:
             return 0.1
         compiling = COMPILE_SECONDS if "compiled" in point.provider or point.provider == "flex" else 0.0
@@ -137,13 +139,13 @@ class Point:
         return (group.name, self.mode, self.timing, str(self.case), self.provider)
 
     def __str__(self) -> str:
-        """Of such letters as pytest's ``-k`` takes."""
+        """Return a name of characters that pytest's ``-k`` accepts."""
         return f"{self.mode}-{str(self.case).replace(' ', '-').replace('=', '')}-{self.timing}-{self.provider}"
 
 
 @dataclass(frozen=True)
 class Session:
-    """What all measurements of a run share. What is skipped, or fails, is saved with what is measured."""
+    """State shared by all measurements of a run. Skips and failures are saved with the results."""
 
     setting: Setting
     facts: dict[str, Any]
@@ -159,10 +161,10 @@ class Session:
 
     @contextmanager
     def noting_failures(self, group: Group, point: Point) -> Iterator[None]:
-        """Failures are saved with the results, and raised; what a library says it can't do is a skip."""
+        """Save failures with the results and raise them; a NotImplementedError of a library is a skip."""
         try:
             yield
-        except NotImplementedError as error:  # how a library says that none of its kernels takes the case
+        except NotImplementedError as error:  # libraries raise it if none of their kernels supports the case
             self.skip(group, point, _first_line(error))
         except (Exception, pytest.fail.Exception) as error:
             self.record.skip(point.key(group), f"{FAILED}{_first_line(error)}")
@@ -174,7 +176,7 @@ def _first_line(error: Exception) -> str:
 
 
 def parametrize(metafunc, group: Group) -> None:
-    """All providers of one size, mode and timing run one after the other, so that a busy machine is busy for all of them."""
+    """Parametrize a test with a group's points; all providers of one size, mode and timing run in a row, under the same load."""
     config, device = metafunc.config, default_device()
     record, extent = config.stash[RECORD], setting(config).extent
     points = [
@@ -191,12 +193,12 @@ def parametrize(metafunc, group: Group) -> None:
 
 
 def measurements(items: Sequence[pytest.Item]) -> list[pytest.Item]:
-    """Those of pytest's items that measure a point; where none is left, pytest makes one without."""
+    """Return the pytest items that measure a point; if none is left, pytest makes an item without one."""
     return [item for item in items if hasattr(item, "callspec") and isinstance(item.callspec.params.get("point"), Point)]
 
 
 def prepare(step: Step, timing: str, sets: list[Any], check: Callable[[measure.Outputs, Any], None]) -> Callable[[], object]:
-    """The function to time; it has run and its outputs on the first and last input set are right."""
+    """Return the function to time, after checking its outputs on the first and last input set."""
     ends = sorted({0, len(sets) - 1})
     if timing == "called":
         for i in ends:

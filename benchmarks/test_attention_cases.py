@@ -1,4 +1,4 @@
-"""That the forms measured are about the same problem: sights, counts, the block-wise truth."""
+"""Tests that the measured forms solve the same problem: visibility, counts, the block-wise truth."""
 
 import pytest
 import torch

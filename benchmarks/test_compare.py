@@ -1,4 +1,4 @@
-"""What counts as slower between two sets of results."""
+"""Tests of what counts as slower between two sets of results."""
 
 import json
 
@@ -10,7 +10,7 @@ from benchmarks.test_report import entry, tax_entry
 
 @pytest.fixture
 def changes(tmp_path):
-    """(old entries, new entries) -> exit status and lines."""
+    """Return a function from (old entries, new entries) to exit status and lines."""
 
     def run(capsys, old, new, *arguments, skipped=()):
         for name, entries in (("old", old), ("new", new)):
@@ -79,7 +79,7 @@ def test_the_worst_comes_first(changes, capsys):
 
 
 def test_several_runs_tell_how_much_a_machine_drifts(changes, capsys):
-    """125 is beyond one run's quartiles, but not beyond what runs have shown."""
+    """125 is beyond one run's quartiles, but not beyond the spread over runs."""
     runs = [entry("triton", time) for time in (100.0, 96.0, 120.0)]
     assert changes(capsys, runs[:1], [entry("triton", 125.0)])[0] == 1
     assert changes(capsys, runs, [entry("triton", 125.0)])[0] == 0
@@ -92,12 +92,12 @@ def test_results_that_can_not_be_compared_are_refused(changes, capsys, tmp_path)
     for fact, value in (("device", "GPU 2"), ("clock", "CPU time")):
         with pytest.raises(SystemExit):
             changes(capsys, [entry("triton", 100.0)], [entry("triton", 100.0, **{fact: value})])
-        assert f"new ones of {value}: measure alike" in capsys.readouterr().err
+        assert f"new ones {value}: it must be the same" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.json").write_text("[1]")
     for path, message in (
         ("empty", "has no *.json"),
-        ("bad.json", "is no result of these benchmarks"),
+        ("bad.json", "is not a result of these benchmarks"),
         ("gone.json", "No such file"),
     ):
         with pytest.raises(SystemExit):

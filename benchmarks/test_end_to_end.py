@@ -1,4 +1,4 @@
-"""The MoPE tax: what a fused model's step costs over the frozen encoder's own. Each provider is checked, then timed."""
+"""The MoPE tax: a fused model's step time relative to the frozen encoder's. Each provider is checked, then timed."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What prompts cost the host. Each provider is checked, then timed."""
+"""Cost of prompts on the host. Each provider is checked, then timed."""
 
 import pytest
 import torch

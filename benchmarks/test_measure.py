@@ -7,7 +7,7 @@ from benchmarks import measure
 
 
 def test_a_drift_that_both_see_changes_no_ratio(monkeypatch):
-    """The clock runs ever slower; ``target`` takes 1.02 times as long as ``other``."""
+    """Calls get slower over time; ``target`` takes 1.02 times as long as ``other``."""
     now = 0.0
 
     def work(seconds):

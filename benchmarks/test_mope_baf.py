@@ -1,4 +1,4 @@
-"""What MoPE-BAF's prompts cost on a VLMo: its step over the plain VLMo's. Each provider is checked, then timed."""
+"""Cost of MoPE-BAF's prompts on a VLMo: its step relative to the plain VLMo's. Each provider is checked, then timed."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""That MoPE-BAF and the plain VLMo are compared fairly: what has gradients, what is counted, and what the check would find."""
+"""Tests that MoPE-BAF and the plain VLMo are compared fairly: which gradients exist, what is counted, what the check detects."""
 
 import dataclasses
 import functools
@@ -55,7 +55,7 @@ def test_layers_have_the_rows_that_the_token_ratio_counts(case, name):
 
 
 def test_flops_of_a_tiny_vlmo():
-    """Training has the products of the forward once more for activations, and once for weights; none for the image's pixels."""
+    """Training repeats the forward's products once for activations and once for weights, but not for gradients of pixels."""
     tokens, width, layers = 11, 68, 4
     embedding, pooler = 2 * 4 * 3 * 16 * 16 * width, 2 * width * width
     forward = embedding + pooler + layers * (2 * tokens * 12 * width * width + 4 * tokens * tokens * width)
@@ -132,7 +132,7 @@ def test_ours_in_all_forms_have_the_same_weights(mode):
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_sees_what_the_masks_say():
-    """As torch runs it without compiling."""
+    """Run FlexAttention as torch does without compiling."""
     from torch.nn.attention.flex_attention import flex_attention
 
     with mock.patch.object(providers, "_compiled_flex", return_value=flex_attention):

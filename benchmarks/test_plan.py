@@ -1,4 +1,4 @@
-"""What the default run measures, how long it says that takes, and what it prints."""
+"""Tests of what the default run measures, its time estimate, and what it prints."""
 
 import importlib
 import subprocess
@@ -18,7 +18,7 @@ GROUPS = [getattr(module, "OP", None) or getattr(module, "GROUP", None) or modul
 
 
 class SlowMachine(suite.Setting):
-    """Two cores without AVX-512."""
+    """Return a setting for two cores without AVX-512."""
 
     flops_a_second = 1.2e11
 
@@ -99,8 +99,8 @@ def test_tables_have_taxes_times_and_reasons():
 
 @pytest.fixture
 def printed(monkeypatch, tmp_path):
-    """Function of more arguments: what a smoke run of ``route_and_mix`` prints, whose results stay in one folder."""
-    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # pytest-benchmark measures nothing in one
+    """Return a function of extra arguments that runs a smoke run of ``route_and_mix`` in one folder and returns its output."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # pytest-benchmark measures nothing in an xdist worker
 
     def smoke(*arguments: str) -> str:
         command = [sys.executable, "-m", "pytest", "benchmarks/test_route_and_mix.py", "--benchmark-only", "--smoke"]
@@ -114,7 +114,7 @@ def printed(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"full": True, "smoke": True}, "take one of them"), ({"benchmark_only": True, "numprocesses": 2}, "drop -n")],
+    [({"full": True, "smoke": True}, "give only one of them"), ({"benchmark_only": True, "numprocesses": 2}, "drop -n")],
 )
 def test_options_that_contradict_each_other_are_refused(options, message):
     config = SimpleNamespace(getoption=lambda name, default=None: options.get(name, default))
@@ -140,7 +140,7 @@ def test_a_measurement_that_left_no_entry_moves_no_line(monkeypatch):
 
 def test_a_run_prints_plan_progress_and_tables(printed):
     out = printed("-k", "not mope_fast", "--budget", "1e-9")
-    assert "15 are left, the budget is used up" in out
+    assert "15 measurements are left, because the budget is used up" in out
     printed("-k", "not mope_fast")
     out = printed()
     begin, middle, end = (out.index(part) for part in ("4 measurements, about", "[1/4, ", "mope_fast and the others"))

@@ -50,7 +50,7 @@ def test_a_profile_of_what_is_folded(tmp_path):
 
 
 def test_what_a_profile_of_a_gpu_reads_like():
-    """Made up: no figure of it was measured."""
+    """Return made-up results; no number in them was measured."""
     cost = {"calls": 2.0, "total": 9.0, "own": 5.0, "device": 30.0}
     kernels = {"void at::gemm<a | b>(" + "int, " * 40 + ")": {"calls": 1.0, "total": 30.0, "own": 30.0, "device": 30.0}}
     run = {
@@ -81,7 +81,7 @@ def test_what_a_profile_of_a_gpu_reads_like():
     [
         (["--encoder", "ViT"], "there is no encoder 'ViT', expected one of"),
         (["--encoder", "tiny ViT", "--provider", "checkpointed"], "there is no provider 'checkpointed' in inference"),
-        (["--encoder", "tiny ViT", "--provider", "frozen"], "two different ones"),
+        (["--encoder", "tiny ViT", "--provider", "frozen"], "must differ"),
     ],
 )
 def test_what_can_not_be_profiled(tmp_path, capsys, arguments, message):

@@ -60,7 +60,7 @@ def test_threads_nest_on_their_own():
 
 
 def test_of_each_call_on_the_host_the_fastest_counts():
-    """Two steps a block, two calls a step; another program is in the way of one call of each step."""
+    """Two steps per block, two calls per step; another program slows down one call of each step."""
     durations = [(10, 90, 90, 20), (90, 21, 11, 90)]
     events = [block("a", 1000 * i, 500) for i in range(2)]
     events += [op("mm", 1000 * i + 100 * j, dur) for i, four in enumerate(durations) for j, dur in enumerate(four)]
@@ -107,7 +107,7 @@ def test_a_kernels_time_is_its_ops_and_copies_are_kernels():
 
 
 def test_the_outermost_known_op_is_responsible():
-    """``copy_`` within ``clone`` moves the clone's bytes."""
+    """``copy_`` nested in ``clone`` moves the clone's bytes."""
     host = [block("a", 0, 100), op("contiguous", 0, 20, 1), op("clone", 1, 18, 2), op("copy_", 5, 10, 3), op("copy_", 40, 6, 4)]
     assert profile_trace.time_within(read(*host), {"clone", "copy_"}) == {"clone": 18, "copy_": 6}
     device = [kernel("copy", 50, 30, identity=3), kernel("copy", 80, 7, identity=4)]

@@ -1,4 +1,4 @@
-"""That a run that was stopped goes on with what is left, and that nothing measured is lost."""
+"""Tests that a stopped run continues with the remaining measurements, and that no measurement is lost."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ SMOKE = ["-k", "tiny-ViT and inference and not lora", "--smoke"]
 
 
 def measured(key: record.Key) -> SimpleNamespace:
-    """A benchmark fixture that is done."""
+    """Stand-in for a benchmark fixture that has finished."""
     stats = SimpleNamespace(median=1.0, q1=0.9, q3=1.1, min=0.8, max=1.2, mean=1.0, stddev=0.1, rounds=3)
     info = dict(zip(record.NAMES, key, strict=True))
     return SimpleNamespace(name="name", extra_info=info, stats=SimpleNamespace(stats=stats))
@@ -71,7 +71,7 @@ def test_two_runs_in_one_folder_have_a_file_each(tmp_path):
 @pytest.mark.parametrize("text", ["[]", "{}"])
 def test_a_foreign_file_is_named(tmp_path, text):
     (tmp_path / "run007.json").write_text(text)
-    with pytest.raises(ValueError, match=r"run007.json has no results of benchmarks"):
+    with pytest.raises(ValueError, match=r"run007.json has no benchmark results"):
         record.Record(tmp_path)
 
 
@@ -82,13 +82,13 @@ def test_a_folder_is_of_one_device(tmp_path):
     benchmark.extra_info.update(facts)
     first.add(benchmark)
     record.Record(tmp_path).check_same(facts)
-    with pytest.raises(ValueError, match="device 'GPU 1', this run's is 'GPU 2': give each a folder"):
+    with pytest.raises(ValueError, match="device 'GPU 1', this run's is 'GPU 2': use separate folders"):
         record.Record(tmp_path).check_same(facts | {"device": "GPU 2"})
 
 
 def test_after_its_time_a_run_begins_nothing(tmp_path):
     late = record.Record(tmp_path, seconds=-1.0)
-    assert late.begin(KEYS[0])  # else one with too little time would never end
+    assert late.begin(KEYS[0])  # otherwise a run with too little time would never make progress
     late.add(measured(KEYS[0]))
     assert not late.begin(KEYS[1])
     document = record.read(tmp_path / "run001.json")
@@ -110,7 +110,7 @@ def points(folder) -> list[str]:
 
 
 def test_a_killed_run_goes_on_and_measures_nothing_twice(tmp_path, monkeypatch):
-    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # pytest-benchmark measures nothing in one
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # pytest-benchmark measures nothing in an xdist worker
     for library in ("timm", "transformers"):
         pytest.importorskip(library)
     command = [sys.executable, "-m", "benchmarks.run", "end_to_end", "--output", str(tmp_path), *SMOKE]
@@ -135,4 +135,4 @@ def test_an_unknown_group_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["run", "end_to_endd"])
     with pytest.raises(SystemExit):
         run.main()
-    assert "no such group: end_to_endd; there are end_to_end," in capsys.readouterr().err
+    assert "no such group: end_to_endd; expected any of end_to_end," in capsys.readouterr().err

@@ -41,7 +41,7 @@ BAF = baf_cases(GPU, FULL)[0]
 def entry(
     provider: str, microseconds: float, *, case: Case | AttentionCase | WindowCase = PAPER, mode: str = "forward+backward", **info
 ) -> dict:
-    """A pytest-benchmark record of 10 calls an iteration on a made-up GPU that copies 4,000 GB/s and multiplies 1,000 TFLOP/s."""
+    """Return a pytest-benchmark record of 10 calls per iteration on a made-up GPU with 4,000 GB/s and 1,000 TFLOP/s."""
     seconds = 10 * microseconds * 1e-6
     facts = {
         "device": "GPU 1", "device_type": "cuda", "cpu_threads": 2, "python": "3", "torch": "2", "triton": "3", "mope_fast": "0",
@@ -56,7 +56,7 @@ def entry(
 
 
 def tax_entry(provider: str, tax: float, case: FusedCase | BAFCase = FUSED, mode: str = "training", **info) -> dict:
-    """A record of ``tax`` ms, spread by 1 % over rounds, and a memory tax of 1.5."""
+    """Return a record of ``tax`` ms, with a spread of 1 % over rounds and a memory tax of 1.5."""
     facts = {
         "device": "GPU 1", "device_type": "cuda", "cpu_threads": 2, "python": "3", "torch": "2", "triton": "3", "mope_fast": "0",
         "commit": "abc", "clock": "wall time", "date": "2026-01-01", "copy_bandwidth_gbps": 4000.0, "l2": "warm",
@@ -69,7 +69,7 @@ def tax_entry(provider: str, tax: float, case: FusedCase | BAFCase = FUSED, mode
 
 
 def baf_entry(provider: str, tax: float, tokens: float = 1.25, **info) -> dict:
-    """The same of MoPE-BAF with a quarter more tokens."""
+    """Return such a record of MoPE-BAF with 25 % more tokens."""
     return tax_entry(provider, tax, BAF, op="mope_baf", token_ratio=tokens, excess=tax / tokens, **info)
 
 
@@ -176,7 +176,7 @@ def test_goals_of_attention_sizes():
 
 
 def test_goals_in_windows_are_about_swin_without_prompts_too():
-    """Whoever has none is a rival where there is something to learn for it."""
+    """A provider without prompts counts as a rival where it has gradients to compute."""
     others = [entry("timm", 40.0, case=SWIN_STAGE), entry("timm-eager", 90.0, case=SWIN_STAGE)]
     entries = [*others, entry("sdpa-concat", 60.0, case=SWIN_STAGE), entry("auto", 50.0, case=SWIN_STAGE)]
     first_layer = [entry("sdpa-concat", 60.0, case=FIRST_LAYER), entry("auto", 20.0, case=FIRST_LAYER)]

@@ -1,4 +1,4 @@
-"""``route_and_mix``: each provider's numbers are checked first, then its forward or its forward and backward are timed."""
+"""``route_and_mix``: each provider's outputs are checked first, then its forward or its forward and backward are timed."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ OUTPUTS = ["mixed", "scores", "gradient of logits", "gradient of experts", "grad
 
 @dataclass(frozen=True)
 class Inputs:
-    """Arguments and random upstream gradients; the arguments ask for gradients only if ``needs_grad``."""
+    """Arguments and random upstream gradients; the arguments require grad only if ``needs_grad``."""
 
     logits: Tensor
     experts: Tensor

@@ -1,4 +1,4 @@
-"""How the MoPE tax grows with K, L, B and S. Each provider is checked, then timed."""
+"""Growth of the MoPE tax with K, L, B and S. Each provider is checked, then timed."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The sweep over Easy-VQA: what is run, what is kept, what is run again. Without its data."""
+"""Tests of the sweep over Easy-VQA, without its data: what is run, what is kept, what is run again."""
 
 import dataclasses
 import json
@@ -58,7 +58,7 @@ def test_two_processes_share_a_sweep(tmp_path):
     runs, output, second = list(scaling_accuracy.planned([2, 4], 6, [0])), tmp_path / "runs.jsonl", []
 
     def overtaken(run):
-        """While the first run goes on, another process makes the second."""
+        """During the first run, another process finishes the second."""
         if run == runs[0]:
             scaling_accuracy.sweep(runs[1:2], {}, output, lambda other: second.append(other) or measured(other), {})
         return measured(run)

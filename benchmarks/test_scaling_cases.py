@@ -1,4 +1,4 @@
-"""That the curves are of what they say: sizes, equal parameters, what is left out and why, the optimiser's step."""
+"""Tests of the scaling curves: sizes, equal parameters, what is left out and why, the optimizer's step."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Table and pictures of the scaling curves, from made-up points."""
+"""Tests of the table and pictures of the scaling curves, with made-up points."""
 
 import csv
 import io
@@ -14,7 +14,7 @@ CENTRE = {"model": "ViT-X/16", "dtype": "float32", "K": 16, "L": 6, "B": 4, "S":
 
 
 def entry(provider, tax, axes=("K",), mode="training", spread=0.01, **sizes):
-    """A pytest-benchmark record of a step of ``tax`` seconds."""
+    """Return a pytest-benchmark record of a step of ``tax`` seconds."""
     info = FACTS | CENTRE | {
         "op": "scaling", "case": str(sizes), "mode": mode, "timing": "called", "provider": provider, "axes": list(axes),
         "calls_per_iteration": 1, "peak_memory": 2**20, "trained_parameters": 1000 * sizes.get("K", 16) * sizes.get("L", 6),
@@ -28,7 +28,7 @@ def document(*entries, skipped=()):
 
 
 def curve(slope=1e-4):
-    """mope_fast along K, the literal form, one longer prompt, AdamW."""
+    """Return records of mope_fast along K, the literal form, one longer prompt, and AdamW."""
     counts = (2, 16, 256)
     return [
         *(entry("mope_fast", 1.02 + slope * k, ("K", "length") if k == 2 else ("K",), K=k) for k in counts),
@@ -115,7 +115,7 @@ def test_a_picture_for_every_curve(files, tmp_path, capsys):
     for name, text in texts.items():
         if name.endswith(".svg"):
             ElementTree.fromstring(text)
-    # matplotlib draws letters as paths and says in a comment what they are
+    # matplotlib draws letters as paths and writes the text in a comment
     for words in ("experts K", "AdamW's step, apart", "paper-literal"):
         assert f"<!-- {words} -->" in texts["k-vit-x-16.svg"]
     assert "VPT-deep" not in texts["k-vit-x-16.svg"]

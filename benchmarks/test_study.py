@@ -1,4 +1,4 @@
-"""The study: its baselines by their definitions, its splits, its resumed cells and its statistics; on tiny random encoders."""
+"""Tests of the study on tiny random encoders: its baselines by their definitions, its splits, resumed cells and statistics."""
 
 import base64
 import io
@@ -44,7 +44,7 @@ def text(batch=3, tokens=6):
 def test_pmf_without_prompts_influence_is_both_encoders_as_they_are():
     model = PMF(bert(), dinov2(), torch.nn.Linear(40, 5), layers=2, length=1, bottleneck=8).double()
     inputs, pictures = text(), torch.randn(3, 3, 8, 8, dtype=torch.float64)
-    for encoder in (model.text, model.image):  # attention that gives nothing: prompts can't be seen
+    for encoder in (model.text, model.image):  # attention outputs zero, so prompts have no effect
         layers = encoder.encoder.layer
         for layer in layers:
             attention = layer.attention.self if hasattr(layer.attention, "self") else layer.attention
@@ -151,7 +151,7 @@ def test_no_family_is_on_two_sides_and_none_is_tested_twice_or_chosen_by():
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """A task of random texts and pictures on tiny encoders, whose class the text tells."""
+    """Return a task of random texts and pictures on tiny encoders, whose class the text determines."""
     count = 120
     ids = torch.randint(4, 50, (count, 6))
     labels = torch.arange(count) % 2
@@ -162,7 +162,7 @@ def tiny(monkeypatch):
     task = data.Task("tiny", ids, torch.full((count,), 6), pictures, *features, ("a", "b"), split)
     modules = {
         "pretrained": SimpleNamespace(minilm=lambda: (bert().float(), None), dinov2_small=lambda: dinov2(24).float()),
-        # all its texts have one length
+        # all of its texts have the same length
         "easy_vqa_data": SimpleNamespace(
             normalised=lambda pictures: pictures / 255, of_like_length=lambda order, lengths, size: list(order.split(size))
         ),
@@ -180,7 +180,7 @@ QUICK = {
     ("majority", "text"), ("mlp", "text"), ("sequential", "text"), ("pmf", "text"), ("promptfuse", "text"), ("lora", "image"),
     ("mope-4", "image"), ("longer", "text"),
 }  # fmt: skip
-"""Others differ from these in a setting."""
+"""Other methods differ from these in one setting."""
 ROUTED = {"dynamic-only", "no-importance", "learned-keys", "top-1"}
 
 
@@ -207,7 +207,7 @@ def test_every_method_trains_and_a_seed_gives_the_same_again(name, main, tiny):
         assert (again.test, again.dev, again.losses, again.epoch) == (None, found.dev, found.losses, found.epoch)
     if name == "longer":
         sixteen = training.train(tiny, split, "mope-16", main, RECIPE, 0, test=False)
-        # a router over one expert has fewer keys' dimensions to learn, and nothing else differs
+        # a router over one expert has fewer key dimensions to train, and nothing else differs
         assert abs(found.trained_parameters - sixteen.trained_parameters) < 0.01 * sixteen.trained_parameters
 
 
@@ -233,12 +233,12 @@ def test_a_study_goes_on_where_it_was_stopped_and_says_what_was_not_run(tiny, tm
     assert mope.split() == ["MoPE,", "K=4", "not", "run"]
     (file,) = tmp_path.glob("*.jsonl")
     file.write_text(file.read_text() + "{}\n")
-    with pytest.raises(ValueError, match=r"tiny.jsonl, line 7 is no cell of benchmarks.study"):
+    with pytest.raises(ValueError, match=r"tiny.jsonl, line 7 is not a cell of benchmarks.study"):
         study.main([*words, "mlp"])
 
 
 def test_the_epoch_that_dev_chooses_is_what_is_tested(tiny, monkeypatch):
-    """The best of three on dev is the first one, whose weights are tested."""
+    """The first of three epochs is the best on dev, and its weights are tested."""
     seen, weights = iter([0.9, 0.2, 0.1, 0.5]), []
 
     def accuracy(model, batches, samples):
@@ -361,5 +361,5 @@ def test_a_page_of_made_up_cells_says_who_is_ahead(tmp_path, capsys):
     assert "18 cells, 9 of them final, 0.2 core-hours; device CPU 1; torch 2; date 2026-01-01; commit abc" in text
     assert all((tmp_path / name).stat().st_size > 5000 for name in page.PICTURES)
     file.write_text("# Mine\n")
-    with pytest.raises(ValueError, match="the page has places for"):
+    with pytest.raises(ValueError, match="the page must have marks for"):
         page.main(["--results", str(tmp_path), "--page", str(file)])

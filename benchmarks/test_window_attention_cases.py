@@ -1,4 +1,4 @@
-"""That the forms measured are about the same problem: the bias, counts, what is moved where, what the check would find."""
+"""Tests that the measured forms solve the same problem: the bias, counts, reordering, and which errors the check detects."""
 
 import dataclasses
 
@@ -54,7 +54,7 @@ def test_counts():
 def test_flex_attention_sees_what_the_reference_sees(case):
     torch.manual_seed(0)
     inputs = Inputs.random(case, CPU, "forward")
-    got = flex_attention(case, CPU)(inputs.qkv, inputs.pad_qkv, inputs.prefixes)  # not compiled, it multiplies whole matrices
+    got = flex_attention(case, CPU)(inputs.qkv, inputs.pad_qkv, inputs.prefixes)  # uncompiled, it computes the full score matrices
     window_attention.check("flex", case, "forward", (got,), inputs)
 
 

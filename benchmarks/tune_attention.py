@@ -1,8 +1,8 @@
-"""Other tile sizes for the attention kernels: ``python -m benchmarks.tune_attention --output FILE.json``.
+"""Try other tile sizes for the attention kernels: ``python -m benchmarks.tune_attention --output FILE.json``.
 
-Every candidate replaces one function of ``kernels/launch.py``, is checked as the benchmarks are, and is timed in a CUDA graph in
-turns with the table's own entry. A ratio below 1 says that the candidate is faster. Nothing is changed: correct the table by hand,
-after a second run has said the same.
+Every candidate replaces one function of ``kernels/launch.py``, is checked as in the benchmarks, and is timed in a CUDA graph in
+turns with the table's current entry. A ratio below 1 means that the candidate is faster. No file is changed: edit the table by hand
+after a second run has confirmed the result.
 """
 
 import argparse
@@ -21,14 +21,14 @@ from benchmarks.cases.attention import AttentionCase, prompt_attention, receptiv
 
 try:
     from tqdm import tqdm as progress
-except ImportError:  # then without a bar
+except ImportError:  # no progress bar without tqdm
 
     def progress(items, **_):
         return items
 
 
 def _tiles(*candidates: tuple[int, int, int, int]) -> list[launch.AttentionLaunch]:
-    """Queries, keys, warps, stages."""
+    """Make launches from tuples (queries, keys, warps, stages)."""
     return [launch.AttentionLaunch(*candidate) for candidate in candidates]
 
 
@@ -45,11 +45,11 @@ KNOBS: dict[str, tuple[str, list[Any]]] = {
     ),
     "prefix_splits": (BOTH, [1, 2, 4, 8]),
 }
-"""What is replaced, in which mode it shows, and by what."""
+"""Function to replace -> (mode that it affects, candidates)."""
 
 
 class Graph(NamedTuple):
-    """A captured and checked call on every input set."""
+    """A captured and checked CUDA graph of one call on every input set."""
 
     graph: torch.cuda.CUDAGraph
     calls: int
@@ -66,7 +66,7 @@ def capture(case: AttentionCase, mode: str, sets: list[attention.Inputs], device
 
 
 def in_turns(*graphs: Graph, rounds: int = 7) -> list[float]:
-    """The median of each, the rounds of all mixed: a clock that drifts drifts for all."""
+    """Return the median of each graph; rounds are interleaved, so that clock drift affects all."""
     times = [[graph.microseconds() for graph in graphs] for _ in range(rounds)]
     return [statistics.median(column) for column in zip(*times, strict=True)]
 
@@ -76,7 +76,7 @@ def try_out(case: AttentionCase, knob: str, value: Any, table: Graph, sets: list
     try:
         with mock.patch.object(launch, knob, return_value=value):
             candidate = capture(case, KNOBS[knob][0], sets, device)
-    except Exception as error:  # too little shared memory, wrong numbers: a result like any other
+    except Exception as error:  # too little shared memory or wrong numbers are recorded as results
         return result | {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
     ours, theirs = in_turns(table, candidate)
     return result | {"table_us": ours, "us": theirs, "ratio": theirs / ours}
@@ -97,9 +97,9 @@ def tune(case: AttentionCase, knobs: list[str], device: torch.device) -> list[di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE.json", help="written anew after every size")
-    parser.add_argument("--case", default="B=64", metavar="TEXT", help="only sizes whose name has it (default: %(default)s)")
-    parser.add_argument("--knob", action="append", choices=KNOBS, help="may be given again (default: all)")
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE.json", help="results, rewritten after every size")
+    parser.add_argument("--case", default="B=64", metavar="TEXT", help="only sizes whose name contains TEXT (default: %(default)s)")
+    parser.add_argument("--knob", action="append", choices=KNOBS, help="function to tune; may be repeated (default: all)")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("this needs a CUDA GPU")

@@ -1,4 +1,4 @@
-"""How attention in windows is measured: steps, the float64 truth, the check."""
+"""Measurement of attention in windows: steps, the float64 truth, the check."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ def run(form: Form, attention: providers.Provider, mode: str, inputs: Inputs) ->
     out = attention(inputs)
     if mode == "forward":
         return (out,)
-    # detached, as autograd forbids to write into some outputs of a graph, which a replay's check does
+    # detached, because the check of a replay writes into outputs, which autograd forbids for some outputs of a graph
     return out.detach(), *torch.autograd.grad(out, list(form.learned(inputs).values()), inputs.upstream)
 
 
@@ -34,7 +34,7 @@ def _reference(case: WindowCase, inputs: Inputs, prompted: bool) -> Tensor:
 
 
 def expected(case: WindowCase, mode: str, inputs: Inputs, dtype: torch.dtype, prompted: bool) -> dict[str, Tensor]:
-    """The reference's outputs in ``dtype``, with prompts or without; the gradient of ``tokens`` is the queries'."""
+    """Return the reference's outputs in ``dtype``, with or without prompts; the gradient of ``tokens`` is the queries'."""
 
     def leaf(tensor: Tensor) -> Tensor:
         return tensor.detach().to(dtype).requires_grad_(tensor.requires_grad)
@@ -52,9 +52,9 @@ def expected(case: WindowCase, mode: str, inputs: Inputs, dtype: torch.dtype, pr
 
 
 def in_image_order(case: WindowCase, windows: Tensor) -> Tensor:
-    """(B * windows, W, 3 * H * Dh) -> (B, Hi, Wi, 3, H, Dh), without the padding."""
+    """Reorder (B * windows, W, 3 * H * Dh) to (B, Hi, Wi, 3, H, Dh), without the padding."""
     tokens, _ = windows_of(*case.size, (case.window,) * 2, (case.shift,) * 2, windows.device)
-    back = tokens.flatten().argsort()[: case.tokens]  # padding has the largest number
+    back = tokens.flatten().argsort()[: case.tokens]  # padding has the largest index
     flat = windows.unflatten(0, (case.batch, -1)).flatten(1, 2)[:, back]
     return flat.unflatten(-1, (3, case.heads, -1)).unflatten(1, case.size)
 
@@ -65,10 +65,10 @@ def check(provider: str, case: WindowCase, mode: str, got: measure.Outputs, inpu
     if "windows" in named:
         named["qkv"] = in_image_order(case, named.pop("windows"))
     eager, truth = (expected(case, mode, inputs, dtype, form.prompted) for dtype in (torch.float32, torch.float64))
-    # the reference sums in float32 whatever it is given: rounded at its end, it is the eager form in the case's dtype
+    # the reference accumulates in float32 for every dtype: with its result rounded, it is the eager form in the case's dtype
     peers, exact = tuple(eager[name].to(case.dtype) for name in named), tuple(truth[name] for name in named)
     titles = [name if name == "out" else f"gradient of {name}" for name in named]
-    # twice what eager is allowed elsewhere: as of other attention, and timm's default form rounds the probabilities too
+    # twice the usual tolerance: as for other attention, and timm's default form rounds the probabilities too
     measure.assert_as_exact_as_eager(tuple(named.values()), peers, exact, titles, times=4)
 
 

@@ -1,7 +1,7 @@
-"""Classify text with an image: trains a fusion on a folder of JSON lines, the format of MoPE's released code.
+"""Classify text with an image: trains a fusion on a folder of JSON Lines, the format of MoPE's released code.
 
-The folder has train.jsonl and val.jsonl, test.jsonl if there is one, labels.txt, and the images. Each line is {"id": ...,
-"text": ..., "img": "path/from/the/folder.jpg", "label": "name"}; label is a list of names where a sample may have several classes.
+The folder has train.jsonl, val.jsonl, optionally test.jsonl, labels.txt, and the images. Each line is {"id": ...,
+"text": ..., "img": "path/from/the/folder.jpg", "label": "name"}; label is a list of names if a sample may have several classes.
 A test.jsonl without labels is predicted. With --other audio video a line has "audio", a path, and "frames", a list of paths.
 
     python examples/easy_vqa_jsonl.py outputs/easy_vqa_jsonl                     # or a folder of your own
@@ -10,8 +10,8 @@ A test.jsonl without labels is predicted. With --other audio video a line has "a
     torchrun --nproc-per-node 2 examples/classify_jsonl.py outputs/easy_vqa_jsonl --complementary frozen
     tensorboard --logdir outputs/classify_jsonl
 
-A resumed run ends with the numbers of an undisturbed one: what is random in a step depends on the seed and the step only. In the
-end the output folder has results.json, report.html, predictions-SPLIT.jsonl, and the adapter of the epoch that was the best on val.
+A resumed run ends with the same numbers as an uninterrupted one, because randomness in a step depends only on seed and step. At the
+end the output folder has results.json, report.html, predictions-SPLIT.jsonl, and the adapter of the best epoch on val.
 """
 
 import argparse

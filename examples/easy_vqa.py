@@ -1,12 +1,12 @@
 """Fuse frozen encoders of text and images on Easy-VQA, a published set of questions about images.
 
-Either side can be the main one, whose every layer takes prompts; neither can answer alone: a question's best constant answer is
-right in two of three cases.
+Either side can be the main one, which takes prompts in every layer. Neither side is enough alone: the best constant answer to each
+question is right in two of three cases.
 
 With text as main, a frozen MiniLM takes prompts routed and mapped from features of a frozen ViT, computed once and kept on disk.
-With the image as main, the ViT takes them from MiniLM, which has trained prompts of its own; on a CPU that is for few samples.
+With the image as main, the ViT takes prompts from MiniLM, which has trained prompts of its own; on a CPU use few samples for that.
 
-    python examples/easy_vqa.py                     # trains, saves, reloads and tests the fused model
+    python examples/easy_vqa.py                     # trains, saves, reloads and tests the fusion model
     python examples/easy_vqa.py --epochs 3 --balance 0  # all questions, three times
     python examples/easy_vqa.py --method sequential # static and mapped prompts, no routing
     python examples/easy_vqa.py --main image --amp  # on a GPU
@@ -52,27 +52,27 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--main", choices=("text", "image"), default="text", help="the side whose layers take prompts")
     parser.add_argument("--method", choices=METHODS, default="mope", help="; ".join(f"{k}: {v}" for k, v in METHODS.items()))
-    parser.add_argument("--experts", type=int, default=16, help="K, experts a layer")
-    parser.add_argument("--prompt-length", type=int, default=6, help="L, rows of a prompt")
+    parser.add_argument("--experts", type=int, default=16, help="K, experts per layer")
+    parser.add_argument("--prompt-length", type=int, default=6, help="L, tokens of a prompt")
     parser.add_argument(
         "--epochs", type=int, default=None, help="default: 2, or 15 for methods on frozen features; 3 for the image as main"
     )
     parser.add_argument(
         "--balance", type=float, default=None,
-        help="an answer to a question comes on average at most so many times as often as its rarest one, 0: as often as it does; "
-        "default: 3 for mope and sequential with text as main, else 0",
+        help="subsample so that an answer to a question occurs on average at most this many times as often as the question's "
+        "rarest answer, 0: no subsampling; default: 3 for mope and sequential with text as main, else 0",
     )  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=2e-3, help="of prompts, router and mapper")
+    parser.add_argument("--lr", type=float, default=2e-3, help="learning rate of prompts, router and mapper")
     parser.add_argument("--head-lr", type=float, default=5e-3)
     parser.add_argument("--weight-decay", type=float, default=1e-3)
     parser.add_argument("--image-size", type=int, default=70, help="pixels, a multiple of 14; the images are 64 wide")
-    parser.add_argument("--samples", type=int, default=None, help="use so many questions of each split, for a quick try")
+    parser.add_argument("--samples", type=int, default=None, help="number of questions of each split to use, for a quick try")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast, in training and testing")
     parser.add_argument("--compile", action="store_true", help="compile the training step")
-    parser.add_argument("--output", type=Path, default=Path("outputs/easy_vqa"), help="folder for everything this writes")
+    parser.add_argument("--output", type=Path, default=Path("outputs/easy_vqa"), help="folder for all output files")
     args = parser.parse_args(words)
     if args.main == "image" and args.method in FROZEN:
         parser.error(f"--method {args.method} prompts neither side: leave out --main image")
@@ -101,7 +101,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 class PictureEncoder(nn.Module):
-    """The ViT's class token beside its mean patch token, (B, 768), of pictures of uint8."""
+    """Encodes uint8 pictures as the ViT's class token concatenated with its mean patch token, (B, 768)."""
 
     def __init__(self):
         super().__init__()
@@ -113,7 +113,7 @@ class PictureEncoder(nn.Module):
 
 
 def image_features(pictures: list[Tensor], device: str) -> list[Tensor]:
-    """Frozen features of the training and the test pictures, each computed once and kept on disk."""
+    """Return standardized frozen features of the training and test pictures, each computed once and kept on disk."""
     encode = FeatureCache(CACHE / "easy-vqa-images", PictureEncoder().to(device))
     names = ("training", "test")
     train, test = (
@@ -125,7 +125,7 @@ def image_features(pictures: list[Tensor], device: str) -> list[Tensor]:
 
 
 def load_data(args: argparse.Namespace) -> tuple[Questions, Questions, list[str]]:
-    """Training and test questions, and the answers' names."""
+    """Load training and test questions, and the answers' names."""
     *splits, names = easy_vqa()
     image_first, tokenizer = args.main == "image", minilm()[1]
     image_inputs = [load_pictures(split.paths, args.image_size) for split in splits]
@@ -140,7 +140,7 @@ def load_data(args: argparse.Namespace) -> tuple[Questions, Questions, list[str]
 
 @cache
 def frozen_text(device: str) -> FeatureCache:
-    """The frozen MiniLM's feature of each distinct question, computed once and kept on disk."""
+    """Return a cache of the frozen MiniLM's features; each distinct question's is computed once and kept on disk."""
     return FeatureCache(CACHE / "easy-vqa-questions", minilm()[0].to(device))
 
 
@@ -148,10 +148,10 @@ class FeatureClassifier(nn.Module):
     """A head on features of the main side, the complementary side, or both.
 
     Args:
-        sides: functions of each side's inputs; None leaves a side out.
-        width: of their features together.
+        sides: for each side a function from inputs to features; None leaves a side out.
+        width: total width of the features.
         hidden: width of the hidden layer; None for a linear head.
-        classes: outputs.
+        classes: number of outputs.
     """
 
     def __init__(self, sides: tuple[Callable[..., Tensor] | None, ...], width: int, hidden: int | None, classes: int):
@@ -169,7 +169,7 @@ class FeatureClassifier(nn.Module):
 
 
 class PromptedFeature(nn.Module):
-    """The feature of a frozen encoder with static prompts."""
+    """The pooled feature of a frozen encoder with static prompts."""
 
     def __init__(self, encoder: nn.Module, length: int):
         super().__init__()
@@ -181,20 +181,24 @@ class PromptedFeature(nn.Module):
 
 
 def encoders(args: argparse.Namespace) -> tuple[nn.Module, nn.Module | None]:
-    """(main, complementary); with text as main the images come in as features, and one side is enough for static prompts."""
+    """Return the encoders (main, complementary).
+
+    The complementary one is None with text as main, because images are then given as features, and for static prompts, which use
+    one side only.
+    """
     if args.main == "text":
         return minilm()[0], None
     return dinov2_small(), None if args.method == "static" else minilm()[0]
 
 
 def fused_head(main: nn.Module, classes: int) -> nn.Module:
-    """One hidden layer; the batch norm before it brings out what is small in a feature, as "not" is in MiniLM's."""
+    """Build a head with one hidden layer; batch norm before it amplifies small differences, such as "not" in MiniLM's feature."""
     width = main.config.hidden_size
     return nn.Sequential(nn.BatchNorm1d(width), nn.Linear(width, 256), nn.GELU(), nn.Linear(256, classes))
 
 
 def build(args: argparse.Namespace, image_width: int | None, classes: int) -> nn.Module:
-    """The model of a method, called as model(main inputs, complementary inputs, labels); ``image_width`` is of features."""
+    """Build a method's model, called as model(main inputs, complementary inputs, labels); ``image_width`` is that of features."""
     if args.method in FROZEN:
         text = frozen_text(args.device)
         uses_text, uses_image = args.method != "image", args.method != "text"
@@ -216,7 +220,7 @@ def build(args: argparse.Namespace, image_width: int | None, classes: int) -> nn
 
 
 def parameter_groups(model: nn.Module, args: argparse.Namespace) -> list[dict]:
-    """The head learns faster than the prompts, which move a whole frozen encoder."""
+    """Give the head a higher learning rate than the prompts, which affect a whole frozen encoder."""
     head = list(model.head.parameters())
     own = {id(p) for p in head}
     prompts = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
@@ -224,12 +228,12 @@ def parameter_groups(model: nn.Module, args: argparse.Namespace) -> list[dict]:
 
 
 def train(model: nn.Module, data: Questions, args: argparse.Namespace) -> float:
-    """AdamW with warm-up over a tenth of the steps and linear decay; returns the seconds it took."""
+    """Train by AdamW with warm-up over a tenth of the steps and linear decay; return the seconds it took."""
     generator = torch.Generator().manual_seed(args.seed)
     epochs = [data.training_batches(args.batch_size, generator, args.balance) for _ in range(args.epochs)]
     steps = sum(map(len, epochs))
     if not steps:
-        raise SystemExit(f"--balance {args.balance} leaves nothing of {len(data)} samples to train on: raise it, or --samples")
+        raise SystemExit(f"--balance {args.balance} leaves none of {len(data)} samples to train on: raise it, or --samples")
     optimizer = torch.optim.AdamW([g for g in parameter_groups(model, args) if g["params"]], weight_decay=args.weight_decay)
     warm_up = max(1, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -263,7 +267,7 @@ def autocast(args: argparse.Namespace) -> torch.autocast:
 
 
 def recorded(model: nn.Module, names: list[str]) -> AbstractContextManager[analysis.Recorder | None]:
-    """Record what the experts do, if there are any."""
+    """Record the routing if the model has experts."""
     routes = isinstance(model, MoPEFusion) and model.config.use_dynamic
     return analysis.record(model, class_names=names) if routes else nullcontext()
 
@@ -276,7 +280,7 @@ def predict(
     args: argparse.Namespace,
     recorder: analysis.Recorder | None = None,
 ) -> list[Tensor]:
-    """Logits of each batch."""
+    """Return the logits of each batch."""
     model.eval()
     logits = []
     for index in tracked(batches, "testing"):
@@ -289,7 +293,7 @@ def predict(
 
 
 def save_and_reload(model: nn.Module, args: argparse.Namespace, image_width: int | None, classes: int) -> nn.Module:
-    """Write the trained parts, then read them onto fresh encoders."""
+    """Save the trained parts, then load them onto newly created encoders."""
     if isinstance(model, MoPEFusion):
         model.save_pretrained(args.output / "adapter")
         main, complementary = encoders(args)
@@ -312,7 +316,7 @@ def main() -> None:
     train_data, test_data, names = load_data(args)
     image_width = None if args.main == "image" else train_data.image_inputs.shape[1]
 
-    # after the data: making an encoder draws random numbers too, and features may be on disk already
+    # seeded after the data is loaded: creating an encoder draws random numbers, which is skipped if features are on disk already
     torch.manual_seed(args.seed)
     model = build(args, image_width, len(names)).to(args.device)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -331,10 +335,10 @@ def main() -> None:
     }  # fmt: skip
     write_atomically(args.output / "result.json", json.dumps(result, indent=2))
     reloaded = save_and_reload(model, args, image_width, len(names))
-    # every tenth batch, so questions of all lengths, shows as well as all of them whether anything was lost
+    # every tenth batch covers questions of all lengths and is enough to detect a lost tensor
     some = slice(None, None, 10)
     if not all(map(torch.equal, logits[some], predict(reloaded, test_data, batches[some], args))):
-        raise SystemExit("the reloaded model has other logits")
+        raise SystemExit("the reloaded model gives different logits")
     print(f"saved and reloaded from {args.output}, as save_and_reload() in this script does: the same logits, bit for bit")
     if testing is not None:
         test = easy_vqa()[1]
@@ -343,7 +347,7 @@ def main() -> None:
             samples=lambda i: (test.questions[i], test.paths[test.images[i]]), training=training, title="Experts on Easy-VQA",
         )  # fmt: skip
         print(f"what the experts learned: {page}")
-    print(f"trained in {seconds:.0f} s, {time.perf_counter() - start:.0f} s in all")
+    print(f"trained in {seconds:.0f} s, {time.perf_counter() - start:.0f} s in total")
     print(f"test accuracy: {accuracy:.4f}")
 
 

@@ -1,7 +1,7 @@
-"""Write Easy-VQA as a folder of JSON lines, the format that classify_jsonl.py reads: real data for a first try.
+"""Write Easy-VQA as a folder of JSON Lines, the format that classify_jsonl.py reads: real data for a first try.
 
-Questions about pictures of shapes, with the answer as the label; or, with --multi-label, with shape and color of the picture, where
-the answers to its questions tell both.
+Samples are questions about pictures of shapes, labelled with the answer. With --multi-label they are labelled with the shape and
+color of the picture, if the answers to its questions contain both.
 
     python examples/easy_vqa_jsonl.py outputs/easy_vqa_jsonl
 """
@@ -19,11 +19,11 @@ from easy_vqa_data import Split, easy_vqa
 from files import write_atomically
 
 VALIDATION_IMAGES = 400
-"""The last of the 4,000 training images; their questions are for choosing, not for training."""
+"""Number of the last of the 4,000 training images whose questions are used for validation, not for training."""
 
 
 def lines(split: Split, answers: list[str], chosen: torch.Tensor, folder: str, multi_label: bool) -> Iterator[dict]:
-    """A line for each chosen question that can be labelled."""
+    """Yield a line for each chosen question that can be labelled."""
     names = shown(split, answers) if multi_label else {}
     for i in chosen.tolist():
         image = int(split.images[i])
@@ -33,7 +33,7 @@ def lines(split: Split, answers: list[str], chosen: torch.Tensor, folder: str, m
 
 
 def shown(split: Split, answers: list[str]) -> dict[int, list[str]]:
-    """Image -> its shape and color, where both are answers to its questions."""
+    """Map each image to its shape and color, if both are answers to its questions."""
     shown: dict[int, set[str]] = {image: set() for image in split.images.tolist()}
     for image, answer in zip(split.images.tolist(), split.answers.tolist(), strict=True):
         shown[image] |= {answers[answer]} - {"yes", "no"}
@@ -41,7 +41,7 @@ def shown(split: Split, answers: list[str]) -> dict[int, list[str]]:
 
 
 def write(root: Path, samples: int | None = None, multi_label: bool = False) -> None:
-    """The whole folder; ``samples`` of each split, or all of them."""
+    """Write the whole folder, with ``samples`` of each split, or all of them."""
     train, test, answers = easy_vqa()
     held_out = train.images >= len(train.paths) - VALIDATION_IMAGES
     splits = {"train": (train, ~held_out, "train"), "val": (train, held_out, "train"), "test": (test, test.images >= 0, "test")}
@@ -62,9 +62,9 @@ def write(root: Path, samples: int | None = None, multi_label: bool = False) -> 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("folder", type=Path, help="made if it isn't there")
-    parser.add_argument("--samples", type=int, default=None, help="so many questions of each split, in place of all")
-    parser.add_argument("--multi-label", action="store_true", help="label with shape and color of the picture")
+    parser.add_argument("folder", type=Path, help="created if it doesn't exist")
+    parser.add_argument("--samples", type=int, default=None, help="number of questions of each split; default: all")
+    parser.add_argument("--multi-label", action="store_true", help="label with the shape and color of the picture")
     args = parser.parse_args(arguments)
     if args.samples is not None and args.samples < 1:
         parser.error(f"--samples must be at least 1, got {args.samples}")

@@ -1,13 +1,13 @@
-"""MoPE-BAF from a few samples: which of its parts help, on data that needs no download service.
+"""MoPE-BAF from a few samples: which of its parts help, on data that needs no model or data hub.
 
-A small VLMo is trained from scratch on two types of Easy-VQA's questions. Then it is adapted to a third one from 32 samples of each
-answer, in several ways and from several seeds, and tested on the official test questions of that type:
+A small VLMo is trained from scratch on two types of Easy-VQA's questions. Then it is adapted to a third type from 32 samples of
+each answer, with several methods and seeds, and tested on the official test questions of that type:
 
     python examples/few_shot_baf.py                          # about half an hour of CPU time, on all cores
     python examples/few_shot_baf.py --held-out what-shape    # three answers in place of eleven
     python examples/few_shot_baf.py --seeds 1 --steps 20 --pretrain-steps 50 --test-samples 100
 
-What is done is kept in the output folder: started again with the same settings, it goes on where it was.
+Finished runs are kept in the output folder: started again with the same settings, the program continues where it stopped.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from mope_fast.data import FewShotRecipe, FewShotSplit, classification_metrics, 
 matplotlib.use("Agg")
 
 ROWS = 4
-"""Of each group of prompts."""
+"""Tokens of each group of prompts."""
 
 
 def prompts(text: int = ROWS, image: int = ROWS, unified: int = ROWS, **settings) -> dict:
@@ -55,11 +55,11 @@ METHODS = {
     "2 blocks without V-Prompt": prompts(image=0),
     "2 blocks without VL-Prompt": prompts(unified=0),
 }
-"""Settings of BAFConfig. Without prompts it is VLMo itself: full fine-tuning, or a head on frozen features.
+"""Settings of BAFConfig. Without prompts the model is VLMo itself: full fine-tuning, or a head on frozen features.
 
-Plain prompts are as many rows as the three together, in front of the text, seen by all in all layers. Without a VL-Prompt the head
-reads VLMo's pooler, else the mean of that prompt. Without L- or V-Prompt there is nothing to fuse between the blocks, so these two
-compare with 1 block.
+Plain prompts have as many tokens as the three groups together; they precede the text and are visible to all tokens in all layers.
+The head reads the mean of the VL-Prompt, or VLMo's pooler without one. Without L- or V-Prompt there is nothing to fuse between the
+blocks, so compare these two with 1 block.
 """
 BACKBONES = {"trained": False, "frozen": True}
 
@@ -67,20 +67,22 @@ BACKBONES = {"trained": False, "frozen": True}
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--held-out", choices=TYPES, default="what-is", help="; ".join(f"{k}: {v}" for k, v in TYPES.items()))
-    parser.add_argument("--shots", type=int, default=32, help="training samples of each answer; as many to choose the step by")
-    parser.add_argument("--seeds", type=int, default=5, help="of the samples, of new parameters and of the order")
-    parser.add_argument("--steps", type=int, default=200, help="of adaptation, with 8 samples each")
-    # both rates: the best of three on the dev samples of one more seed, for "no prompts" and "2 blocks"
-    parser.add_argument("--lr", type=float, default=1e-3, help="of adaptation, if the backbone is trained")
-    parser.add_argument("--frozen-lr", type=float, default=3e-2, help="of adaptation, if it is frozen")
-    parser.add_argument("--pretrain-steps", type=int, default=2400, help="with 64 samples each")
+    parser.add_argument(
+        "--shots", type=int, default=32, help="training samples of each answer; as many are used to select the step"
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="seeds of samples, new parameters and order")
+    parser.add_argument("--steps", type=int, default=200, help="steps of adaptation, with 8 samples each")
+    # both rates are the best of three on the dev samples of one additional seed, for "no prompts" and "2 blocks"
+    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of adaptation if the backbone is trained")
+    parser.add_argument("--frozen-lr", type=float, default=3e-2, help="learning rate of adaptation if the backbone is frozen")
+    parser.add_argument("--pretrain-steps", type=int, default=2400, help="steps of pretraining, with 64 samples each")
     parser.add_argument("--pretrain-lr", type=float, default=1.5e-3)
-    parser.add_argument("--test-samples", type=int, default=None, help="use so many test questions")
+    parser.add_argument("--test-samples", type=int, default=None, help="number of test questions to use; default: all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--workers", type=int, default=None, help="processes that adapt, a thread each; default: CPU cores, 1 on a GPU"
+        "--workers", type=int, default=None, help="processes for adaptation, one thread each; default: CPU cores, or 1 on a GPU"
     )
-    parser.add_argument("--output", type=Path, default=Path("outputs/few_shot_baf"), help="folder for everything this writes")
+    parser.add_argument("--output", type=Path, default=Path("outputs/few_shot_baf"), help="folder for all output files")
     args = parser.parse_args()
     for name in ("shots", "seeds", "steps", "pretrain_steps", "test_samples", "workers"):
         value = getattr(args, name)
@@ -94,7 +96,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def architecture(vocabulary: int) -> VLMoConfig:
-    """1.3 M parameters: four layers with experts of each modality, two with the joint one."""
+    """Configure a VLMo of 1.3 M parameters: four layers with one expert per modality, two with the joint expert."""
     return VLMoConfig(
         hidden_size=96, num_layers=6, num_heads=4, first_fusion_layer=4, image_size=SIZE, patch_size=8, vocab_size=vocabulary,
         max_text_length=LONGEST, drop_path_rate=0.0,
@@ -102,7 +104,7 @@ def architecture(vocabulary: int) -> VLMoConfig:
 
 
 def pretrained(data: Questions, vocabulary: int, args: argparse.Namespace) -> Path:
-    """A file with a VLMo that was trained to answer; made if it isn't there."""
+    """Return a checkpoint file of a VLMo trained to answer questions; train it if the file doesn't exist."""
     settings = {
         "held_out": args.held_out,
         "steps": args.pretrain_steps,
@@ -142,12 +144,12 @@ def pretrained(data: Questions, vocabulary: int, args: argparse.Namespace) -> Pa
 
 
 def short_hash(settings: dict) -> str:
-    """For the name of a file that is right for these settings only."""
+    """Hash settings for the name of a file that is valid for these settings only."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def balanced(data: Questions, steps: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Index batches in which every type is as frequent as the others, and every answer within its type."""
+    """Yield index batches in which all types are equally frequent, and so are all answers within a type."""
     kinds, counts = data.kinds.unique(return_counts=True)
     types = kinds // len(data.names)
     of_type = torch.bincount(types)[types]
@@ -157,7 +159,7 @@ def balanced(data: Questions, steps: int, size: int, generator: torch.Generator)
 
 
 def moved(pictures: Tensor, generator: torch.Generator) -> Tensor:
-    """All by up to a tenth of their side, and half of the time mirrored: no answer depends on it."""
+    """Augment: shift all pictures by up to a tenth of their side, and mirror half of the time; no answer depends on that."""
     reach = SIZE // 10
     x, y, mirrored = (int(torch.randint(size, (), generator=generator)) for size in (2 * reach + 1, 2 * reach + 1, 2))
     pictures = F.pad(pictures, [reach] * 4, mode="replicate")[:, :, y : y + SIZE, x : x + SIZE]
@@ -165,7 +167,7 @@ def moved(pictures: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def adapt(method: str, backbone: str, file: Path, vocabulary: int, train: Questions, test: Questions, seed: int, args) -> dict:
-    """One run: batches and steps as in the paper; the learning rate for a small VLMo, the step of four that is best on dev."""
+    """Do one run: batches and steps as in the paper, a learning rate for a small VLMo, the best on dev of four evaluations."""
     split = FewShotSplit(train.labels, shots=args.shots, seed=seed)
     torch.manual_seed(seed)
     frozen = BACKBONES[backbone]
@@ -183,7 +185,7 @@ def adapt(method: str, backbone: str, file: Path, vocabulary: int, train: Questi
 
 
 def in_processes(todo: list[tuple[str, str, int]], shared: tuple, workers: int) -> Iterator[tuple[tuple[str, str, int], dict]]:
-    """Each run with its result, as they finish: steps are too small for a second thread."""
+    """Yield each run with its result as it finishes; runs use one thread each, because steps are too small for a second one."""
     context = torch.multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=_start, initargs=shared) as pool:
         runs = {pool.submit(_adapt, *run): run for run in todo}
@@ -207,7 +209,7 @@ def _adapt(backbone: str, method: str, seed: int) -> dict:
 
 
 class Runs:
-    """Finished runs on disk, whole after each: what was stopped goes on behind the last. Other settings have another file."""
+    """Finished runs, written to disk after each one so that a stopped program can continue. Each setting has its own file."""
 
     def __init__(self, args: argparse.Namespace):
         self.settings = {key: value for key, value in vars(args).items() if key not in ("output", "seeds", "device", "workers")}
@@ -225,14 +227,14 @@ class Runs:
         return self.results.get(f"{backbone} | {method} | {seed}")
 
     def missing(self, seeds: int) -> list[tuple[str, str, int]]:
-        """(backbone, method, seed) of what is still to do, seed by seed."""
+        """Return (backbone, method, seed) of the runs still to do, seed by seed."""
         everything = itertools.product(range(seeds), BACKBONES, METHODS)
         return [(backbone, method, seed) for seed, backbone, method in everything if self.of(backbone, method, seed) is None]
 
 
 def table(runs: Runs, args: argparse.Namespace) -> Table:
     title = (
-        f"{args.held_out} from {args.shots} shots a class, {args.seeds} seeds: test accuracy and macro F1 in %, mean ± deviation"
+        f"{args.held_out} from {args.shots} shots per class, {args.seeds} seeds: test accuracy and macro F1 in %, mean ± deviation"
     )
     result = Table("", title=title, title_justify="left")
     for backbone in BACKBONES:
@@ -250,7 +252,7 @@ def table(runs: Runs, args: argparse.Namespace) -> Table:
 
 
 def draw(runs: Runs, args: argparse.Namespace, chance: float, file: Path) -> None:
-    """A row for each method: every seed a dot, mean and deviation a bar."""
+    """Plot a row for each method, with a dot for every seed and a bar for mean and deviation."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(BACKBONES), figsize=(11, 4.5), sharey=True, sharex=True, layout="constrained")
@@ -263,11 +265,11 @@ def draw(runs: Runs, args: argparse.Namespace, chance: float, file: Path) -> Non
             axis.errorbar(values.mean().item(), row, xerr=deviation, fmt="s", color="C0", capsize=4)
             axis.plot(values, [row + 0.22] * len(values), "o", color="C1", markersize=3)
         axis.axvline(100 * chance, color="0.6", linestyle="--", linewidth=1)
-        axis.set(title=f"{backbone} VLMo", xlabel="test accuracy in %, dashed: the commonest answer")
+        axis.set(title=f"{backbone} VLMo", xlabel="test accuracy in %, dashed: the most common answer")
         axis.grid(axis="x", color="0.92")
     axes[0].set_yticks(range(len(METHODS)), METHODS)
     axes[0].invert_yaxis()
-    figure.suptitle(f"{args.held_out} from {args.shots} shots a class: {args.seeds} seeds (dots), mean and deviation")
+    figure.suptitle(f"{args.held_out} from {args.shots} shots per class: {args.seeds} seeds (dots), mean and deviation")
     figure.savefig(file, dpi=120)
     plt.close(figure)
 
@@ -290,7 +292,7 @@ def main() -> None:
     answers = test.labels[: args.test_samples]
     chance = torch.bincount(answers).max().item() / len(answers)
     Console(width=130).print(table(runs, args))
-    print(f"the commonest answer is right in {100 * chance:.1f} %")
+    print(f"the most common answer is right in {100 * chance:.1f} %")
     draw(runs, args, chance, args.output / "few_shot.png")
     print(f"{args.output / 'few_shot.png'} and {runs.file}; {time.perf_counter() - start:.0f} s")
 

@@ -1,4 +1,4 @@
-"""What the programs on posts share: encoders by name, batches, optimiser, metrics."""
+"""Shared by the programs that train on posts: encoders by name, batches, optimizer, metrics."""
 
 import argparse
 import hashlib
@@ -34,13 +34,14 @@ from mope_fast.data import EachFrame, Posts, classification_metrics, multi_label
 from mope_fast.data.images import Hdf5Image
 
 START_SAMPLES = 256
-"""Of whose tokens prompts start at the mean."""
+"""Number of training samples around whose mean token the prompts are initialized."""
 
 
 class Augmented(Sequence[dict[str, Any]]):
-    """Posts whose images are changed at random, as dicts.
+    """Posts as dicts, with random augmentation of their images.
 
-    What is drawn depends on seed, epoch and position, so that a resumed run sees the same; without an epoch on torch's generator.
+    The augmentation depends on seed, epoch and position, so that a resumed run sees the same images; if no epoch is set, it depends
+    on torch's generator.
     """
 
     def __init__(self, posts: Posts, operations: int, strength: int, seed: int):
@@ -63,22 +64,22 @@ class Augmented(Sequence[dict[str, Any]]):
 
 @dataclass
 class Task:
-    """Samples, and a model for them."""
+    """Samples and a model for them."""
 
     splits: dict[str, Posts]
     collate: FusionCollator
     model: MoPEFusion
     args: argparse.Namespace
     augmented: Augmented | None = None
-    """Training samples with other images."""
+    """Training samples with augmented images."""
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The sides."""
+        """Names of the sides, the main one first."""
         return (self.args.main, *self.args.other)
 
     def set_epoch(self, epoch: int) -> None:
-        """Of training, for what is drawn for each of its samples."""
+        """Set the training epoch, which the augmentation of each sample depends on."""
         if self.augmented is not None:
             self.augmented.epoch = epoch
 
@@ -87,7 +88,7 @@ class Task:
         return self.splits["train"].class_names
 
     def loader(self, split: str, sampler: Any = None) -> DataLoader:
-        """Training batches are shuffled and all of one size: batch norm can't train on one sample."""
+        """Build a DataLoader. Training batches are shuffled and all of one size, because batch norm can't train on one sample."""
         training, posts = split == "train", self.splits[split]
         count = len(posts if sampler is None else sampler)
         if training and self.augmented is not None:
@@ -99,7 +100,7 @@ class Task:
         )  # fmt: skip
 
     def optimizer(self, steps_per_epoch: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-        """AdamW, and its learning rate after each step."""
+        """Return AdamW and its learning rate schedule, to be stepped after each step."""
         args = self.args
         groups = self.model.parameter_groups(args.lr, args.complementary_lr, args.weight_decay)
         if args.head_lr is not None:
@@ -115,7 +116,7 @@ class Task:
         return optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, 0.4)
 
     def fit_head(self) -> None:
-        """Start prompts where tokens are and train the head alone first, if that was asked for; every process does the same."""
+        """Initialize prompts around the mean token and train the head alone, if --head-epochs is set; same in every process."""
         if self.args.head_epochs:
             self.model.to(default_device())
             some = itertools.islice(self._batches(), -(-START_SAMPLES // self.args.batch_size))
@@ -125,29 +126,29 @@ class Task:
             )  # fmt: skip
 
     def _batches(self) -> Iterator[Any]:
-        """Of training samples in the seed's order, one by one: pictures of all of them may not fit into memory."""
+        """Yield training batches in the seed's order, one by one, because all pictures may not fit into memory."""
         order = torch.randperm(len(self.splits["train"]), generator=torch.Generator().manual_seed(self.args.seed))
         for batch in self.loader("train", order.tolist()):
             yield to_device(batch, default_device())
 
     def save(self, folder: Path) -> None:
-        """What ``python -m mope_fast.predict`` takes, and ``MoPEFusion.from_pretrained``."""
+        """Save an adapter for ``python -m mope_fast.predict`` and ``MoPEFusion.from_pretrained``."""
         Predictor(self.model, self.collate, self.class_names).save_pretrained(folder)
 
     def outcomes(self, batch: dict[str, Any], model: nn.Module) -> Tensor:
-        """Of each sample of a batch what it is judged by: logits."""
+        """Return what each sample of a batch is evaluated by: its logits."""
         return model(**batch).logits.float()
 
     def judge(self, outcomes: Tensor, split: str) -> dict[str, float]:
-        """Metrics of a whole split."""
+        """Compute the metrics of a whole split."""
         return self.metrics(outcomes, self.splits[split].labels)
 
     def metrics(self, logits: Tensor, labels: Tensor) -> dict[str, float]:
-        """Accuracy, macro and micro F1; of two classes the area under the ROC curve too, where both occur."""
+        """Compute accuracy, macro and micro F1; for two classes also the area under the ROC curve, if both occur."""
         if self.splits["train"].multi_label:
             return multi_label_metrics(logits, labels)
         metrics = classification_metrics(logits, labels, len(self.class_names))
-        # of samples with one class each every mistake is one class too many and one too few
+        # micro F1 equals accuracy for single-label samples: each error is one false positive and one false negative
         metrics = {"accuracy": metrics["accuracy"], "f1_macro": metrics["f1_macro"], "f1_micro": metrics["accuracy"]}
         if len(self.class_names) == 2 and len(labels.unique()) == 2:
             metrics["auroc"] = float(roc_auc_score(labels, logits[:, 1] - logits[:, 0]))
@@ -155,11 +156,11 @@ class Task:
 
     @property
     def chosen_by(self) -> str:
-        """The metric that says which epoch is the best."""
+        """Name of the metric by which the best epoch is selected."""
         return "f1_macro" if self.splits["train"].multi_label else "accuracy"
 
     def data_hash(self) -> str:
-        """Of all samples and classes; of files their places in the folder."""
+        """Hash all samples and classes; files are hashed by their paths relative to the folder."""
         samples = [
             (split, post.id, post.text, self._place(post.image), post.label)
             + ((self._place(post.audio), *(self._place(frame) for frame in post.frames)) if post.audio or post.frames else ())
@@ -169,13 +170,13 @@ class Task:
         return hashlib.sha256(repr((self.class_names, samples)).encode()).hexdigest()[:16]
 
     def _place(self, file: Path | Hdf5Image | None) -> str | None:
-        """In the folder, wherever that is."""
+        """Return a file's path relative to the folder."""
         if isinstance(file, Hdf5Image):
             return f"{self._place(file.file)}[{file.index}]"
         return None if file is None else os.path.relpath(file, self.args.folder)
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """Of each split: samples there are, those left out, and those that lack something."""
+        """Count for each split its samples, those left out, and those that lack an image, sound or frames."""
         counts = {}
         for split, posts in self.splits.items():
             counts[split] = {"samples": len(posts), "left out, without image": len(posts.dropped.get("no image", ()))}
@@ -190,13 +191,13 @@ class Task:
         return counts
 
     def predictions(self, split: str, logits: Tensor) -> list[dict[str, Any]]:
-        """A row for each sample."""
+        """Return a row for each sample: id, label, prediction and scores."""
         posts, names, several = self.splits[split], self.class_names, self.splits["train"].multi_label
         scores = logits.sigmoid() if several else logits.softmax(1)
         rows = []
         for post, score in zip(posts, scores.tolist(), strict=True):
             if several:
-                label = post.label and [name for name, there in zip(names, post.label, strict=True) if there]
+                label = post.label and [name for name, present in zip(names, post.label, strict=True) if present]
                 predicted = [name for name, value in zip(names, score, strict=True) if value > 0.5]
             else:
                 label = None if post.label is None else names[post.label]
@@ -206,7 +207,7 @@ class Task:
 
 
 def config_of(args: argparse.Namespace, **others: Any) -> MoPEConfig:
-    """Settings of prompts and router, and others."""
+    """Build the config from arguments of prompts and router, and from other settings."""
     return MoPEConfig(
         num_experts=args.experts, prompt_length=args.prompt_length, dropout=args.dropout, noise_std=args.noise_std,
         prompt_init=args.prompt_init, mapper_norm=args.mapper_norm, importance_weight=args.importance_weight,
@@ -223,7 +224,7 @@ def read_folder(args: argparse.Namespace) -> dict[str, Posts]:
 
 
 def load_task(args: argparse.Namespace, read: Callable[[argparse.Namespace], dict[str, Posts]] = read_folder) -> Task:
-    """Read the samples, and make the model from the seed."""
+    """Read the samples and create the model, seeded by --seed."""
     splits = read(args)
     if unlabelled := [name for name in ("train", "val") if not splits[name].labelled]:
         raise ValueError(f"{args.folder}: {', '.join(unlabelled)} has no labels: train and val need a label in each line")
@@ -263,7 +264,7 @@ def _encoder(args: argparse.Namespace, side: str) -> Encoder:
 
 
 def complementary_of(args: argparse.Namespace, side: str, encoder: nn.Module) -> Any:
-    """What gives one of the other sides' features."""
+    """Return the source of a complementary side's features: a cache, an encoder, or an encoder with prompts."""
     pooling = pooling_of(args.complementary_pooling)
     if args.complementary == "frozen":
         encoder.to(default_device())
@@ -277,7 +278,7 @@ def complementary_of(args: argparse.Namespace, side: str, encoder: nn.Module) ->
 
 
 def _side(name: str, source: Any) -> Side:
-    """One of several: a sample may lack it."""
+    """Wrap one of several sides; every side but text is optional in a sample."""
     return Side(source, width=getattr(source, "width", None), optional=name != "text", frames="max" if name == "video" else None)
 
 
@@ -290,7 +291,7 @@ def _file_name(model: str) -> str:
 
 
 def run_from_shell(main: Callable[[], Any]) -> None:
-    """What is wrong with the folder's files is said in a line; with --debug with a traceback."""
+    """Run a program; errors in the folder's files exit with a short message, or with a traceback if --debug is given."""
     try:
         main()
     except (OSError, ValueError) as error:
@@ -300,7 +301,7 @@ def run_from_shell(main: Callable[[], Any]) -> None:
 
 
 def say(text: str) -> None:
-    """Print it in the first of several processes."""
+    """Print a text in the first of several processes."""
     if os.environ.get("RANK", "0") == "0":
         print(text, flush=True)
 
@@ -310,7 +311,7 @@ def default_device() -> str:
 
 
 def to_device(value: Any, device: str | torch.device) -> Any:
-    """A batch's tensors, in dicts and lists too; None is a side that no sample has."""
+    """Move a batch's tensors, also in dicts and lists, to a device; None stands for a side that no sample has."""
     if isinstance(value, dict):
         return {name: to_device(each, device) for name, each in value.items()}
     if isinstance(value, list):

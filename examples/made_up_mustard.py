@@ -1,10 +1,11 @@
-"""Write a made-up set of text, sound and video in the files of MUStARD, for trying three sides without getting the real one.
+"""Write a synthetic set of text, sound and video in MUStARD's file format, for trying three sides without obtaining the real set.
 
-It shows that everything fits together, and says nothing of sarcasm. Each "utterance" is a sentence about a colored shape, two
-seconds of a recorded reading, and pictures of Easy-VQA as frames. It counts as sarcastic where the pictures show something else
-than the sentence says, or where the voice drawls (the recording is slowed down); half of all do neither. So the sentence alone
-tells nothing, pictures or sound with it tell a half of the sarcastic ones each, and all three tell everything. Some lack their
-sound or their frames. Utterances of the show FRIENDS have pictures and parts of the recordings that no other has.
+It shows that the parts work together; it says nothing about sarcasm. Each "utterance" is a sentence about a colored shape, two
+seconds of a recorded reading, and pictures of Easy-VQA as frames. It is labelled sarcastic if the pictures show something other
+than the sentence says, or if the voice drawls (the recording is slowed down). Half of all utterances do neither. So the sentence
+alone carries no information, the sentence with pictures or with sound identifies half of the sarcastic ones each, and all three
+together identify all. Some utterances lack their sound or their frames. Utterances of the show FRIENDS have pictures and parts of
+the recordings that no others have.
 
     python examples/made_up_mustard.py outputs/made_up_mustard
     python -m mope_fast.data mustard outputs/made_up_mustard --split speaker-independent --missing-media none
@@ -32,7 +33,7 @@ FRAMES, SECONDS, DRAWL = 3, 2.0, 1.5
 
 
 class Recordings:
-    """Two seconds at a time of the first two thirds of each recording, or of the rest."""
+    """Cuts two-second pieces from the first two thirds of each recording, or from the rest for held-out utterances."""
 
     def __init__(self):
         assets = package_folder("moonshine-voice") / "moonshine_voice" / "assets"
@@ -49,7 +50,7 @@ class Recordings:
 
 
 def write(root: Path, utterances: int, missing: float, seed: int) -> None:
-    """The whole folder; the description comes last."""
+    """Write the whole folder; sarcasm_data.json is written last."""
     random, recordings = np.random.default_rng(seed), Recordings()
     *splits, answers = easy_vqa()
     pictures: list[dict[tuple[str, str], list[Path]]] = [{}, {}]
@@ -87,20 +88,20 @@ def write(root: Path, utterances: int, missing: float, seed: int) -> None:
         }
     write_atomically(root / "sarcasm_data.json", json.dumps(rows, indent=1))
     sarcastic = sum(row["sarcasm"] for row in rows.values())
-    print(f"{root}: {utterances:,} made-up utterances, {sarcastic:,} of them made to count as sarcastic")
+    print(f"{root}: {utterances:,} made-up utterances, {sarcastic:,} of them labelled sarcastic")
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("folder", type=Path, help="made if it isn't there")
-    parser.add_argument("--utterances", type=int, default=690, help="as many as MUStARD has")
-    parser.add_argument("--missing", type=float, default=0.1, help="share that lacks its sound or its frames")
+    parser.add_argument("folder", type=Path, help="created if it doesn't exist")
+    parser.add_argument("--utterances", type=int, default=690, help="number of utterances; MUStARD has 690")
+    parser.add_argument("--missing", type=float, default=0.1, help="share of utterances that lack their sound or frames")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
     if args.utterances < 1 or not 0 <= args.missing <= 1:
         parser.error(f"expected --utterances of at least 1 and --missing in 0..1, got {args.utterances} and {args.missing}")
     if (args.folder / "sarcasm_data.json").exists():
-        parser.error(f"{args.folder} has a set already: give another folder")
+        parser.error(f"{args.folder} already has a set: give another folder")
     write(args.folder, args.utterances, args.missing, args.seed)
 
 

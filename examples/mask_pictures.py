@@ -1,4 +1,4 @@
-"""Pictures with masks, beside each other."""
+"""Draw pictures and masks side by side."""
 
 import os
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 COLUMN, ROW = 1.5, 1.6
-"""Inches."""
+"""Width of a column and height of a row, in inches."""
 
 
 class Masked(NamedTuple):
-    """A picture, what is looked for in it, and masks by what they are of."""
+    """A picture, the phrase to segment as its title, and masks by column name."""
 
     title: str
     image: np.ndarray
@@ -24,7 +24,7 @@ class Masked(NamedTuple):
 
 
 def draw(path: Path, rows: Sequence[Masked]) -> None:
-    """Write a picture of them: what is outside of a mask is faded."""
+    """Draw rows of pictures to a PNG file; pixels outside of a mask are faded."""
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 

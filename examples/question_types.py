@@ -1,4 +1,4 @@
-"""Easy-VQA cut by what is asked, as VLMo takes it: words of a small vocabulary, pictures at their own size."""
+"""Easy-VQA split by question type, as inputs of VLMo: words of a small vocabulary, pictures at their own size."""
 
 import re
 from dataclasses import dataclass
@@ -12,17 +12,17 @@ from mope_fast.data import load_image
 
 SIZE = 48
 LONGEST = 12
-"""Tokens, [CLS] and [SEP] among them."""
+"""Maximum number of tokens, including [CLS] and [SEP]."""
 TYPES = {
     "what-color": "what color is the circle? what color is the shape?",
     "what-shape": "what shape is in the image? what shape is present?",
     "what-is": "what is the color of the circle? what is the red shape?",
 }
-"""The questions that name something. Those to be answered by yes or no are left out: they take a longer training from scratch."""
+"""Question types answered by a name. Yes-or-no questions are left out, because they need longer training from scratch."""
 
 
 def type_of(question: str) -> str | None:
-    """One of TYPES, or None."""
+    """Return the question's type, one of TYPES, or None."""
     name = "-".join(_words(question)[:2])
     return name if name in TYPES else None
 
@@ -50,14 +50,14 @@ class Questions:
         return len(self.labels)
 
     def batch(self, index: Tensor) -> dict[str, Tensor]:
-        """Keyword arguments for a model, on the device on which everything is."""
+        """Return a model's keyword arguments for these samples, on the data's device."""
         index = index.to(self.labels.device)
         text = {"input_ids": self.input_ids[index], "attention_mask": self.attention_mask[index]}
         return {**text, "pixel_values": self.pictures[self.images[index]], "labels": self.labels[index]}
 
 
 def load(held_out: str, device: str) -> tuple[Questions, Questions, Questions, int]:
-    """Training questions of the other types, training and test questions of the one held out, and the size of the vocabulary."""
+    """Load training questions of the other types, training and test questions of the held-out type, and the vocabulary size."""
     from transformers import BertTokenizer
 
     *splits, answers = easy_vqa()

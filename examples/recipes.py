@@ -1,4 +1,4 @@
-"""Recipes for published sets: the arguments of a run, as the paper's text has them, as the released code has them, and ours."""
+"""Recipes for published sets: a run's arguments according to the paper's text, to the released code, and ours."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,22 +17,22 @@ _PAPERS_TEXT = {
 
 PAPER = "the paper's first version"
 NOTES = {
-    "paper": f"{PAPER} has no batch size, weight decay, clipping or choice of the epoch: the first three are the release's",
-    "released": "what no setting changes, such as whose prompts a window of Swin sees: docs/coming_from_mope.md",
+    "paper": f"{PAPER} gives no batch size, weight decay, clipping or choice of the epoch: the first three are the release's",
+    "released": "some differences have no setting, such as whose prompts a window of Swin sees: see docs/coming_from_mope.md",
     "ours": "these settings were not tuned on this set",
 }
-"""What isn't as it is called."""
+"""Preset -> its difference from what its name says."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Arguments of one set, by the name in ``task_arguments.argument_parser``.
+    """Arguments for one set, by their names in ``task_arguments.argument_parser``.
 
     Attributes:
-        ours: what differs from the programs' defaults.
-        paper, released: what differs from ours; a text says why there is none.
-        table: metrics in the paper's tables; where it doesn't have the set, of its authors.
-        notes: what is not as there.
+        ours: arguments that differ from the programs' defaults.
+        paper, released: arguments that differ from ours; or a string that says why there are none.
+        table: metrics in the paper's tables; if the paper doesn't have the set, those of the set's authors.
+        notes: differences from the released code.
     """
 
     ours: dict[str, Any]
@@ -43,7 +43,7 @@ class Recipe:
 
 
 def _image_text(batch_size: int, transform: str, augment: list[int] | None, *table: str) -> Recipe:
-    """One of the paper's sets of images with text; augmentation and batch size are the release's."""
+    """Build the recipe of one of the paper's image-text sets; augmentation and batch size are the release's."""
     ours = {
         **_SIDES, **_STEPS, "epochs": 10, "batch_size": batch_size, "image_transform": transform, "rand_augment": augment,
     }  # fmt: skip
@@ -68,8 +68,8 @@ RECIPES = {
         },
         ("accuracy", "f1_macro"),
         (
-            "the release's models of sound and video are commented out and its loader fails: this is what can be read off them",
-            "the release chooses no epoch and validates on test; with val=0 val is test here, too",
+            "the release's models of sound and video are commented out and its loader fails: these settings are read off that code",
+            "the release selects no epoch and validates on test; with val=0 val is test here, too",
         ),
     ),
     "hateful-memes": Recipe(
@@ -89,4 +89,4 @@ REFERENCES = Recipe(
     "the released code has no program that trains on references",
     ("mean_iou",),
 )  # fmt: skip
-"""Of RefCOCO and RefCOCO+, mean IoU of val, testA and testB; and of RefCOCOg, which the paper doesn't have."""
+"""Recipe for RefCOCO and RefCOCO+ (mean IoU of val, testA and testB), and for RefCOCOg, which the paper doesn't have."""

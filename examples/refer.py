@@ -1,14 +1,14 @@
-"""Find what a phrase names: "the red circle" among four colored shapes, by prompts that the phrase routes in a frozen ViT.
+"""Segment what a phrase refers to: "the red circle" among four colored shapes, by prompts routed by the phrase in a frozen ViT.
 
     python examples/refer.py                   # every method once
-    python examples/refer.py --seeds 5         # means and spreads
+    python examples/refer.py --seeds 5         # means and standard deviations
     python examples/refer.py --smoke           # a few seconds: does it run?
 
-The pictures are published ones of Easy-VQA, put together in fours; the ViT-S/14 and MiniLM, whose feature of the phrase is
-computed once, come out of packages. One other shape has the named one's color and one its form, so neither word alone tells which
-it is. Methods: all shapes, without a phrase; the mean mask of each phrase, without the picture; prompts without the phrase; the
-phrase joined to the ViT's map behind it (late fusion); the phrase as one more prompt (sequential); and routed prompts (MoPE). The
-output folder gets results.json and predictions.png.
+The pictures are mosaics of four published Easy-VQA pictures. The ViT-S/14 and MiniLM, whose feature of the phrase is computed once,
+come from packages. One other shape has the named one's color and one has its form, so neither word alone identifies it. Methods:
+all shapes, without a phrase; the mean mask of each phrase, without the picture; prompts without the phrase; the phrase's feature
+joined to the ViT's output map (late fusion); the phrase as one more prompt (sequential); and routed prompts (MoPE). The output
+folder gets results.json and predictions.png.
 """
 
 import argparse
@@ -37,7 +37,7 @@ UNTRAINED = ("all shapes", "mean mask of the phrase")
 
 
 class LateHead(nn.Module):
-    """SETR's head on the map with the phrase's feature beside it at every place."""
+    """SETR's head on the ViT's map, with the phrase's feature concatenated at every position."""
 
     def __init__(self, width: int, other: int, channels: int):
         super().__init__()
@@ -96,7 +96,7 @@ def train(model: MoPEFusion, data: Mosaics, features: Tensor, args: argparse.Nam
 
 @torch.no_grad()
 def predict(model: MoPEFusion, data: Mosaics, features: Tensor, size: int) -> Tensor:
-    """(N, S, S) bool."""
+    """Predict masks, (N, S, S) bool."""
     model.eval()
     found = []
     for batch in batches(data, features, size, torch.arange(len(data))):
@@ -108,7 +108,7 @@ def predict(model: MoPEFusion, data: Mosaics, features: Tensor, size: int) -> Te
 
 
 def mean_masks(train_data: Mosaics, test: Mosaics) -> Tensor:
-    """What a phrase alone tells: the mean training mask of each, cut where the training IoU is the best."""
+    """Predict from the phrase alone: the mean training mask of each phrase, thresholded for the best training IoU."""
     means = torch.stack([train_data.masks[train_data.phrase == i].float().mean(0) for i in range(len(train_data.phrases))])
     means = means.nan_to_num()
 
@@ -121,7 +121,7 @@ def mean_masks(train_data: Mosaics, test: Mosaics) -> Tensor:
 
 
 def picture(path: Path, data: Mosaics, predictions: dict[str, Tensor], rows: int = 6) -> None:
-    """The first test mosaics, what is named, and what each method says."""
+    """Draw the first test mosaics with the true masks and each method's predictions."""
     columns = {"named": data.masks, **predictions}
     shown = []
     for image, phrase, *masks in islice(zip(data.images, data.phrase, *columns.values(), strict=True), rows):
@@ -170,21 +170,21 @@ def run(args: argparse.Namespace) -> dict[str, dict]:
 def main(arguments: list[str] | None = None) -> dict[str, dict]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--train", type=int, default=2000, help="mosaics")
-    add("--test", type=int, default=500)
+    add("--train", type=int, default=2000, help="number of training mosaics")
+    add("--test", type=int, default=500, help="number of test mosaics")
     add("--epochs", type=int, default=3)
     add("--image-size", type=int, default=84, help="pixels, a multiple of 14")
     add("--batch-size", type=int, default=32)
-    add("--channels", type=int, default=64, help="of the head")
+    add("--channels", type=int, default=64, help="channels of the head")
     add("--lr", type=float, default=1e-3)
-    add("--seeds", type=int, default=1, help="so many runs of every method")
-    add("--smoke", action="store_true", help="a few mosaics, one epoch")
+    add("--seeds", type=int, default=1, help="number of runs of every method")
+    add("--smoke", action="store_true", help="quick check with a few mosaics and one epoch")
     add("--output", type=Path, default=Path("outputs/refer"))
     args = parser.parse_args(arguments)
     if args.smoke:
         args.train, args.test, args.epochs, args.channels, args.image_size = 64, 16, 1, 8, 56
     if args.image_size % 14 or min(args.train, args.test, args.epochs, args.seeds, args.channels) < 1 or args.batch_size < 2:
-        parser.error("expected --image-size of a multiple of 14, --batch-size of at least 2 and all other numbers of at least 1")
+        parser.error("--image-size must be a multiple of 14, --batch-size at least 2, and all other numbers at least 1")
     return run(args)
 
 

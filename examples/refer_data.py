@@ -1,4 +1,4 @@
-"""Mosaics of four published Easy-VQA pictures, a phrase that names one of them, and the mask of what it names."""
+"""Mosaics of four published Easy-VQA pictures, with a phrase that refers to one of the shapes, and that shape's mask."""
 
 from dataclasses import dataclass
 
@@ -12,20 +12,20 @@ from mope_fast.data import load_image
 
 SHAPES = ("circle", "rectangle", "triangle")
 CELL = 64
-"""Pixels of an Easy-VQA picture."""
+"""Height and width of an Easy-VQA picture, in pixels."""
 CONTRAST = 24
-"""How far a pixel of a shape is from the background, at least in one color."""
+"""Minimum difference between a shape's pixel and the background, in at least one color channel."""
 
 
 @dataclass(frozen=True)
 class Mosaics:
-    """N pictures of four shapes, of which a phrase names one. One other has its color, one its shape, the last has neither or one.
+    """N pictures of four shapes, one of which a phrase names. One other shares its color, one its form, the last one or neither.
 
     Attributes:
         images: (N, 3, S, S), uint8.
         masks: (N, S, S), bool: the named shape.
-        foreground: (N, S, S), bool: all four.
-        phrase: (N,), index into ``phrases``.
+        foreground: (N, S, S), bool: all four shapes.
+        phrase: (N,), indices into ``phrases``.
     """
 
     images: Tensor
@@ -39,7 +39,7 @@ class Mosaics:
 
 
 def mosaics(train: int, test: int, size: int, seed: int) -> tuple[Mosaics, Mosaics]:
-    """Of the published training and test pictures, ``size`` pixels high and wide; the test's don't depend on the seed."""
+    """Make mosaics of ``size`` x ``size`` pixels from the published training and test pictures; only training uses the seed."""
     *splits, answers = easy_vqa()
     things: list[dict[tuple[str, str], list]] = []
     for split in splits:
@@ -75,16 +75,16 @@ def _mosaics(pictures: dict[tuple[str, str], list], names: list[tuple[str, str]]
         chosen = [names[target], *(some[random.integers(len(some))] for some in (like_color, like_shape, others))]
         order = random.permutation(4)
         picture = np.empty((2 * CELL, 2 * CELL, 3), np.uint8)
-        there = np.zeros((2, 2 * CELL, 2 * CELL), bool)
+        is_shape = np.zeros((2, 2 * CELL, 2 * CELL), bool)
         for place, which in enumerate(order):
             rows, columns = (slice(CELL * at, CELL * (at + 1)) for at in divmod(place, 2))
             picture[rows, columns] = one = cell(chosen[which])
             drawn = np.abs(one.astype(int) - one[0, 0].astype(int)).max(-1) > CONTRAST
-            there[1, rows, columns] = drawn
+            is_shape[1, rows, columns] = drawn
             if which == 0:
-                there[0, rows, columns] = drawn
+                is_shape[0, rows, columns] = drawn
         images[i] = _resized(torch.from_numpy(picture).permute(2, 0, 1).float(), size).round().clamp(0, 255).to(torch.uint8)
-        masks[i], foreground[i] = _resized(torch.from_numpy(there).float(), size) > 0.5
+        masks[i], foreground[i] = _resized(torch.from_numpy(is_shape).float(), size) > 0.5
     return Mosaics(images, masks, foreground, phrase, [f"the {color} {shape}" for color, shape in names])
 
 

@@ -1,4 +1,4 @@
-"""Pictures, phrases that name an object in them, and its mask: batches for a fusion that segments, and how it is judged."""
+"""Referring segmentation: batches of pictures, phrases and masks for a segmenting fusion, and its evaluation."""
 
 import argparse
 import hashlib
@@ -27,7 +27,7 @@ Named = tuple[Reference, str]
 
 
 class Drawn(Sequence[Named]):
-    """Each reference with one of its phrases, another one in another epoch. It depends on seed, epoch and position only."""
+    """Each reference with one of its phrases, drawn anew in each epoch. The draw depends on seed, epoch and position only."""
 
     def __init__(self, references: References, seed: int):
         self.references, self.seed, self.epoch = references, seed, 0
@@ -42,40 +42,40 @@ class Drawn(Sequence[Named]):
 
 @dataclass(frozen=True)
 class Square:
-    """A square of ``side`` pixels with a picture (H, W) in its middle, as large as it can be."""
+    """Letterboxing: a square of ``side`` pixels with a picture (H, W), scaled to fit, in its middle."""
 
     side: int
     size: tuple[int, int]
 
     @property
     def inside(self) -> tuple[slice, slice]:
-        """Where the picture is."""
+        """Rows and columns of the square that the picture takes."""
         height, width = (max(1, round(self.side * edge / max(self.size))) for edge in self.size)
         top, left = (self.side - height) // 2, (self.side - width) // 2
         return slice(top, top + height), slice(left, left + width)
 
     @property
     def inner(self) -> tuple[int, int]:
-        """Height and width of the picture in it."""
+        """Height and width of the picture in the square."""
         rows, columns = self.inside
         return rows.stop - rows.start, columns.stop - columns.start
 
     def image(self, image: Image.Image, mean: Tensor, std: Tensor) -> Tensor:
-        """(3, side, side), normalised; around the picture is the mean."""
+        """Return the normalized square (3, side, side), padded with the mean."""
         pixels = np.array(image.resize(self.inner[::-1], Image.Resampling.BICUBIC))
         made, (rows, columns) = torch.zeros(3, self.side, self.side), self.inside
         made[:, rows, columns] = (torch.from_numpy(pixels).permute(2, 0, 1) / 255 - mean[:, None, None]) / std[:, None, None]
         return made
 
     def mask(self, mask: Tensor) -> Tensor:
-        """(side, side) of (H, W): 0 and 1, and what doesn't count around the picture."""
+        """Turn a mask (H, W) into labels (side, side): 0 and 1, and the ignored index around the picture."""
         made = torch.full((self.side, self.side), DOES_NOT_COUNT)
         small = F.interpolate(mask[None, None].float(), size=self.inner, mode="bilinear", antialias=True)[0, 0]
         made[self.inside] = (small > 0.5).long()
         return made
 
     def back(self, logits: Tensor) -> Tensor:
-        """(H, W) bool of (h, w) logits of the square: where they are above 0."""
+        """Turn logits (h, w) of the square into the picture's predicted mask (H, W), True where they are above 0."""
         whole = F.interpolate(logits[None, None], size=(self.side, self.side), mode="bilinear", align_corners=False)
         rows, columns = self.inside
         return F.interpolate(whole[..., rows, columns], size=self.size, mode="bilinear", align_corners=False)[0, 0] > 0
@@ -83,12 +83,12 @@ class Square:
 
 @dataclass(frozen=True)
 class Batches:
-    """Makes a batch of references with phrases.
+    """Collates references with phrases into a batch.
 
     Attributes:
-        side: pixels of a picture's square.
-        mean, std: of its pixels, (3,).
-        whole: with the masks as they are, ``"masks"``, in place of ``"labels"``.
+        side: side of a picture's square, in pixels.
+        mean, std: (3,), for normalizing pixels.
+        whole: return the masks in the pictures' own sizes as ``"masks"``, in place of ``"labels"``.
     """
 
     tokenize: Callable[[list[str]], Any]
@@ -102,7 +102,7 @@ class Batches:
         for reference, _ in named:
             image, mask = reference.open_image(), torch.from_numpy(reference.open_mask())
             if (size := tuple(mask.shape)) != image.size[::-1]:
-                raise ValueError(f"reference {reference.id}: its mask is {size}, its picture {image.size[::-1]} high and wide")
+                raise ValueError(f"reference {reference.id}: its mask is {size}, but its picture {image.size[::-1]} pixels (H, W)")
             square = Square(self.side, size)
             images.append(square.image(image, self.mean, self.std))
             masks.append(mask if self.whole else square.mask(mask))
@@ -112,7 +112,7 @@ class Batches:
 
 @dataclass
 class ReferenceTask(Task):
-    """References, and a model that segments what a phrase names. Training draws a phrase of each object, judging takes all."""
+    """References, and a model that segments a phrase's object. Training draws one phrase per object, evaluation uses all."""
 
     splits: dict[str, References]
     collate: Batches
@@ -122,7 +122,7 @@ class ReferenceTask(Task):
         self.drawn.epoch = epoch
 
     def named(self, split: str) -> list[Named]:
-        """Each phrase of each reference."""
+        """Return each reference with each of its phrases."""
         return [(reference, phrase) for reference in self.splits[split] for phrase in reference.phrases]
 
     def loader(self, split: str, sampler: Any = None) -> DataLoader:
@@ -136,23 +136,23 @@ class ReferenceTask(Task):
         )  # fmt: skip
 
     def fit_head(self) -> None:
-        """Start prompts where tokens are, if that was asked for."""
+        """Initialize prompts around the mean token, if --start-prompts is set."""
         if self.args.start_prompts:
             self.model.to(default_device())
             start_prompts(self.model, itertools.islice(self._batches(), -(-START_SAMPLES // self.args.batch_size)))
 
     def save(self, folder: Path) -> None:
-        """For ``MoPEFusion.from_pretrained``."""
+        """Save an adapter for ``MoPEFusion.from_pretrained``."""
         self.model.save_pretrained(folder)
 
     def segment(self, batch: dict[str, Any], model: nn.Module) -> list[Tensor]:
-        """The predicted mask (H, W) of each sample; takes its ``"masks"``, (H, W) too, out of the batch."""
+        """Predict the mask (H, W) of each sample; removes ``"masks"``, which give the sizes (H, W), from the batch."""
         sizes = [tuple(mask.shape) for mask in batch.pop("masks")]
         logits = model(**batch).logits.float()
         return [Square(self.collate.side, size).back(each[0]) for each, size in zip(logits, sizes, strict=True)]
 
     def outcomes(self, batch: dict[str, Any], model: nn.Module) -> Tensor:
-        """(B, 2): pixels in the predicted mask and in the true one, and in one of them."""
+        """Return (B, 2): the numbers of pixels in the intersection and in the union of predicted and true mask."""
         masks = batch["masks"]
         found = self.segment(batch, model)
         return torch.stack([torch.stack([(a & b).sum(), (a | b).sum()]) for a, b in zip(found, masks, strict=True)])
@@ -165,7 +165,7 @@ class ReferenceTask(Task):
         return "mean_iou"
 
     def data_hash(self) -> str:
-        """Of all references; of files their places in the folder."""
+        """Hash all references; files are hashed by their paths relative to the folder."""
         rows = []
         for split, references in self.splits.items():
             for each in references:
@@ -182,7 +182,7 @@ class ReferenceTask(Task):
         }
 
     def predictions(self, split: str, outcomes: Tensor) -> list[dict[str, Any]]:
-        """Intersection over union of each phrase."""
+        """Return the intersection over union of each phrase."""
         return [
             {"id": reference.id, "phrase": phrase, "iou": round(intersection / union, 4) if union else 1.0}
             for (reference, phrase), (intersection, union) in zip(self.named(split), outcomes.tolist(), strict=True)
@@ -190,18 +190,18 @@ class ReferenceTask(Task):
 
 
 def load_references(args: argparse.Namespace, read: Callable[[argparse.Namespace], dict[str, References]]) -> ReferenceTask:
-    """Read the references, and make the model from the seed."""
+    """Read the references and create the model, seeded by --seed."""
     splits = read(args)
     if missing := [name for name in ("train", "val") if not len(splits.get(name, ()))]:
-        raise ValueError(f"{args.folder} has no {' and no '.join(missing)}: training needs both, it has {list(splits)}")
-    splits = {name: splits[name] for name in ("train", "val", *splits)}  # what is judged last is drawn
+        raise ValueError(f"{args.folder} has no {' and no '.join(missing)}: training needs both, got {list(splits)}")
+    splits = {name: splits[name] for name in ("train", "val", *splits)}  # the last split to be evaluated is drawn
     if args.samples is not None:
         splits = {name: references[: args.samples] for name, references in splits.items()}
     main, own = image_encoder(args.image_model, args.image_size)
     text, tokenize = text_encoder(args.text_model, args.max_length)
     (_, height, width), mean, std = pixels_of(own)
     if height is None or height != width:
-        raise ValueError(f"{args.image_model} takes images of {height} x {width} pixels: expected a square of a known size")
+        raise ValueError(f"{args.image_model} takes images of {height} x {width} pixels: expected a known, square size")
     torch.manual_seed(args.seed)
     config = config_of(args, head_inputs="main")
     model = MoPEFusion(main, complementary_of(args, "text", text), 1, config, problem_type="segmentation")

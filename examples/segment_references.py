@@ -1,16 +1,17 @@
-"""Segment what a phrase names: trains a fusion on pictures, phrases and masks, a folder of JSON lines or RefCOCO as published.
+"""Segment what a phrase refers to: trains a fusion on pictures, phrases and masks, from a folder of JSON Lines or RefCOCO's files.
 
-The folder has train.jsonl and val.jsonl, and others to be judged in the end. Each line is {"id": ..., "texts": ["the red circle"],
-"img": "a.png", "mask": "a_mask.png"}: paths from the folder, the mask a picture that is 0 where the object isn't.
+The folder has train.jsonl and val.jsonl, and other splits that are evaluated at the end. Each line is {"id": ...,
+"texts": ["the red circle"], "img": "a.png", "mask": "a_mask.png"}. Paths are relative to the folder; a mask is a picture that is 0
+outside the object.
 
     python examples/segment_references.py my_folder
     python examples/segment_references.py refer/data/refcoco+ --set refcoco+ --paper    # the settings of the paper's text
     python examples/segment_references.py refer/data/refcoco+ --set refcoco+ --resume   # after a kill at any moment
     torchrun --nproc-per-node 2 examples/segment_references.py my_folder
 
-Pictures are put whole into the middle of a square. An epoch has one phrase of each object; judged are all phrases, on masks of the
-pictures' own sizes. In the end the output folder has results.json, predictions-SPLIT.jsonl, predictions.png, and the adapter of the
-epoch that was the best on val. RefCOCO was not at hand: no figure of this program on it is known.
+Pictures are letterboxed: scaled to fit into a square, in its middle. An epoch uses one phrase of each object; evaluation uses all
+phrases, on masks of the pictures' own sizes. At the end the output folder has results.json, predictions-SPLIT.jsonl,
+predictions.png, and the adapter of the best epoch on val. RefCOCO was not available, so no result of this program on it is known.
 """
 
 import argparse
@@ -31,23 +32,23 @@ from mope_fast.data import References, compare_counts, read_refcoco, read_refere
 
 SETS = ("refcoco", "refcoco+", "refcocog")
 SHOWN = 6
-"""Phrases in the picture."""
+"""Number of phrases in predictions.png."""
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("folder", type=Path, help="train.jsonl, val.jsonl, pictures and masks; or a set's own, with --set")
-    add("--set", choices=SETS, default=None, help="read FOLDER as this one, in the files of REFER")
-    add("--split-by", choices=("unc", "umd", "google"), default=None, help="whose splits; default: unc, of refcocog umd")
+    add("folder", type=Path, help="folder with train.jsonl, val.jsonl, pictures and masks; or with a published set, with --set")
+    add("--set", choices=SETS, default=None, help="read FOLDER as this published set, in REFER's files")
+    add("--split-by", choices=("unc", "umd", "google"), default=None, help="authors of the splits; default: unc, for refcocog umd")
     add("--images-in", type=Path, default=None, help="the folder of COCO's train2014; default: where REFER has it")
-    add("--missing-images", choices=("error", "skip"), default="error", help="of a published set: leave such objects out")
-    add("--paper", action="store_true", help="the settings of the paper's text")
+    add("--missing-images", choices=("error", "skip"), default="error", help="with --set: skip leaves out such objects")
+    add("--paper", action="store_true", help="use the settings of the paper's text")
     add_encoders(add)
     add_prompts(add)
     add(
         "--start-prompts", action=argparse.BooleanOptionalAction, default=True,
-        help="put prompts where the encoders' tokens are, before anything else",
+        help="initialize prompts around the mean of the encoders' tokens before training",
     )  # fmt: skip
     add_training(add, "segment_references")
     return add_run(parser)
@@ -58,7 +59,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.set_defaults(main="image", other=["text"], batch_size=16, head_lr=1e-3)
     asked = parser.parse_args(arguments)
     if asked.set is None and (asked.split_by, asked.images_in, asked.missing_images) != (None, None, "error"):
-        parser.error("--split-by, --images-in and --missing-images are for a published set: give --set")
+        parser.error("--split-by, --images-in and --missing-images are for a published set: add --set")
     if asked.set is not None:
         parser.set_defaults(output=Path("outputs") / f"segment_references-{asked.set}", **REFERENCES.ours)
     if asked.paper:
@@ -84,7 +85,7 @@ def load(args: argparse.Namespace) -> ReferenceTask:
 
 
 class ReferenceRun(Run):
-    """Reports by a picture of masks."""
+    """A run that also draws predicted masks in its report."""
 
     task: ReferenceTask
 
@@ -101,7 +102,7 @@ class ReferenceRun(Run):
 
     @torch.inference_mode()
     def _shown(self, split: str) -> list[Masked]:
-        """Phrases at equal distances in a split."""
+        """Predict masks for evenly spaced phrases of a split."""
         task = self.task
         named = task.named(split)
         chosen = [named[i] for i in np.linspace(0, len(named) - 1, min(SHOWN, len(named))).round().astype(int)]

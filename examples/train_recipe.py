@@ -1,4 +1,4 @@
-"""Train MoPE's recipe on a published set, in its owners' files: food101, mm-imdb, snli-ve, mustard or hateful-memes.
+"""Train MoPE's recipe on a published set, from its owners' files: food101, mm-imdb, snli-ve, mustard or hateful-memes.
 
     python examples/train_recipe.py mm-imdb /data/mmimdb --paper         # the settings of the paper's text, as far as it is known
     python examples/train_recipe.py mm-imdb /data/mmimdb --released      # those of the released code
@@ -6,8 +6,8 @@
     python examples/train_recipe.py mm-imdb /data/mmimdb --experts 8 --image-model google/vit-base-patch16-224-in21k
     python examples/train_recipe.py mm-imdb /data/mmimdb --resume        # after a kill at any moment
 
-It is classify_jsonl.py with a reader of the set and other defaults: every argument of that program may be given, and goes before
-the recipe's. The sets were not at hand: no figure of this program on any of them is known.
+This is classify_jsonl.py with a reader of the set and other defaults: every argument of that program may be given, and overrides
+the recipe's. The sets were not available, so no result of this program on any of them is known.
 """
 
 import argparse
@@ -25,11 +25,11 @@ PRESETS = ("paper", "released")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Of ours; a preset changes its defaults."""
+    """Build the parser with our defaults; a preset changes them."""
     parser = run_parser(__doc__.split("\n")[0], "train_recipe", {name: PUBLISHED_SETS[name].title for name in RECIPES})
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--paper", action="store_true", help="the settings of the paper's text")
-    group.add_argument("--released", action="store_true", help="the settings of the released code")
+    group.add_argument("--paper", action="store_true", help="use the settings of the paper's text")
+    group.add_argument("--released", action="store_true", help="use the settings of the released code")
     add_reading_arguments(parser, but=("missing_images", "outside"))
     return parser
 
@@ -43,10 +43,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         if getattr(asked, preset):
             changes = getattr(recipe, preset)
             if isinstance(changes, str):
-                parser.error(f"--{preset} is not for {asked.name}: {changes}; leave it out for ours")
+                parser.error(f"--{preset} is not for {asked.name}: {changes}; leave it out to use our settings")
             parser.set_defaults(**changes)
     if parser.get_default("precision") == "fp16" and default_device() == "cpu":
-        say("float16 is for a GPU: here it is float32")
+        say("float16 needs a GPU: using float32")
         parser.set_defaults(precision="no")
     args = parser.parse_args(arguments)
     reading_settings(parser, args)
@@ -54,7 +54,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def read(args: argparse.Namespace) -> dict[str, Posts]:
-    """The set; without val test stands for it, as in the release."""
+    """Read the set; if it has no val, test is used as val, as in the release."""
     splits = PUBLISHED_SETS[args.name].read(args.folder, **reading_settings(make_parser(), args))
     for difference in compare_counts(args.name, splits):
         say(f"not as published: {difference}")
@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         say(f"{preset}: {note}")
     results = run(args, load)
     judged = "test" if "test" in results else "val"
-    # a split of one class has no ROC curve
+    # a split with only one class has no ROC curve
     table = {name: results[judged][name] for name in recipe.table if name in results[judged]}
     say(f"{judged}, as in published tables: {readable(table)}")
     return results

@@ -1,4 +1,4 @@
-"""One training run of a task in an output folder: killed at any moment it goes on, and ends as if undisturbed."""
+"""One training run of a task in an output folder. If it is killed at any moment, it can resume and end with the same result."""
 
 import argparse
 import json
@@ -23,27 +23,25 @@ from mope_fast import analysis
 MAY_CHANGE = (
     "folder", "outside", "images_in", "frames_in", "output", "resume", "workers", "checkpoint_every", "check_images", "debug",
 )  # fmt: skip
-"""Arguments that a resumed run may have otherwise."""
+"""Arguments that may differ in a resumed run."""
 
 
 def run_parser(description: str, output: str, sets: Mapping[str, str] | None = None) -> argparse.ArgumentParser:
-    """Arguments of a task on posts and of its run, see :func:`argument_parser`."""
+    """Build the parser for a task on posts and its run, see :func:`argument_parser`."""
     return add_run(argument_parser(description, output, sets))
 
 
 def add_run(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Arguments of a run."""
-    parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no", help="autocast")
-    parser.add_argument(
-        "--choose", choices=("best", "last"), default="best", help="the epoch that is tested: the best on val, or the last"
-    )
-    parser.add_argument("--checkpoint-every", type=int, default=100, help="steps; there is one after each epoch too")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of --output, if there is one")
+    """Add the arguments of a run."""
+    parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="no", help="autocast dtype")
+    parser.add_argument("--choose", choices=("best", "last"), default="best", help="epoch to test: the best on val, or the last")
+    parser.add_argument("--checkpoint-every", type=int, default=100, help="steps between checkpoints; also after each epoch")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --output, if one exists")
     return parser
 
 
 def check_run(parser: argparse.ArgumentParser, args: argparse.Namespace, **settings: Any) -> argparse.Namespace:
-    """See :func:`check`."""
+    """Check a run's arguments as well as those that :func:`check` checks."""
     args = check(parser, args, **settings)
     if args.checkpoint_every < 1:
         parser.error(f"--checkpoint-every must be at least 1, got {args.checkpoint_every}")
@@ -51,18 +49,18 @@ def check_run(parser: argparse.ArgumentParser, args: argparse.Namespace, **setti
 
 
 def settings_of(task: Task, processes: int) -> dict[str, Any]:
-    """What a run's numbers depend on: arguments, processes, and which samples there are."""
+    """Return everything that a run's numbers depend on: arguments, number of processes, and a hash of the samples."""
     settings = {name: value for name, value in vars(task.args).items() if name not in MAY_CHANGE}
     return {"data": task.data_hash(), "processes": processes, **settings}
 
 
 @dataclass
 class Position:
-    """Where training is, and what it has found: after ``step`` steps of ``epoch``."""
+    """Position and results of training, after ``step`` steps of ``epoch``."""
 
     epoch: int = 0
     step: int = 0
-    best_epoch: int = 0  # from 1
+    best_epoch: int = 0  # counted from 1
     history: list[dict[str, float]] = field(default_factory=list)
     """Metrics on val after each epoch."""
 
@@ -90,7 +88,7 @@ class Run:
         optimizer, self.schedule = task.optimizer(len(self.loader))
         task.model.leave_frozen_out_of_state_dict()
         self.model, self.optimizer = accelerator.prepare(task.model, optimizer)
-        # once: the accelerator keeps every loader that it has prepared
+        # prepared only once, because the accelerator keeps every loader that it has prepared
         self.judged = {name: accelerator.prepare_data_loader(task.loader(name)) for name in task.splits if name != "train"}
         if accelerator.num_processes > 1:
             task.model.use_joint_batch()
@@ -98,18 +96,18 @@ class Run:
         accelerator.register_for_checkpointing(self.position, self.schedule)
         if args.resume:
             self.folder.load()
-        # of the losses and gradients since it was looked at; not finite if one of them wasn't
+        # sum of losses and gradient norms since the last check; not finite if one of them wasn't
         self.health = torch.zeros((), device=accelerator.device)
-        # append-only: behind a kill the last record may be cut, which TensorBoard skips
+        # append-only: after a kill the last record may be truncated, which TensorBoard skips
         self.writer = SummaryWriter(args.output / "tensorboard", purge_step=self.done + 1) if accelerator.is_main_process else None
 
     @property
     def done(self) -> int:
-        """Steps."""
+        """Number of steps done."""
         return self.position.epoch * len(self.loader) + self.position.step
 
     def train(self) -> None:
-        """From the position to the end."""
+        """Train from the current position to the end."""
         steps = self.args.epochs * len(self.loader)
         with Steps("training", steps, self.done, self.accelerator.is_main_process) as progress:
             while self.position.epoch < self.args.epochs:
@@ -131,12 +129,12 @@ class Run:
 
     def _step(self, batch: dict[str, Any]) -> Tensor:
         accelerator = self.accelerator
-        # dropout and routing noise
+        # seed dropout and routing noise
         torch.manual_seed((self.args.seed * 1_000_003 + self.done) * accelerator.num_processes + accelerator.process_index)
         loss = self.model(**batch).loss
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(self.trained, self.args.clip)
-        # in float16 a norm may be infinite: the scaler leaves such a step out
+        # in float16 a norm may be infinite: the gradient scaler skips such a step
         self.health += loss.detach() if self.args.precision == "fp16" else loss.detach() + norm
         self.optimizer.step()
         self.schedule.step()
@@ -179,14 +177,14 @@ class Run:
 
     @torch.inference_mode()
     def outcomes(self, split: str) -> Tensor:
-        """What samples are judged by, such as logits, in the split's order."""
+        """Return what samples are evaluated by, such as logits, in the split's order."""
         self.model.eval()
         batches = tracked(self.judged[split], f"predicting {split}", self.accelerator.is_main_process)
         found = [self.accelerator.gather_for_metrics(self.task.outcomes(batch, self.model)) for batch in batches]
         return torch.cat(found).cpu()
 
     def finish(self) -> dict[str, Any]:
-        """Metrics, predictions and a report of the best epoch's adapter."""
+        """Write metrics, predictions and a report of the best epoch's adapter."""
         position = self.position
         self.accelerator.wait_for_everyone()
         self.folder.keep_adapter(position.best_epoch)
@@ -194,11 +192,11 @@ class Run:
         results = {"samples": self.task.counts(), "best_epoch": position.best_epoch, "history": position.history}
         self.report(results)
         if list(self.judged) == ["val"]:
-            self.accelerator.print("there is no test split: the numbers are of val, which the epoch was chosen by")
+            self.accelerator.print("there is no test split: the numbers are of val, by which the epoch was selected")
         return results
 
     def report(self, results: dict[str, Any]) -> None:
-        """Add metrics to the results, and write all of the output."""
+        """Add metrics to the results, and write all output files."""
         for split in self.judged:
             with analysis.record(self.task.model, class_names=self.task.class_names) as recorder:
                 logits = self.outcomes(split)
@@ -207,7 +205,7 @@ class Run:
                 results[split] = self.task.judge(logits, split)
                 self.accelerator.print(f"{split}: {readable(results[split])}{_commonest(posts.labels)}")
             else:
-                self.accelerator.print(f"{split}: it has no labels, so there are predictions and no metrics")
+                self.accelerator.print(f"{split}: no labels, so there are predictions but no metrics")
             self.write(split, results, logits)
         alone = self.accelerator.num_processes == 1
         if alone and len(self.args.other) > 1 and posts.labelled:
@@ -219,12 +217,12 @@ class Run:
         page = self.args.output / "report.html"
         if self.accelerator.is_main_process:
             title = f"Experts on {split} of {self.args.folder.resolve().name}"
-            # which process had which sample isn't noted
+            # with several processes, the recorder doesn't know which process had which sample
             recorder.report(page, samples=self.task.splits[split] if alone else None, title=title)
         self.accelerator.print(f"{page.with_name('results.json')}, {page}, {self.folder.adapter(self.position.best_epoch)}")
 
     def write(self, split: str, results: dict[str, Any], outcomes: Tensor) -> None:
-        """Predictions of a split, and the results so far."""
+        """Write a split's predictions, and the results so far."""
         if self.accelerator.is_main_process:
             lines = "".join(f"{json.dumps(row)}\n" for row in self.task.predictions(split, outcomes))
             write_atomically(self.args.output / f"predictions-{split}.jsonl", lines)
@@ -234,7 +232,7 @@ class Run:
 def _commonest(labels: Tensor) -> str:
     if labels.dim() == 2:
         return ""
-    return f" (the commonest class: {100 * labels.bincount().max().item() / len(labels):.1f} %)"
+    return f" (the most common class: {100 * labels.bincount().max().item() / len(labels):.1f} %)"
 
 
 def readable(metrics: dict[str, float]) -> str:
@@ -242,10 +240,10 @@ def readable(metrics: dict[str, float]) -> str:
 
 
 def run(args: argparse.Namespace, load: Callable[[argparse.Namespace], Task], kind: type[Run] = Run) -> dict[str, Any]:
-    """Train, judge and report; returns what ``results.json`` has."""
-    # without cpu=True it would take the processes of a torchrun on a CPU for strangers
+    """Train, evaluate and report; return the content of ``results.json``."""
+    # without cpu=True the accelerator would not join the processes of a torchrun on a CPU
     settings = {"mixed_precision": args.precision, "cpu": default_device() == "cpu"}
-    # where no sample of a process has a side, nothing that is trained in it has a gradient there
+    # if no sample of a process has a side, that side's trained parameters get no gradient in this process
     ddp = DistributedDataParallelKwargs(find_unused_parameters=only_other(args) is None)
     accelerator = Accelerator(**settings, kwargs_handlers=[ddp])
     this = kind(load(args), accelerator)

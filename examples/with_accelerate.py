@@ -1,4 +1,4 @@
-"""A fusion trained with Accelerate, on one process or several, on a folder of JSON lines.
+"""Train a fusion with Accelerate, in one process or several, on a folder of JSON Lines.
 
 python examples/with_accelerate.py outputs/easy_vqa_jsonl --complementary frozen --epochs 3
 torchrun --nproc-per-node 2 examples/with_accelerate.py outputs/easy_vqa_jsonl --complementary frozen --epochs 3
@@ -12,12 +12,12 @@ from tqdm import tqdm
 
 
 def train(task: Task, accelerator: Accelerator) -> torch.nn.Module:
-    """All epochs; returns the prepared model."""
+    """Train for all epochs; return the prepared model."""
     loader = task.loader("train")
     optimizer, schedule = task.optimizer(len(loader) // accelerator.num_processes)
     model, optimizer, loader = accelerator.prepare(task.model, optimizer, loader)
     if accelerator.num_processes > 1:
-        task.model.use_joint_batch()  # losses are those of all processes' samples together
+        task.model.use_joint_batch()  # the loss is that of the samples of all processes together
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for epoch in range(task.args.epochs):
         model.train()
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> Task:
     task = load_task(args)
     task.fit_head()
     accelerator = Accelerator(cpu=default_device() == "cpu")
-    torch.manual_seed(args.seed + accelerator.process_index)  # dropout and noise of its own for each process
+    torch.manual_seed(args.seed + accelerator.process_index)  # each process draws its own dropout and noise
     model = train(task, accelerator)
     metrics = evaluate(task, "val", model, accelerator)
     accelerator.print(metrics)

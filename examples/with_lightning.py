@@ -1,4 +1,4 @@
-"""A fusion trained with Lightning, on a folder of JSON lines; --resume goes on from the last checkpoint.
+"""Train a fusion with Lightning, on a folder of JSON Lines; --resume continues from the last checkpoint.
 
 python examples/with_lightning.py outputs/easy_vqa_jsonl --complementary frozen --epochs 3
 """
@@ -11,12 +11,12 @@ from task_arguments import argument_parser, check
 
 
 class Fusion(lightning.LightningModule):
-    """What Lightning has to know of a fusion."""
+    """A fusion as a LightningModule."""
 
     def __init__(self, task: Task):
         super().__init__()
         self.task, self.model = task, task.model
-        self.model.leave_frozen_out_of_state_dict()  # checkpoints hold what is trained
+        self.model.leave_frozen_out_of_state_dict()  # checkpoints hold only trained parameters
         self.predicted: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def training_step(self, batch: dict, index: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A fusion trained by a plain PyTorch loop, on a folder of JSON lines.
+"""Train a fusion by a plain PyTorch loop, on a folder of JSON Lines.
 
 python examples/with_plain_loop.py outputs/easy_vqa_jsonl --complementary frozen --epochs 3
 """
@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 
 def train(task: Task, device: str) -> None:
-    """All epochs."""
+    """Train for all epochs."""
     model = task.model.to(device)
     loader = task.loader("train")
     optimizer, schedule = task.optimizer(len(loader))

@@ -1,4 +1,4 @@
-"""A fusion trained by transformers' Trainer, on a folder of JSON lines; --resume goes on from the last checkpoint.
+"""Train a fusion by transformers' Trainer, on a folder of JSON Lines; --resume continues from the last checkpoint.
 
 python examples/with_trainer.py outputs/easy_vqa_jsonl --complementary frozen --epochs 3
 """
@@ -12,7 +12,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 
 class FusionTrainer(Trainer):
-    """Evaluates on all samples: ``dataloader_drop_last`` is for training, but the Trainer applies it to both."""
+    """A Trainer that evaluates on all samples; ``dataloader_drop_last`` is meant for training, but Trainer applies it to both."""
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -36,14 +36,14 @@ def make_trainer(task: Task) -> Trainer:
         save_total_limit=2,
         logging_steps=10,
         seed=args.seed,
-        remove_unused_columns=False,  # the collator needs the samples whole
+        remove_unused_columns=False,  # the collator needs all fields of a sample
         report_to="none",
     )
 
     def metrics(prediction: EvalPrediction) -> dict[str, float]:
         return task.metrics(torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids))
 
-    task.model.leave_frozen_out_of_state_dict()  # checkpoints hold what is trained
+    task.model.leave_frozen_out_of_state_dict()  # checkpoints hold only trained parameters
     return FusionTrainer(
         task.model,
         settings,

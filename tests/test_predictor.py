@@ -211,7 +211,7 @@ def test_images_are_paths_or_pil_images_shown_as_a_viewer_does(home, tmp_path):
     ways.append(Image.new("RGB", (20, 24), "white"))
     predictions = list(made([{"text": "red", "image": image} for image in ways]))
     assert same(predictions, predictions[:1] * 4)
-    with pytest.raises(FileNotFoundError, match=r"there is no picture .*nowhere\.png"):
+    with pytest.raises(FileNotFoundError, match=r"the picture .*nowhere\.png"):
         next(made([{"text": "red", "image": str(tmp_path / "nowhere.png")}]))
 
 
@@ -386,7 +386,7 @@ def test_a_function_of_the_users_is_asked_for_by_name(home, tmp_path):
     made = Predictor(fusion(home), FusionCollator(first_letters, StackEach(functools.partial(pixels, 16))), NAMES)
     made.save_pretrained(tmp_path)
     with pytest.raises(
-        ValueError, match=r"function for the main encoder, test_predictor\.first_letters, of which .*: pass that function, main_inputs="
+        ValueError, match=r"function for the main encoder, test_predictor\.first_letters, .*: pass that function, main_in"
     ):
         Predictor.from_pretrained(tmp_path)
     with pytest.raises(
@@ -642,7 +642,7 @@ def test_missing_images_are_told_left_out_or_grey(home, tmp_path, data, capsys):
     predictor(home).save_pretrained(tmp_path / "adapter")
     (data.parent / "images" / "1.png").unlink()
     arguments = (tmp_path / "adapter", data, "-o", tmp_path / "out.jsonl")
-    with pytest.raises(SystemExit, match=r"1 problem in .*data\.jsonl:\nline 2: field \"img\": .*1\.png is not there"):
+    with pytest.raises(SystemExit, match=r"1 problem in .*data\.jsonl:\nline 2: field \"img\": .*1\.png does not exist"):
         run(*arguments)
     assert not (tmp_path / "out.jsonl").exists()
     run(*arguments, "--missing-images", "skip")

@@ -1,4 +1,4 @@
-"""Forms of prompt and receptive-field attention. What can be made ahead of a call, masks above all, is made in ``build``."""
+"""Forms of prompt and receptive-field attention. Everything that doesn't depend on inputs, such as masks, is made in ``build``."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -15,11 +15,11 @@ from mope_fast.functional import ReceptiveField
 Prefixes = Sequence[tuple[Tensor, Tensor]]
 Provider = Callable[[Tensor, Tensor, Tensor, Prefixes], Tensor]
 ALIGNMENT = 8
-"""Kernels that take a mask tensor want head dims in such multiples (of 16-bit elements), xformers also the rows of that tensor."""
+"""Kernels with a mask tensor need head dims in multiples of this (in 16-bit elements), and xformers also the mask's rows."""
 
 
 def concatenated(k: Tensor, v: Tensor, prefixes: Prefixes) -> tuple[Tensor, Tensor]:
-    """Keys and values (B, H, P + S, Dh), prefixes first."""
+    """Concatenate prefixes before keys and values, (B, H, P + S, Dh)."""
     if not prefixes:
         return k, v
     keys, values = zip(*prefixes, strict=True)
@@ -28,21 +28,24 @@ def concatenated(k: Tensor, v: Tensor, prefixes: Prefixes) -> tuple[Tensor, Tens
 
 
 def repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values with a head for each of q's, for kernels that want that."""
+    """Repeat key and value heads to one for each query head, for kernels that need that."""
     group = q.shape[1] // k.shape[1]
     return (k, v) if group == 1 else (k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1))
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """With zeros up to the next multiple in the last dimension: they change no product."""
+    """Pad the last dimension with zeros to a multiple of ALIGNMENT; they change no product."""
     return F.pad(tensor, (0, -tensor.shape[-1] % ALIGNMENT)) if tensor.shape[-1] % ALIGNMENT else tensor
 
 
 def masked_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """On CUDA a mask and an odd head dim together would leave only plain products and softmax; without a mask torch pads itself."""
+    """Run SDPA with head dims padded where needed.
+
+    On CUDA, with a mask and an unaligned head dim, only the math backend would be left; without a mask torch pads itself.
+    """
     head_dim = q.shape[-1]
     if mask is not None:
-        k, v = repeated(q, k, v)  # with heads that share keys torch would make plain products
+        k, v = repeated(q, k, v)  # with shared key heads torch would use the math backend
         if q.is_cuda:
             q, k, v = map(aligned, (q, k, v))
     shared = q.shape[1] != k.shape[1]
@@ -50,12 +53,12 @@ def masked_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def sdpa(case: AttentionCase, device: torch.device) -> Provider:
-    """On concatenated keys, each group of an interval field on its slice of them; a mask only where that is not enough."""
+    """SDPA on concatenated keys; for an interval field each group runs on its slice of keys; a mask is used only where needed."""
     if case.field is not None and case.field.is_interval:
         return _sdpa_on_slices(case, device)
     mask = case.visible(device) if case.masked else None
     if case.causal and case.window is None and case.ragged is None and device.type == "cuda":
-        mask = causal_lower_right(case.tokens, case.keys)  # a triangle that CUDA kernels know without a tensor
+        mask = causal_lower_right(case.tokens, case.keys)  # a causal mask that CUDA kernels apply without a tensor
     return lambda q, k, v, prefixes: masked_sdpa(q, *concatenated(k, v, prefixes), mask)
 
 
@@ -70,7 +73,7 @@ def _sdpa_on_slices(case: AttentionCase, device: torch.device) -> Provider:
 
 
 def sdpa_mask(case: AttentionCase, device: torch.device) -> Provider:
-    """On concatenated keys with a boolean mask (B or 1, 1, S, P + S), needed or not."""
+    """SDPA on concatenated keys with a boolean mask (B or 1, 1, S, P + S), even where it is not needed."""
     mask = case.visible(device)
     return lambda q, k, v, prefixes: masked_sdpa(q, *concatenated(k, v, prefixes), mask)
 
@@ -78,7 +81,7 @@ def sdpa_mask(case: AttentionCase, device: torch.device) -> Provider:
 def sees_token(
     field: ReceptiveField | None, is_causal: bool, device: torch.device, window: tuple[int, int] | None = None
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """Does this query see this token? Plain functions over tensors only: they are traced."""
+    """Return a function that says whether a query sees a token. It uses plain tensor operations only, because it is traced."""
     if window is not None:
         before, behind = window
         return lambda query, token: (token >= query - before) & (token <= query + (0 if is_causal else behind))
@@ -87,12 +90,12 @@ def sees_token(
     if field.is_interval:
         first, last = field.lowered(device)[:2]
         return lambda query, token: (token >= first[query]) & (token < last[query])
-    seen = field.mask(device)
-    return lambda query, token: seen[query, token]
+    visible = field.mask(device)
+    return lambda query, token: visible[query, token]
 
 
 def mask_mod(case: AttentionCase, device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The question FlexAttention asks; its keys count from the first prefix."""
+    """Return FlexAttention's ``mask_mod``; keys are counted from the first prefix position."""
     length, padding = case.keys - case.tokens, case.padding(device)
     sees_it = sees_token(case.field, case.causal, device, case.window)
 
@@ -109,7 +112,9 @@ def mask_mod(case: AttentionCase, device: torch.device) -> Callable[[Tensor, Ten
 
 @functools.lru_cache(maxsize=1)
 def flex(case: AttentionCase, device: torch.device) -> Provider:
-    """Compiled together with the concatenation, for this case only; its modes and timings follow one another and share it."""
+    """FlexAttention compiled together with the concatenation, for this case only; a case's modes and timings run in a row and share
+    it.
+    """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     torch.compiler.reset()
@@ -123,11 +128,11 @@ def flex(case: AttentionCase, device: torch.device) -> Provider:
 
 
 def biased_xformers(visible: Tensor, batch: int, heads: int, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """memory_efficient_attention with a tensor bias of 0 and -inf, as ``visible`` (B or 1, 1, S, keys) says."""
+    """Return memory_efficient_attention with a tensor bias of 0 where ``visible`` (B or 1, 1, S, keys) is True, else -inf."""
     from xformers.ops import memory_efficient_attention
 
     bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, float("-inf"))
-    # a view of rows that are a multiple of the alignment long
+    # a view into a tensor whose rows are padded to a multiple of ALIGNMENT
     bias = aligned(bias)[..., : visible.shape[-1]].expand(batch, heads, -1, -1)
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -139,13 +144,13 @@ def biased_xformers(visible: Tensor, batch: int, heads: int, dtype: torch.dtype)
 
 
 def xformers_bias(case: AttentionCase, device: torch.device) -> Provider:
-    """On concatenated keys with a tensor bias, needed or not."""
+    """xformers on concatenated keys with a tensor bias, even where it is not needed."""
     biased = biased_xformers(case.visible(device), case.batch, case.heads, case.dtype)
     return lambda q, k, v, prefixes: biased(q, *concatenated(k, v, prefixes))
 
 
 def _mope_fast(impl: str) -> Callable[[AttentionCase, torch.device], Provider]:
-    """The public function, argument checks included."""
+    """Use the public function, argument checks included."""
 
     def build(case: AttentionCase, device: torch.device) -> Provider:
         padding = case.padding(device)
@@ -169,7 +174,7 @@ PROVIDERS: dict[str, Callable[[AttentionCase, torch.device], Provider]] = {
 }
 OURS = ("xformers", "triton", "auto")
 NEEDS = {"xformers-bias": "xformers", "xformers": "xformers", "triton": "triton"}
-"""The implementation of mope_fast that has to be able to run for a provider to."""
+"""Provider -> implementation of mope_fast that must be available for it."""
 
 
 def _problem(case: AttentionCase, device: torch.device) -> _implementations.Problem:
@@ -177,19 +182,19 @@ def _problem(case: AttentionCase, device: torch.device) -> _implementations.Prob
 
 
 def why_not_flex(device: torch.device, smoke: bool) -> str | None:
-    """Why FlexAttention isn't measured; None if it is."""
+    """Return why FlexAttention isn't measured; None if it is."""
     if device.type != "cuda":
         return "FlexAttention has no backward on a CPU"
     return "a smoke run compiles nothing" if smoke else None
 
 
 def why_not(name: str, case: AttentionCase, device: torch.device, smoke: bool) -> str | None:
-    """Why a provider isn't measured here; None if it is."""
+    """Return why a provider isn't measured here; None if it is."""
     if name == "flex":
         return why_not_flex(device, smoke)
     return _implementations.why_not(case.op, _problem(case, device))[NEEDS[name]] if name in NEEDS else None
 
 
 def implementation(name: str, case: AttentionCase, device: torch.device) -> str | None:
-    """What ``auto`` chooses."""
+    """Return the implementation that ``auto`` chooses."""
     return _implementations.choose(case.op, "auto", _problem(case, device)) if name == "auto" else None

@@ -1,6 +1,6 @@
-"""What all that is done with one frozen encoder starts from: a batch, the weights that all share, the encoder as it is.
+"""Shared by all providers on one frozen encoder: the batch, the weights, and the plain encoder.
 
-All have the same linear head. Encoders are in eval mode always: they have no dropout.
+All have the same linear head. Encoders are always in eval mode, without dropout.
 """
 
 import copy
@@ -20,12 +20,12 @@ from mope_fast import MoPEConfig, PromptBank
 from mope_fast.encoders import family_of
 
 FROZEN = "frozen"
-"""What the others' time and memory are divided by."""
+"""The baseline: time and memory of the other providers are divided by its."""
 
 
 @dataclass(frozen=True)
 class Inputs(models.Inputs):
-    """With the complementary features."""
+    """A batch with complementary features ``cross``, (B, cross_dim)."""
 
     cross: Tensor
 
@@ -43,7 +43,7 @@ class Inputs(models.Inputs):
 
 @dataclass(frozen=True)
 class Parts:
-    """The weights that all providers share: ``of`` gives copies."""
+    """The weights that all providers share; ``of`` returns copies."""
 
     encoder: nn.Module
     bank: PromptBank
@@ -51,14 +51,14 @@ class Parts:
 
     @classmethod
     def of(cls, case: FusedCase, device: torch.device, dtype: torch.dtype | None = None) -> "Parts":
-        """The encoder as the case has it and trained parts in float32; all of them in ``dtype`` if one is given."""
+        """Return the encoder in the case's dtype and trained parts in float32; all of them in ``dtype`` if one is given."""
         parts = copy.deepcopy(_random_parts(case.encoder, case.experts, case.length, case.dense))
         encoder = parts.encoder.to(device, case.dtype).requires_grad_(False).eval()
         modules = (encoder, parts.bank.to(device), parts.head.to(device))
         return cls(*(module if dtype is None else module.to(dtype) for module in modules))
 
 
-@functools.lru_cache(maxsize=2)  # the main encoder and its complementary one
+@functools.lru_cache(maxsize=2)  # for the main and the complementary encoder
 def _random_parts(encoder: Encoder, experts: int, length: int, dense: bool) -> Parts:
     torch.manual_seed(0)
     model = encoder.make()
@@ -71,18 +71,18 @@ def _random_parts(encoder: Encoder, experts: int, length: int, dense: bool) -> P
 
 class FusedProvider(models.Provider):
     truth: str | None = FROZEN
-    """The provider whose numbers it has to give, to rounding; None if it has none to give."""
+    """The provider whose outputs it must reproduce up to rounding; None if there is none."""
     alone = False
-    """It gives them for a batch of one only."""
+    """True if it reproduces them only for a batch of one."""
     bank: PromptBank | None = None
 
     def is_random(self, mode: str) -> bool:
-        """Dropout or routing noise makes every step another."""
+        """Return True if dropout or routing noise makes steps differ."""
         return mode == TRAINING and self.bank is not None
 
     @contextmanager
     def without_randomness(self) -> Iterator[None]:
-        """Dropout and routing noise off."""
+        """Turn off dropout and routing noise."""
         if self.bank is None:
             yield
             return
@@ -95,7 +95,7 @@ class FusedProvider(models.Provider):
 
 
 class Plain(models.Headed, FusedProvider):
-    """The encoder as its library runs it, and the head. As it is, what trains is what requires a gradient."""
+    """The encoder as its library runs it, and the head. Every parameter that requires grad is trained."""
 
     def __init__(self, encoder: nn.Module, head: nn.Module):
         super().__init__(encoder, head)

@@ -1,4 +1,4 @@
-"""What can be done with one frozen encoder: run it, fuse it by MoPE in several forms, tune it otherwise."""
+"""Providers on one frozen encoder: the encoder alone, MoPE in several forms, and other tuning methods."""
 
 import dataclasses
 import functools
@@ -22,14 +22,14 @@ from mope_fast.models import segmentation_loss
 from mope_fast.models.folded import FoldedModel
 
 FROZEN_WITH_SDPA = "frozen-sdpa"
-"""Where it isn't so without being asked."""
+"""For encoders that don't use SDPA by default."""
 PAPER_LITERAL = "paper-literal"
 Make = Callable[[Parts, FusedCase, str], FusedProvider]
-"""A provider of weights of its own, for a case and mode."""
+"""Makes a provider from its own copy of the weights, for a case and mode."""
 
 
 class Frozen(Plain):
-    """Gradients go from the head through every layer down to the embedding, and to no weight of the encoder."""
+    """The frozen encoder. Gradients flow from the head through every layer down to the embedding, but to no encoder weight."""
 
     def __init__(self, encoder: nn.Module, head: nn.Module):
         super().__init__(encoder, head)
@@ -40,7 +40,7 @@ class Frozen(Plain):
 
 
 class FrozenSegmenting(Frozen):
-    """A ViT of timm's, and SETR's head on its patches."""
+    """A timm ViT with SETR's head on its patches."""
 
     def __init__(self, encoder: nn.Module, head: nn.Module, mode: str):
         super().__init__(encoder, head.train(mode == TRAINING))
@@ -54,7 +54,7 @@ class FrozenSegmenting(Frozen):
 
 
 class CompiledFrozen(Plain):
-    """The same, compiled."""
+    """The frozen encoder, compiled."""
 
     def __init__(self, encoder: nn.Module, head: nn.Module, mode: str):
         super().__init__(encoder, head)
@@ -69,7 +69,7 @@ def _frozen(parts: Parts, case: FusedCase, mode: str) -> Frozen:
 
 
 def _frozen_with_sdpa(parts: Parts, case: FusedCase, mode: str) -> Frozen:
-    """timm has the switch, and leaves it off for attention in windows."""
+    """Enable SDPA for timm's window attention, which has it off by default."""
     for module in parts.encoder.modules():
         if hasattr(module, "relative_position_bias_table"):
             module.fused_attn = True
@@ -77,7 +77,7 @@ def _frozen_with_sdpa(parts: Parts, case: FusedCase, mode: str) -> Frozen:
 
 
 class HeadOnly(Plain):
-    """The encoder without gradient: nothing flows back into it. Not the same task as the others'."""
+    """The encoder without gradient: nothing flows back into it, so it solves a smaller task than the other providers."""
 
     def features(self, inputs: Inputs) -> Tensor:
         with torch.no_grad():
@@ -85,7 +85,7 @@ class HeadOnly(Plain):
 
 
 class Fused(FusedProvider):
-    """``MoPEFusion``. Features of the complementary side are given."""
+    """``MoPEFusion`` with precomputed features of the complementary side."""
 
     def __init__(self, model: MoPEFusion, mode: str, compiled: bool = False):
         self.model, self.bank = model.train(mode == TRAINING), model.bank
@@ -116,7 +116,7 @@ class Folded(FusedProvider):
 
 
 class Side(Plain):
-    """A complementary encoder of a usual size, alone and without gradient: what a fused model's own side would add."""
+    """A complementary encoder of a usual size, alone and without gradient: the cost that it would add to a fused model."""
 
     truth = None
 
@@ -132,12 +132,12 @@ class Side(Plain):
 
 
 def _tokens(plain: Callable[[Parts, str], FusedProvider], in_windows: Callable[[Parts, str], FusedProvider]) -> Make:
-    """Of the two the one for the encoder's attention."""
+    """Select one of two providers by the encoder's attention: plain or in windows."""
     return lambda parts, case, mode: (in_windows if case.encoder.window else plain)(parts, mode)
 
 
 def _lora(parts: Parts, case: FusedCase, mode: str) -> FusedProvider:
-    """Rank 8, not merged, in the encoder's dtype. Where q, k and v are one projection, one adapter is for all three."""
+    """LoRA of rank 8, not merged, in the encoder's dtype. If q, k and v are one projection, one adapter serves all three."""
     from peft import LoraConfig, inject_adapter_in_model
 
     provider = Plain(parts.encoder, parts.head)
@@ -148,7 +148,7 @@ def _lora(parts: Parts, case: FusedCase, mode: str) -> FusedProvider:
 
 def _full(parts: Parts, case: FusedCase, mode: str) -> FusedProvider:
     for name, parameter in parts.encoder.named_parameters():
-        # Whisper's positions are sinusoids that nobody trains
+        # Whisper's positions are fixed sinusoids
         parameter.requires_grad_("embed_positions" not in name)
     return Plain(parts.encoder, parts.head)
 
@@ -176,14 +176,14 @@ PROVIDERS: dict[str, tuple[Sequence[str], Make]] = {
     "full": ((TRAINING,), _full),
     "side": (MODES, lambda parts, case, mode: Side(case, parts.head.weight.device)),
 }
-"""The modes in which each makes sense, and what makes it of weights of its own."""
+"""Provider -> (modes in which it makes sense, function that makes it)."""
 SEGMENTING = (FROZEN, "mope_fast", "folded")
-"""Those that a segmenting head is measured with."""
+"""Providers that are measured with a segmenting head."""
 OURS = ("mope_fast", "mope_fast-compiled", "folded", "folded-compiled", "checkpointed")
 
 
 def build(name: str, case: FusedCase, device: torch.device, mode: str, dtype: torch.dtype | None = None) -> FusedProvider:
-    """``dtype`` as for :meth:`Parts.of`. A size's compiled providers are kept for its other timing."""
+    """Build a provider; ``dtype`` as for :meth:`Parts.of`. Compiled providers are cached for the case's other timing."""
     if is_compiled(name):
         return _build_compiled(name, case, device, mode)
     return PROVIDERS[name][1](Parts.of(case, device, dtype), case, mode)
@@ -195,7 +195,7 @@ def _build_compiled(name: str, case: FusedCase, device: torch.device, mode: str)
 
 
 def why_not(name: str, case: FusedCase, device: torch.device, smoke: bool) -> str | None:
-    """Why a provider isn't measured here; None if it is."""
+    """Return why a provider isn't measured here; None if it is."""
     side = SIDES[case.encoder.side].library
     for library in (case.encoder.library, *(["peft"] if name == "lora" else []), *([side] if name == "side" else [])):
         if importlib.util.find_spec(library) is None:

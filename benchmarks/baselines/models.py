@@ -1,4 +1,4 @@
-"""What providers that are whole models share: their inputs, their step, where gradients begin, compiling."""
+"""Shared by providers that are whole models: inputs, the step, where gradients end, compiling."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from benchmarks.cases.models import INFERENCE
 
 @dataclass(frozen=True)
 class Inputs:
-    """A batch: the model's keyword arguments and the labels."""
+    """A batch: keyword arguments of the model, and labels (B,)."""
 
     main: dict[str, Tensor]
     labels: Tensor
@@ -26,27 +26,27 @@ class Inputs:
 
 
 class Provider(ABC):
-    """A model ready to be run."""
+    """A model ready to run."""
 
     model: nn.Module
     has_unused = False
-    """Among the parameters may be some that the loss doesn't depend on: they have no gradient then, in place of an error."""
+    """True if the loss may not depend on some parameters; these get no gradient instead of raising an error."""
 
     @abstractmethod
     def logits_and_loss(self, inputs: Inputs, training: bool) -> tuple[Tensor, Tensor | None]:
-        """The loss in training only."""
+        """Return logits, and the loss in training, else None."""
 
     @functools.cached_property
     def parameters(self) -> dict[str, Tensor]:
-        """Those that are trained. Found once: an optimiser doesn't look for them in every step either."""
+        """Trained parameters by name; collected once, as by an optimizer."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def trained(self) -> dict[str, Tensor]:
-        """What gradients are taken for, after a forward."""
+        """Return the tensors that gradients are taken for, after a forward."""
         return self.parameters
 
     def step(self, inputs: Inputs, mode: str) -> dict[str, Tensor]:
-        """Logits, and in training the loss and all gradients, as new tensors: what an optimiser would start from."""
+        """Return logits, and in training the loss and all gradients, as new tensors: everything up to the optimizer's step."""
         if mode == INFERENCE:
             with torch.inference_mode():
                 return {"logits": self.logits_and_loss(inputs, training=False)[0]}
@@ -57,14 +57,14 @@ class Provider(ABC):
 
 
 class Headed(Provider):
-    """An encoder, and a linear head on its features. As it is, what trains is what requires a gradient."""
+    """An encoder with a linear head on its features. Every parameter that requires grad is trained."""
 
     def __init__(self, encoder: nn.Module, head: nn.Module):
         self.model = nn.ModuleDict({"encoder": encoder, "head": head})
 
     @abstractmethod
     def features(self, inputs: Inputs) -> Tensor:
-        """(B, D)."""
+        """Return the encoder's features (B, D)."""
 
     def logits_and_loss(self, inputs: Inputs, training: bool) -> tuple[Tensor, Tensor | None]:
         head = self.model["head"]
@@ -73,7 +73,7 @@ class Headed(Provider):
 
 
 class EmbeddingGradient:
-    """Gradients go down to the embedding, the input of the first layer, and no further."""
+    """Makes gradients flow down to the embedding, the input of the first layer, and no further."""
 
     def __init__(self, first_layer: nn.Module):
         first_layer.register_forward_pre_hook(self._start, with_kwargs=True)
@@ -86,7 +86,9 @@ class EmbeddingGradient:
 
 
 def anchored(first_layer: nn.Module, width: int, like: Tensor) -> nn.Parameter:
-    """The same for a compiled model, whose graph can't begin in its middle: zeros that are added to the embedding."""
+    """Do the same as EmbeddingGradient for a compiled model, whose graph can't begin in the middle: add trained zeros to the
+    embedding.
+    """
     anchor = nn.Parameter(like.new_zeros(width))
     first_layer.register_forward_pre_hook(lambda module, args, kwargs: ((args[0] + anchor, *args[1:]), kwargs), with_kwargs=True)
     return anchor

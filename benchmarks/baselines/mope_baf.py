@@ -1,4 +1,4 @@
-"""A VLMo as it is, and with MoPE-BAF's prompts in several forms and on several kernels of attention; all have the same weights."""
+"""Providers for MoPE-BAF: a plain VLMo, and one with prompts in several forms and attention kernels; all have the same weights."""
 
 import copy
 import functools
@@ -20,7 +20,7 @@ from mope_fast.models import MoPEBAF
 from mope_fast.models.vlmo.layers import Visibility
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-"""q, k, v and the relative bias -> attention in one layer, with what hides keys made ahead."""
+"""Attention of one layer from q, k, v and the relative bias; masks are made ahead."""
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,16 @@ class Form:
     """An implementation of mope_fast, or one of ``KERNELS``."""
     prompts: bool = True
     settings: tuple[tuple[str, Any], ...] = ()
-    """Of MoPE-BAF, other than the default."""
+    """MoPE-BAF settings that differ from the default."""
 
     @property
     def truth(self) -> "Form":
-        """The same with the mask written out."""
+        """The same form with an explicit mask."""
         return replace(self, attention="sdpa-mask")
 
 
 PLAIN = "plain"
-"""What the others' time and memory are divided by."""
+"""The baseline: time and memory of the other providers are divided by its."""
 PROVIDERS = {
     PLAIN: Form(prompts=False),
     "plain-compiled": Form(prompts=False),
@@ -58,7 +58,7 @@ OURS = ("mope_fast", "mope_fast-compiled", "triton", "xformers", "unrestricted",
 
 
 class PlainVLMo(models.Headed):
-    """The joint pass, VLMo's pooler and a linear head. Of a frozen one gradients go down to the embedding."""
+    """The joint pass, VLMo's pooler and a linear head. If it is frozen, gradients flow down to the embedding."""
 
     has_unused = True
 
@@ -78,7 +78,7 @@ class PlainVLMo(models.Headed):
 
 
 class WithPrompts(models.Provider):
-    """``MoPEBAF``. Not all of a VLMo is used in it: not its pooler, nor in fusion layers the experts of one modality."""
+    """``MoPEBAF``. It doesn't use VLMo's pooler, nor in fusion layers the single-modality experts."""
 
     has_unused = True
 
@@ -91,7 +91,7 @@ class WithPrompts(models.Provider):
 
 
 class Elsewhere:
-    """``VLMoAttention.attend`` on a kernel that a maker in ``KERNELS`` makes in the first call, as batches all have one padding."""
+    """``VLMoAttention.attend`` on a kernel from ``KERNELS``, made in the first call, because all batches have the same padding."""
 
     def __init__(self, make: Callable[[Visibility, Tensor], Kernel], made: dict[tuple, Kernel]):
         self.make, self.made, self.run = make, made, None
@@ -99,24 +99,24 @@ class Elsewhere:
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, sees: Visibility) -> Tensor:
         if self.run is None:
             key = sees.field, q.shape[2]
-            if key not in self.made:  # layers that see the same share it
+            if key not in self.made:  # layers with the same visibility share a kernel
                 self.made[key] = self.make(sees, q)
             self.run = self.made[key]
         return self.run(q, k, v, sees.bias)
 
 
 def visible(sees: Visibility, q: Tensor) -> Tensor:
-    """bool (B, 1, S, S), True where a query sees a key."""
+    """Return a mask (B, 1, S, S), bool, True where a query sees a key."""
     rows = q.shape[2]
-    seen = q.new_ones(rows, rows, dtype=torch.bool) if sees.field is None else sees.field.mask(q.device)
-    return seen & sees.key_padding_mask[:, None, None]
+    mask = q.new_ones(rows, rows, dtype=torch.bool) if sees.field is None else sees.field.mask(q.device)
+    return mask & sees.key_padding_mask[:, None, None]
 
 
 def _sdpa_mask(sees: Visibility, q: Tensor) -> Kernel:
-    seen = visible(sees, q)
+    mask = visible(sees, q)
 
     def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        return kernels.masked_sdpa(q, k, v, seen if bias is None else bias.masked_fill(~seen, float("-inf")))
+        return kernels.masked_sdpa(q, k, v, mask if bias is None else bias.masked_fill(~mask, float("-inf")))
 
     return attention
 
@@ -136,7 +136,7 @@ def _flex(compiled: Callable, sees: Visibility, q: Tensor) -> Kernel:
 
 @functools.lru_cache(maxsize=1)
 def _compiled_flex(case: BAFCase, device: torch.device) -> Callable:
-    """One compiled function for all layers, kept for a case's other timing."""
+    """Return one compiled function for all layers, cached for the case's other timing."""
     from torch.nn.attention.flex_attention import flex_attention
 
     torch.compiler.reset()
@@ -166,7 +166,7 @@ def _choose_attention(vlmo: VLMo, name: str, case: BAFCase, device: torch.device
 
 @functools.lru_cache(maxsize=1)
 def _random_vlmo(config: VLMoConfig) -> VLMo:
-    """With attention as sharp as a trained one's: where it is flat, a wrong mask hardly shows."""
+    """Return a random VLMo whose attention is as sharp as a trained one's; with flat attention a wrong mask hardly shows."""
     torch.manual_seed(0)
     vlmo = VLMo(config)
     with torch.no_grad():
@@ -179,7 +179,7 @@ def _random_vlmo(config: VLMoConfig) -> VLMo:
 def make(
     form: Form, case: BAFCase, device: torch.device, mode: str, dtype: torch.dtype | None = None, compiled: bool = False
 ) -> models.Provider:
-    """The backbone in the case's dtype, what is new in float32; all of it in ``dtype`` if one is given."""
+    """Make a provider with the backbone in the case's dtype and new parts in float32; all of it in ``dtype`` if one is given."""
     vlmo = copy.deepcopy(_random_vlmo(case.vlmo)).to(device, case.dtype)
     _choose_attention(vlmo, form.attention, case, device)
     torch.manual_seed(0)
@@ -195,7 +195,7 @@ def make(
 
 
 def build(name: str, case: BAFCase, device: torch.device, mode: str) -> models.Provider:
-    """A size's compiled providers are kept for its other timing."""
+    """Build a provider; compiled ones are cached for the case's other timing."""
     return _build_compiled(name, case, device, mode) if is_compiled(name) else make(PROVIDERS[name], case, device, mode)
 
 
@@ -205,11 +205,11 @@ def _build_compiled(name: str, case: BAFCase, device: torch.device, mode: str) -
 
 
 def why_not(name: str, case: BAFCase, device: torch.device, smoke: bool) -> str | None:
-    """Why a provider isn't measured here; None if it is."""
+    """Return why a provider isn't measured here; None if it is."""
     if importlib.util.find_spec("timm") is None:
         return "timm is not installed"
     if name in ("flex", "xformers-bias") and not case.vlmo.absolute_positions:
-        return "it makes its mask once, and a relative bias is new in every step"
+        return "its mask is made once, but a relative bias changes in every step"
     if name == "flex" and (reason := kernels.why_not_flex(device, smoke)):
         return reason
     needed = kernels.NEEDS.get(name)
@@ -217,5 +217,5 @@ def why_not(name: str, case: BAFCase, device: torch.device, smoke: bool) -> str 
 
 
 def problem(case: BAFCase, device: torch.device) -> _implementations.Problem:
-    """Attention in the first layer, for :mod:`mope_fast._implementations`."""
+    """Describe the first layer's attention for :mod:`mope_fast._implementations`."""
     return _implementations.Problem(device, case.dtype, case.tokens + sum(case.prompts[:2]), masked=True)

@@ -1,19 +1,20 @@
-"""MoPE as its released implementation runs it (https://github.com/songrise/MoPE): the same numbers, in more work.
+"""MoPE as its released implementation runs it (https://github.com/songrise/MoPE): the same numbers with more work.
 
-Kept from there: prompts are tokens of every layer and window; every layer has a router of small eager operations, with a
-projection of the complementary feature of its own; experts are expanded to the batch, for all layers of a width at once; noise is
-drawn on the host and copied, for inference too; a mask of the largest score is made and not used; the importance loss branches on
-values, for which the host waits twice a layer. Where attention is in windows, biases and masks are looked up and padded by
-concatenation in every call, unshifted layers get a mask of zeros, and **most windows get the prompts of another sample**. Attention
-of transformers' encoders is not fused, because its maps are asked for. The mapper's batch norm stays in eval mode; static prompts
-have no dropout. For batch norm and windows the numbers are MoPE's for a batch of one only.
+Kept from the release: Prompts are tokens of every layer and window. Every layer has a router of small eager operations, with its
+own projection of the complementary feature. Experts are expanded to the batch, for all layers of a width at once. Noise is drawn on
+the host and copied, also in inference. A mask of the largest score is made but not used. The importance loss branches on values,
+for which the host waits twice per layer. For attention in windows, biases and masks are looked up and padded by concatenation in
+every call, unshifted layers get a mask of zeros, and **most windows get the prompts of another sample**. Attention of transformers'
+encoders is not fused, because the release requests attention maps. The mapper's batch norm stays in eval mode; static prompts have
+no dropout. Because of the batch norm and the windows, the numbers equal MoPE's only for a batch of one.
 
-Not kept, so that numbers can be compared: there the first layer of each Swin stage isn't routed (4 of 24 in Swin-B) but takes what
-the stage before made of its prompts; routers see prompts too; prompts are pooled with the image at the end; a second GELU and
-dropout stand behind the mapper. The importance loss is computed for inference too, with its waits; here in training only.
+Not kept, so that numbers can be compared: In the release, the first layer of each Swin stage isn't routed (4 of 24 in Swin-B) but
+takes the previous stage's outputs at its prompts. Routers also see prompts. Prompts are pooled with the image at the end. A second
+GELU and dropout follow the mapper. The importance loss is computed in inference too, with its waits; here only in training.
 
-The release has this for Swin alone. Its BERT as the main side has another router (one linear map of the complementary feature) and
-another order of prompts, a ViT isn't in it: there this is what its Swin code would do to them, experts expanded for all layers.
+The release has this for Swin only. Its BERT as the main side has another router (one linear map of the complementary feature) and
+another order of prompts, and it has no ViT. For these encoders this module does what the release's Swin code would do, with experts
+expanded for all layers.
 """
 
 import torch
@@ -25,7 +26,7 @@ from benchmarks.baselines.prompt_tokens import PromptTokensInWindows, RoutedToke
 
 
 class PaperLiteral(RoutedTokens):
-    """In a transformer whose layers see the whole sequence."""
+    """For a transformer whose layers attend to the whole sequence."""
 
     alone = True
 
@@ -76,12 +77,12 @@ class PaperLiteral(RoutedTokens):
 
 
 class PaperLiteralInWindows(PromptTokensInWindows, PaperLiteral):
-    """In a Swin Transformer."""
+    """For a Swin Transformer."""
 
     def _window_attention(self, attention: nn.Module, windows: Tensor, mask: Tensor | None = None) -> Tensor:
         batch, length, width = self.normed.shape
         count, tokens = len(windows) // batch, windows.shape[1]
-        # batch before windows here, windows before batch in ``windows``
+        # as in the release: here the window index varies slowest, but in ``windows`` the batch index does
         prompts = self.normed[None].expand(count, -1, -1, -1).reshape(-1, length, width)
         sequence = torch.cat([prompts, windows], dim=1)
         q, k, v = attention.qkv(sequence).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -97,7 +98,7 @@ class PaperLiteralInWindows(PromptTokensInWindows, PaperLiteral):
 
 
 def _padded(square: Tensor, length: int, on_host: bool = False) -> Tensor:
-    """(N, T, T) -> (N, length + T, length + T), zeros before; those of the rows may be made on the host and copied."""
+    """Pad (N, T, T) with leading zeros to (N, length + T, length + T); zeros of rows may be made on the host and copied."""
     count, tokens, _ = square.shape
     rows = torch.zeros(count, length, tokens, device="cpu" if on_host else square.device, dtype=square.dtype).to(square.device)
     columns = torch.zeros(count, length + tokens, length, device=square.device, dtype=square.dtype)

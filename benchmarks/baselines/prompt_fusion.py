@@ -1,6 +1,6 @@
-"""Other ways of fusing two frozen encoders by prompts: PMF and PromptFuse, each as its paper has it.
+"""Other methods that fuse two frozen encoders by prompts: PMF and PromptFuse, each as in its paper.
 
-On transformers' BERT (text) and DINOv2 (image), called layer by layer.
+They use transformers' BERT (text) and DINOv2 (image), called layer by layer.
 """
 
 import functools
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 Layer = Callable[[Tensor], Tensor]
-"""Tokens (B, S, D) -> (B, S, D); what is appended to a text is never hidden by its mask."""
+"""Maps tokens (B, S, D) to (B, S, D); tokens appended to a text are never masked out."""
 
 
 def text_layers(bert: nn.Module, mask: Tensor) -> list[Layer]:
-    """BERT's layers for texts of this mask (B, S), with or without tokens appended."""
+    """Return BERT's layers for texts with this mask (B, S); they accept appended tokens."""
 
     def run(layer: nn.Module, tokens: Tensor) -> Tensor:
         appended = mask.new_ones(len(mask), tokens.shape[1] - mask.shape[1])
@@ -24,19 +24,20 @@ def text_layers(bert: nn.Module, mask: Tensor) -> list[Layer]:
 
 
 class PMF(nn.Module):
-    """Interactive prompting (PMF, Li et al., CVPR 2023, arXiv 2304.06306): both encoders run, and tell each other of what they saw.
+    """Interactive prompting (PMF, Li et al., CVPR 2023, arXiv 2304.06306): both encoders exchange prompts in their last layers.
 
-    The last layers run twice. First each with query context prompts and query prompts behind its tokens: a query prompt's output,
-    mapped by a bottleneck, is the other side's prompt. Then each with fusion context prompts and what it was told. Outputs at
-    prompts are dropped. The logits are the mean of both sides'. In the authors' code fusion context prompts get no gradient, by an
-    oversight; here they do.
+    Each of the last layers runs twice. First it runs with query context prompts and query prompts appended to its tokens; the
+    outputs at query prompts, mapped by a bottleneck, are prompts of the other side. Then it runs with fusion context prompts and
+    the prompts received from the other side. Outputs at prompts are dropped. The logits are the mean of both sides'. In the
+    authors' code fusion context prompts get no gradient, by an oversight; here they do.
 
     Args:
         text, image: frozen BERT and DINOv2, of any widths.
-        head: both class tokens side by side -> logits. The paper's mean of a linear head's logits a side is a linear head on both.
-        layers: how many of the last layers fuse.
-        length: rows of each kind of prompt.
-        bottleneck: of the maps between both.
+        head: maps both concatenated class tokens to logits. The paper's mean of two linear heads' logits, one per side, equals a
+            linear head on both.
+        layers: number of last layers that fuse.
+        length: number of tokens of each kind of prompt.
+        bottleneck: hidden width of the maps between both sides.
     """
 
     def __init__(self, text: nn.Module, image: nn.Module, head: nn.Module, layers: int = 2, length: int = 4, bottleneck: int = 384):
@@ -65,7 +66,7 @@ class PMF(nn.Module):
         return self
 
     def forward(self, text: dict[str, Tensor], pictures: Tensor) -> Tensor:
-        """Logits (B, C)."""
+        """Return logits (B, C)."""
         layers = {"text": text_layers(self.text, text["attention_mask"]), "image": list(self.image.encoder.layer)}
         tokens = {"text": self.text.embeddings(text["input_ids"]), "image": self.image.embeddings(pictures)}
         with torch.no_grad():
@@ -80,15 +81,15 @@ class PMF(nn.Module):
         def prompt(side: str, kind: str) -> Tensor:
             return self.prompts[f"{side}_{kind}"][index].expand(len(tokens[side]), -1, -1)
 
-        asked = {}
-        for side, seen in tokens.items():
-            queried = layers[side](torch.cat([seen, prompt(side, "query_context"), prompt(side, "query")], dim=1))
-            asked[side] = queried[:, -self.prompts[f"{side}_query"].shape[1] :]
+        queries = {}
+        for side, own in tokens.items():
+            output = layers[side](torch.cat([own, prompt(side, "query_context"), prompt(side, "query")], dim=1))
+            queries[side] = output[:, -self.prompts[f"{side}_query"].shape[1] :]
         fused = {}
         for side, other in (("text", "image"), ("image", "text")):
-            told = self.told[f"{other}_to_{side}"][index](asked[other])
+            received = self.told[f"{other}_to_{side}"][index](queries[other])
             length = tokens[side].shape[1]
-            fused[side] = layers[side](torch.cat([tokens[side], prompt(side, "fusion_context"), told], dim=1))[:, :length]
+            fused[side] = layers[side](torch.cat([tokens[side], prompt(side, "fusion_context"), received], dim=1))[:, :length]
         return fused
 
 
@@ -97,8 +98,8 @@ class PromptFuse(nn.Module):
 
     Args:
         text: BERT.
-        head: the class token -> logits.
-        length: number of prompts, which with the head are all that is trained.
+        head: maps the class token to logits.
+        length: number of prompts; only they and the head are trained.
     """
 
     def __init__(self, text: nn.Module, head: nn.Module, length: int = 20):
@@ -113,10 +114,10 @@ class PromptFuse(nn.Module):
         return self
 
     def forward(self, text: dict[str, Tensor], feature: Tensor) -> Tensor:
-        """Logits (B, C) of texts and pictures' features (B, n * D), which are n tokens."""
+        """Return logits (B, C) from texts and picture features (B, n * D), which are used as n tokens."""
         words = self.text.get_input_embeddings()(text["input_ids"])
-        seen = feature.unflatten(-1, (-1, words.shape[-1]))
-        added = torch.cat([seen, self.prompts.expand(len(words), -1, -1)], dim=1)
+        picture = feature.unflatten(-1, (-1, words.shape[-1]))
+        added = torch.cat([picture, self.prompts.expand(len(words), -1, -1)], dim=1)
         mask = torch.cat([text["attention_mask"].new_ones(added.shape[:2]), text["attention_mask"]], dim=1)
         output = self.text(inputs_embeds=torch.cat([added, words], dim=1), attention_mask=mask)
         return self.head(output.last_hidden_state[:, added.shape[1]])

@@ -1,4 +1,4 @@
-"""Prompts as tokens: put before those of every layer, cut off behind it. Routed ones as MoPE's equations stand, and VPT-deep's."""
+"""Prompts as tokens, prepended in every layer and removed after it: MoPE's routed prompts by its equations, and VPT-deep's."""
 
 import functools
 from abc import abstractmethod
@@ -16,7 +16,7 @@ from mope_fast import reference
 
 
 class PromptTokens(FusedProvider):
-    """Prompts go through a layer as tokens: they attend, are attended to and pass its MLP."""
+    """Prompts go through a layer as tokens: they attend, are attended to and pass through its MLP."""
 
     def __init__(self, encoder: nn.Module, head: nn.Module):
         self.plain = Plain(encoder, head)
@@ -25,7 +25,7 @@ class PromptTokens(FusedProvider):
 
     @abstractmethod
     def prompts(self, index: int, x: Tensor) -> Tensor:
-        """(B, P, D) for layer ``index``, whose input is ``x``."""
+        """Return prompts (B, P, D) for layer ``index``, whose input is ``x``."""
 
     def attach(self, index: int, layer: nn.Module) -> None:
         layer.register_forward_pre_hook(functools.partial(self._put_prompts, index), with_kwargs=True)
@@ -41,7 +41,7 @@ class PromptTokens(FusedProvider):
         return args, {name: self._extended_mask(value) for name, value in kwargs.items()}
 
     def _extended_mask(self, argument: Any) -> Any:
-        """Prompts are seen by all: a mask (B, 1, S, S), boolean or to be added, gets as many rows and columns more."""
+        """Extend a mask (B, 1, S, S), boolean or additive, by rows and columns for the prompts, which are visible to all tokens."""
         if not isinstance(argument, Tensor) or argument.dim() != 4:
             return argument
         return F.pad(argument, (self.length, 0, self.length, 0), value=argument.dtype == torch.bool)
@@ -51,9 +51,10 @@ class PromptTokens(FusedProvider):
 
 
 class PromptTokensInWindows(PromptTokens):
-    """The same for a Swin Transformer: prompts are tokens of every window of their image, which puts them together by their mean.
+    """Prompts as tokens of a Swin Transformer: they are tokens of every window of their image; their outputs are averaged over
+    windows.
 
-    As the released code, but for the order of windows: there most windows get prompts of another image.
+    This is what the released code does, except for the order of windows: there most windows get prompts of another image.
     """
 
     def attach(self, index: int, layer: nn.Module) -> None:
@@ -61,7 +62,7 @@ class PromptTokensInWindows(PromptTokens):
         layer.attn.forward = functools.partial(self._window_attention, layer.attn)
 
     def _block(self, index: int, block: nn.Module, x: Tensor) -> Tensor:
-        """timm's, prompts before the tokens of the image."""
+        """Run timm's block with prompts before the image's tokens."""
         prompts, size = self.prompts(index, x), x.shape[1:3]
         length = prompts.shape[1]
         sequence = torch.cat([prompts, x.flatten(1, 2)], dim=1)
@@ -87,7 +88,7 @@ class PromptTokensInWindows(PromptTokens):
 
 
 class RoutedTokens(PromptTokens):
-    """MoPE's prompts as the paper writes them, experts by einsum: the truth of all that computes them otherwise."""
+    """MoPE's prompts by the paper's equations, experts mixed by einsum: the truth for all other ways to compute them."""
 
     truth = "concatenated"
 
@@ -95,7 +96,7 @@ class RoutedTokens(PromptTokens):
         self.bank = parts.bank.train(mode == TRAINING)
         self.model = nn.ModuleDict({"bank": parts.bank, "head": parts.head})
         dims = self.bank.dims
-        self.positions = [dims[:index].count(width) for index, width in enumerate(dims)]  # among the layers of its width
+        self.positions = [dims[:index].count(width) for index, width in enumerate(dims)]  # index among the layers of the same width
         super().__init__(parts.encoder, parts.head)
 
     def logits_and_loss(self, inputs: Inputs, training: bool) -> tuple[Tensor, Tensor | None]:
@@ -106,7 +107,7 @@ class RoutedTokens(PromptTokens):
         return logits, loss + self.bank.config.importance_weight * self.importance() if training else None
 
     def prepare(self, cross: Tensor) -> None:
-        """What the complementary feature gives to all layers."""
+        """Compute what all layers need from the complementary feature: router queries and mapped prompts."""
         self.queries = self.bank.cross_proj(cross).unflatten(1, (len(self.bank.dims), -1)).unbind(1)
         mapped = self.bank.mapper(cross)
         self.mapped = {width: F.dropout(row, self.bank.config.dropout, self.bank.training) for width, row in mapped.items()}
@@ -115,7 +116,7 @@ class RoutedTokens(PromptTokens):
         return reference.importance_loss(torch.stack(self.scores), threshold=self.bank.config.importance_threshold)
 
     def prompts(self, index: int, x: Tensor) -> Tensor:
-        """In the order [static | dynamic | mapped]."""
+        """Return prompts in the order [static | dynamic | mapped]."""
         config, training = self.bank.config, self.bank.training
         width, position = self.bank.dims[index], self.positions[index]
         stack = self.bank.stacks[str(width)]
@@ -130,11 +131,11 @@ class RoutedTokens(PromptTokens):
 
 
 class RoutedTokensInWindows(PromptTokensInWindows, RoutedTokens):
-    """The same for a Swin Transformer."""
+    """The same prompts in a Swin Transformer."""
 
 
 class DeepTokens(PromptTokens):
-    """VPT-deep (arXiv 2203.12119): every layer has as many prompts as MoPE, trained, the same for all samples; dropout 0.1."""
+    """VPT-deep (arXiv 2203.12119): every layer has as many trained prompts as MoPE, the same for all samples; dropout 0.1."""
 
     truth = "vpt-deep"
     dropout = 0.1
@@ -170,4 +171,4 @@ class DeepTokens(PromptTokens):
 
 
 class DeepTokensInWindows(PromptTokensInWindows, DeepTokens):
-    """The same for a Swin Transformer."""
+    """The same prompts in a Swin Transformer."""

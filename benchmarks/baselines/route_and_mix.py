@@ -1,6 +1,6 @@
-"""Forms of ``route_and_mix``: one function, one set of dtype rules (softmax in float32, products in the table's dtype).
+"""Forms of ``route_and_mix``: the same function with the same dtype rules (softmax in float32, products in the table's dtype).
 
-Concatenating the prompts is not part of any of them: it belongs to the prompt assembly, which is the same for all.
+None of them concatenates the prompts: that belongs to the prompt assembly, which is the same for all.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def _normalised(mixed: Tensor, norm_sq: Tensor) -> Tensor:
 
 
 def literal(logits: Tensor, experts: Tensor, gram: Tensor | None) -> tuple[Tensor, Tensor]:
-    """As the paper's equations are written: the experts expanded to (B, K, L, M), weighted and summed over K."""
+    """Compute the paper's equations literally: the experts are expanded to (B, K, L, M), weighted and summed over K."""
     scores = _scores(logits)
     table = experts.expand(logits.shape[0], *experts.shape)
     mixed = torch.einsum("bk,bklm->blm", scores.to(experts.dtype), table)
@@ -35,7 +35,7 @@ def literal(logits: Tensor, experts: Tensor, gram: Tensor | None) -> tuple[Tenso
 
 
 def matmul(logits: Tensor, experts: Tensor, gram: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The best eager rewrite: one (B, K) x (K, L M) product, no expanded experts."""
+    """Compute the best eager rewrite: one (B, K) x (K, L M) product, without expanded experts."""
     scores = _scores(logits)
     mixed = (scores.to(experts.dtype) @ experts.flatten(1)).unflatten(1, experts.shape[1:])
     if gram is not None:
@@ -44,7 +44,7 @@ def matmul(logits: Tensor, experts: Tensor, gram: Tensor | None) -> tuple[Tensor
 
 
 def fused(logits: Tensor, experts: Tensor, gram: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The public function with ``impl="auto"``: argument checks and choice of implementation included."""
+    """Call the public function with ``impl="auto"``: argument checks and choice of implementation included."""
     return functional.route_and_mix(logits, experts, temperature=TEMPERATURE, gram=gram, eps=EPS)
 
 
@@ -59,7 +59,7 @@ NAMES = [*EAGER, *COMPILED, *OURS]
 
 
 def build(name: str) -> Provider:
-    """The provider of that name; a compiled one starts from an empty cache, specialised for the sizes it will see."""
+    """Return a provider by name; a compiled one starts from an empty cache and specializes for the sizes that it gets."""
     if name in COMPILED:
         torch.compiler.reset()
         return _compiled(COMPILED[name])

@@ -1,4 +1,4 @@
-"""What is measured along a curve: providers of ``end_to_end``, and the optimiser's step apart."""
+"""Providers that are measured along a curve: some of ``end_to_end``, and the optimizer's step separately."""
 
 import functools
 from collections.abc import Sequence
@@ -17,11 +17,13 @@ OPTIMIZER = "optimizer"
 NAMES = (FROZEN, "mope_fast", end_to_end.PAPER_LITERAL, "vpt-deep", OPTIMIZER)
 OURS = ("mope_fast", OPTIMIZER)
 CPU_BYTES = 2**28
-"""Of expanded experts: their gradient is filled and added up once a layer."""
+"""Limit on the bytes of expanded experts, whose gradient is filled and accumulated once per layer."""
 
 
 class OptimizerStep(FusedProvider):
-    """A step of AdamW on all that ``MoPEFusion`` trains, gradients given: what a training step has beside forward and backward."""
+    """A step of AdamW on all parameters that ``MoPEFusion`` trains, with given gradients: what a training step adds to forward and
+    backward.
+    """
 
     truth = None
 
@@ -30,11 +32,11 @@ class OptimizerStep(FusedProvider):
         trained = list(self.parameters.values())
         for parameter in trained:
             parameter.grad = torch.randn_like(parameter)
-        # so small a rate that the weights stay where they are over thousands of steps
+        # a learning rate so small that the weights hardly change over thousands of steps
         self.optimizer = torch.optim.AdamW(trained, lr=1e-8, fused=True, capturable=trained[0].is_cuda)
 
     def logits_and_loss(self, inputs: Inputs, training: bool) -> tuple[Tensor, Tensor | None]:
-        raise NotImplementedError("an optimiser's step has no logits")
+        raise NotImplementedError("an optimizer's step has no logits")
 
     def step(self, inputs: Inputs, mode: str) -> dict[str, Tensor]:
         self.optimizer.step()
@@ -42,7 +44,7 @@ class OptimizerStep(FusedProvider):
 
 
 def providers_at(case: ScalingCase, mode: str) -> Sequence[str]:
-    """Those that the case's axes change: the frozen encoder knows neither K nor L, static prompts don't know K."""
+    """Return the providers that the case's axes affect: the frozen encoder depends on neither K nor L, static prompts not on K."""
     at_centre = (case.experts, case.length) == (FusedCase.experts, FusedCase.length)
     wanted = {
         FROZEN: at_centre,
@@ -60,19 +62,19 @@ def build(name: str, case: ScalingCase, device: torch.device, mode: str) -> Fuse
 
 @functools.cache
 def _widths(encoder: Encoder) -> tuple[int, ...]:
-    """Of the layers."""
+    """Return the widths of the layers."""
     with torch.device("meta"):
         model = encoder.make()
     return tuple(layer.width for layer in family_of(model).layers(model))
 
 
 def expanded_bytes(case: ScalingCase) -> int:
-    """Of the experts of all layers in float32, one copy a sample: a tensor whose gradient the paper-literal form makes."""
+    """Return the bytes of all layers' experts in float32, one copy per sample; the paper-literal form makes their gradient."""
     return 4 * case.batch * case.experts * case.length * sum(_widths(case.encoder))
 
 
 def why_not(name: str, case: ScalingCase, device: torch.device, smoke: bool) -> str | None:
-    """Why a provider isn't measured here; None if it is."""
+    """Return why a provider isn't measured here; None if it is."""
     if (reason := end_to_end.why_not(name, case, device, smoke)) is not None or name != end_to_end.PAPER_LITERAL:
         return reason
     room = torch.cuda.get_device_properties(device).total_memory // 4 if device.type == "cuda" else CPU_BYTES

@@ -1,7 +1,8 @@
-"""Forms of attention in windows, without prompts (timm's own) and with them; masks are made in ``build``, ahead of a call.
+"""Forms of attention in windows, without prompts (timm's own) and with them; masks are made ahead of a call.
 
-Two starting points. A form "in windows" moves the D-wide tokens of the image into windows, as timm does in front of the projection,
-and gets the packed projection of those windows for nothing; the others get that of the image's tokens in their own order.
+There are two starting points. A form "in windows" moves the D-wide tokens of the image into windows, as timm does before the
+projection, and is then given the packed projection of those windows at no cost. The others are given the projection of the image's
+tokens in image order.
 """
 
 import functools
@@ -22,14 +23,14 @@ from mope_fast.reference.window_attention import window_bias, windows_of
 
 @dataclass(frozen=True)
 class Inputs:
-    """Arguments and a random upstream gradient; those arguments ask for gradients whose gradients the case is about."""
+    """Arguments and a random upstream gradient; only arguments whose gradients the case measures require grad."""
 
     qkv: Tensor
     """(B, Hi, Wi, 3, H, Dh), in image order."""
     pad_qkv: Tensor | None
-    """(3, H, Dh), where the size is no multiple of the window: what timm's padding has behind the projection, its bias."""
+    """(3, H, Dh) if the size is not a multiple of the window, else None: the projection of timm's padding, which is its bias."""
     tokens: Tensor
-    """(B, Hi, Wi, H * Dh), in place of the normed input of the projection."""
+    """(B, Hi, Wi, H * Dh), stands for the normed input of the projection."""
     windows: Tensor
     """(B * windows, W, 3 * H * Dh): ``qkv`` with its padding, in the order of windows."""
     prefixes: Prefixes
@@ -37,7 +38,7 @@ class Inputs:
 
     @classmethod
     def random(cls, case: WindowCase, device: torch.device, mode: str) -> "Inputs":
-        """Prefixes have tokens before heads, as a projection gives them."""
+        """Draw inputs; prefixes have tokens before heads in memory, as a projection returns them."""
 
         def rows(*shape: int) -> Tensor:
             return torch.randn(*shape, case.heads, case.head_dim, device=device).to(case.dtype)
@@ -59,11 +60,11 @@ class Inputs:
 
 
 Provider = Callable[[Inputs], Tensor]
-"""Gives (B, Hi, Wi, H * Dh), in image order."""
+"""Returns (B, Hi, Wi, H * Dh), in image order."""
 
 
 class _GivenProjection(torch.autograd.Function):
-    """Takes no time: gives what was projected ahead, and sends the gradient of queries back as that of the input."""
+    """A projection at no cost: it returns a precomputed result, and passes the queries' gradient back as the input's."""
 
     @staticmethod
     def forward(x: Tensor, projected: Tensor) -> Tensor:
@@ -79,14 +80,14 @@ class _GivenProjection(torch.autograd.Function):
 
 
 class _Projection(nn.Module):
-    """In place of the projection of windows."""
+    """Replaces the projection of windows."""
 
     def forward(self, x: Tensor) -> Tensor:
         return _GivenProjection.apply(x, self.projected)
 
 
 def timm_block(case: WindowCase, device: torch.device, attention: nn.Module | None = None) -> nn.Module:
-    """timm's ``SwinTransformerBlock``, of which only ``_attn`` is run, the projection given; with its own attention or another."""
+    """Make timm's ``SwinTransformerBlock`` to run only its ``_attn`` with a given projection; with its own or other attention."""
     from timm.models.swin_transformer import SwinTransformerBlock
 
     width = case.heads * case.head_dim
@@ -101,7 +102,7 @@ def timm_block(case: WindowCase, device: torch.device, attention: nn.Module | No
 
 
 def timm(case: WindowCase, device: torch.device, fused: bool) -> Provider:
-    """Without prompts. ``fused``: on SDPA, which timm leaves off by default."""
+    """timm's attention without prompts. ``fused``: use SDPA, which timm has off by default."""
     block = timm_block(case, device)
     block.attn.fused_attn = fused
 
@@ -115,7 +116,8 @@ def timm(case: WindowCase, device: torch.device, fused: bool) -> Provider:
 class _ConcatenatedAttention(nn.Module):
     """SDPA whose keys are the prompts of a window's image and the window; seams and bias are one mask made ahead.
 
-    Windows are samples, or heads of their image where a mask differs between them: it is the same for all images.
+    Windows are treated as samples; if their masks differ, they are treated as heads of their image, because the mask is the same
+    for all images.
     """
 
     def __init__(self, case: WindowCase, device: torch.device):
@@ -123,7 +125,7 @@ class _ConcatenatedAttention(nn.Module):
         _, regions = windows_of(*case.size, (case.window,) * 2, (case.shift,) * 2, device)
         mask = window_bias(case.bias(device), regions) if case.shift else case.bias(device)[None]
         mask = F.pad(mask, (case.keys - case.area, 0))
-        # a view of rows that are a multiple of the alignment long
+        # a view into a tensor whose rows are padded to a multiple of ALIGNMENT
         self.mask = aligned(mask)[..., : case.keys].flatten(0, 1)[None]
         self.case, self.windows = case, len(regions)
 
@@ -141,7 +143,7 @@ class _ConcatenatedAttention(nn.Module):
 
 
 def sdpa_concat(case: WindowCase, device: torch.device) -> Provider:
-    """timm's block with prompts concatenated to the keys of every window."""
+    """Use timm's block with prompts concatenated to the keys of every window."""
     block = timm_block(case, device, _ConcatenatedAttention(case, device))
 
     def attention(inputs: Inputs) -> Tensor:
@@ -152,7 +154,7 @@ def sdpa_concat(case: WindowCase, device: torch.device) -> Provider:
 
 
 def flex_attention(case: WindowCase, device: torch.device) -> Callable[[Tensor, Tensor | None, Prefixes], Tensor]:
-    """Partition, concatenation and FlexAttention, to be compiled together; bias and seams are its ``score_mod``."""
+    """Return partition, concatenation and FlexAttention, to be compiled together; bias and seams are its ``score_mod``."""
     from torch.nn.attention.flex_attention import flex_attention
 
     (height, width), (rows, columns), window = case.size, case.padded, case.window
@@ -171,7 +173,7 @@ def flex_attention(case: WindowCase, device: torch.device) -> Callable[[Tensor, 
         return torch.where(key < length, score, score + added)
 
     def partition(x: Tensor, pad_qkv: Tensor | None) -> tuple[Tensor, ...]:
-        """q, k, v: (B, windows, H, W, Dh)."""
+        """Return q, k, v, each (B, windows, H, W, Dh)."""
         x = torch.roll(x, (-case.shift, -case.shift), (1, 2)) if case.shift else x
         if pad_qkv is not None:
             x = F.pad(x, (0,) * 6 + (0, columns - width, 0, rows - height))
@@ -195,14 +197,14 @@ def flex_attention(case: WindowCase, device: torch.device) -> Callable[[Tensor, 
 
 @functools.lru_cache(maxsize=1)
 def flex(case: WindowCase, device: torch.device) -> Provider:
-    """Compiled for this case only; its modes and timings follow one another and share it."""
+    """FlexAttention compiled for this case only; a case's modes and timings run in a row and share it."""
     torch.compiler.reset()
     compiled = torch.compile(flex_attention(case, device), fullgraph=True, dynamic=False)
     return lambda inputs: compiled(inputs.qkv, inputs.pad_qkv, inputs.prefixes)
 
 
 def _mope_fast(case: WindowCase, device: torch.device, impl: str) -> Provider:
-    """The public function, argument checks included."""
+    """Use the public function, argument checks included."""
     bias = case.bias(device)
     return lambda inputs: functional.window_prompt_attention(
         inputs.qkv, inputs.prefixes, bias, window_size=case.window, shift_size=case.shift, pad_qkv=inputs.pad_qkv, impl=impl
@@ -216,7 +218,7 @@ class Form(NamedTuple):
     prompted: bool = True
 
     def learned(self, inputs: Inputs) -> dict[str, Tensor]:
-        """What it takes gradients for."""
+        """Return the tensors that it takes gradients for, by name."""
         arguments = {"tokens": inputs.tokens, "windows": inputs.windows} if self.in_windows else {"qkv": inputs.qkv}
         if self.prompted:
             for i, (keys, values) in enumerate(inputs.prefixes):
@@ -240,12 +242,12 @@ def _problem(case: WindowCase, device: torch.device) -> _implementations.Problem
 
 
 def why_not(name: str, case: WindowCase, device: torch.device, smoke: bool) -> str | None:
-    """Why a provider isn't measured here; None if it is."""
+    """Return why a provider isn't measured here; None if it is."""
     form = PROVIDERS[name]
     if form.in_windows and importlib.util.find_spec("timm") is None:
         return "timm is not installed"
     if case.first_layer and not form.prompted:
-        return "without prompts a first layer has nothing to learn"
+        return "without prompts a first layer has no gradients to measure"
     if name == "flex":
         if device.type != "cuda":
             return "FlexAttention has no backward on a CPU"
@@ -256,5 +258,5 @@ def why_not(name: str, case: WindowCase, device: torch.device, smoke: bool) -> s
 
 
 def implementation(name: str, case: WindowCase, device: torch.device) -> str | None:
-    """What ``auto`` chooses."""
+    """Return the implementation that ``auto`` chooses."""
     return _implementations.choose(case.op, "auto", _problem(case, device)) if name == "auto" else None

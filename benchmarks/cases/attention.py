@@ -1,4 +1,4 @@
-"""Problem sizes of ``prompt_attention`` and ``receptive_field_attention``, and what each query of theirs sees."""
+"""Problem sizes of ``prompt_attention`` and ``receptive_field_attention``, and which keys each query sees."""
 
 import functools
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from mope_fast.functional import ReceptiveField
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """One layer of a model: ``tokens`` queries and keys a sample and, in ``prefixes``, the lengths of key/value prefixes."""
+    """One layer of a model: ``tokens`` queries and keys per sample, and the lengths of key/value prefixes in ``prefixes``."""
 
     model: str
     batch: int
@@ -23,17 +23,17 @@ class AttentionCase:
     head_dim: int
     dtype: torch.dtype
     prefixes: tuple[int, ...] = ()
-    """The first has batch 1, as a prompt learned by a layer; the second has one for each sample, as a mixed prompt."""
+    """The first has batch 1, like a layer's learned prompt; the second has one per sample, like a mixed prompt."""
     key_heads: int | None = None
-    """Of keys and values; None for ``heads``."""
+    """Number of key and value heads; None for ``heads``."""
     causal: bool = False
     window: tuple[int, int] | None = None
-    """How many tokens before and behind it a token sees."""
+    """Sliding window: how many tokens before and after itself a token sees."""
     ragged: tuple[int, int] | None = None
-    """Positions [first, last) that end in padding, after another number of tokens in each sample."""
+    """Positions [first, last) that end in padding, with a different number of real tokens in each sample."""
     field: ReceptiveField | None = None
     first_layer: bool = False
-    """Gradients for the prefixes only: in a frozen encoder's first layer nothing learned is behind q, k and v."""
+    """Gradients for the prefixes only: in a frozen encoder's first layer q, k and v don't depend on trained parameters."""
 
     def __str__(self) -> str:
         dtype = {torch.bfloat16: "bf16", torch.float32: "fp32"}[self.dtype]
@@ -65,7 +65,7 @@ class AttentionCase:
         return self.key_heads or self.heads
 
     def padding(self, device: torch.device | str) -> Tensor | None:
-        """bool (B, S), True = a real token: from a quarter of the ragged positions to all of them, in no order."""
+        """Return a bool mask (B, S), True for real tokens: from a quarter of the ragged positions to all of them, unordered."""
         if self.ragged is None:
             return None
         first, last = self.ragged
@@ -75,22 +75,22 @@ class AttentionCase:
         return (position < first + lengths[:, None]) | (position >= last)
 
     def visible(self, device: torch.device | str) -> Tensor:
-        """bool (B or 1, 1, S, P + S), True where a query sees a key."""
+        """Return a bool mask (B or 1, 1, S, P + S), True where a query sees a key."""
         if self.field is not None:
-            seen = self.field.mask(device)
+            mask = self.field.mask(device)
         else:
-            seen = torch.ones(self.tokens, self.tokens, dtype=torch.bool, device=device)
+            mask = torch.ones(self.tokens, self.tokens, dtype=torch.bool, device=device)
         if self.causal:
-            seen = seen.tril()
+            mask = mask.tril()
         if self.window is not None:
-            seen = seen.tril(self.window[1]).triu(-self.window[0])
-        seen = seen[None, None]
+            mask = mask.tril(self.window[1]).triu(-self.window[0])
+        mask = mask[None, None]
         padding = self.padding(device)
-        seen = seen if padding is None else seen & padding[:, None, None]
-        return F.pad(seen, (self.keys - self.tokens, 0), value=True)
+        mask = mask if padding is None else mask & padding[:, None, None]
+        return F.pad(mask, (self.keys - self.tokens, 0), value=True)
 
     def bytes(self, mode: str) -> int:
-        """q, k, v, prefixes, padding and the upstream gradient read once, out and the gradients asked for written once."""
+        """Count q, k, v, prefixes, padding and the upstream gradient read once, out and the requested gradients written once."""
         row = self.head_dim * self.dtype.itemsize
         queries, keys = (self.batch * self.tokens * heads * row for heads in (self.heads, self.heads_of_keys))
         shared, own = (*self.prefixes, 0, 0)[:2]
@@ -101,7 +101,7 @@ class AttentionCase:
         return forward + queries + prefixes + (0 if self.first_layer else queries + 2 * keys)
 
     def flops(self, mode: str) -> int:
-        """Of the matrix products over visible pairs: two forward, five backward, as nobody keeps the probabilities.
+        """Count the matrix products over visible pairs: two forward, five backward, because the probabilities are recomputed.
 
         Gradients for the prefixes alone take four products over the pairs with prefix keys.
         """
@@ -121,9 +121,9 @@ class AttentionCase:
 
 @functools.cache
 def visible_pairs(case: AttentionCase) -> int:
-    """Pairs of a query and a key that it sees, over the batch and for one head."""
-    seen = case.visible("cpu")
-    return int(seen.sum()) * (case.batch // seen.shape[0])
+    """Count the pairs of a query and a key that it sees, over the batch and for one head."""
+    mask = case.visible("cpu")
+    return int(mask.sum()) * (case.batch // mask.shape[0])
 
 
 def _dtype(device: torch.device) -> torch.dtype:
@@ -138,11 +138,11 @@ MOPE_BAF = ReceptiveField(
 GAPS = ReceptiveField(
     LENGTHS, {"lp": ["lp", "image"], "text": ["text", "vp"], "image": ["lp", "image"], "vp": ["lp", "image", "vp"]}
 )
-"""Every group sees positions on both sides of some that it doesn't: no intervals."""
+"""A field without intervals: every group sees positions on both sides of positions that it doesn't see."""
 
 
 def prompt_attention(device: torch.device, extent: str) -> list[AttentionCase]:
-    """In order of interest: of N shards the first has the first case."""
+    """Return cases in order of interest: of N shards the first has the first case."""
     dtype = _dtype(device)
     if extent == SMOKE:
         return [
@@ -187,7 +187,7 @@ def prompt_attention(device: torch.device, extent: str) -> list[AttentionCase]:
 
 
 def receptive_field_attention(device: torch.device, extent: str) -> list[AttentionCase]:
-    """In order of interest, as above."""
+    """Return cases in order of interest: of N shards the first has the first case."""
     dtype = _dtype(device)
     if extent == SMOKE:
         lengths = {"a": 3, "b": 9, "c": 5}

@@ -1,4 +1,4 @@
-"""Frozen encoders that a fused model runs, with random weights, and the sizes at which it is measured."""
+"""Frozen encoders of fused models, with random weights, and the sizes to measure."""
 
 import functools
 import math
@@ -17,34 +17,34 @@ CLASSES = 101
 
 @dataclass(frozen=True)
 class Encoder:
-    """An architecture. Libraries are imported when one is made."""
+    """An encoder architecture. Its library is imported only when an encoder is made."""
 
     name: str
     library: str
     make: Callable[[], nn.Module]
     tokens: int
     inputs: Callable[[int, int, torch.device, torch.dtype], dict[str, Tensor]]
-    """(batch, tokens, device, dtype) -> the encoder's keyword arguments."""
+    """Maps (batch, tokens, device, dtype) to the encoder's keyword arguments."""
     cross_dim: int
     """Width of the complementary feature."""
     lora: tuple[str, ...]
-    """Names of the projections that take LoRA."""
+    """Names of the projections that get LoRA adapters."""
     side: str = ""
-    """The encoder that such a feature would come from."""
+    """Name of the complementary encoder that would give such a feature."""
     window: int = 0
-    """Of attention in windows: tokens of a side."""
+    """Side of an attention window in tokens; 0 without windows."""
 
     @property
     def map_size(self) -> int:
-        """Patches of a side, of a ViT."""
+        """Patches per side of a ViT's image."""
         return math.isqrt(self.tokens)
 
 
 @dataclass(frozen=True)
 class FusedCase:
-    """One encoder at one batch size; ``compiled``: the providers that torch.compile makes, else the others.
+    """One encoder at one batch size; ``compiled`` selects the providers made by torch.compile, else the others.
 
-    ``experts`` (K) of ``length`` (L) rows are the paper's if nothing else is said. ``dense``: the head is SETR's, on the map of a
+    ``experts`` (K) of ``length`` (L) tokens default to the paper's. With ``dense`` the head is SETR's, on the feature map of a
     ViT's last layer, and a label is a mask.
     """
 
@@ -69,9 +69,9 @@ class FusedCase:
         return self.encoder.inputs(self.batch, self.encoder.tokens, torch.device(device), self.dtype)
 
     def flops(self, mode: str) -> int:
-        """Of the frozen encoder's matrix products; training adds the gradients of activations behind the embedding.
+        """Count the frozen encoder's matrix products; training adds the gradients of activations after the embedding.
 
-        Those of a segmenting head are counted too.
+        Products of a segmenting head are counted too.
         """
         return (_flops(self.encoder, mode) + (_head_flops(self.encoder, mode) if self.dense else 0)) * self.batch
 
@@ -84,13 +84,13 @@ class FusedCase:
 
 @functools.cache
 def _flops(encoder: Encoder, mode: str) -> int:
-    """For one sample, counted on tensors without data."""
+    """Count operations for one sample, on meta tensors."""
     from mope_fast.encoders import family_of
 
     with torch.device("meta"):
         model = encoder.make().eval().requires_grad_(False)
     inputs = encoder.inputs(1, encoder.tokens, torch.device("meta"), torch.float32)
-    inputs.pop("attention_mask", None)  # a library may look into it
+    inputs.pop("attention_mask", None)  # a library may read the mask's values
     family, training = family_of(model), mode == TRAINING
     first = family.layers(model)[0].module
     return count_flops(first, lambda: family.encode(model, inputs), backward=training, cut=training)
@@ -98,7 +98,7 @@ def _flops(encoder: Encoder, mode: str) -> int:
 
 @functools.cache
 def _head_flops(encoder: Encoder, mode: str) -> int:
-    """Of SETR's head, for one sample; training has gradients of inputs and weights."""
+    """Count operations of SETR's head for one sample; training includes gradients of inputs and weights."""
     with torch.device("meta"):
         width = encoder.make().embed_dim
         head, size = segmenting_head(width), encoder.map_size
@@ -107,7 +107,7 @@ def _head_flops(encoder: Encoder, mode: str) -> int:
 
 
 def segmenting_head(width: int) -> nn.Module:
-    """SETR's of a few channels: of the usual 256 it would take longer than the encoder."""
+    """Make SETR's head with few channels; with the usual 256 it would take longer than the encoder."""
     from mope_fast.models import SETRHead
 
     return SETRHead(width, 1, channels=64)
@@ -118,21 +118,21 @@ def _timm(name: str, **settings: Any) -> nn.Module:
 
     model = timm.create_model(name, num_classes=0, **settings)
     for block in model.blocks:
-        if hasattr(block.ls1, "gamma"):  # starts near zero, where a layer does nothing; trained ones are not
+        if hasattr(block.ls1, "gamma"):  # it is initialized near zero, where a layer does nothing, unlike in trained models
             nn.init.constant_(block.ls1.gamma, 0.5)
             nn.init.constant_(block.ls2.gamma, 0.5)
     return model
 
 
 def _swin(name: str, **settings: Any) -> nn.Module:
-    """On plain products and softmax, as timm has it by default."""
+    """Make a Swin with plain products and softmax, timm's default."""
     import timm
 
     return timm.create_model(name, num_classes=0, **settings)
 
 
 def _tiny_swin() -> nn.Module:
-    """15 x 15 tokens, 8 x 8 in the second stage: windows of 4 are padded, and not."""
+    """Make a Swin with 15 x 15 tokens, 8 x 8 in the second stage: windows of 4 are padded in the first stage only."""
     from timm.models.swin_transformer import SwinTransformer
 
     settings = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4, "num_classes": 0}
@@ -172,7 +172,7 @@ def _whisper(**settings: Any) -> nn.Module:
     from transformers import WhisperConfig
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-    return WhisperEncoder(WhisperConfig(attn_implementation="sdpa", **settings))  # without settings it is Whisper-tiny's
+    return WhisperEncoder(WhisperConfig(attn_implementation="sdpa", **settings))  # the default settings are Whisper-tiny's
 
 
 def _images(size: int) -> Callable[[int, int, torch.device, torch.dtype], dict[str, Tensor]]:
@@ -183,7 +183,7 @@ def _images(size: int) -> Callable[[int, int, torch.device, torch.dtype], dict[s
 
 
 def _pixels(size: int) -> Callable[[int, int, torch.device, torch.dtype], dict[str, Tensor]]:
-    """As transformers names them."""
+    """Make images under transformers' input name."""
     images = _images(size)
     return lambda *args: {"pixel_values": images(*args)["x"]}
 
@@ -205,9 +205,9 @@ TINY_TEXT = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_
 TINY_AUDIO = {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 48, "max_source_positions": 12}
 
 
-@functools.cache  # one encoder a size: they are told apart by what makes them
+@functools.cache  # cached so that each size is one object: encoders compare by their ``make`` functions
 def vit(size: str, image: int) -> Encoder:
-    """ViT-B/16 or ViT-S/16, "B" or "S", for images of so many pixels a side."""
+    """Return ViT-B/16 or ViT-S/16, ``size`` "B" or "S", for images of ``image`` x ``image`` pixels."""
     name = {"B": "vit_base_patch16_224", "S": "vit_small_patch16_224"}[size]
     make = functools.partial(_timm, name, img_size=image)
     return Encoder(f"ViT-{size}/16", "timm", make, (image // 16) ** 2 + 1, _images(image), 768, ("qkv",), "MiniLM")
@@ -245,14 +245,14 @@ SIDES = {
     "tiny text": TINY[1],
     "tiny image": TINY[0],
 }
-"""Complementary encoders of a usual size."""
+"""Complementary encoders of usual sizes, by name."""
 
 
 NARROW = ("ViT", "BERT", "DINOv2")
 
 
 def narrow(name: str, layers: int = 12) -> Encoder:
-    """An encoder of NARROW whose layers are so small that what is measured is the host's time."""
+    """Return an encoder of NARROW whose layers are so small that the host's time dominates."""
     make, library, tokens, inputs, lora, side = {
         "ViT": (_narrow_vit, "timm", 10, _images(12), ("qkv",), "tiny text"),
         "BERT": (_narrow_bert, "transformers", 9, _text, ("query", "value"), "tiny image"),
@@ -262,14 +262,14 @@ def narrow(name: str, layers: int = 12) -> Encoder:
 
 
 def host_cases(device: torch.device, extent: str) -> list[FusedCase]:
-    """Samples enough to be mixed in K/V space."""
+    """Return cases with enough samples for prompts to be mixed in K/V space."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     names = {SMOKE: NARROW[:1], CENTRE: NARROW[:2], FULL: NARROW}[extent]
     return [FusedCase(narrow(name, 2 if extent == SMOKE else 12), 24, dtype) for name in names]
 
 
 def cases(device: torch.device, extent: str) -> list[FusedCase]:
-    """In order of interest, which is that of measuring."""
+    """Return cases in order of interest, which is the order of measuring."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if extent == SMOKE:
         return _tiny_cases(dtype)
@@ -281,7 +281,7 @@ def cases(device: torch.device, extent: str) -> list[FusedCase]:
 
 
 def _tiny_cases(dtype: torch.dtype) -> list[FusedCase]:
-    # 17 samples are mixed in K/V space, 3 as prompts
+    # with 17 samples experts are mixed in K/V space, with 3 as prompts
     sizes = {TINY[0]: 17, TINY[1]: 3, TINY[2]: 17, TINY_SWIN: 17}
     return [*(FusedCase(encoder, batch, dtype) for encoder, batch in sizes.items()), FusedCase(TINY[0], 3, dtype, dense=True)]
 
@@ -296,7 +296,7 @@ def _gpu_cases(dtype: torch.dtype) -> list[FusedCase]:
             FusedCase(encoder, 1, dtype, modes=(INFERENCE,)) for encoder in all_five
         ),  # the mapper's batch norm can't train on one sample
         *(FusedCase(encoder, 64, dtype) for encoder in (VIT_S, WHISPER)),
-        # Swin-B: 36 GB for the truth's step in float32, beside two graphs of half of it each
+        # without Swin-B: the truth's step takes 36 GB in float32, besides two graphs of half of that each
         *(FusedCase(encoder, 256, dtype) for encoder in (VIT_B, BERT_B)),
         *(FusedCase(encoder, 64, dtype) for encoder in (LONG_BERT_B, SWIN_T, LARGE_SWIN_B, LARGE_SWIN_T)),
         *(FusedCase(encoder, 16, dtype) for encoder in (VIT_S, WHISPER)),

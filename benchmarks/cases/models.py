@@ -1,4 +1,4 @@
-"""What cases that are whole models share: modes, inputs, counting operations."""
+"""Shared by cases of whole models: modes, inputs, counting operations."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 def padded_text(batch: int, tokens: int, device: torch.device) -> dict[str, Tensor]:
-    """From a quarter of the tokens to all of them are real, in no order."""
+    """Make padded text in which from a quarter of the tokens to all of them are real, unordered."""
     least = tokens // 4
     lengths = least + torch.arange(batch, device=device) * 7919 % (tokens - least + 1)
     mask = torch.arange(tokens, device=device) < lengths[:, None]
@@ -18,7 +18,7 @@ def padded_text(batch: int, tokens: int, device: torch.device) -> dict[str, Tens
 
 
 def count_flops(first_layer: nn.Module, run: Callable[[], Tensor], *, backward: bool, cut: bool) -> int:
-    """Of all matrix products that ``run`` makes, and its backward pass if there is one; ``cut``: that ends at the first layer."""
+    """Count the matrix products of ``run``, with ``backward`` also of its backward pass; ``cut`` ends that at the first layer."""
     from torch.utils.flop_counter import FlopCounterMode
 
     def start(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Problem sizes of ``route_and_mix``, with the bytes and operations they can't do without."""
+"""Problem sizes of ``route_and_mix``, with their compulsory bytes and operations."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -25,7 +25,7 @@ class Case:
         return f"B={self.batch} K={self.experts} L={self.rows} M={self.width} {dtype}{' gram' if self.gram else ''}"
 
     def bytes(self, mode: str) -> int:
-        """Each input read once and each output written once; forward+backward counts as one function with gradients out."""
+        """Count each input read once and each output written once; forward+backward is one function that returns gradients."""
         routing = 4 * self.batch * self.experts
         mixed = self.dtype.itemsize * self.batch * self.rows * self.width
         table = self.dtype.itemsize * self.experts * self.rows * self.width
@@ -34,7 +34,7 @@ class Case:
         return forward if mode == "forward" else 2 * forward
 
     def flops(self, mode: str) -> int:
-        """Of the matrix products: one forward, two more backward (the gradients of their two operands)."""
+        """Count the matrix products: one forward, two more backward (the gradients of both operands)."""
         mix = 2 * self.batch * self.experts * self.rows * self.width
         norm = 2 * self.batch * self.rows * self.experts**2 if self.gram else 0
         return (mix + norm) * (1 if mode == "forward" else 3)

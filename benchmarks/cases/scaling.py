@@ -1,4 +1,4 @@
-"""Sizes along the curves of a fused encoder: each axis through one centre, and length-scaling at expert-scaling's parameters."""
+"""Sizes along the curves of a fused encoder: each axis through one center, and longer prompts at equal parameters."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from benchmarks.cases.models import INFERENCE, MODES, TRAINING
 
 AXES = ("K", "L", "B", "S")
 LENGTH = "length"
-"""The curve on which prompts get longer in place of more: see :func:`equal_length`."""
+"""The curve on which prompts get longer instead of more numerous: see :func:`equal_length`."""
 LENGTH_EXPERTS = 2
-"""Experts that length-scaling keeps: the paper's figure 4 starts both ways from 2 experts of 6 rows."""
+"""Number of experts in length-scaling: the paper's figure 4 starts both ways from 2 experts of 6 tokens."""
 
 
 @dataclass(frozen=True)
 class ScalingCase(FusedCase):
-    """``axes``: the curves that it is a point of."""
+    """A point of one or several curves, which ``axes`` names."""
 
     axes: tuple[str, ...] = ()
 
@@ -28,10 +28,10 @@ class ScalingCase(FusedCase):
 
 
 def equal_length(experts: int, length: int, kept: int = LENGTH_EXPERTS) -> int:
-    """Rows a prompt of ``kept`` experts that take as many parameters as ``experts`` of ``length`` rows, static prompt included.
+    """Return the length of ``kept`` experts with as many parameters as ``experts`` of ``length``, static prompt included.
 
     Raises:
-        ValueError: no whole number of rows does.
+        ValueError: no integer length has as many.
     """
     rows, rest = divmod((1 + experts) * length, 1 + kept)
     if rest:
@@ -44,18 +44,18 @@ def equal_length(experts: int, length: int, kept: int = LENGTH_EXPERTS) -> int:
 
 @dataclass(frozen=True)
 class Curves:
-    """The points of each axis beside the centre's; ``length``: the numbers of experts whose parameters length-scaling gets."""
+    """The points of each axis besides the center; ``length``: numbers of experts whose parameter counts length-scaling matches."""
 
     centre: ScalingCase
     experts: tuple[int, ...]
     lengths: tuple[int, ...]
     batches: tuple[int, ...]
     encoders: tuple[Encoder, ...]
-    """At other numbers of tokens."""
+    """Encoders with other numbers of tokens."""
     length: tuple[int, ...]
 
     def cases(self) -> list[ScalingCase]:
-        """In order of interest, the centre first; a size on several curves is one case."""
+        """Return cases in order of interest, the center first; a size on several curves is one case."""
         centre, length = self.centre, self.centre.length
         points = [
             (centre, AXES),
@@ -76,16 +76,16 @@ class Curves:
 
 
 def _modes(batch: int) -> tuple[str, ...]:
-    """The mapper's batch norm can't train on one sample."""
+    """Return the modes for a batch size; the mapper's batch norm can't train on one sample."""
     return MODES if batch > 1 else (INFERENCE,)
 
 
 def cases(device: torch.device, extent: str) -> list[ScalingCase]:
-    """In order of interest, which is that of measuring."""
+    """Return cases in order of interest, which is the order of measuring."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if extent == SMOKE:
         return Curves(ScalingCase(TINY[0], 32, dtype), (2,), (3,), (3,), (TINY[1],), (4,)).cases()
-    if extent == CENTRE:  # of a curve it takes two points to see anything: the goal's
+    if extent == CENTRE:  # the two points of the goal: a curve needs at least two
         few = ScalingCase(vit("S", 224), 4, dtype, modes=(TRAINING,), axes=("K",))
         if device.type == "cuda":
             few = dataclasses.replace(few, encoder=vit("B", 224), batch=64)
@@ -94,7 +94,7 @@ def cases(device: torch.device, extent: str) -> list[ScalingCase]:
 
 
 def _gpu_cases(dtype: torch.dtype) -> list[ScalingCase]:
-    # length-scaling ends at 517 rows on 197 tokens: the truth in float32 goes through all of them as tokens, 40 GB at B=64
+    # length-scaling ends at 517 prompt tokens on 197 tokens: the float32 truth processes all of them as tokens, 40 GB at B=64
     return Curves(
         ScalingCase(vit("B", 224), 64, dtype),
         experts=(256, 2, 4, 8, 32, 64, 128, 512, 1024),
@@ -106,9 +106,9 @@ def _gpu_cases(dtype: torch.dtype) -> list[ScalingCase]:
 
 
 def _cpu_cases(dtype: torch.dtype) -> list[ScalingCase]:
-    """Of a smaller encoder, in steps of four; where the goal is, of ViT-B, the goal's two points.
+    """Return the curves of a smaller encoder, in steps of four, and the goal's two points of ViT-B.
 
-    Experts' bytes grow with a layer's width and its products with the square: a small step shows them more.
+    Experts' bytes grow with a layer's width, its products with the square of it: in a small encoder's step the experts show more.
     """
     curves = Curves(
         ScalingCase(vit("S", 224), 4, dtype),

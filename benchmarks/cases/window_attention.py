@@ -12,7 +12,7 @@ from benchmarks.cases import CENTRE, MODES, SMOKE
 
 @dataclass(frozen=True)
 class WindowCase:
-    """Images of ``size`` tokens, cut into windows with ``window`` tokens a side; prompts as two key/value prefixes."""
+    """Images of ``size`` tokens, cut into windows of ``window`` x ``window`` tokens; prompts as two key/value prefixes."""
 
     model: str
     batch: int
@@ -23,9 +23,9 @@ class WindowCase:
     dtype: torch.dtype
     head_dim: int = 32
     prefixes: tuple[int, int] = (6, 7)
-    """The first has batch 1, as a prompt learned by a layer; the second has one for each image, as a mixed prompt."""
+    """The first has batch 1, like a layer's learned prompt; the second has one per image, like a mixed prompt."""
     first_layer: bool = False
-    """Gradients for the prefixes only: in a frozen encoder's first layer nothing learned is behind qkv."""
+    """Gradients for the prefixes only: in a frozen encoder's first layer qkv doesn't depend on trained parameters."""
 
     op = "window_prompt_attention"
 
@@ -45,7 +45,7 @@ class WindowCase:
 
     @property
     def area(self) -> int:
-        """Tokens of a window."""
+        """Number of tokens of a window."""
         return self.window**2
 
     @property
@@ -58,18 +58,18 @@ class WindowCase:
         return height, width
 
     def bias_table(self, device: torch.device | str) -> Tensor:
-        """((2 window - 1)^2, H), Swin's parameter: one number for each offset between two tokens of a window."""
+        """Return Swin's bias table ((2 window - 1)^2, H): one number for each offset between two tokens of a window."""
         generator = torch.Generator().manual_seed(0)
         return torch.randn((2 * self.window - 1) ** 2, self.heads, generator=generator).to(device, self.dtype)
 
     def bias(self, device: torch.device | str) -> Tensor:
-        """(H, W, W), what the table says of each pair of a window's tokens."""
+        """Return the bias (H, W, W) of each pair of a window's tokens, by the table."""
         index = torch.arange(self.area, device=device)
         rows, columns = (axis[:, None] - axis + self.window - 1 for axis in (index // self.window, index % self.window))
         return self.bias_table(device)[rows * (2 * self.window - 1) + columns].permute(2, 0, 1).contiguous()
 
     def bytes(self, mode: str) -> int:
-        """qkv, prefixes, bias and the upstream gradient read once, out and the gradients asked for written once."""
+        """Count qkv, prefixes, bias and the upstream gradient read once, out and the requested gradients written once."""
         tokens = self.batch * self.tokens * self.heads * self.head_dim * self.dtype.itemsize
         shared, own = self.prefixes
         prefixes = 2 * (shared + self.batch * own) * self.heads * self.head_dim * self.dtype.itemsize
@@ -79,10 +79,10 @@ class WindowCase:
         return forward + tokens + prefixes + (0 if self.first_layer else 3 * tokens)
 
     def flops(self, mode: str) -> int:
-        """Of the matrix products: two forward, five backward, as nobody keeps the probabilities; four over the pairs with
+        """Count the matrix products: two forward, five backward, because the probabilities are recomputed; four over the pairs with
         prefix keys for the prefixes' gradients alone.
 
-        A token sees its window, seams and padding too, and the prefixes. Padding asks nothing.
+        A token attends to the prefixes and to its whole window, including padding and tokens across seams. Padding has no queries.
         """
         product = 2 * self.heads * self.head_dim
         queries = self.batch * self.tokens
@@ -98,7 +98,7 @@ class WindowCase:
 
 
 def swin_stage(stage: int, batch: int, dtype: torch.dtype, *, image: int = 224, shifted: bool = True, **rest) -> WindowCase:
-    """A block of Swin-B, as timm has it for images of 224 or 384 pixels: the last stage is one window, and not shifted."""
+    """Return a block of timm's Swin-B for images of 224 or 384 pixels; the last stage is one window and not shifted."""
     window, side = {224: 7, 384: 12}[image], image // 2 ** (stage + 1)
     model = f"Swin-B{'' if image == 224 else f'/{image}'} stage {stage}"
     shift = window // 2 if shifted and side > window else 0
@@ -106,7 +106,7 @@ def swin_stage(stage: int, batch: int, dtype: torch.dtype, *, image: int = 224, 
 
 
 def cases(device: torch.device, extent: str) -> list[WindowCase]:
-    """In order of interest: of N shards the first has the first case."""
+    """Return cases in order of interest: of N shards the first has the first case."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     if extent == SMOKE:
         return [

@@ -1,7 +1,7 @@
-"""Turn saved results into tables and plots, or, without arguments, all that the repository keeps into benchmarks/REPORT.md.
+"""Turn saved results into tables and plots; without arguments, turn the repository's results into benchmarks/REPORT.md.
 
 Several files are repeated runs or parts of one device's suite: a size measured more than once gets the median of its medians. Every
-op gets a report of its own, DIR/OP/report.md, and all together a page, DIR/REPORT.md.
+op gets its own report, DIR/OP/report.md, and all together get a page, DIR/REPORT.md.
 """
 
 import dataclasses
@@ -20,13 +20,13 @@ RESULTS, PAGE, README = FOLDER / "results", FOLDER / "REPORT.md", FOLDER.parent 
 
 
 def read(files: Sequence[Path], folder: str = ".") -> Device:
-    """What files of one device say."""
+    """Read the results of one device from files."""
     documents = [record.read(file) for file in files if file.suffix == ".json"]
     rows = merge(row for document in documents for row in parse(document))
     if not rows:
         raise SystemExit(f"no benchmark in {', '.join(map(str, files))}")
     if len({row.info["device"] for row in rows}) > 1:
-        raise SystemExit(f"one report is about one device, these files are from {distinct(rows, 'device')}")
+        raise SystemExit(f"a report is about one device, but these files are from {distinct(rows, 'device')}")
     groups: dict[str, list[Group]] = {}
     for op in (op for op in PROFILES if any(row.info["op"] == op for row in rows)):
         groups[op] = group((row for row in rows if row.info["op"] == op), PROFILES[op])
@@ -37,12 +37,12 @@ def read(files: Sequence[Path], folder: str = ".") -> Device:
 
 
 def _with_curves(device: Device, folder: Path) -> Device:
-    """With the pictures that are in ``folder``."""
+    """Return the device with the names of the pictures in ``folder``."""
     return dataclasses.replace(device, curves=tuple(sorted(file.stem for file in folder.glob("*.svg"))))
 
 
 def write(files: Sequence[Path], output: Path) -> list[Path]:
-    """The reports written: one for each op, and the page about all."""
+    """Write a report for each op and the page about all; return their paths."""
     device = read(files)
     reports = [*_write_parts(device, files, output), output / "REPORT.md"]
     write_atomically(reports[-1], overview.page([_with_curves(device, output / "scaling")]).encode())
@@ -50,7 +50,7 @@ def write(files: Sequence[Path], output: Path) -> list[Path]:
 
 
 def _write_parts(device: Device, files: Sequence[Path], output: Path) -> list[Path]:
-    """All but the page."""
+    """Write all reports except the page."""
     reports = _write_ops(device, output)
     if any(row.info["op"] == scaling_points.OP for row in device.rows) or any(file.suffix == ".jsonl" for file in files):
         reports += scaling_pictures.write(files, output / "scaling")
@@ -75,14 +75,14 @@ def _files(folder: Path) -> list[Path]:
 
 
 def kept() -> list[Device]:
-    """What the repository has, GPUs first."""
+    """Read the results that the repository keeps, GPUs first."""
     folders = [folder for folder in sorted(RESULTS.iterdir()) if any(folder.glob("*.json"))]
     devices = [_with_curves(read(_files(folder), folder.relative_to(FOLDER).as_posix()), folder / "scaling") for folder in folders]
     return sorted(devices, key=lambda device: device.type, reverse=True)
 
 
 def pages(devices: Sequence[Device]) -> dict[Path, str]:
-    """The page about all devices, and the README with its table from those of them that have all of it."""
+    """Return the page about all devices, and the README with its table from the devices that have all of its models."""
     written = {PAGE: overview.page(devices)}
     if complete := [*filter(overview.is_complete, devices)]:
         written[README] = overview.put(README.read_text(), overview.headline(complete))
@@ -94,7 +94,7 @@ def write_kept() -> list[Path]:
     for device in kept():
         folder = FOLDER / device.folder
         reports += _write_parts(device, _files(folder), folder)
-        devices.append(_with_curves(device, folder / "scaling"))  # there may be more of them now
+        devices.append(_with_curves(device, folder / "scaling"))  # reread, because pictures may have been added
     for path, content in pages(devices).items():
         write_atomically(path, content.encode())
         reports.append(path)

@@ -1,4 +1,4 @@
-"""Saved results as rows and groups, and what a report says about them: goals and profiles."""
+"""Saved results as rows and groups, and how a report shows and judges them: profiles and goals."""
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -34,7 +34,7 @@ class Row:
 
     @property
     def roofline_share(self) -> float | None:
-        """Of the faster of two impossible devices: one that only copies, one that only multiplies."""
+        """Share of the roofline: the larger of the shares of the copy bandwidth and of the arithmetic peak."""
         if self.info.get("peak_dtype") != self.info["dtype"]:
             return None
         return max(self.copy_share, self.tflops / self.info["peak_tflops"])
@@ -85,19 +85,19 @@ class Goal:
     measure: Callable[[Group], float | None]
     bound: float
     level: Callable[[Group], bool] = lambda group: False
-    """Too close to call, where the bound is missed."""
+    """Returns True if a missed bound is too close to call."""
     summary: bool = False
-    """One line for all sizes, about the worst."""
+    """Report all sizes in one line, with the worst one."""
     at_most: bool = False
-    """Bounded from above, not from below."""
+    """True for an upper bound, False for a lower one."""
     closing: str = ""
-    """What would close the gap, where it is missed."""
+    """What would close the gap if the goal is missed."""
 
     def wanted(self) -> str:
         return f"{'<=' if self.at_most else '>='} {self.bound:g}"
 
     def excess(self, value: float) -> float:
-        """By which share the bound is missed; at most 0 if it is met."""
+        """Return the relative amount by which the bound is missed; at most 0 if it is met."""
         return value / self.bound - 1 if self.at_most else 1 - value / self.bound
 
 
@@ -107,28 +107,28 @@ class Profile:
 
     op: str
     labels: Mapping[str, str]
-    """For every provider, in the order of tables and pictures."""
+    """Label of every provider, in the order of tables and pictures."""
     colours: Mapping[str, str]
     ours: str
     peers: tuple[str, ...]
-    """Whose best the speed column is relative to."""
+    """Providers whose best the speed column is relative to."""
     peers_text: str
     rivals: Callable[[Group], Sequence[str]]
-    """Those that ours should not lose to."""
+    """Returns the providers that ours should not be slower than."""
     columns: Mapping[str, Callable[[Row], str]]
-    """Of the results table, after the times."""
+    """Columns of the results table after the times."""
     goals: Sequence[Goal]
     notes: str
-    """What the columns mean, under the report's head."""
+    """Meaning of the columns, printed under the report's head."""
     ratios: Sequence["Ratio"]
     axis_label: Callable[[str], str]
-    """A size on short lines."""
+    """Breaks a size's name into short lines."""
     title: str = ""
-    """Of its part of the page about all ops, where there are taxes."""
+    """Title of the op's section on the page about all ops; for ops with a baseline."""
     baseline: str | None = None
-    """The provider in turns with which all were timed, if they were: taxes on it are shown in place of times."""
+    """The provider that all were timed in turns with, if any: taxes relative to it are shown instead of times."""
     table_per_mode: bool = False
-    """Of taxes: not one table for all modes of a size."""
+    """True for a table of taxes per mode instead of one for all modes of a size."""
 
     def label(self, row: Row) -> str:
         name = row.info["provider"]
@@ -136,7 +136,7 @@ class Profile:
 
 
 class Ratio(NamedTuple):
-    """A picture of ``value`` for every mode and timing."""
+    """A plot of ``value`` for every mode and timing."""
 
     file: str
     title: str
@@ -154,12 +154,12 @@ def parse(document: dict[str, Any]) -> list[Row]:
 
 
 def parse_skipped(documents: Iterable[dict[str, Any]]) -> list[Skip]:
-    """What none of them has."""
+    """Return the measurements that none of the documents has."""
     return [Skip(**entry) for entry in record.skips(documents)]
 
 
 def by_key(rows: Iterable[Row]) -> dict[tuple[str, ...], list[Row]]:
-    """The runs of each measurement."""
+    """Group the runs of each measurement."""
     runs: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         runs.setdefault(row.key, []).append(row)
@@ -167,7 +167,7 @@ def by_key(rows: Iterable[Row]) -> dict[tuple[str, ...], list[Row]]:
 
 
 def merge(rows: Iterable[Row]) -> list[Row]:
-    """One row a key: the median over runs of the median, of each quartile, of the taxes and of the device's peaks."""
+    """Merge runs to one row per key: the medians over runs of the median, each quartile, the taxes and the device's peaks."""
     return [_middle(same) for same in by_key(rows).values()]
 
 
@@ -198,12 +198,12 @@ def optional(value: float | None, form: str) -> str:
 
 
 def speed(group: Group, names: Iterable[str], of: str | None = None) -> float | None:
-    """How many times faster ours, or the provider ``of``, is than the best of ``names``."""
+    """Return the speed of ours, or of the provider ``of``, relative to the best of ``names``."""
     best, row = group.best(names), group.rows.get(of or group.profile.ours)
     return None if best is None or row is None else best.median / row.median
 
 
 def overlap(group: Group, names: Iterable[str], of: str | None = None) -> bool:
-    """Ours, or the provider ``of``, and the best of ``names`` differ by less than their quartiles overlap."""
+    """Return whether the lower quartile of ours, or of the provider ``of``, is within the upper one of the best of ``names``."""
     best, row = group.best(names), group.rows.get(of or group.profile.ours)
     return best is not None and row is not None and row.quartiles[0] <= best.quartiles[1]

@@ -1,4 +1,4 @@
-"""One page about all devices: what MoPE costs on top of a frozen encoder, against other ways, and which goals are met."""
+"""One page about all devices: the cost of MoPE on top of a frozen encoder, compared with other methods, and which goals are met."""
 
 import collections
 import re
@@ -16,7 +16,7 @@ WHERE = {"called": "as called", "replay": "in a CUDA graph"}
 
 @dataclass(frozen=True)
 class Device:
-    """What was measured on one device; ``folder``: from the page to the reports of its ops."""
+    """The results of one device; ``folder`` is the path from the page to the reports of its ops."""
 
     rows: Sequence[Row]
     folder: str
@@ -24,9 +24,9 @@ class Device:
     """op -> its groups; scaling has curves instead."""
     skipped: Sequence[Skip] = ()
     curves: Sequence[str] = ()
-    """Names of pictures in the folder's ``scaling``, if that was measured."""
+    """Names of the pictures in the folder's ``scaling``, if that was measured."""
     flatness: Sequence[str] = ()
-    """What they say about the goal, a sentence each."""
+    """Verdicts of the curves about the scaling goal, one sentence each."""
 
     @property
     def name(self) -> str:
@@ -49,12 +49,12 @@ def _memory(row: Row | None) -> str:
 
 
 def _columns(groups: Sequence[Group], profile: Profile) -> list[str]:
-    """All that shares the baseline's task and inputs; what doesn't says so in its label."""
+    """Return all measured providers but the baseline; those with another task or other inputs say so in their labels."""
     return [name for name in profile.labels if name != profile.baseline and any(name in group.rows for group in groups)]
 
 
 def tax_tables(groups: Sequence[Group], profile: Profile) -> Iterator[str]:
-    """For every mode the times and the peak memory of all providers over the baseline's."""
+    """Yield for every mode the times and peak memory of all providers relative to the baseline's."""
     for mode in dict.fromkeys(group.mode for group in groups):
         chosen = [group for group in groups if group.mode == mode]
         names = _columns(chosen, profile)
@@ -91,7 +91,7 @@ def _speed_tables(device: Device) -> Iterator[str]:
                          *(f"{speed:.2f}" for speed in (speeds[0], statistics.median(speeds), speeds[-1]))]
                     )  # fmt: skip
     if lines:
-        yield '### Functions\n\nSpeed of `impl="auto"` over the fastest other form of the same size, over all sizes:'
+        yield '### Functions\n\nSpeed of `impl="auto"` relative to the fastest other form of the same size, over all sizes:'
         yield text.table(["", "mode", "", "sizes", "worst", "middle", "best"], lines)
 
 
@@ -149,22 +149,22 @@ def page(devices: Sequence[Device]) -> str:
     head = """\
 # What MoPE costs
 
-Time and peak memory of a fused model's step over those of the frozen encoder's own step (1.000), same mode, same run; the
+Time and peak memory of a fused model's step relative to the frozen encoder's own step (1.000), in the same mode and run; the
 complementary encoder is in neither. A training step of the frozen encoder goes back through every layer, so **head only**, which
 never goes back into the encoder, is cheaper than 1. [README](README.md) says what each provider is and how it is checked and timed.
-Written by `python -m benchmarks.report`; `python -m benchmarks.run` writes the same page about your machine."""
+This page is written by `python -m benchmarks.report`; `python -m benchmarks.run` writes the same page about your machine."""
     without = [] if any(device.type == "cuda" for device in devices) else ["**No GPU has been measured yet.**"]
     return "\n\n".join([head, *without, *(part for device in devices for part in _section(device))]) + "\n"
 
 
 def is_complete(device: Device) -> bool:
-    """Whether all models of the README's table have been measured."""
+    """Return whether all models of the README's table have been measured."""
     measured = {group.info["model"] for group in device.groups.get(END_TO_END.op, []) if "mope_fast" in group.rows}
     return measured.issuperset(TOKENS)
 
 
 def headline(devices: Sequence[Device]) -> str:
-    """The README's table: three encoders on each device, at the batch size at which most was measured there."""
+    """Return the README's table: three encoders on each device, each at the batch size with the most measurements."""
     columns = [f"{device.name}, {mode}" for device in devices for mode in (INFERENCE, TRAINING)]
     lines = []
     for model, tokens in TOKENS.items():
@@ -181,7 +181,7 @@ def headline(devices: Sequence[Device]) -> str:
 
 
 def put(document: str, table: str) -> str:
-    """``document`` with the table between its two marks."""
+    """Return ``document`` with the table between its two marks."""
     begin, end = "<!-- from benchmarks/REPORT.md -->", "<!-- end -->"
     between = re.compile(f"{begin}.*?{end}", re.DOTALL)
     replaced, count = between.subn(lambda _: f"{begin}\n\n{table}\n\n{end}", document)

@@ -9,7 +9,7 @@ from benchmarks.report.model import Group, Profile, Ratio, Row
 from benchmarks.report.text import TIMING_TITLES
 
 RATIO_COLOURS = {"called": ("#9ec5e8", "#1f6fb4"), "replay": ("#e3c29b", "#c98a3c")}
-"""Light and dark, of the mode without a backward pass and with one."""
+"""Light color for the mode without a backward pass, dark for the one with it."""
 
 
 def _new_axes(groups: Sequence[Group], profile: Profile):
@@ -33,7 +33,7 @@ def _finish(figure, axes, path: Path, title: str) -> str:
     axes.set_title(title, fontsize=10)
     columns = max(2, min(5, int(figure.get_figwidth() / 2.3)))
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
-    with matplotlib.rc_context({"svg.hashsalt": path.stem}):  # the same picture has the same bytes
+    with matplotlib.rc_context({"svg.hashsalt": path.stem}):  # makes the file's bytes reproducible
         figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
     return path.name
@@ -50,7 +50,7 @@ class Bar(NamedTuple):
 def _plot_providers(
     axes, groups: Sequence[Group], profile: Profile, bar: Callable[[Row], Bar], labelled: bool
 ) -> list[tuple[float, float, Row]]:
-    """Bars with whiskers for every provider of every group; returns where each bar begins and ends."""
+    """Draw bars with whiskers for every provider of every group; return the left and right end of each bar."""
     width = 0.84 / max(len(each.rows) for each in groups)
     placed: dict[str, list[tuple[float, Row]]] = {name: [] for name in profile.labels}
     for x, each in enumerate(groups):
@@ -69,7 +69,7 @@ def _plot_providers(
 
 
 def plot_times(groups: Sequence[Group], profile: Profile, path: Path, device: str) -> str:
-    """The median time of every provider, with quartiles as whiskers, on a log axis."""
+    """Plot the median time of every provider, with quartiles as whiskers, on a log axis."""
     from matplotlib.ticker import LogFormatter
 
     def bar(row: Row) -> Bar:
@@ -79,13 +79,13 @@ def plot_times(groups: Sequence[Group], profile: Profile, path: Path, device: st
     _plot_providers(axes, groups, profile, bar, labelled=False)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
-    axes.yaxis.set_minor_formatter(LogFormatter())  # between the decades where there are few
+    axes.yaxis.set_minor_formatter(LogFormatter())  # labels between decades if there are few decades
     axes.set_ylabel("median time of a call, us")
     return _finish(figure, axes, path, f"{profile.op} {groups[0].mode}, {TIMING_TITLES[groups[0].timing]}\n{device}")
 
 
 def plot_taxes(groups: Sequence[Group], profile: Profile, path: Path, device: str) -> str:
-    """Every provider's time over the baseline's, whiskers for the spread over rounds, a line at one and marks at the tokens'."""
+    """Plot every provider's time relative to the baseline's, with the spread over rounds, a line at one and the ratio of tokens."""
 
     def bar(row: Row) -> Bar:
         return Bar(*(row.info[name] for name in ("tax", "tax_low", "tax_high")))
@@ -101,7 +101,7 @@ def plot_taxes(groups: Sequence[Group], profile: Profile, path: Path, device: st
 
 
 def plot_ratio(groups: Sequence[Group], profile: Profile, path: Path, device: str, ratio: Ratio) -> str:
-    """Bars for every mode and timing; a line at one."""
+    """Plot bars for every mode and timing, and a line at one."""
     cases = list({each.case: each for each in groups}.values())
     figure, axes = _new_axes(cases, profile)
     place = {each.case: x for x, each in enumerate(cases)}

@@ -107,7 +107,7 @@ once and each output written once; a share of copy above 100 % means that caches
 
 
 def attention_rivals(group: Group) -> list[str]:
-    """All but ``auto`` and, by name, the implementation that it is at this size; its SDPA is not the one measured beside it."""
+    """Return all providers except ``auto`` and the implementation that it chose; mope_fast's SDPA is not the SDPA provider."""
     itself = None if group.ours is None or group.ours.info["implementation"] == "sdpa" else group.ours.info["implementation"]
     return [name for name in group.profile.labels if name not in ("auto", itself)]
 
@@ -251,7 +251,7 @@ def over_timm(group: Group) -> float | None:
 
 
 def not_slower_in_windows(mode: str, timing: str, device_type: str) -> list[Goal]:
-    """Than whatever has prompts too, and than what a frozen Swin runs without them."""
+    """Return goals to be not slower than other providers with prompts, and than a frozen Swin without prompts."""
     rivals: dict[str, Callable[[Group], list[str]]] = {
         "auto not slower than the best other with prompts": prompted_rivals,
         "auto not slower than timm on SDPA without prompts": lambda group: ["timm"],
@@ -292,9 +292,9 @@ WINDOW_PROMPT_ATTENTION = dataclasses.replace(
         *(goal for mode in MODES for goal in not_slower_in_windows(mode, "called", "cpu")),
     ],
     notes=f"""\
-{PROMPT_ATTENTION.notes} What has no prompts does less: its rows
+{PROMPT_ATTENTION.notes} Providers without prompts do less work, but
 are given the same counts. All but FlexAttention and mope_fast get the projection of windows, and move the image's tokens into
-windows in front of it.""",
+windows before it.""",
     ratios=[
         Ratio("speedup.svg", "Speed of mope_fast auto over the best other with prompts", "times its speed", over_prompted),
         Ratio("speedup_timm.svg", "Speed of mope_fast auto over timm on SDPA, without prompts", "times its speed", over_timm),
@@ -318,7 +318,7 @@ def at_most(
 
 
 def over_literal(group: Group) -> float | None:
-    """How many times the time of ours the paper-literal form takes; both relative to the frozen encoder in turns with them."""
+    """Return the paper-literal form's time relative to ours; both are relative to the frozen encoder, timed in turns with them."""
     literal = group.rows.get("paper-literal")
     return None if literal is None or group.ours is None else literal.info["tax"] / group.ours.info["tax"]
 
@@ -348,21 +348,21 @@ END_TO_END_LABELS = {
     "full": "full fine-tuning",
     "side": "complementary encoder alone",
 }
-FEWER_KERNELS = "fewer small kernels a layer; which, notes/end_to_end.md has under 'What to try'"
+FEWER_KERNELS = "fewer small kernels per layer; notes/end_to_end.md lists them under 'What to try'"
 CPU_ATTENTION = (
-    "an attention for CPUs that takes prompts' keys and values without a concatenation, as fast for a number of keys that is no "
-    "multiple of 16 as for one that is; torch's SDPA is neither"
+    "an attention for CPUs that takes prompts' keys and values without a concatenation, and that is as fast for any number of keys "
+    "as for a multiple of 16; torch's SDPA does neither"
 )
 OUT_OF_PYTHON = (
-    "a CUDA graph or torch.compile(mode='reduce-overhead'): as called, small batches wait for Python; the other can't be captured"
+    "a CUDA graph or torch.compile(mode='reduce-overhead'): small batches wait for Python, and paper-literal can't be captured"
 )
 SHARED_WORK = (
-    "nothing in this package: what the other form adds to the frozen encoder's step is less than the goal asks for, and most of it "
-    "is saved already; the rest is the encoder, which both run"
+    "nothing in this package: paper-literal adds less to the frozen encoder's step than the goal requires us to save, and most of "
+    "that is saved already; the rest is the encoder, which both run"
 )
 VIT_BERT, SWIN = ("ViT-B/16", "BERT-B"), "Swin-B/224"
 TOKENS = {"ViT-B/16": 197, "BERT-B": 128, SWIN: 3136}
-"""Of the models that goals and the README's table are about."""
+"""Number of tokens of the models in goals and in the README's table."""
 END_TO_END = Profile(
     op="end_to_end",
     labels=END_TO_END_LABELS,
@@ -399,14 +399,14 @@ END_TO_END = Profile(
         *(faster_than_literal(1.2, "cpu", model, SHARED_WORK) for model in (SWIN, "ViT-B/16")),
     ],
     notes="""\
-Time: over that of the frozen encoder, timed before and after every round; the median over rounds and, in brackets, the 20th and
-80th percentile. The frozen encoder's own row is a second copy of it: what it differs from 1 is the resolution. Memory: a step's
-peak beyond weights and inputs, over the frozen encoder's (and in MiB). Inference is a forward pass, training forward, backward
-and all trained parameters' gradients, without the optimiser. All have the same linear head. Logits, loss and gradients were
-checked before. **The frozen encoder's training step goes back through every layer down to the embedding. Head only never goes
-back into the encoder: it is what training costs who adds nothing inside.** The
-complementary encoder is in none of the others. **A frozen Swin is timm's as it comes: its attention in windows is plain products
-and softmax. It has a switch for SDPA, which is on in a row of its own.** The paper-literal form can't go into a CUDA graph.""",
+Time: relative to the frozen encoder, timed before and after every round; the median over rounds and, in brackets, the 20th and
+80th percentile. The frozen encoder's own row is a second copy of it: its difference from 1 is the resolution. Memory: a step's
+peak beyond weights and inputs, relative to the frozen encoder's (and in MiB). Inference is a forward pass; training is forward,
+backward and all trained parameters' gradients, without the optimizer. All have the same linear head. Logits, loss and gradients
+were checked before timing. **The frozen encoder's training step goes back through every layer down to the embedding. Head only
+never goes back into the encoder: it is the cost of training without anything added inside the encoder.** The
+complementary encoder is in none of the others. **A frozen Swin is timm's with default settings: its attention in windows is plain
+products and softmax. A separate row has timm's SDPA option turned on.** The paper-literal form can't go into a CUDA graph.""",
     ratios=[
         Ratio("speedup_literal.svg", "Speed of mope_fast over the paper-literal form", "times its speed", over_literal),
     ],
@@ -426,9 +426,9 @@ HOST = dataclasses.replace(
     columns={"launches a layer": _launches},
     goals=[],
     notes="""\
-Twelve layers of width 32: what is measured is the time of calling them. Over that of the frozen encoder, timed in turns; the median
-over rounds and, in brackets, the 20th and 80th percentile. Launches are operations of a forward that do work, of one layer with all
-that the row adds to it, as this device runs them: on a CPU the op of a layer's prompts is torch's own operations.""",
+Twelve layers of width 32, so that the time of calling them dominates. Time is relative to the frozen encoder, timed in turns; the
+median over rounds and, in brackets, the 20th and 80th percentile. Launches are a forward's operations that do work on this device,
+for one layer with everything that the row adds to it; on a CPU the op of a layer's prompts consists of torch's own operations.""",
     ratios=[],
     title="What prompts cost the host",
 )  # fmt: skip
@@ -496,12 +496,12 @@ MOPE_BAF = Profile(
         *(restriction_is_free("cpu", mode, "called") for mode in BAF_MODES),
     ],
     notes="""\
-Time: over that of the plain VLMo, timed before and after every round; the median over rounds and, in brackets, the 20th and 80th
-percentile. The plain VLMo's own row is a second copy of it: what it differs from 1 is the resolution. Tokens: rows of a layer's
-sequence over those of the plain VLMo, the mean over layers; time / tokens is what more than these a step takes. Memory: a step's
-peak beyond weights and inputs, over the plain VLMo's (and in MiB). Training is forward, backward and the gradients of all that is
-trained, without the optimiser; training-frozen the same with the VLMo frozen, where the plain one's gradients go down to its
-embedding and to no weight. Logits, loss and every gradient were checked before.""",
+Time: relative to the plain VLMo, timed before and after every round; the median over rounds and, in brackets, the 20th and 80th
+percentile. The plain VLMo's own row is a second copy of it: its difference from 1 is the resolution. Tokens: the length of a
+layer's sequence relative to the plain VLMo's, the mean over layers; time / tokens is time divided by that. Memory: a step's
+peak beyond weights and inputs, relative to the plain VLMo's (and in MiB). Training is forward, backward and the gradients of all
+trained parameters, without the optimizer; training-frozen is the same with the VLMo frozen, where the plain one's gradients go down
+to its embedding but to no weight. Logits, loss and every gradient were checked before timing.""",
     ratios=[],
     axis_label=lambda case: textwrap.fill(case, 14, break_on_hyphens=False),
     title="MoPE-BAF in a VLMo",

@@ -1,4 +1,4 @@
-"""The tables that a run prints at its end: every provider of a group beside ours."""
+"""The tables that a run prints at its end: all providers of a group next to ours."""
 
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ from benchmarks.report.profiles import END_TO_END, PROFILES
 
 
 def time_of(seconds: float) -> str:
-    """Three digits."""
+    """Format a time with three digits."""
     scale, unit = next(
         (scale, unit) for scale, unit in ((1, "s"), (1e3, "ms"), (1e6, "us")) if seconds * scale >= 1 or unit == "us"
     )
@@ -20,7 +20,7 @@ def time_of(seconds: float) -> str:
 
 
 def _cell(each: Group, name: str) -> str:
-    """Time, and the tax or, where there is none, the speed over the peers'."""
+    """Format the time with the tax or, if there is none, with the speed relative to the peers."""
     row = each.rows.get(name)
     if row is None:
         return "-"
@@ -29,7 +29,7 @@ def _cell(each: Group, name: str) -> str:
 
 
 def _table(groups: Sequence[Group], profile: Profile) -> Iterator[str]:
-    """One size: a line for each provider, a column for each mode and timing."""
+    """Yield the table of one size: a line for each provider, a column for each mode and timing."""
     info = groups[0].info
     meaning = (
         f"speed over {profile.peers_text}" if profile.baseline is None else f"time over the {profile.labels[profile.baseline]}'s"
@@ -51,7 +51,7 @@ def _table(groups: Sequence[Group], profile: Profile) -> Iterator[str]:
 
 
 def _skipped(skipped: Sequence[Mapping[str, str]]) -> Iterator[str]:
-    """A line for each reason."""
+    """Yield the skipped measurements by reason."""
     whose: dict[str, dict[str, None]] = {}
     for skip in skipped:
         whose.setdefault(skip["reason"], {})[f"{skip['op']} {skip['provider']}"] = None
@@ -61,12 +61,12 @@ def _skipped(skipped: Sequence[Mapping[str, str]]) -> Iterator[str]:
 
 
 def tables(documents: Sequence[Mapping[str, Any]]) -> str:
-    """All of them, with what a goal says of several sizes, what is outside its bound and what was not measured."""
+    """Return all tables, the scaling goal's verdicts, numbers outside their bounds, and what was not measured."""
     rows = merge(row for document in documents for row in parse(document))
     lines: list[str] = []
     misses: list[str] = []
     for op in dict.fromkeys(row.info["op"] for row in rows):
-        profile = PROFILES.get(op, END_TO_END)  # scaling has its providers
+        profile = PROFILES.get(op, END_TO_END)  # scaling has the same providers
         groups = group((row for row in rows if row.info["op"] == op), profile)
         for case in dict.fromkeys(each.case for each in groups):
             lines += ["", *_table([each for each in groups if each.case == case], profile)]

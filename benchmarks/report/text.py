@@ -1,4 +1,4 @@
-"""A report's tables and sentences."""
+"""Tables and sentences of a report."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -61,7 +61,7 @@ def _memory(row: Row | None) -> str:
 
 
 def tax_table(groups: Sequence[Group], profile: Profile) -> str:
-    """All modes and timings of one size; where tokens were counted, their ratio, and the times over it."""
+    """Return a table of all modes and timings of one size; if tokens were counted, with their ratio, and times divided by it."""
     header, columns = ["provider"], []
     all_rows = {name: row for each in groups for name, row in each.rows.items()}
     counted = any("token_ratio" in row.info for row in all_rows.values())
@@ -84,12 +84,12 @@ def tax_table(groups: Sequence[Group], profile: Profile) -> str:
 
 
 def lead(group: Group) -> float | None:
-    """How many times the speed of the fastest rival ours has."""
+    """Return the speed of ours relative to the fastest rival."""
     return speed(group, group.profile.rivals(group))
 
 
 def losses(groups: Iterable[Group]) -> list[str]:
-    """A sentence for every size at which some rival is faster than ours."""
+    """Return a sentence for every size at which some rival is faster than ours."""
     return [line for each in groups if (line := (_loss if each.profile.baseline is None else _tax_loss)(each)) is not None]
 
 
@@ -131,7 +131,7 @@ def verdict(goal: Goal, group: Group) -> tuple[float | None, str]:
 
 
 def _worst(goal: Goal, groups: Sequence[Group]) -> tuple[str, float | None, str]:
-    """Of all sizes: the one that misses most, its value, and how many have which verdict."""
+    """Return the size that misses the goal most, its value, and the number of sizes with each verdict."""
     answers = [(each.case, *verdict(goal, each)) for each in groups]
     measured = [each for each in answers if each[1] is not None]
     if not measured:
@@ -148,7 +148,7 @@ GOAL_HEADER = ["goal", "mode", "size (the worst, if several)", "wanted", "measur
 
 
 def judged(goal: Goal, groups: Sequence[Group]) -> list[Group]:
-    """Those that a goal is about."""
+    """Return the groups that a goal is about."""
     return [g for g in groups if (g.mode, g.timing) == (goal.mode, goal.timing) and goal.fits(g.info)]
 
 
@@ -204,7 +204,7 @@ def preamble(rows: Sequence[Row], profile: Profile) -> str:
 
 
 def inexact(rows: Iterable[Row], profile: Profile) -> list[str]:
-    """A sentence for every number outside its bound."""
+    """Return a sentence for every number outside its bound."""
     return [
         f"{row.info['mode']}, {row.info['timing']}, {row.info['case']}, {profile.label(row)}: {miss}"
         for row in rows
@@ -213,7 +213,7 @@ def inexact(rows: Iterable[Row], profile: Profile) -> list[str]:
 
 
 def skips(skipped: Iterable[Skip], profile: Profile) -> list[str]:
-    """A sentence for every provider and reason."""
+    """Return a sentence for every skipped provider and reason."""
     cases: dict[tuple[str, str], dict[str, None]] = {}
     for skip in skipped:
         cases.setdefault((skip.provider, skip.reason), {})[skip.case] = None
@@ -221,7 +221,7 @@ def skips(skipped: Iterable[Skip], profile: Profile) -> list[str]:
 
 
 def _tax_tables(groups: Iterable[Group], profile: Profile) -> dict[str, list[Group]]:
-    """Title -> what the table is about."""
+    """Map each table's title to its groups."""
     tables: dict[str, list[Group]] = {}
     for each in groups:
         tables.setdefault(f"{each.case}, {each.mode}" if profile.table_per_mode else each.case, []).append(each)
@@ -229,7 +229,7 @@ def _tax_tables(groups: Iterable[Group], profile: Profile) -> dict[str, list[Gro
 
 
 def results(groups: Sequence[Group], profile: Profile) -> list[str]:
-    """Titles and tables: one for each size where there are taxes (or each of its modes), else one for each mode and timing."""
+    """Return titles and tables: with taxes one for each size (or each of its modes), else one for each mode and timing."""
     parts = []
     if profile.baseline is not None:
         for title, chosen in _tax_tables(groups, profile).items():

@@ -1,1 +1,1 @@
-"""When does which way of fusing two frozen encoders pay? ``python -m benchmarks.study``."""
+"""A study of when each way of fusing two frozen encoders pays off. ``python -m benchmarks.study``."""

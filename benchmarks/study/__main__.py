@@ -1,13 +1,14 @@
 """Compare ways of fusing two frozen encoders: the same splits, features, head and budget of trials for every method.
 
-    python -m benchmarks.study items-slot                   # all methods, text as main; goes on where it was stopped
+    python -m benchmarks.study items-slot                   # all methods, text as main; continues where it was stopped
     python -m benchmarks.study items-slot --main image --methods mlp sequential mope-16
     python -m benchmarks.study my_folder                    # train.jsonl, val.jsonl, images: as for examples/classify_jsonl.py
-    python -m benchmarks.study items-slot --quick           # does it run at all? a minute
+    python -m benchmarks.study items-slot --quick           # only check that it runs, in a minute
 
-Each method's recipe is the best of as many trials as any other method has (``benchmarks.study.cells``). It is chosen, and so is the
-epoch, on one development part that no split tests on. With its recipe a method is trained once a split, and the test part is opened
-once; the test parts of five splits are disjoint. A finished cell is in the results at once. What wasn't run is said.
+Each method's recipe is the best of a number of trials that is the same for every method (``benchmarks.study.cells``). Recipe and
+epoch are selected on one development part, on which no split tests. With its recipe a method is trained once per split and tested
+once on the split's test part; the test parts of five splits are disjoint. A finished cell is saved at once. The table says what was
+not run.
 """
 
 import argparse
@@ -32,14 +33,14 @@ RESULTS = Path(__file__).parents[1] / "results" / "study"
 
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.study", description=__doc__.split("\n")[0])
-    parser.add_argument("task", help=f"{', '.join(data.TASKS)}, or a folder of JSON lines")
+    parser.add_argument("task", help=f"{', '.join(data.TASKS)}, or a folder of JSON Lines")
     parser.add_argument("--main", choices=("text", "image"), default="text", help="the side whose layers take prompts")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=None, metavar="METHOD", help=", ".join(METHODS))
-    parser.add_argument("--splits", type=int, default=3, help="how many, from 0")
-    parser.add_argument("--hours", type=float, default=float("inf"), help="begin no cell after so many")
+    parser.add_argument("--splits", type=int, default=3, help="number of splits, counted from 0")
+    parser.add_argument("--hours", type=float, default=float("inf"), help="hours after which no cell is started")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of finished cells")
-    parser.add_argument("--untimed", action="store_true", help="other programs run beside: keep no step times")
-    parser.add_argument("--quick", action="store_true", help="few samples, one trial, one split, one epoch: does it run at all?")
+    parser.add_argument("--untimed", action="store_true", help="save no step times, because other programs run at the same time")
+    parser.add_argument("--quick", action="store_true", help="only check that it runs: few samples, one trial, split and epoch")
     args = parser.parse_args(words)
     if args.task not in data.TASKS and not Path(args.task).is_dir():
         parser.error(f"{args.task} is neither a folder nor one of {', '.join(data.TASKS)}")
@@ -48,14 +49,14 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     if args.methods is None:
         args.methods = [method for method in METHODS if args.main in METHODS[method].mains]
     if others := [method for method in args.methods if args.main not in METHODS[method].mains]:
-        parser.error(f"{', '.join(others)} can't have the {args.main} as main: leave out, or drop --main {args.main}")
+        parser.error(f"{', '.join(others)} can't have {args.main} as main: leave them out, or drop --main {args.main}")
     if missing := [name for name in ("scipy", "peft") if find_spec(name) is None]:
         parser.error(f"{' and '.join(missing)} are missing: pip install -e '.[bench,examples]'")
     return args
 
 
 class Study:
-    """Runs cells that aren't in the results yet, one after another."""
+    """Runs the cells that aren't in the results yet, one after another."""
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.started = args, time.monotonic()
@@ -79,7 +80,7 @@ class Study:
         return self.tasks[task]
 
     def run(self, cell: Cell) -> bool:
-        """Whether it is done: False where the hours are used up."""
+        """Run a cell unless it is finished; return False if the hours are used up."""
         store = self.store(cell.task)
         if store.find(cell) is not None:
             return True
@@ -102,14 +103,14 @@ class Study:
         return True
 
     def recipe(self, method: str) -> Recipe | None:
-        """The best trial's; None where the hours don't reach for all of them."""
+        """Return the best trial's recipe; None if the hours don't suffice for all trials."""
         if self.args.quick:
             return QUICK[METHODS[method].encodes][0]
         trials = searched(self.task, method, self.args.main)
         return chosen(trials, self.store(self.task).rows()) if all(self.run(cell) for cell in trials) else None
 
     def run_all(self) -> None:
-        """Split after split, so that what is cut short has whole splits."""
+        """Run all cells split by split, so that an interrupted study has whole splits."""
         self.recipes = {method: self.recipe(method) for method in self.args.methods}
         for split in range(1 if self.args.quick else self.args.splits):
             for method, recipe in self.recipes.items():
@@ -117,9 +118,9 @@ class Study:
                     self.run(Cell(self.task, main_of(method, self.args.main), method, split, recipe, True))
 
     def table(self) -> str:
-        """A line a method: accuracy, difference to the MLP, parameters, time of a step; or that it wasn't run."""
+        """Return a line per method: accuracy, difference to the MLP, parameters and step time; or that it wasn't run."""
         rows = self.store(self.task).rows()
-        folds = self.task in data.TASKS  # of a folder all splits are one, with other seeds
+        folds = self.task in data.TASKS  # a folder has a single split, repeated with other seeds
         times, of = ("splits", "") if folds else ("seeds", " of seeds")
         lines = [f"{'':<46}{'test':>6}  {f'to the MLP, 95 %{of}':<25}{times:>6}{'trained':>11}{'ms a step':>11}"]
         found = {

@@ -1,4 +1,4 @@
-"""The study's cells: which there are, what was found in each, and what is made of them."""
+"""The study's cells: the training runs, their saved results, and statistics of them."""
 
 import dataclasses
 import json
@@ -15,22 +15,22 @@ from benchmarks.study.methods import METHODS, Recipe
 from mope_fast._files import write_atomically
 
 VERSION = 1
-"""To be raised when a task, a method or the training changes: cells of another version are not taken."""
+"""Increase this when a task, a method or the training changes; cells of another version are ignored."""
 TRIALS = {
     True: [
         Recipe(2, 5e-4, 3e-4, dropout=0.3, head_epochs=40),
         Recipe(2, 2e-3, 3e-4, dropout=0.5, head_epochs=40),
-        Recipe(6, 5e-4, 1e-3, dropout=0.5),  # all of it from the start
+        Recipe(6, 5e-4, 1e-3, dropout=0.5),  # trains everything from the start
     ],
     False: [Recipe(epochs, 0.0, 1e-3, dropout) for epochs, dropout in ((40, 0.3), (40, 0.5), (80, 0.5))],
 }
-"""Recipes by whether a method's steps run an encoder; as many for each method."""
+"""Trial recipes, keyed by whether a method's steps run an encoder; the same number for each method."""
 QUICK = {True: [Recipe(1, 1e-3, 3e-3, batch_size=16, head_epochs=2)], False: [Recipe(2, 0.0, 1e-3)]}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One training run. ``main`` is None where a method reads features only."""
+    """One training run. ``main`` is None if a method reads features only."""
 
     task: str
     main: str | None
@@ -38,7 +38,7 @@ class Cell:
     split: int
     recipe: Recipe
     tests: bool
-    """A final cell: it opens its test split, once."""
+    """True for a final cell, which evaluates on its test split once."""
     version: int = VERSION
 
     def as_dict(self) -> dict[str, Any]:
@@ -46,16 +46,16 @@ class Cell:
 
 
 class Store:
-    """Finished cells in a file of JSON lines, each written as it ends. Processes may share a file."""
+    """Finished cells in a JSON Lines file, each written when it ends. Processes may share a file."""
 
     def __init__(self, path: Path):
         self.path = path
 
     def rows(self) -> list[dict[str, Any]]:
-        """All of them.
+        """Read all cells.
 
         Raises:
-            ValueError: a line isn't of a cell; the message says which.
+            ValueError: a line is not a cell; the message says which.
         """
         rows = []
         for number, line in enumerate(self.path.read_text().splitlines() if self.path.exists() else [], start=1):
@@ -64,12 +64,12 @@ class Store:
                 if not {"cell", "found"} <= row.keys():
                     raise ValueError(f"it has {sorted(row)}")
             except (ValueError, AttributeError) as error:
-                raise ValueError(f"{self.path}, line {number} is no cell of benchmarks.study: {error}") from error
+                raise ValueError(f"{self.path}, line {number} is not a cell of benchmarks.study: {error}") from error
             rows.append(row)
         return rows
 
     def find(self, cell: Cell) -> dict[str, Any] | None:
-        """What was found in it."""
+        """Return a cell's saved results, or None."""
         return _found(self.rows(), cell)
 
     def add(self, cell: Cell, found: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
@@ -83,7 +83,7 @@ def main_of(method: str, main: str) -> str | None:
 
 
 def searched(task: str, method: str, main: str) -> list[Cell]:
-    """The trials of a method, on a task's own development part."""
+    """Return a method's trials, evaluated on the task's development part."""
     return [Cell(task, main_of(method, main), method, 0, recipe, False) for recipe in TRIALS[METHODS[method].encodes]]
 
 
@@ -92,7 +92,7 @@ def _found(rows: Iterable[Mapping[str, Any]], cell: Cell) -> dict[str, Any] | No
 
 
 def chosen(trials: Iterable[Cell], rows: Sequence[Mapping[str, Any]]) -> Recipe | None:
-    """The recipe of the best trial on dev, the earlier one of equals; None while one is missing."""
+    """Return the recipe of the best trial on dev, the earliest of equal ones; None while a trial is missing."""
     found = [(_found(rows, cell), cell) for cell in trials]
     if any(result is None for result, _ in found):
         return None
@@ -121,10 +121,10 @@ class Interval(NamedTuple):
 
 
 def interval(values: Sequence[float], overlap: float = 0.0) -> Interval:
-    """The 95 % interval of the mean; with one value it is not a number.
+    """Return the 95 % interval of the mean; with one value its width is NaN.
 
     Args:
-        overlap: test samples over training samples, where the values are of splits that share training samples: it widens the
+        overlap: ratio of test to training samples if the values are from splits that share training samples; it widens the
             interval (Nadeau and Bengio, 2003).
     """
     from scipy.stats import t
@@ -138,7 +138,7 @@ def interval(values: Sequence[float], overlap: float = 0.0) -> Interval:
 
 
 def final_cells(rows: Iterable[Mapping[str, Any]], task: str, method: str, main: str, recipe: Recipe) -> dict[int, dict[str, Any]]:
-    """Of a method's final cells, by split, what was found: with this recipe."""
+    """Return the results of a method's final cells with this recipe, by split."""
     key = (task, method, main_of(method, main))
     return {
         row["cell"]["split"]: row["found"]
@@ -149,11 +149,11 @@ def final_cells(rows: Iterable[Mapping[str, Any]], task: str, method: str, main:
 
 
 def difference(ours: Mapping[int, Mapping[str, Any]], theirs: Mapping[int, Mapping[str, Any]], *, folds: bool) -> Interval | None:
-    """How much more of the test samples one method has right than another, on the same splits; None where they share none.
+    """Return the difference of two methods' test accuracies on the same splits; None if they share no split.
 
     Args:
-        ours, theirs: of :func:`final_cells`.
-        folds: whether splits have other test samples, of a part of FOLDS, and share training samples.
+        ours, theirs: results of :func:`final_cells`.
+        folds: True if splits have disjoint test samples, one of FOLDS parts each, and share training samples.
     """
     shared = sorted(ours.keys() & theirs.keys())
     values = [ours[split]["test"] - theirs[split]["test"] for split in shared]

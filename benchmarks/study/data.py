@@ -1,4 +1,4 @@
-"""What methods are compared on: texts, pictures, frozen features of both, classes, and splits that keep families together."""
+"""The study's data: texts, pictures, frozen features of both, classes, and splits that keep families of samples together."""
 
 import hashlib
 import itertools
@@ -17,16 +17,16 @@ from mope_fast import FeatureCache
 from mope_fast.data import read_jsonl_folder
 
 DEV_SHARE = 0.15
-"""Of the families: one development part for all that is chosen, never tested on."""
+"""Share of the families in the development part, which all selection uses and no test does."""
 MAX_TOKENS = 64
-"""Longer texts are cut."""
+"""Longer texts are truncated."""
 FOLDS = 5
-"""Of the other families; split k tests on fold k and trains on the rest."""
+"""Number of folds of the other families; split k tests on fold k and trains on the rest."""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Texts with pictures, as rows of a task's, and their classes."""
+    """Texts with pictures, as indices into a task's texts and pictures, and their classes."""
 
     texts: Tensor  # (n,)
     pictures: Tensor  # (n,)
@@ -41,7 +41,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Split:
-    """``test`` is looked at once a final cell; everything is chosen on ``dev``."""
+    """A split. ``test`` is used once per final cell; all selection is done on ``dev``."""
 
     train: Samples
     dev: Samples
@@ -50,8 +50,9 @@ class Split:
 
 @dataclass(frozen=True)
 class Task:
-    """A data set. Pictures are uint8 (I, 3, H, W), features those of the frozen encoders: MiniLM's mean, the ViT's class token
-    and mean patch."""
+    """A data set. Pictures are uint8 (I, 3, H, W). Features are those of the frozen encoders: MiniLM's mean token, and the ViT's
+    class token with its mean patch token.
+    """
 
     name: str
     input_ids: Tensor  # (T, S), padded
@@ -64,7 +65,7 @@ class Task:
 
 
 def divided(families: Sequence[int], share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices of this share of the families, drawn by the seed, and those of the others."""
+    """Return the sample indices of a share of the families, drawn by the seed, and those of the other families."""
     names = sorted(set(families))
     random.Random(seed).shuffle(names)
     chosen = set(names[: int(share * len(names))])
@@ -73,7 +74,7 @@ def divided(families: Sequence[int], share: float, seed: int) -> tuple[list[int]
 
 
 def by_family(families: Sequence[int], samples: Callable[[list[int]], Samples]) -> Callable[[int], Split]:
-    """Splits of what has these families; ``samples`` makes them of the indices on one side. From FOLDS on folds are drawn anew."""
+    """Return a function from seed to split by families, which redraws the folds every FOLDS seeds; ``samples`` maps indices."""
     dev, rest = divided(families, DEV_SHARE, 0)
 
     def split(seed: int) -> Split:
@@ -121,7 +122,7 @@ def _items(name: str, size: int) -> Task:
         return Samples(chosen, chosen, labels[chosen])
 
     def matched(index: list[int]) -> Samples:
-        """Each sentence with its icon, and with one of the same slot and another family."""
+        """Pair each sentence with its icon, and with an icon of the same slot from another family."""
         draw, pairs = random.Random(len(index)), [(i, i, 1) for i in index]
         by_slot: dict[str, list[int]] = {}
         for i in index:
@@ -138,7 +139,7 @@ def _items(name: str, size: int) -> Task:
 
 
 def _easy_vqa(name: str, size: int) -> Task:
-    """4,000 training questions, of pictures of the official training set alone: its test set stays closed."""
+    """Make a task of 4,000 training questions, with pictures of the official training set only; the official test set is unused."""
     data = example("easy_vqa_data")
     whole, _, names = data.easy_vqa()
     count = round(4000 / (1 - DEV_SHARE) / (1 - 1 / FOLDS))
@@ -163,7 +164,7 @@ TASKS: dict[str, tuple[Callable[[str, int], Task], int, str]] = {
 
 
 def load(name: str) -> Task:
-    """Read and encode one of TASKS, or a folder of JSON lines; what it needs is downloaded once."""
+    """Read and encode one of TASKS, or a folder of JSON Lines; the files it needs are downloaded once."""
     if name not in TASKS:
         return _folder(Path(name))
     make, size, _ = TASKS[name]
@@ -171,14 +172,15 @@ def load(name: str) -> Task:
 
 
 def _folder(folder: Path, size: int = 112) -> Task:
-    """train.jsonl, val.jsonl and a labelled test.jsonl. Without one val is the test split, and dev a part of train, by the seed.
+    """Make a task of train.jsonl, val.jsonl and a labelled test.jsonl. Without that, val is the test split and dev a part of train
+    drawn by the seed.
 
     Raises:
-        OSError, ValueError: files are missing or wrong, samples have no label, or several classes each.
+        OSError, ValueError: files are missing or wrong, or samples have no label or several classes each.
     """
     posts = read_jsonl_folder(folder, missing_images="skip")
     if any(split.multi_label for split in posts.values()):
-        raise ValueError(f"{folder} has samples of several classes: the study is of one class each")
+        raise ValueError(f"{folder} has samples of several classes: the study needs one class per sample")
     names = [name for name in ("train", "val", "test") if name in posts and posts[name].labelled]
     if names[:2] != ["train", "val"]:
         raise ValueError(f"{folder} has labels in {names}: train and val need them")
@@ -207,7 +209,7 @@ def _folder(folder: Path, size: int = 112) -> Task:
 
 
 class Batch:
-    """What any method may read of some samples; made where it is read, so that nobody pays for what another reads."""
+    """Inputs of some samples, computed lazily, so that a method pays only for what it reads."""
 
     def __init__(self, task: Task, samples: Samples, text_features: Tensor, picture_features: Tensor):
         self._task, self._samples = task, samples
@@ -215,7 +217,7 @@ class Batch:
 
     @property
     def text(self) -> dict[str, Any]:
-        """input_ids and attention_mask, cut to the longest."""
+        """input_ids and attention_mask, truncated to the batch's longest text."""
         lengths = self._task.lengths[self._samples.texts]
         longest = int(lengths.max())
         return {
@@ -225,27 +227,27 @@ class Batch:
 
     @property
     def text_feature(self) -> Tensor:
-        """(B, 384), standardised."""
+        """(B, 384), standardized."""
         return self._text_features[self._samples.texts]
 
     @property
     def pictures(self) -> Tensor:
-        """(B, 3, H, W), as the ViT was trained."""
+        """(B, 3, H, W), normalized as in the ViT's training."""
         return example("easy_vqa_data").normalised(self._task.pictures[self._samples.pictures])
 
     @property
     def picture_feature(self) -> Tensor:
-        """(B, 768), standardised."""
+        """(B, 768), standardized."""
         return self._picture_features[self._samples.pictures]
 
     @property
     def labels(self) -> Tensor:
-        """(B,)"""
+        """(B,) class indices."""
         return self._samples.labels
 
 
 class Batches:
-    """Batches of a split's samples, features standardised by its training samples: the same for every method."""
+    """Batches of a split's samples, with features standardized by its training samples; the same for every method."""
 
     def __init__(self, task: Task, train: Samples):
         self.task = task
@@ -258,7 +260,7 @@ class Batches:
         return Batch(self.task, samples, self._text, self._picture)
 
     def epoch(self, samples: Samples, size: int, generator: torch.Generator) -> list[Tensor]:
-        """Indices of an epoch's batches, all of one size: shuffled, and of like lengths within eight batches."""
+        """Return index batches of an epoch, all of one size: shuffled, and sorted by length within each group of eight batches."""
         lengths = self.task.lengths[samples.texts]
         order = torch.randperm(len(samples), generator=generator)
         batches = example("easy_vqa_data").of_like_length(order, lengths, size)
@@ -266,7 +268,7 @@ class Batches:
         return [whole[index] for index in torch.randperm(len(whole), generator=generator).tolist()]
 
     def in_order(self, samples: Samples, size: int) -> Sequence[Tensor]:
-        """Indices of batches of all samples, by length."""
+        """Return index batches of all samples, sorted by length."""
         return self.task.lengths[samples.texts].argsort(stable=True).split(size)
 
 

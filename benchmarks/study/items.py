@@ -1,7 +1,7 @@
-"""A game's items: an icon and a sentence each, of which neither says what kind of item it is in all cases.
+"""A game's items, each with an icon and a sentence, neither of which alone always tells the kind of item.
 
-Read at run time out of PyPI's osrsreboxed 2.3.33, whose code is GPL-3.0-only; the game's content, Old School RuneScape's, belongs
-to its owners. Nothing of it is kept or shown: results have figures only.
+They are read at run time from PyPI's osrsreboxed 2.3.33, whose code is GPL-3.0-only; the game's content, Old School RuneScape's,
+belongs to its owners. None of it is kept or shown: results contain numbers only.
 """
 
 import base64
@@ -22,25 +22,25 @@ class Item:
     """Something that a player can wear."""
 
     id: int
-    name: str  # says what it is: no input for a model
+    name: str  # reveals the kind, so it is not an input of models
     sentence: str
     icon: str  # PNG in base64
     slot: str
-    weapon: str | None  # its kind
+    weapon: str | None  # kind of weapon
 
 
 def read_items(folder: Path) -> list[Item]:
-    """All items that can be worn, each icon with each sentence once: 4,296 of 12 slots.
+    """Read all items that can be worn, each combination of icon and sentence once: 4,296 in 12 slots.
 
     Args:
-        folder: of the unpacked package.
+        folder: folder of the unpacked package.
     """
     records = json.loads((folder / FILE).read_text(encoding="utf-8")).values()
     items, seen = [], set()
     for record in records:
         if any(record[flag] for flag in ("noted", "placeholder", "duplicate")) or not (record["examine"] and record["icon"]):
             continue
-        # "Dragon dagger" and "Dragon dagger (2)" are one
+        # "Dragon dagger" and "Dragon dagger (2)" count as one item
         key = (record["icon"], record["examine"], re.sub(r"\W*\d+\W*$", "", record["name"]))
         slot = (record["equipment"] or {}).get("slot") if record["equipable_by_player"] else None
         if key not in seen and slot:
@@ -51,7 +51,7 @@ def read_items(folder: Path) -> list[Item]:
 
 
 def picture(item: Item) -> Image.Image:
-    """The icon, 36 x 32 and transparent, on a white square."""
+    """Draw the icon, 36 x 32 and transparent, on a white square."""
     icon = Image.open(io.BytesIO(base64.b64decode(item.icon))).convert("RGBA")
     side = max(icon.size)
     square = Image.new("RGBA", (side, side), "white")
@@ -60,7 +60,9 @@ def picture(item: Item) -> Image.Image:
 
 
 def families(items: Sequence[Item]) -> list[int]:
-    """The family of each: items with one icon, sentence, or name less numbers and brackets belong together. 1,848 of them."""
+    """Return each item's family, 1,848 in total: items share one if they share icon, sentence, or name without numbers and
+    brackets.
+    """
     parent = list(range(len(items)))
 
     def root(index: int) -> int:

@@ -1,4 +1,4 @@
-"""The methods that are compared: what each trains, and what of a sample it reads."""
+"""The methods of the study: what each trains, and which inputs of a sample it reads."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from benchmarks.study.data import Batch, Task
 from mope_fast import MoPEConfig, MoPEFusion, start_prompts
 
 HIDDEN = 256
-"""Of every method's head."""
+"""Hidden width of every method's head."""
 LENGTH, EXPERTS = 6, 16
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a method is trained: AdamW, warm-up over a tenth of the steps, then down to zero in a line."""
+    """How a method is trained: AdamW, warm-up over a tenth of the steps, then linear decay to zero."""
 
     epochs: int
     lr: float  # of prompts, router, mapper, adapters
@@ -29,25 +29,25 @@ class Recipe:
     weight_decay: float = 0.01
     batch_size: int = 32
     head_epochs: int = 0
-    """Before all is trained, the head alone, on what it reads at the start: of an encoder's steps these are none."""
+    """Epochs of training the head alone first, on its inputs at the start; they take no steps of an encoder."""
 
 
 class Model(nn.Module):
-    """Gives logits, and what is added to the loss. ``head`` is trained at its own learning rate."""
+    """Returns logits and a term to add to the loss. ``head`` is trained at its own learning rate."""
 
     head: nn.Module
     routed: MoPEFusion | None = None
-    """What of it routes over several experts."""
+    """The part that routes over several experts, if any."""
 
     def start(self, batches: Iterable[Batch]) -> None:
-        """Whatever of it starts by data, of training samples."""
+        """Initialize whatever depends on data, from batches of training samples."""
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor | float]:
         raise NotImplementedError
 
 
 def classifier(width: int, classes: int, recipe: Recipe, hidden: int | None = HIDDEN) -> nn.Module:
-    """Features, normed by the batch, -> logits; linear without a hidden layer."""
+    """Build a head from batch-normalized features to logits; without a hidden layer it is linear."""
     drop = nn.Dropout(recipe.dropout)
     if hidden is None:
         return nn.Sequential(nn.BatchNorm1d(width), drop, nn.Linear(width, classes))
@@ -69,11 +69,11 @@ class OnFeatures(Model):
 
 OTHER = {"text": "image", "image": "text"}
 POOLING = {"text": "mean", "image": "cls+mean"}
-"""Of the main encoder's tokens: what the other methods read of that side, too."""
+"""Pooling of the main encoder's tokens, the same as of the features that other methods read of that side."""
 
 
 def width(task: Task, side: str) -> int:
-    """Of a side's feature, whichever method pools it."""
+    """Return the width of a side's feature, the same for all methods."""
     return (task.text_features if side == "text" else task.picture_features).shape[1]
 
 
@@ -83,14 +83,14 @@ def frozen_encoder(side: str) -> nn.Module:
 
 
 def sides(batch: Batch, main: str) -> tuple[dict[str, Any] | Tensor, Tensor]:
-    """The main encoder's inputs, and the other side's feature."""
+    """Return the main encoder's inputs, and the other side's feature."""
     return (batch.text, batch.picture_feature) if main == "text" else (batch.pictures, batch.text_feature)
 
 
 class Fused(Model):
-    """MoPE and what its settings leave of it: prompts in the main encoder, made of the other side's frozen feature.
+    """MoPE, or parts of it by its settings: prompts in the main encoder, made from the other side's frozen feature.
 
-    The head reads both features, as the library's own does and as heads of the other methods do.
+    The head reads both features, as the library's default head and the heads of the other methods do.
     """
 
     def __init__(self, task: Task, main: str, recipe: Recipe, settings: Mapping[str, Any]):
@@ -119,7 +119,7 @@ class Fused(Model):
 
 
 class Default(Fused):
-    """``MoPEFusion`` as it comes: its linear head, and all other settings."""
+    """``MoPEFusion`` with default settings, including its linear head."""
 
     def __init__(self, task: Task, main: str, recipe: Recipe):
         Model.__init__(self)
@@ -129,7 +129,7 @@ class Default(Fused):
 
 
 class LoRA(Model):
-    """LoRA of rank 8 on the main encoder's queries and values; the head reads its feature beside the other side's frozen one."""
+    """LoRA of rank 8 on the main encoder's queries and values; the head reads its feature and the other side's frozen one."""
 
     def __init__(self, task: Task, main: str, recipe: Recipe):
         super().__init__()
@@ -150,12 +150,12 @@ class LoRA(Model):
 
     def train(self, mode: bool = True) -> "LoRA":
         super().train(mode)
-        self.encoder.eval()  # as the encoders of all methods
+        self.encoder.eval()  # as for the encoders of all methods
         return self
 
 
 class Published(Model):
-    """Another method's network; ``reads`` gives what of a batch it is called with."""
+    """Another method's network; ``reads`` returns its arguments from a batch."""
 
     def __init__(self, network: nn.Module, reads: Callable[[Batch], tuple[Any, ...]]):
         super().__init__()
@@ -183,7 +183,7 @@ def _promptfuse(task: Task, main: str, recipe: Recipe) -> Model:
 
 
 class Majority(Model):
-    """The commonest class of the training samples, whatever the input."""
+    """Always predicts the most common class of the training samples."""
 
     def __init__(self, task: Task, main: str, recipe: Recipe):
         super().__init__()
@@ -202,7 +202,7 @@ class Method:
     title: str
     make: Callable[[Task, str, Recipe], Model]
     encodes: bool = True
-    """Whether its steps run an encoder; if not, it reads features at hand, and neither side is the main one."""
+    """True if its steps run an encoder; if not, it reads precomputed features, and neither side is the main one."""
     mains: tuple[str, ...] = ("text", "image")
 
 
@@ -215,7 +215,7 @@ def _fused(title: str, **settings: Any) -> Method:
 
 
 def _longer() -> int:
-    """Rows of one expert and the static prompt that have as many numbers as 16 experts and a static prompt of 6 rows."""
+    """Return the length at which one expert and a static prompt have as many parameters as 16 experts and one of length 6."""
     return (EXPERTS + 1) * LENGTH // 2
 
 

@@ -1,6 +1,6 @@
-"""Write what was measured into docs/when_to_use.md, and its pictures: ``python -m benchmarks.study.page``.
+"""Write the study's results into docs/when_to_use.md, and its pictures: ``python -m benchmarks.study.page``.
 
-The page's words are its own; what stands between ``<!-- NAME -->`` and ``<!-- end -->`` is made from the kept cells.
+The page's text is written by hand; everything between ``<!-- NAME -->`` and ``<!-- end -->`` is generated from the saved cells.
 """
 
 import argparse
@@ -28,10 +28,10 @@ PAIRS = [
     (OURS, "mlp"), ("default", "late-concat-frozen"), ("sequential", "mlp"), ("lora", "mlp"), (OURS, "sequential"),
     (OURS, "mope-1"), (OURS, "longer"), (OURS, "mope-16-main"),
 ]  # fmt: skip
-"""Whose difference is told."""
+"""Pairs of methods whose difference is reported."""
 ONE_SIDED = ("majority", "text", "image")
 KINDS = {"features": ("#666666", "s"), "fused": ("#0072b2", "o"), "others": ("#d55e00", "^")}
-"""Colours of Okabe and Ito, and a marker for who sees none."""
+"""Colors of Okabe and Ito's palette, and markers for readers who can't tell colors apart."""
 
 Found = dict[int, dict[str, Any]]
 """A method's final cells, by split."""
@@ -45,17 +45,17 @@ class Measured:
 
     @property
     def digest(self) -> str:
-        """Of all cells; pictures carry it."""
+        """Hash of all cells, which is written into the pictures."""
         return hashlib.sha256(json.dumps(self.rows).encode()).hexdigest()
 
     def found(self, task: str, main: str, method: str) -> Found:
-        """Empty for what wasn't run."""
+        """Return a method's final cells; empty if it wasn't run."""
         trials = searched(task, method, main)
         recipe = chosen(trials, self.rows[task])
         return {} if recipe is None else final_cells(self.rows[task], task, method, main, recipe)
 
     def headings(self) -> list[tuple[str, str]]:
-        """Task and main side of those that something was fused on."""
+        """Return the pairs of task and main side on which some method with a main side was run."""
         return [
             (task, main)
             for task in TASKS
@@ -72,13 +72,13 @@ def mean(found: Found, name: str) -> float:
 
 
 def median(found: Found, name: str) -> float:
-    """Not a number where nothing was measured."""
+    """Return the median over splits; NaN if nothing was measured."""
     values = [each[name] for each in found.values() if each[name] is not None]
     return statistics.median(values) if values else math.nan
 
 
 def step_time(found: Found) -> str:
-    """Milliseconds of a step."""
+    """Format a step's milliseconds."""
     time = median(found, "step_ms")
     return "not timed" if math.isnan(time) else f"{time:.1f}"
 
@@ -88,7 +88,7 @@ def named(task: str, main: str) -> str:
 
 
 def table(measured: Measured, task: str, main: str) -> str:
-    """Every method of one task, the best first."""
+    """Return a table of every method on one task, the best first."""
     lines = [
         "| | test accuracy | to the MLP, 95 % | splits | kept epochs | trained | ms a step |",
         "|---|---|---|---|---|---|---|",
@@ -108,7 +108,7 @@ def table(measured: Measured, task: str, main: str) -> str:
 
 
 def differences(measured: Measured) -> str:
-    """Each pair on each task."""
+    """Return a table of the difference of each pair on each task."""
     headings = measured.headings()
     lines = [
         "| | " + " | ".join(named(*heading) for heading in headings) + " |",
@@ -122,7 +122,7 @@ def differences(measured: Measured) -> str:
 
 
 def judged(measured: Measured, ours: str, theirs: str) -> str:
-    """One sentence: where one method is ahead of another with its whole interval, where behind, where neither."""
+    """Return a sentence: where the whole interval is in one method's favor, where in the other's, and where in neither's."""
     where: dict[str, list[str]] = {"ahead": [], "not told apart": [], "behind": [], "not compared": []}
     for task, main in measured.headings():
         value = measured.difference(task, main, ours, theirs)
@@ -141,7 +141,7 @@ def verdict(measured: Measured) -> str:
 
 
 def facts(measured: Measured) -> str:
-    """Where, with what, how long and how many."""
+    """Return device, versions, core-hours and number of cells."""
     rows = [row for rows in measured.rows.values() for row in rows]
     values = {name: sorted({str(row[name]) for row in rows}) for name in ("device", "torch", "date", "commit")}
     hours = math.fsum(row["found"]["seconds"] for row in rows) / 3600
@@ -166,7 +166,7 @@ def _subplots(*shape: int, size: tuple[float, float]) -> tuple[Any, Any]:
 
 
 def _numbered(axes: Any, places: Sequence[tuple[float, float, float, int, str]]) -> None:
-    """Points (x, y, half of the interval, number, kind); a method's number stands beside it."""
+    """Draw points (x, y, half of the interval, number, kind), each with its method's number next to it."""
     for x, y, half, number, of in places:
         colour, marker = KINDS[of]
         axes.errorbar(x, y, yerr=None if math.isnan(half) else half, color=colour, marker=marker, markersize=5, elinewidth=0.8)
@@ -178,12 +178,12 @@ def _numbered(axes: Any, places: Sequence[tuple[float, float, float, int, str]])
 
 
 def draw_costs(measured: Measured, path: Path) -> None:
-    """Test accuracy over that of the MLP on the same splits, against trained parameters and the time of a training step."""
+    """Plot the difference of test accuracy to the MLP on the same splits, against trained parameters and training step time."""
     headings, numbers = measured.headings(), {method: number for number, method in enumerate(METHODS, start=1)}
     figure, grid = _subplots(len(headings), 2, size=(9, 1.2 + 2.9 * len(headings)))
     shown = set()
     for line, (task, main) in zip(grid, headings, strict=True):
-        # what one side alone tells is far below, and would press the others together
+        # methods on one side alone are far below and would compress the others' scale
         found = {method: cells for method in METHODS if (cells := measured.found(task, main, method)) and method not in ONE_SIDED}
         shown |= found.keys()
         for axes, name, title in zip(
@@ -209,17 +209,17 @@ def draw_costs(measured: Measured, path: Path) -> None:
 
 
 def routings(measured: Measured, task: str, main: str) -> list[dict[str, Any]]:
-    """How OURS routed the test samples of each split."""
+    """Return how OURS routed the test samples of each split."""
     return [each["routing"] for each in measured.found(task, main, OURS).values()]
 
 
 def over_splits(routed: Sequence[Mapping[str, Any]], name: str) -> list[float]:
-    """A mean for each layer."""
+    """Return the mean over splits for each layer."""
     return [statistics.fmean(layer) for layer in zip(*(each[name] for each in routed), strict=True)]
 
 
 def routing(measured: Measured) -> str:
-    """What :func:`draw_routing` draws, as numbers: of each task, over layers and splits."""
+    """Return a table of the numbers that :func:`draw_routing` draws, for each task, over layers and splits."""
     lines = ["| | entropy | information | on the class |", "|---|---|---|---|"]
     for task, main in measured.headings():
         if routed := routings(measured, task, main):
@@ -230,7 +230,7 @@ def routing(measured: Measured) -> str:
 
 
 def experts(measured: Measured) -> str:
-    """For each class of items the experts that take most of it, in the layer that tells most of the class."""
+    """Return for each class of items its highest-scoring experts, in the layer with the most class information."""
     if not (routed := routings(measured, "items-slot", "text")):
         return "not run"
     first = routed[0]
@@ -242,7 +242,7 @@ def experts(measured: Measured) -> str:
 
 
 def draw_routing(measured: Measured, path: Path) -> None:
-    """Entropy and class information of each layer, and the experts that classes of items take in the most telling layer."""
+    """Plot entropy and class information of each layer, and the experts of item classes in the most informative layer."""
     figure, ((left, middle, right),) = _subplots(1, 3, size=(12, 3.6))
     for task, main in measured.headings():
         if routed := routings(measured, task, main):
@@ -274,17 +274,17 @@ PICTURES: Mapping[str, Callable[[Measured, Path], None]] = {
 
 
 def filled(text: str, measured: Measured) -> str:
-    """The page with what stands between its marks made anew.
+    """Return the page with the text between its marks regenerated.
 
     Raises:
-        ValueError: a mark is unknown, or a table of the cells has no place.
+        ValueError: a mark is unknown, or a table has no mark.
     """
     made = (verdict, differences, routing, experts, facts)
     blocks = {each.__name__: each(measured) for each in made}
     blocks |= {f"table {task} {main}": table(measured, task, main) for task, main in measured.headings()}
     marks = re.findall(r"<!-- (?!end)(.+?) -->", text)
     if set(marks) != set(blocks):
-        raise ValueError(f"the page has places for {sorted(marks)}, there is {sorted(blocks)}")
+        raise ValueError(f"the page must have marks for {sorted(blocks)}, got {sorted(marks)}")
 
     def block(match: re.Match[str]) -> str:
         return f"<!-- {match[1]} -->\n{blocks[match[1]]}\n<!-- end -->"
@@ -295,7 +295,7 @@ def filled(text: str, measured: Measured) -> str:
 def main(words: Iterable[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.study.page", description=__doc__.split("\n")[0])
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of finished cells")
-    parser.add_argument("--page", type=Path, default=PAGE, help="the page; pictures go beside it")
+    parser.add_argument("--page", type=Path, default=PAGE, help="the page; pictures are written next to it")
     args = parser.parse_args(words)
     measured = Measured(args.results)
     write_atomically(args.page, filled(args.page.read_text(), measured).encode())

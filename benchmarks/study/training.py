@@ -1,4 +1,4 @@
-"""One way of training for every method of the study."""
+"""The training procedure, the same for every method of the study."""
 
 import copy
 import functools
@@ -18,28 +18,28 @@ from mope_fast.models.fit_head import fit_on_features, read_by, warm_up_and_deca
 
 TEST_BATCH = 64
 HEAD_LR = 1e-3
-"""Where the head is trained alone."""
+"""Learning rate when the head is trained alone."""
 
 
 @dataclass(frozen=True)
 class Routing:
-    """What of a sample's experts is its own, as parts of log K (``mope_fast.analysis``)."""
+    """Routing statistics over test samples, as fractions of log K (``mope_fast.analysis``)."""
 
     entropy: list[float]  # of each layer
     information: list[float]
     class_information: list[float]
-    layer: int  # the one whose class information is the largest
+    layer: int  # the layer with the largest class information
     class_names: tuple[str, ...]
-    by_class: list[list[float]]  # its mean scores (C, K), zeros of a class without test samples
+    by_class: list[list[float]]  # that layer's mean scores (C, K), zeros for a class without test samples
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run gives. The state that is kept is that of the epoch which was the best on dev, the later one of equals."""
+    """Results of a run, of the best epoch on dev, the latest of equal ones."""
 
     dev: float
     test: float | None
-    """None where the test split stayed closed."""
+    """None if the test split was not used."""
     epoch: int  # from 1; 0 for the head alone
     losses: list[float]  # of each epoch
     trained_parameters: int
@@ -50,7 +50,7 @@ class Trained:
 
 @torch.inference_mode()
 def predict(model: Model, batches: Batches, samples: Samples) -> Tensor:
-    """Classes (n,) of samples, in their order."""
+    """Predict class indices (n,) in the order of samples."""
     model.eval()
     predicted = torch.empty(len(samples), dtype=torch.long)
     for index in batches.in_order(samples, TEST_BATCH):
@@ -63,7 +63,7 @@ def accuracy(model: Model, batches: Batches, samples: Samples) -> float:
 
 
 def tested(model: Model, batches: Batches, samples: Samples, class_names: tuple[str, ...]) -> tuple[float, Routing | None]:
-    """Accuracy on the test split, opened here, and how it was routed."""
+    """Return the accuracy on the test split, which is used here only, and its routing statistics."""
     if model.routed is None:
         return accuracy(model, batches, samples), None
     with record(model.routed, top=1) as recorder:
@@ -75,7 +75,7 @@ def tested(model: Model, batches: Batches, samples: Samples, class_names: tuple[
 
 
 def train_head(model: Model, batches: Batches, split: Split, recipe: Recipe, seed: int) -> float:
-    """The head alone, on what it reads while the rest is as it is. It keeps its best epoch on dev, whose accuracy this gives."""
+    """Train the head alone on its inputs from the untrained rest; keep its best epoch on dev and return that accuracy."""
     read = []
     for samples in (split.train, split.dev):
         with read_by(model.head) as rows:
@@ -112,7 +112,7 @@ def train(
     test: bool,
     progress: Callable[[str], None] = lambda note: None,
 ) -> Trained:
-    """Train a method and judge it on dev; with ``test`` the state that dev has chosen is judged on the test split too."""
+    """Train a method and evaluate it on dev; with ``test`` also evaluate the state selected on dev on the test split."""
     start = time.perf_counter()
     if len(split.train) < recipe.batch_size:
         raise ValueError(f"{task.name} has {len(split.train)} training samples, fewer than a batch of {recipe.batch_size}")
@@ -165,7 +165,7 @@ def train(
 
 
 def _own(model: Model) -> dict[str, Tensor]:
-    """What training changes: parameters with a gradient, and buffers of norms."""
+    """Return the tensors that training changes: parameters that require grad, and buffers of norms."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     return trained | {name: buffer for name, buffer in model.named_buffers() if name.endswith(("running_mean", "running_var"))}
 

@@ -1,4 +1,4 @@
-"""Features of frozen encoders, computed once and kept on disk; readers of samples, batches of them; few-shot training; metrics."""
+"""Data tools: an on-disk cache of frozen encoders' features, readers of data sets, batch collation, few-shot training, metrics."""
 
 from .audio import load_audio
 from .collator import EachFrame, FusionCollator, StackEach, TimmTransform

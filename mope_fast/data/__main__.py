@@ -1,4 +1,4 @@
-"""Read a published set, compare its counts with the published ones, write it as JSON lines: python -m mope_fast.data NAME FOLDER"""
+"""Read a published set, compare its counts with the published ones, write it as JSON Lines: python -m mope_fast.data NAME FOLDER"""
 
 import argparse
 from pathlib import Path
@@ -10,20 +10,20 @@ from .writer import write_jsonl_folder
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Arguments of the program."""
+    """Build the program's argument parser."""
     parser = argparse.ArgumentParser(prog="python -m mope_fast.data", description=__doc__.partition(":")[0] + ".")
     add = parser.add_argument
     add("name", choices=PUBLISHED_SETS, metavar="NAME", help=", ".join(f"{name}: {s.title}" for name, s in PUBLISHED_SETS.items()))
-    add("folder", type=Path, metavar="FOLDER", help="where the set's files are, as published")
-    add("--check", action="store_true", help="end with status 1 where counts are not the published ones")
-    add("--to", type=Path, metavar="OUT", help="write a folder of JSON lines, which must not be there yet")
-    add("--media", choices=("copy", "hardlink", "symlink"), default="copy", help="how files come to OUT (default: %(default)s)")
+    add("folder", type=Path, metavar="FOLDER", help="folder with the set's files as published")
+    add("--check", action="store_true", help="exit with status 1 if the counts differ from the published ones")
+    add("--to", type=Path, metavar="OUT", help="write a folder of JSON Lines here; it must be new or empty")
+    add("--media", choices=("copy", "hardlink", "symlink"), default="copy", help="how to place files in OUT (default: %(default)s)")
     add_reading_arguments(parser)
     return parser
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the program; SystemExit with one line for what is wrong with arguments or files."""
+    """Run the program; errors in arguments or files raise SystemExit with a short message."""
     parser = make_parser()
     args = parser.parse_args(arguments)
     published = PUBLISHED_SETS[args.name]

@@ -1,4 +1,4 @@
-"""FusionCollator: samples to the keyword arguments of a fusion's forward."""
+"""FusionCollator: turns samples into the keyword arguments of a fusion model's forward."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ Preprocess = Callable[..., Any]
 
 
 class StackEach:
-    """A transform of one value made one of a list: the results stacked, (B, ...). It can be pickled if the transform can."""
+    """Applies a transform of one value to each of a list and stacks the results to (B, ...). Picklable if the transform is."""
 
     def __init__(self, transform: Callable[[Any], Tensor]):
         self.transform = transform
@@ -24,13 +24,13 @@ class StackEach:
 
 
 class TimmTransform(StackEach):
-    """timm's transform of images for inference, by its data config; called with a list of images, it gives (B, C, H, W).
+    """timm's inference transform, built from its data config; called with a list of images, it returns (B, C, H, W).
 
-    A :class:`Predictor` can save it, and a ``StackEach`` of timm's transform it can't: that doesn't say what it was made of.
+    A :class:`Predictor` can save it. It can't save a ``StackEach`` of timm's transform, because that does not keep the config.
 
     Args:
-        config: of ``timm.data.resolve_model_data_config``: ``input_size``, ``mean``, ``std``, ``interpolation`` and so on; whatever
-            ``timm.data.create_transform`` takes.
+        config: the dict that ``timm.data.resolve_model_data_config`` returns: ``input_size``, ``mean``, ``std``, ``interpolation``
+            and so on; any argument of ``timm.data.create_transform``.
 
     Raises:
         ImportError: timm or torchvision is not installed.
@@ -44,7 +44,7 @@ class TimmTransform(StackEach):
 
     @classmethod
     def of(cls, encoder: nn.Module) -> "TimmTransform":
-        """Make the one that a timm encoder was trained with, for the size of images that it was created for."""
+        """Make the transform that a timm encoder was trained with, for the image size that the encoder was created for."""
         from timm.data import resolve_model_data_config
 
         config = resolve_model_data_config(encoder)
@@ -54,17 +54,18 @@ class TimmTransform(StackEach):
 
 
 class EachFrame:
-    """A transform of images made one of videos, for a side of ``frames``: (B, T, ...), T the most frames of a video.
+    """Turns a transform of images into one of videos, for a ``frames`` side: (B, T, ...), T the largest number of frames.
 
-    Called with a list of videos, each a list of images, it gives what the transform gives of all frames together, a tensor being
-    ``"frames"``; shorter videos are padded with zeros, and ``"frame_mask"``, bool (B, T), is True for real frames.
+    It is called with a list of videos, each a list of images. The transform is called once, with the frames of all videos. Its
+    tensors are returned as (B, T, ...), a bare tensor under the name ``"frames"``. Shorter videos are padded with zeros, and
+    ``"frame_mask"``, bool (B, T), is True for real frames.
 
     Args:
-        preprocess: of a list of images, as for :class:`FusionCollator`.
-        most: frames that are taken of a longer video, evenly spread over it; None for all.
+        preprocess: a transform of a list of images, as for :class:`FusionCollator`.
+        most: maximum number of frames, taken evenly spread over a longer video; None takes all frames.
 
     Raises:
-        ValueError: a video has no frame, or the transform gives no row of each frame.
+        ValueError: a video has no frame, or the transform doesn't return one row per frame.
     """
 
     def __init__(self, preprocess: Preprocess, most: int | None = None):
@@ -75,13 +76,13 @@ class EachFrame:
     def __call__(self, videos: Sequence[Sequence[Any]]) -> dict[str, Tensor]:
         videos = [video if hasattr(video, "__len__") else list(video) for video in videos]
         if empty := [index for index, frames in enumerate(videos) if not len(frames)]:
-            raise ValueError(f"video {empty[0]} of the batch has no frame: a missing one is None")
+            raise ValueError(f"video {empty[0]} of the batch has no frame: pass None for a missing video")
         taken = [self._taken(frames) for frames in videos]
         counts = [len(frames) for frames in taken]
         made = _inputs("frames", self.preprocess, [frame for frames in taken for frame in frames])
         made = made if isinstance(made, dict) else {"frames": made}
         if wrong := {name: tuple(value.shape) for name, value in made.items() if value.shape[:1] != (sum(counts),)}:
-            raise ValueError(f"{sum(counts)} frames were given, but the transform made {wrong} of them: it must give a row of each")
+            raise ValueError(f"{sum(counts)} frames were given, but the transform gave {wrong}: it must return one row per frame")
         padded = {name: pad_sequence(value.split(counts), batch_first=True) for name, value in made.items()}
         return {**padded, "frame_mask": torch.arange(max(counts)) < torch.tensor(counts)[:, None]}
 
@@ -92,27 +93,29 @@ class EachFrame:
 
 
 class FusionCollator:
-    """Makes a batch for :class:`MoPEFusion` of a list of samples: ``collate_fn`` of a DataLoader, ``data_collator`` of a Trainer.
+    """Builds a batch for :class:`MoPEFusion` from a list of samples: a DataLoader's ``collate_fn``, a Trainer's ``data_collator``.
 
-    With ``complementary_field=None`` it makes one for :class:`PromptTuned`, of the main side alone.
+    With ``complementary_field=None`` it builds a batch for :class:`PromptTuned`, from the main side alone.
 
-    Samples are :class:`Post` objects, whose images are opened here, in the DataLoader's worker; or dicts, as ``datasets`` has them,
-    whose PIL images become RGB as a viewer shows them, too (:func:`load_image`).
+    Samples are :class:`Post` objects or dicts, such as rows of ``datasets``. A post's images are opened here, in the DataLoader's
+    worker. PIL images in dicts are converted to RGB in the same way, as a viewer shows them (:func:`load_image`).
 
     Args:
-        main: how the main side's values become the main encoder's inputs. A transformers tokenizer (pads to the longest,
-            truncates), image processor or feature extractor (called with ``return_tensors="pt"``, unpadded); any function of a
-            list of values that gives a tensor or a dict of tensors: ``functools.partial(tokenizer, padding=True, max_length=64,
-            ...)``; ``TimmTransform.of(encoder)`` for a timm encoder, ``StackEach(transform)`` for other transforms of one image;
-            None for features, stacked as they are.
-        complementary: likewise for the other side; of several sides a dict of these by name, :class:`EachFrame` for video. A
-            sample's side is missing where its value is None: ``"present"`` says so to the model, the row is another sample's, and
-            the whole side is None where no sample of the batch has it. Of a post without an image, too, in place of a grey one.
-        main_field, complementary_field, label_field: where a sample has them. Samples without the label field, or with None in it,
-            make batches without labels. Of several sides ``complementary_field`` is a dict; by default fields are called as sides.
+        main: turns the main side's values into the main encoder's inputs. One of: a transformers tokenizer (called with padding
+            to the longest and truncation), image processor or feature extractor (called with ``return_tensors="pt"``, unpadded);
+            any function of a list of values that returns a tensor or a dict of tensors, such as ``functools.partial(tokenizer,
+            padding=True, max_length=64, ...)``; ``TimmTransform.of(encoder)`` for a timm encoder, ``StackEach(transform)`` for
+            other transforms of one image; None for features, which are stacked unchanged.
+        complementary: the same for the complementary side. For several sides, a dict from side name to such a preprocessing
+            function, :class:`EachFrame` for video. With several sides, a sample's side is missing if its value is None, also the
+            image of a post without one, which is then not replaced by a grey one. ``"present"`` tells the model; the missing row is
+            filled with another sample's. The whole side is None if no sample of the batch has it.
+        main_field, complementary_field, label_field: names of the samples' fields. Samples without the label field, or with None in
+            it, make batches without labels. For several sides ``complementary_field`` is a dict; by default each field has its
+            side's name.
 
     Raises:
-        TypeError: ``main`` or ``complementary`` is none of these.
+        TypeError: ``main`` or ``complementary`` has another type.
         ValueError: ``complementary`` without a field, or fields of other sides.
 
     Examples:
@@ -141,7 +144,7 @@ class FusionCollator:
         if complementary_field is None and complementary is not None:
             raise ValueError("complementary_field=None is for one side: leave complementary at None, or name its field")
         self.sides = {"inputs" if complementary_field is None else "main_inputs": (main_field, main)}
-        """Of each input of the model its field and what makes it; those of several sides are "complementary_inputs.NAME"."""
+        """Model input -> (field, preprocessing); with several sides the inputs are called "complementary_inputs.NAME"."""
         if self.several:
             if not others or "present" in others:
                 raise ValueError(f"complementary must be a dict of sides, none of them called 'present', got {list(others)}")
@@ -154,13 +157,14 @@ class FusionCollator:
         self.label_field = label_field
 
     def __call__(self, samples: Sequence[Post | Mapping[str, Any]]) -> dict[str, Any]:
-        """``main_inputs`` and ``complementary_inputs``, or ``inputs`` of one side; and, where samples have them, ``labels``.
+        """Return ``main_inputs`` and ``complementary_inputs``, or ``inputs`` of one side; also ``labels`` if the samples have them.
 
-        Labels are int64, (B,) of classes or (B, C) of 0 and 1 for each class, or float32 for numbers with a point.
+        Integer labels are returned as int64: (B,) class indices, or (B, C) with 0 or 1 for each class. Floating-point labels are
+        returned as float32.
 
         Raises:
-            TypeError, ValueError: no sample, a sample lacks a field, some have labels and some not, labels of different shapes, or
-                not finite, or inputs that are no tensors.
+            TypeError, ValueError: there is no sample, a sample lacks a field, only some have labels, labels have different shapes
+                or are not finite, or inputs are not tensors.
             OSError: an image can't be read.
         """
         batch = self.inputs(samples)
@@ -168,16 +172,16 @@ class FusionCollator:
         without = sum(label is None for label in labels)
         if without not in (0, len(samples)):
             raise ValueError(
-                f"{without} of {len(samples)} samples have no {self.label_field!r}: a batch has labels of all, or of none"
+                f"{without} of {len(samples)} samples have no {self.label_field!r}: either all of a batch have labels, or none"
             )
         if not without:
             batch["labels"] = _labels(labels)
         return batch
 
     def inputs(self, samples: Sequence[Post | Mapping[str, Any]]) -> dict[str, Any]:
-        """Make a batch without looking at labels."""
+        """Build a batch without labels."""
         if not samples:
-            raise ValueError("there is no sample to make a batch of")
+            raise ValueError("the list of samples is empty: a batch needs at least one")
         batch: dict[str, Any] = {}
         for name, (field, preprocess) in self.sides.items():
             side, _, one_of = name.partition(".")
@@ -215,7 +219,7 @@ def _value(sample: Post | Mapping[str, Any], field: str, *, may_be_missing: bool
 
 
 def _as_shown(value: Any) -> Any:
-    """Pillow's images, and lists of them, in RGB as a viewer shows them; all else as it is."""
+    """Convert PIL images, and lists of them, to RGB as a viewer shows them; return other values unchanged."""
     if isinstance(value, (list, tuple)) and value and all(is_pillow_image(each) for each in value):
         return [load_image(each) for each in value]
     return load_image(value) if is_pillow_image(value) else value
@@ -226,7 +230,7 @@ def _inputs(name: str, preprocess: Preprocess | None, values: list[Any]) -> Any:
         try:
             return StackEach(torch.as_tensor)(values) if preprocess is None else preprocess(values)
         except RuntimeError as error:
-            raise ValueError(f"{name} can't be stacked: {error}; make them of one size, or pad them") from error
+            raise ValueError(f"{name} can't be stacked: {error}; resize or pad them to one shape") from error
     if hasattr(preprocess, "model_input_names"):  # transformers' tokenizers, image processors and feature extractors
         settings = {"padding": True, "truncation": True} if hasattr(preprocess, "vocab_size") else {}
         inputs = preprocess(values, return_tensors="pt", **settings)
@@ -241,14 +245,14 @@ def _inputs(name: str, preprocess: Preprocess | None, values: list[Any]) -> Any:
 
 
 def _with_missing(name: str, preprocess: Preprocess | None, values: list[Any]) -> tuple[Any, Tensor | None]:
-    """Inputs where some are None, and which are not; None and None where all are."""
+    """Return the inputs and a bool mask (B,) of present values: None for the mask if all are present, (None, None) if none is."""
     present = torch.tensor([value is not None for value in values])
     if not present.any():
         return None, None
     inputs = _inputs(name, preprocess, [value for value in values if value is not None])
     if present.all():
         return inputs, None
-    # a missing one's row is that of one before it, or the first: whatever an encoder makes of it is a number
+    # a missing row repeats the present row before it, or the first present one, so that the encoder's output is finite
     rows = (present.cumsum(0) - 1).clamp(min=0)
     if not isinstance(inputs, dict):
         return inputs[rows], present
@@ -265,7 +269,7 @@ def _labels(values: list[Any]) -> Tensor:
         except (TypeError, ValueError, RuntimeError):
             tensor = None
         if tensor is None or tensor.is_complex():
-            hint = "; names of classes need numbers first" if isinstance(value, str) else ""
+            hint = "; convert class names to indices first" if isinstance(value, str) else ""
             raise ValueError(f"{expected}, got {value!r} of sample {index} of the batch{hint}")
         tensors.append(tensor.float() if tensor.is_floating_point() else tensor.long())
         if not tensors[-1].isfinite().all():

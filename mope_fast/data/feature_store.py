@@ -1,12 +1,12 @@
-"""Rows on disk under keys: immutable segments, each published at once, that any number of processes read and write without locks
-between them.
+"""An on-disk store of rows by key: immutable segment files, each published atomically. Any number of processes read and write them
+without locks between processes.
 
-A segment is a safetensors file under a name of its own, mapped when read. Two writers never touch one file, so a row may be stored
-twice, but none is lost. A row that was flushed is in some durable segment at every moment: the sources of a merged segment are
+A segment is a safetensors file with a unique name, memory-mapped when read. Two writers never touch the same file, so a row may be
+stored twice, but none is lost. At every moment a flushed row is in some durable segment: the sources of a merged segment are
 removed only after it is on disk.
 
-The names of files have the number of their format. Those of another format are never read, merged or removed: versions of the
-library that share a folder don't meet.
+File names contain the number of their format. Files of another format are never read, merged or removed, so versions of the library
+that share a folder don't interfere.
 """
 
 import contextlib
@@ -32,22 +32,22 @@ from .._locks import Guarded
 from .fingerprint import KEY_BYTES, raw_bytes
 
 FORMAT = 2
-"""Of keys and files: what a key is made of belongs to it. The first one's files are meta.json and features-*."""
+"""Format version of keys and files; it also covers how a key is computed. Files of format 1 are meta.json and features-*."""
 META = f"meta.{FORMAT}.json"
 FIELDS = {"format": int, "fingerprint": str, "encoder": str, "width": int, "dtype": str}
 PREFIX, SUFFIX = f"features.{FORMAT}-", ".safetensors"
 SEGMENT = re.compile(r"features(\.[0-9]+)?-[0-9a-f]+\.safetensors")
-"""Of any format."""
+"""Name of a segment of any format."""
 MANY = 16
-"""So many small segments are merged when a store is opened."""
+"""If a store has at least this many small segments when it is opened, they are merged."""
 SMALL = 64 << 20
-"""Bytes; a smaller segment is small, and a merged one is closed at this size."""
+"""Bytes. A segment below this size counts as small, and a merged segment is closed once it reaches this size."""
 
 
 def _damaged(path: Path, reason: object) -> ValueError:
     return ValueError(
-        f"{path} is damaged ({reason}): delete this one file. That is safe: what it held is computed or written again when it is "
-        "needed, and all other files of the cache stay valid"
+        f"{path} is damaged ({reason}): delete this one file. That is safe: its content is computed or written again when needed, "
+        "and all other files of the cache stay valid"
     )
 
 
@@ -68,7 +68,7 @@ def _pack(keys: list[bytes], features: Tensor, meta: dict[str, Any]) -> bytes:
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """A mapped file of features (N, D), and for each row its key and the CRC-32 of key and row, checked when the row is read."""
+    """A memory-mapped file of features (N, D). Each row has its key and the CRC-32 of key and row, checked when the row is read."""
 
     path: Path
     meta: dict[str, Any]
@@ -81,8 +81,8 @@ class Segment:
         """Map a file.
 
         Raises:
-            FileNotFoundError: it is gone, merged into another by some process.
-            ValueError: it is no whole segment.
+            FileNotFoundError: the file is gone: another process merged it into another segment.
+            ValueError: the file is not a complete segment.
         """
         try:
             with safe_open(path, "pt") as file:
@@ -106,7 +106,7 @@ class Segment:
         return raw_bytes(self.features), raw_bytes(self.checks).cast("q")
 
     def row(self, key: bytes, index: int) -> Tensor:
-        """(D,), a view of the file; ValueError if it isn't what was written."""
+        """Return row (D,), a view of the file; ValueError if its checksum doesn't match."""
         rows, checks = self._views
         size = len(rows) // len(checks)
         if _check_of(key, rows[index * size : (index + 1) * size]) != checks[index]:
@@ -115,14 +115,15 @@ class Segment:
 
 
 class FeatureStore(Guarded):
-    """key -> feature row (D,), in a folder of one encoder.
+    """Maps keys to feature rows (D,), stored in a folder of one encoder.
 
-    Where several threads use it, each holds ``lock`` while it asks or adds; :meth:`flush` takes it itself.
+    If several threads use it, each must hold ``lock`` while it looks up or adds rows; :meth:`flush` takes the lock itself.
 
     Args:
-        folder: made if it isn't there.
-        fingerprint, encoder: of what gives the features, and its name for people.
-        flush_every: rows held in memory at most.
+        folder: created if it doesn't exist.
+        fingerprint: of the encoder.
+        encoder: the encoder's name, for messages.
+        flush_every: maximum number of rows held in memory.
     """
 
     def __init__(self, folder: Path, fingerprint: str, encoder: str, flush_every: int):
@@ -139,7 +140,7 @@ class FeatureStore(Guarded):
         self._read_meta()
         self.refresh()
         self._warn_of_other_formats()
-        # only to have fewer files: a folder that can't be written, or a full disk, is good enough for reading
+        # optional cleanup: reading still works from a folder that can't be written or on a full disk
         with contextlib.suppress(OSError):
             self._remove_leftovers()
             self._merge_small_segments()
@@ -151,24 +152,24 @@ class FeatureStore(Guarded):
         return len(self._index) + sum(key not in self._index for key in self.pending)
 
     def get(self, key: bytes) -> Tensor:
-        """The row (D,) of a known key; ValueError if its file is damaged."""
+        """Return the row (D,) of a known key; ValueError if its file is damaged."""
         if key in self.pending:
             return self.pending[key]
         segment, index = self._index[key]
         try:
             return segment.row(key, index)
         except ValueError:
-            # so that the store goes on as soon as the file is deleted
+            # forget the segment so that the store works again once the file is deleted
             self._segments.pop(segment.path.name, None)
             self._index = {k: place for k, place in self._index.items() if place[0] is not segment}
             raise
 
     def add(self, keys: list[bytes], features: Tensor) -> None:
-        """Take rows (N, D), contiguous on the CPU, of new keys; ValueError if D or the dtype isn't that of the stored ones."""
+        """Add rows (N, D), contiguous and on the CPU, of new keys; ValueError if D or dtype differ from those of stored rows."""
         if self.width is not None and (features.shape[1], features.dtype) != (self.width, self.dtype):
             raise ValueError(
                 f"{self.encoder} gave features of width {features.shape[1]} in {features.dtype}, but {self.folder} holds width "
-                f"{self.width} in {self.dtype}: use another folder, or the encoder as it was"
+                f"{self.width} in {self.dtype}: use another folder, or the encoder that the folder was made with"
             )
         self.width, self.dtype = features.shape[1], features.dtype
         self.pending.update(zip(keys, features, strict=True))
@@ -176,7 +177,7 @@ class FeatureStore(Guarded):
             self.flush()
 
     def flush(self) -> None:
-        """Make all rows durable; on an error they stay in memory."""
+        """Write all rows durably; if that fails they stay in memory."""
         with self.lock:
             if self.pending:
                 self._write_pending()
@@ -185,21 +186,21 @@ class FeatureStore(Guarded):
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / META).exists():
             write_atomically(self.folder / META, json.dumps(self._meta(), indent=2).encode(), replace=False)
-        self._read_meta()  # another process may have been first, with another encoder
+        self._read_meta()  # another process may have written it first, for another encoder
         name = f"{PREFIX}{uuid.uuid4().hex}{SUFFIX}"
         write_atomically(self.folder / name, _pack(list(self.pending), torch.stack(list(self.pending.values())), self._meta()))
         try:
             self._adopt(name, first=True)
-        except FileNotFoundError:  # another process has merged it already
+        except FileNotFoundError:  # another process has already merged it
             self.refresh()
         self.pending.clear()
 
     def refresh(self) -> None:
-        """Map what other processes have written."""
-        seen = None
-        # once more after a change: a segment that is gone by the time it is opened has been merged into one listed later
-        while (names := {n for n in self._files() if n.startswith(PREFIX) and n.endswith(SUFFIX)}) != seen:
-            seen = names
+        """Map the segments that other processes have written."""
+        previous = None
+        # list again after a change: a segment that disappears before it is opened was merged into one that is listed later
+        while (names := {n for n in self._files() if n.startswith(PREFIX) and n.endswith(SUFFIX)}) != previous:
+            previous = names
             for name in sorted(names - self._segments.keys()):
                 with contextlib.suppress(FileNotFoundError):
                     self._adopt(name)
@@ -220,11 +221,11 @@ class FeatureStore(Guarded):
             return []
 
     def _adopt(self, name: str, *, first: bool = False) -> None:
-        """Add a segment; where another one has a key too, the known row stays the valid one unless this comes ``first``."""
+        """Add a segment; if a key is already known, the known row stays in use unless ``first`` gives this segment priority."""
         segment = Segment.open(self.folder / name)
         self._check(segment.meta, segment.path)
         if (segment.features.shape[1:], segment.features.dtype) != ((self.width,), self.dtype):
-            raise _damaged(segment.path, "its features have another shape or dtype than it says")
+            raise _damaged(segment.path, "its features have another shape or dtype than its metadata says")
         self._segments[name] = segment
         for index, key in enumerate(segment.keys()):
             if first or key not in self._index:
@@ -246,16 +247,16 @@ class FeatureStore(Guarded):
         self._check(meta, path)
 
     def _check(self, meta: Any, path: Path) -> None:
-        """Take the width and dtype of a description, once it is known to be of this encoder."""
+        """Check that metadata is complete and of this encoder, then adopt its width and dtype."""
         whole = isinstance(meta, dict) and all(isinstance(meta.get(name), kind) for name, kind in FIELDS.items())
         if not whole or meta["format"] != FORMAT or isinstance(meta["width"], bool) or meta["width"] < 1:
             raise _damaged(path, f"expected {', '.join(FIELDS)}, of format {FORMAT}")
         dtype = getattr(torch, meta["dtype"], None)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise _damaged(path, f"{meta['dtype']!r} is no dtype of features")
+            raise _damaged(path, f"{meta['dtype']!r} is not a floating-point dtype")
         if meta["fingerprint"] != self.fingerprint:
             raise ValueError(
-                f"{path} is of another encoder: expected {self.encoder} with fingerprint {self.fingerprint}, it has "
+                f"{path} is of another encoder: expected {self.encoder} with fingerprint {self.fingerprint}, got "
                 f"{meta['encoder']} with {meta['fingerprint']}; use another folder, or the encoder it was made with"
             )
         if self.width is not None and (meta["width"], dtype) != (self.width, self.dtype):
@@ -282,17 +283,17 @@ class FeatureStore(Guarded):
                 group = []
 
     def _merge(self, group: list[Segment]) -> None:
-        # each source's rows are kept, known elsewhere or not: another process may be dropping that other one right now
+        # keep all rows of every source, even if another segment has them: another process may be removing that segment
         rows: dict[bytes, Tensor] = {}
         for segment in group:
             for index, key in enumerate(segment.keys()):
                 row = segment.row(key, index)
                 rows.setdefault(key, row)
-        # named after its sources: processes that merge the same ones write the same file
+        # named after its sources, so that processes that merge the same segments write the same file
         digest = hashlib.blake2b(" ".join(s.path.name for s in group).encode(), digest_size=16).hexdigest()
         name = f"{PREFIX}{digest}{SUFFIX}"
         write_atomically(self.folder / name, _pack(list(rows), torch.stack(list(rows.values())), self._meta()))
-        with contextlib.suppress(FileNotFoundError):  # merged once more by another process; the sources stay mapped here
+        with contextlib.suppress(FileNotFoundError):  # already merged again by another process; the sources stay mapped here
             self._adopt(name, first=True)
         for segment in group:
             segment.path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Hashes of content: which sample is this, which encoder is this."""
+"""Content hashes that identify samples and encoders."""
 
 import hashlib
 import json
@@ -10,29 +10,29 @@ import torch
 from torch import Tensor, nn
 
 KEY_BYTES = 16
-# settings of a transformers config that name a version, a path or an implementation, not a function
 SWITCHES = ("training", "fused_attn", "grad_checkpointing", "gradient_checkpointing")
-"""Of modules: how, not what they compute."""
+"""Module attributes that select how something is computed, not what; left out of the fingerprint."""
+# settings of a transformers config that name a version, a path or an implementation, and don't change the function computed
 VOLATILE = ("transformers_version", "architectures", "dtype", "torch_dtype", "attn_implementation")
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a CPU tensor of any dtype; its own memory if it is contiguous."""
+    """Return the bytes of a CPU tensor of any dtype; they share its memory if it is contiguous."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _on_host(tensor: Tensor) -> Tensor:
-    # a lazy conjugate or negative has the bytes of another tensor
+    # a lazily conjugated or negated tensor shares the bytes of another one
     return tensor.detach().cpu().resolve_conj().resolve_neg()
 
 
 def sample_keys(inputs: dict[str, Tensor], padded: Collection[str] = ()) -> list[bytes]:
-    """One key for each sample, of names, dtypes, shapes and bytes.
+    """Return one key for each sample: a hash of names, dtypes, shapes and bytes.
 
     Args:
-        inputs: tensors (B, ...) with one B >= 1.
-        padded: names of tensors of token sequences. Of those that are (B, S, ...) for an ``attention_mask`` (B, S) in ``inputs``,
-            what is behind a sample's last real token (mask nonzero) is left out.
+        inputs: tensors (B, ...) with the same B >= 1.
+        padded: names of tensors of token sequences. If ``inputs`` has an ``attention_mask`` (B, S), positions after a sample's last
+            real token (mask nonzero) are left out of those of these tensors that are (B, S, ...).
     """
     tensors = {name: _on_host(inputs[name]) for name in sorted(inputs)}
     mask = tensors.get("attention_mask")
@@ -45,24 +45,24 @@ def sample_keys(inputs: dict[str, Tensor], padded: Collection[str] = ()) -> list
         cut = bool(lengths) and name in padded and shape[:1] == mask.shape[1:]
         for i, digest in enumerate(digests):
             kept, end = ((lengths[i], *shape[1:]), lengths[i] * (size // shape[0])) if cut else (shape, size)
-            # one that was cut is never taken for one that wasn't
+            # ``cut`` is hashed so that a truncated input never gets the key of a whole one
             digest.update(repr((name, str(tensor.dtype), kept, cut)).encode())
             digest.update(data[i * size : i * size + end])
     return [digest.digest() for digest in digests]
 
 
 def _real_lengths(mask: Tensor) -> list[int]:
-    """Where the padding of each row (B, S) begins."""
+    """Return the position at which the padding of each row of the mask (B, S) begins."""
     tokens = mask.shape[1]
     lengths = (mask.ne(0) * torch.arange(1, tokens + 1)).amax(1)
-    # a sample without any real token is all that it has
+    # a sample without any real token is kept whole
     return torch.where(lengths > 0, lengths, tokens).tolist()
 
 
 def encoder_fingerprint(encoder: nn.Module) -> str:
-    """A hash of an encoder's class, structure, settings, configuration, parameters and buffers.
+    """Return a hash of an encoder's class, structure, settings, configuration, parameters and buffers.
 
-    Not of its device or training mode, or of attributes that are neither numbers, texts, functions nor lists and dicts of them.
+    Device and training mode are left out. So are attributes that are not numbers, strings, functions, or lists and dicts of them.
     """
     digest = hashlib.blake2b(digest_size=KEY_BYTES)
     configs: list[Any] = []
@@ -79,13 +79,13 @@ def encoder_fingerprint(encoder: nn.Module) -> str:
 
 
 def _settings(module: nn.Module) -> list[tuple[str, Any]]:
-    """Plain public attributes: what shows in no parameter, as timm's way to pool."""
+    """Return plain public attributes: settings that don't show in parameters, such as timm's pooling."""
     names = sorted(name for name in vars(module) if not name.startswith("_") and name not in SWITCHES)
     return [(name, value) for name in names if (value := _plain(vars(module)[name])) is not None]
 
 
 def _plain(value: Any) -> Any:
-    """What reads the same in every process, or None."""
+    """Return a representation that is the same in every process, or None if there is none."""
     if isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (tuple, list)):

@@ -1,4 +1,4 @@
-"""Files of a data set's folder, found by name: as the disk spells it, and never outside of the folder."""
+"""Find a data set's files by name: with the spelling on disk, and never outside of the data set's folder."""
 
 import errno
 import os
@@ -15,15 +15,15 @@ _NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errn
 class Folder:
     """Finds files that a data set names.
 
-    Each folder is listed once: a look at each of thousands of files takes long on a network disk. Links are followed to see where
-    they lead. A name may be composed (NFC) in a file and decomposed (NFD) on disk, or the other way round.
+    Each folder is listed once, because checking thousands of files one by one is slow on a network disk. Links are resolved to
+    check their targets. A name may be composed (NFC) in a file and decomposed (NFD) on disk, or the other way round.
 
     Args:
-        root: what files have to be in.
+        root: folder that files must be in.
         outside: other folders that they may be in.
 
     Raises:
-        TypeError: ``outside`` is no list of folders.
+        TypeError: ``outside`` is not a list of folders.
     """
 
     def __init__(self, root: Path, outside: Iterable[str | os.PathLike[str]] = ()):
@@ -34,14 +34,14 @@ class Folder:
         self._listings: dict[Path, _Listing] = {}
 
     def allow(self, folder: Path) -> None:
-        """Let in files of one more folder, which somebody has named."""
+        """Allow files of one more folder, which the caller has named explicitly."""
         self._allowed.append(os.path.realpath(folder))
 
     def find(self, path: Path) -> Path | None:
-        """A file by its path, as the disk spells it; None if there is none.
+        """Return a file's path as spelled on disk; None if it doesn't exist.
 
         Raises:
-            ValueError: it is outside, or several files have that name.
+            ValueError: it is outside the allowed folders, or several files have that name.
             OSError: a folder can't be listed.
         """
         if path == self.root or "\0" in str(path):
@@ -61,11 +61,13 @@ class Folder:
         return found
 
     def entries(self, folder: Path) -> tuple[list[Path], list[Path]]:
-        """Files and folders in a folder, sorted by name; none where it isn't there. A link is in both: :meth:`find` follows it.
+        """Return the files and the folders in a folder, sorted by name; both empty if it doesn't exist.
+
+        A link is in both lists; :meth:`find` follows it.
 
         Raises:
-            ValueError: it is outside.
-            OSError: it can't be listed.
+            ValueError: the folder is outside the allowed folders.
+            OSError: the folder can't be listed.
         """
         listing = self._list(folder)
         if listing.refusal:
@@ -99,7 +101,7 @@ class Folder:
         return _Listing(folder, files, folders)
 
     def _spelled(self, folder: Path) -> Path | None:
-        """A folder below the root as the disk spells each part of it; None if it isn't there."""
+        """Return a folder below the root with each part as spelled on disk; None if it doesn't exist."""
         if not folder.is_relative_to(self.root):
             return None
         found = self.root
@@ -111,17 +113,15 @@ class Folder:
         return found
 
     def _refusal(self, path: Path) -> str | None:
-        """Why this file or folder may not be read, and what to do; None if it may be."""
+        """Return why this file or folder may not be read, and what to do; None if it may be."""
         if self._allows(path):
             return None
         real = Path(os.path.realpath(path))
-        # the first folder on the way that is outside: of images -> /data/images that one, not /data/images/a
+        # name the first folder on the path that is outside: for images -> /data/images that is /data/images, not /data/images/a
         way = [each for each in reversed((path / "_").parents) if each.is_relative_to(self.root) and each.name != ".."]
         first = next((each for each in way if os.path.isdir(each) and not self._allows(each)), None)
         first = first or (real.parent if os.path.islink(path) else path)
-        return (
-            f"{path} is {real}, outside of {self.root}: if it belongs to the data, outside=[{os.path.realpath(first)!r}] lets it in"
-        )
+        return f"{path} is {real}, outside of {self.root}: if it belongs to the data, pass outside=[{os.path.realpath(first)!r}]"
 
     def _allows(self, path: Path) -> bool:
         real = Path(os.path.realpath(path))
@@ -129,7 +129,7 @@ class Folder:
 
 
 class _Names(dict[str, bool]):
-    """Names in a folder -> whether it is a link."""
+    """Maps each name in a folder to True if it is a link."""
 
     @cached_property
     def _alike(self) -> dict[str, list[str]]:
@@ -139,7 +139,7 @@ class _Names(dict[str, bool]):
         return groups
 
     def spelled(self, name: str) -> str | None:
-        """The same name as it is here: the very same one, else one of the same characters."""
+        """Return the name as spelled in this folder: the identical one, else one that is equal after NFC normalization; or None."""
         if name in self:
             return name
         same = [each for each in self._alike.get(_composed(name).casefold(), ()) if _composed(each) == _composed(name)]
@@ -148,7 +148,7 @@ class _Names(dict[str, bool]):
         return same[0] if same else None
 
     def in_other_case(self, name: str, folder: Path) -> str | None:
-        """The file that a disk which ignores case opens by this name."""
+        """Return the file that a case-insensitive disk opens under this name, or None."""
         alike = self._alike.get(_composed(name).casefold(), ())
         return alike[0] if len(alike) == 1 and os.path.isfile(folder / name) else None
 
@@ -156,7 +156,7 @@ class _Names(dict[str, bool]):
 @dataclass(frozen=True)
 class _Listing:
     folder: Path
-    """As the disk spells it."""
+    """The folder's path as spelled on disk."""
     files: _Names = field(default_factory=_Names)
     folders: _Names = field(default_factory=_Names)
     refusal: str | None = None

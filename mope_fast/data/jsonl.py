@@ -1,4 +1,4 @@
-"""Folders in the format of MoPE's released code: a JSON object in each line, an image file for each."""
+"""Read folders in the format of MoPE's released code: one JSON object per line, one image file for each."""
 
 import difflib
 import os
@@ -23,43 +23,43 @@ def read_jsonl_folder(
     missing_images: str = "error",
     outside: Iterable[str | os.PathLike[str]] = (),
 ) -> dict[str, Posts]:
-    """The splits of a folder as MoPE's released code (arXiv 2403.10568) reads it.
+    """Read the splits of a folder as MoPE's released code (arXiv 2403.10568) reads it.
 
-    ``<split>.jsonl`` has in each line ``{"id": ..., "text": ..., "img": ..., "label": ...}``; other fields are left alone. ``img``
-    is a path from ``root``; ``label`` is a name out of ``labels.txt``, or a list of such names in every line where a sample may
-    have several classes or none. ``labels.txt`` has a name in each line, class 0 first; white space around names is dropped.
-    Without ``val.jsonl`` there may be ``dev.jsonl``: the released scripts write that one.
+    Each line of ``<split>.jsonl`` is ``{"id": ..., "text": ..., "img": ..., "label": ...}``; other fields are ignored. ``img`` is a
+    path relative to ``root``. ``label`` is a name from ``labels.txt``; if a sample may have several classes or none, it is a list
+    of such names in every line. ``labels.txt`` has one name per line, class 0 first; white space around names is dropped. If
+    ``val.jsonl`` is absent, ``dev.jsonl`` is read instead: the released scripts write that one.
 
-    An integer in place of a name is the name of these digits, where a name in ``labels.txt`` is a number. Where none is, it counts
-    the lines of ``labels.txt`` from 0; a set of which no sample has 0 is refused, because it may count from 1.
+    If any name in ``labels.txt`` is a number, an integer label stands for the name with these digits. Otherwise it is a line number
+    of ``labels.txt``, counted from 0. Data in which no sample has label 0 is then refused, because it may count from 1.
 
-    Where no line of a split has a label, or all have null, its samples' labels are None: they are there to be predicted.
+    If no line of a split has a label, or all have null, its samples' labels are None: the split is for prediction only.
 
-    A line may have ``audio``, the path of a sound, and ``frames``, a list of paths of a video's frames; where they are absent or
-    null the sample has none. A line with one of these fields needs no ``img``. A path that names no file is an error.
+    A line may have ``audio``, the path of a sound file, and ``frames``, a list of paths of a video's frames. If they are absent or
+    null, the sample has none. A line with one of these fields needs no ``img``. A path to a file that doesn't exist is an error.
 
-    Names of files may have accents in one form (NFC) here and in the other (NFD) on disk, and ``img`` Windows' separators.
+    File names may be composed (NFC) here and decomposed (NFD) on disk, or the other way round. Paths may have Windows separators.
 
     Nothing is decoded: an image that can't be read raises when it is opened, see :meth:`Post.open_image` and
     :meth:`Posts.check_images`. Ids need not be unique.
 
     Args:
         root: the folder.
-        splits: which to read. Default: train and val, and test if there is one.
-        missing_images: what to do where an image is absent, null or names no file: "error"; "skip" leaves the sample out, into
-            ``dropped["no image"]``; "grey" gives it a grey picture, as the released code does.
-        outside: folders outside of ``root`` that its files may be in too. Whatever leads anywhere else, by an absolute path, ``..``
-            or a link, is an error: what it finds would be shown in reports.
+        splits: names of the splits to read. Default: train and val, and test if it exists.
+        missing_images: what to do if an image is absent, null or names no file: "error"; "skip" leaves the sample out and lists its
+            id in ``dropped["no image"]``; "grey" gives it a grey picture, as the released code does.
+        outside: folders outside of ``root`` that its files may be in too. A path that leads anywhere else, by an absolute path,
+            ``..`` or a link, is an error, because the file's content would be shown in reports.
 
     Returns:
-        Split -> its samples, of the same ``class_names``.
+        A dict from split to its samples, all with the same ``class_names``.
 
     Raises:
-        FileNotFoundError: a file is not there.
+        FileNotFoundError: a file does not exist.
         OSError: a file or folder can't be read.
-        TypeError: ``splits`` or ``outside`` is no list.
-        ValueError: another ``missing_images``; a split without samples; problems in the files. One exception for each file has the
-            first ten with line and field, and their number.
+        TypeError: ``splits`` or ``outside`` is not a list.
+        ValueError: ``missing_images`` has another value, a split has no samples, or the files have problems. One exception per file
+            lists the first ten problems with line and field, and the number of all.
     """
     check_choice("missing_images", missing_images, MISSING_IMAGES)
     if isinstance(splits, str):
@@ -73,12 +73,12 @@ def read_jsonl_folder(
     kinds = {split: each.multi_label for split, each in posts.items() if each.labelled}
     if len(set(kinds.values())) > 1:
         several = [split for split, kind in kinds.items() if kind]
-        raise ValueError(f"{root}: label is a list in {several} and one name in the other splits: use lists in all, or in none")
+        raise ValueError(f"{root}: label is a list in {several} and one name in the other splits: use lists in all or in none")
     if classes.counted and 0 not in classes.counted:
         raise ValueError(
             f"{root}: labels are numbers, {min(classes.counted)} to {max(classes.counted)}, and no sample of {list(posts)} has 0, "
-            "which is the first line of labels.txt: if yours count from 1, write names in their place; if class 0 has no sample in "
-            "these splits, read them together with one where it has"
+            "which is the first line of labels.txt: if your labels count from 1, replace them by names; if class 0 has no sample "
+            "in these splits, read them together with a split in which it has one"
         )
     return posts
 
@@ -90,20 +90,21 @@ def read_unlabelled(
     missing_images: str = "error",
     outside: Iterable[str | os.PathLike[str]] = (),
 ) -> Posts:
-    """The lines of one file as :func:`read_jsonl_folder` reads a split of its folder, whatever their labels are.
+    """Read one file as :func:`read_jsonl_folder` reads a split, ignoring labels.
 
     Args:
-        path: the file; paths in it are from its folder.
-        fields: which of text, image, audio and frames to read; others may be absent or anything, and posts don't have them.
-        missing_images, outside: as for a folder.
+        path: the file; paths in it are relative to its folder.
+        fields: which of text, image, audio and frames to read. Other fields may be absent or have any value, and posts don't have
+            them.
+        missing_images, outside: as in :func:`read_jsonl_folder`.
 
     Raises:
-        FileNotFoundError, OSError, TypeError, ValueError: as for a folder.
+        FileNotFoundError, OSError, TypeError, ValueError: as in :func:`read_jsonl_folder`.
     """
     check_choice("missing_images", missing_images, MISSING_IMAGES)
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f'{path} is not there: expected a line {{"id": ..., "text": ..., "img": ...}} for each sample')
+        raise FileNotFoundError(f'{path} does not exist: expected a line {{"id": ..., "text": ..., "img": ...}} for each sample')
     folder, problems, posts, dropped = Folder(path.parent, outside), [], [], []
     read = ("id", *("img" if field == "image" else field for field in fields))
     for number, line in read_lines(path):
@@ -126,22 +127,22 @@ def _file_of(folder: Folder, split: str) -> Path:
     found = folder.find(path) or (folder.find(folder.root / "dev.jsonl") if split == "val" else None)
     if found is None:
         raise FileNotFoundError(
-            f'{path} is not there: expected a line {{"id": ..., "text": ..., "img": ..., "label": ...}} for each sample'
+            f'{path} does not exist: expected a line {{"id": ..., "text": ..., "img": ..., "label": ...}} for each sample'
         )
     return found
 
 
 def _read_labels(folder: Folder, path: Path) -> tuple[str, ...]:
     if (found := folder.find(path)) is None:
-        raise FileNotFoundError(f"{path} is not there: write the name of each class in a line of its own, class 0 first")
+        raise FileNotFoundError(f"{path} does not exist: write the name of each class on a line of its own, class 0 first")
     lines = [(number, _class_name(name)) for number, name in read_lines(found)]
     if bad := [f"line {number}: not UTF-8: {name!r:.80}" for number, name in lines if not is_unicode(name)]:
         raise problems_in(path, bad)
     names = [name for _, name in lines]
     if repeated := sorted(name for name, count in Counter(names).items() if count > 1):
-        raise ValueError(f"{path} has {repeated} more than once: each class has one line")
+        raise ValueError(f"{path} has {repeated} more than once: expected one line per class")
     if len(names) < 2:
-        raise ValueError(f"{path} must name at least two classes, a line each, got {names}")
+        raise ValueError(f"{path} must name at least two classes, one per line, got {names}")
     return tuple(names)
 
 
@@ -164,7 +165,7 @@ def _read_split(path: Path, folder: Folder, classes: "_Classes", missing_images:
                 with_label = with_label or number
                 if several is None:
                     several = isinstance(label, list)
-                # looking for what was meant takes a while
+                # searching for similar names is slow
                 label = classes.label(label, several, hint=len(problems) < SHOWN)
             needed, image, *others = _media(folder, row, missing_images)
         except ValueError as error:
@@ -178,7 +179,7 @@ def _read_split(path: Path, folder: Folder, classes: "_Classes", missing_images:
             posts.append(Post(str(row["id"]), row["text"], image, label, *others))
     if with_label:
         problems += [
-            f"line {number}: has no label, line {with_label} has one: give it to all lines, or to none" for number in without_label
+            f"line {number}: has no label, line {with_label} has one: label all lines, or none" for number in without_label
         ]
     return _posts(path, posts, classes.names, problems, dropped)
 
@@ -195,8 +196,8 @@ def _posts(path: Path, posts: list[Post], class_names: tuple[str, ...], problems
 def _media(
     folder: Folder, row: dict[str, Any], missing_images: str, *, wanted: bool = True
 ) -> tuple[bool, Path | None, Path | None, tuple[Path, ...]]:
-    """Whether a line needs an image; its image, sound and frames."""
-    # one with sound or a video alone lacks no image
+    """Return whether a line needs an image, and its image, sound and frames."""
+    # a line with only sound or a video needs no image
     needed = wanted and (row["img"] is not None or not {"audio", "frames"} & row.keys())
     image = _image(folder, row["img"], missing_images) if needed else None
     audio = _file(folder, "audio", row["audio"]) if row.get("audio") else None
@@ -204,30 +205,30 @@ def _media(
 
 
 def _image(folder: Folder, img: str | None, missing_images: str) -> Path | None:
-    """The file, None if there is none and that is no error."""
+    """Return the image file, or None if it is missing and that is allowed."""
     found = _find(folder, "img", img) if img else None
     if found is None and missing_images == "error":
-        what = f"{folder.root / img} is not there" if img else "there is none"
+        what = f"{folder.root / img} does not exist" if img else "is absent or null"
         raise ValueError(f'field "img": {what}; missing_images="skip" leaves such samples out, "grey" gives a grey picture')
     return found
 
 
 def _file(folder: Folder, field: str, name: str) -> Path:
     if (found := _find(folder, field, name)) is None:
-        raise ValueError(f'field "{field}": {folder.root / name} is not there; null says that the sample has none')
+        raise ValueError(f'field "{field}": {folder.root / name} does not exist; use null for a sample without it')
     return found
 
 
 def _find(folder: Folder, field: str, name: str) -> Path | None:
     try:
-        # the second: a file written on Windows
+        # the second lookup is for a file written on Windows
         return folder.find(folder.root / name) or ("\\" in name and folder.find(folder.root / name.replace("\\", "/"))) or None
     except ValueError as error:
         raise ValueError(f'field "{field}": {error}') from None
 
 
 def _fields(line: str, read: tuple[str, ...] = ("id", "text", "img", "label")) -> dict[str, Any]:
-    """A line's object, the fields that are read of the right types."""
+    """Parse a line and check the types of the fields to read."""
     row = json_object(line)
     if lacking := [name for name in ("id", "text") if name in read and name not in row]:
         raise ValueError(f"lacks {', '.join(map(repr, lacking))}; it has {list(row)!r:.200}")
@@ -238,7 +239,7 @@ def _fields(line: str, read: tuple[str, ...] = ("id", "text", "img", "label")) -
         "frames": (list, none),
     }  # fmt: skip
     expected = {
-        "id": "a text or an integer", "text": "a text", "img": "a path or null", "label": "a name, a list of names or null",
+        "id": "a string or an integer", "text": "a string", "img": "a path or null", "label": "a name, a list of names or null",
         "audio": "a path or null", "frames": "a list of paths or null",
     }  # fmt: skip
     for name, kind in kinds.items():
@@ -254,24 +255,24 @@ def _fields(line: str, read: tuple[str, ...] = ("id", "text", "img", "label")) -
 
 
 class _Classes:
-    """The classes by the names, or the numbers, that samples give."""
+    """Looks up classes by the names or numbers that samples give as labels."""
 
     def __init__(self, names: tuple[str, ...]):
         self.names = names
         self.counted: set[int] = set()
-        """Numbers that were taken for lines of labels.txt, counted from 0."""
+        """Integer labels that were read as line numbers of labels.txt, counted from 0."""
         self._index = {name: i for i, name in enumerate(names)}
         self._numbered = any(_is_number(name) for name in names)
 
     def label(self, value: str | int | list[Any], several: bool, hint: bool) -> int | tuple[int, ...]:
-        """The class; or, of a list, 0 or 1 for each class."""
+        """Return the class index; or, for a list, 0 or 1 for each class."""
         if isinstance(value, list) != several:
             raise ValueError(f'field "label": expected {"a list of names" if several else "one name"} as above, got {value!r:.120}')
         if not several:
             return self._class(value, hint)
         numbers = [each for each in value if isinstance(each, int)]
         if len(set(numbers)) < len(numbers) or (len(numbers) == len(self.names) and {*numbers} <= {0, 1}):
-            raise ValueError(f'field "label": {value!r:.120} looks like 0 or 1 for each class: expected the names of its classes')
+            raise ValueError(f'field "label": {value!r:.120} looks like 0 or 1 for each class: expected the names of the classes')
         chosen = {self._class(each, hint) for each in value}
         return tuple(int(i in chosen) for i in range(len(self.names)))
 
@@ -279,14 +280,14 @@ class _Classes:
         is_integer = isinstance(value, int) and not isinstance(value, bool)
         if is_integer and not self._numbered:
             if not 0 <= value < len(self.names):
-                raise ValueError(f'field "label": {value} is no line of labels.txt, counted from 0 to {len(self.names) - 1}')
+                raise ValueError(f'field "label": {value} is not a line number of labels.txt, 0 to {len(self.names) - 1}')
             self.counted.add(value)
             return value
         name = str(value) if is_integer else _class_name(value) if isinstance(value, str) else value
         if isinstance(name, str) and name in self._index:
             return self._index[name]
         near = difflib.get_close_matches(name, self._index, 1) if hint and isinstance(name, str) else []
-        meant = f"; is it {near[0]!r}?" if near else ""
+        meant = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f'field "label": {name!r:.80} is not in labels.txt{meant}')
 
 

@@ -1,4 +1,4 @@
-"""What readers of text files share: numbered lines, choices, and one exception for all problems of a file."""
+"""Helpers shared by readers of text files: numbered lines, checks of choices, and one exception for all problems of a file."""
 
 import json
 from collections.abc import Sequence
@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import Any
 
 SHOWN = 10
-"""Problems of a file that are told one by one."""
+"""Number of problems of a file that are listed one by one."""
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:
-    """Lines that aren't blank, with their numbers; bytes that aren't UTF-8 are kept as surrogates."""
+    """Return the non-blank lines with their line numbers; bytes that aren't UTF-8 are kept as surrogates."""
     text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
     return [(number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
 def decoded(data: bytes) -> str:
-    """A text of UTF-8; of Windows-1252, with U+FFFD for bytes that it doesn't have, where it isn't."""
+    """Decode UTF-8; if that fails, Windows-1252 with U+FFFD for its undefined bytes."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -24,10 +24,10 @@ def decoded(data: bytes) -> str:
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """The object that a text is.
+    """Parse a JSON object.
 
     Raises:
-        ValueError: it isn't JSON, or none.
+        ValueError: the text is not JSON, or not a JSON object.
     """
     try:
         row = json.loads(text)
@@ -39,7 +39,7 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether it can be written as UTF-8: a lone surrogate can't."""
+    """Return whether a string can be encoded as UTF-8; a lone surrogate can't."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -48,17 +48,17 @@ def is_unicode(text: str) -> bool:
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raises ValueError for a value that is none of the choices."""
+    """Raise ValueError for a value that is none of the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
 
 def problems_in(path: Path, problems: Sequence[str]) -> ValueError:
-    """One exception with the first :data:`SHOWN` and their number."""
+    """Return one exception with the first :data:`SHOWN` problems and the number of all."""
     return ValueError(f"{len(problems)} problem{'s' * (len(problems) > 1)} in {path}:\n{listed(problems)}")
 
 
 def listed(problems: Sequence[str]) -> str:
-    """The first :data:`SHOWN`, a line each, and how many more there are."""
+    """Return the first :data:`SHOWN` problems, one per line, and how many more there are."""
     more = f"\n... and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
     return "\n".join(problems[:SHOWN]) + more

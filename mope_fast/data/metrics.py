@@ -1,4 +1,4 @@
-"""Metrics of a classification, and their mean and spread over runs."""
+"""Metrics of classification and segmentation, and their mean and standard deviation over runs."""
 
 import math
 import statistics
@@ -10,21 +10,21 @@ from torch import Tensor
 
 
 def classification_metrics(predictions: Tensor, labels: Tensor, num_classes: int) -> dict[str, float]:
-    """Accuracy and F1 of predicted classes, by scikit-learn with ``zero_division=0``.
+    """Compute accuracy and F1 of predicted classes, by scikit-learn with ``zero_division=0``.
 
-    MoPE-BAF reports accuracy and F1 but which F1 is not known, so here is each: ``f1_macro`` is the mean over all ``num_classes``
-    (one that neither occurs nor is predicted counts as 0), ``f1_weighted`` that mean weighted by how often a class occurs, and
-    ``f1_binary``, with two classes only, the F1 of class 1.
+    MoPE-BAF reports accuracy and F1, but it is not known which F1, so all are returned: ``f1_macro`` is the mean over all
+    ``num_classes`` (a class that neither occurs nor is predicted counts as 0), ``f1_weighted`` is the mean weighted by how often a
+    class occurs, and ``f1_binary``, with two classes only, is the F1 of class 1.
 
     Args:
-        predictions: (N, num_classes) floating-point logits, or (N,) integer classes; a tensor, array or list.
-        labels: (N,) integer classes.
-        num_classes: at least 2.
+        predictions: (N, num_classes) floating-point logits, or (N,) integer class indices; a tensor, array or list.
+        labels: (N,) integer class indices.
+        num_classes: number of classes, at least 2.
 
     Raises:
         ImportError: scikit-learn is not installed.
-        TypeError: labels or predictions of a wrong dtype.
-        ValueError: no sample, shapes that don't fit, classes out of range, NaN in logits.
+        TypeError: labels or predictions have a wrong dtype.
+        ValueError: there is no sample, shapes don't fit, classes are out of range, or logits have NaN.
     """
     if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 2:
         raise ValueError(f"num_classes must be an integer >= 2, got {num_classes!r}")
@@ -33,11 +33,11 @@ def classification_metrics(predictions: Tensor, labels: Tensor, num_classes: int
         if predictions.dim() != 2 or predictions.shape[1] != num_classes:
             raise ValueError(f"logits must be (N, {num_classes}), got {tuple(predictions.shape)}; predicted classes are integers")
         if (bad := predictions.isnan().any(1)).any():
-            raise ValueError(f"logits of {int(bad.sum())} of {len(bad)} samples have NaN: there is nothing to measure")
+            raise ValueError(f"logits of {int(bad.sum())} of {len(bad)} samples have NaN: they can't be measured")
         predictions = predictions.argmax(1)
     if labels.shape != predictions.shape or labels.dim() != 1 or not len(labels):
         raise ValueError(
-            f"predictions and labels must be of the same N >= 1 samples, got {tuple(predictions.shape)} and {tuple(labels.shape)}"
+            f"predictions and labels must have the same N >= 1 samples, got {tuple(predictions.shape)} and {tuple(labels.shape)}"
         )
     for name, classes in (("predictions", predictions), ("labels", labels)):
         if classes.is_floating_point() or classes.is_complex() or classes.dtype == torch.bool:
@@ -65,28 +65,28 @@ def classification_metrics(predictions: Tensor, labels: Tensor, num_classes: int
 
 
 def multi_label_metrics(logits: Tensor, labels: Tensor, *, threshold: float = 0.5) -> dict[str, float]:
-    """Accuracy and F1 of classes that may occur together, by scikit-learn with ``zero_division=0``.
+    """Compute accuracy and F1 of multi-label predictions, by scikit-learn with ``zero_division=0``.
 
-    ``f1_macro`` is the mean over classes (one that neither occurs nor is predicted counts as 0), ``f1_micro`` counts over all
-    classes together, ``accuracy`` is the share of samples whose classes are all right.
+    ``f1_macro`` is the mean over classes (a class that neither occurs nor is predicted counts as 0), ``f1_micro`` counts over all
+    classes together, ``accuracy`` is the share of samples with all classes correct.
 
     Args:
         logits: (N, C), floating-point.
         labels: (N, C), 0 or 1.
-        threshold: a class is predicted where its sigmoid is above it.
+        threshold: a class is predicted if the sigmoid of its logit is above this.
 
     Raises:
         ImportError: scikit-learn is not installed.
-        TypeError: logits that aren't floating-point.
-        ValueError: no sample, shapes that don't fit, labels other than 0 and 1, NaN in logits.
+        TypeError: logits are not floating-point.
+        ValueError: there is no sample, shapes don't fit, labels are not 0 or 1, or logits have NaN.
     """
     logits, labels = _tensor("logits", logits), _tensor("labels", labels)
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating-point, got {logits.dtype}")
     if logits.dim() != 2 or logits.shape != labels.shape or not logits.numel():
-        raise ValueError(f"logits and labels must be (N, C) of N >= 1 samples, got {tuple(logits.shape)} and {tuple(labels.shape)}")
+        raise ValueError(f"logits and labels must be (N, C) with N >= 1, got {tuple(logits.shape)} and {tuple(labels.shape)}")
     if (bad := logits.isnan().any(1)).any():
-        raise ValueError(f"logits of {int(bad.sum())} of {len(bad)} samples have NaN: there is nothing to measure")
+        raise ValueError(f"logits of {int(bad.sum())} of {len(bad)} samples have NaN: they can't be measured")
     if not ((labels == 0) | (labels == 1)).all():
         raise ValueError("labels must be 0 or 1 for each class")
     try:
@@ -94,34 +94,34 @@ def multi_label_metrics(logits: Tensor, labels: Tensor, *, threshold: float = 0.
     except ImportError as error:
         raise ImportError("multi_label_metrics needs scikit-learn: pip install 'mope_fast[few-shot]'") from error
     truth, guess = labels.long().numpy(), (logits.sigmoid() > threshold).long().numpy()
-    # of one column scikit-learn would take 0 for a class too
+    # with a single column scikit-learn would count 0 as a class too
     classes = range(truth.shape[1]) if truth.shape[1] > 1 else [1]
     f1 = {f"f1_{name}": float(f1_score(truth, guess, labels=classes, average=name, zero_division=0)) for name in ("macro", "micro")}
     return {"accuracy": float(accuracy_score(truth, guess)), **f1}
 
 
 def segmentation_metrics(predictions: Tensor, masks: Tensor) -> dict[str, float]:
-    """Measure predicted masks as referring segmentation does, over samples.
+    """Compute the metrics of referring segmentation for predicted masks.
 
-    ``mean_iou`` is the mean over samples of intersection over union, ``overall_iou`` all intersections over all unions, which large
-    objects rule, ``precision@0.5`` to ``precision@0.9`` the shares of samples with an IoU of at least that. A sample whose mask is
-    empty has an IoU of 1 where nothing is predicted, else 0.
+    ``mean_iou`` is the mean over samples of intersection over union. ``overall_iou`` is the sum of all intersections over the sum
+    of all unions, which large objects dominate. ``precision@0.5`` to ``precision@0.9`` are the shares of samples with at least that
+    IoU. A sample with an empty mask has an IoU of 1 if nothing is predicted, else 0.
 
     Args:
-        predictions: (N, H, W) bool; or floating-point logits, of which those above 0 are predicted.
+        predictions: (N, H, W) bool; or floating-point logits, where a pixel is predicted if its logit is above 0.
         masks: (N, H, W), bool or 0 and 1.
 
     Raises:
-        ValueError: no sample, shapes that don't fit, masks with other values, NaN in logits.
+        ValueError: there is no sample, shapes don't fit, masks have other values, or logits have NaN.
     """
     predictions, masks = _tensor("predictions", predictions), _tensor("masks", masks)
     if predictions.dim() != 3 or predictions.shape != masks.shape or not predictions.numel():
         raise ValueError(
-            f"predictions and masks must be (N, H, W) of N >= 1 samples, got {tuple(predictions.shape)} and {tuple(masks.shape)}"
+            f"predictions and masks must be (N, H, W) with N >= 1, got {tuple(predictions.shape)} and {tuple(masks.shape)}"
         )
     if predictions.is_floating_point():
         if (bad := predictions.isnan().flatten(1).any(1)).any():
-            raise ValueError(f"logits of {int(bad.sum())} of {len(bad)} samples have NaN: there is nothing to measure")
+            raise ValueError(f"logits of {int(bad.sum())} of {len(bad)} samples have NaN: they can't be measured")
         predictions = predictions > 0
     if not ((masks == 0) | (masks == 1)).all():
         raise ValueError("masks must be 0 or 1 for each pixel")
@@ -130,21 +130,21 @@ def segmentation_metrics(predictions: Tensor, masks: Tensor) -> dict[str, float]
 
 
 def overlap_metrics(intersection: Tensor, union: Tensor) -> dict[str, float]:
-    """Measure predicted masks of pictures of any sizes by their overlaps: the metrics of :func:`segmentation_metrics`.
+    """Compute the metrics of :func:`segmentation_metrics` from overlaps, for pictures of any sizes.
 
     Args:
-        intersection: (N,), pixels of each sample that are in the prediction and in the mask.
-        union: (N,), pixels that are in one of them.
+        intersection: (N,), number of pixels of each sample that are in both the prediction and the mask.
+        union: (N,), number of pixels that are in either of them.
 
     Raises:
-        ValueError: no sample, or shapes and numbers that can't be.
+        ValueError: there is no sample, shapes don't fit, or an intersection is negative or larger than its union.
     """
     intersection, union = _tensor("intersection", intersection).double(), _tensor("union", union).double()
     if intersection.dim() != 1 or intersection.shape != union.shape or not len(union):
         shapes = f"{tuple(intersection.shape)} and {tuple(union.shape)}"
-        raise ValueError(f"intersection and union must be (N,) of N >= 1 samples, got {shapes}")
+        raise ValueError(f"intersection and union must be (N,) with N >= 1, got {shapes}")
     if not ((intersection >= 0) & (intersection <= union)).all():
-        raise ValueError("an intersection must be 0 to its union")
+        raise ValueError("each intersection must be between 0 and its union")
     iou = torch.where(union > 0, intersection / union.clamp(min=1), 1.0)
     overall = intersection.sum() / union.sum() if union.sum() else torch.ones(())
     precision = {f"precision@{least}": (iou >= least).double().mean().item() for least in (0.5, 0.6, 0.7, 0.8, 0.9)}
@@ -160,7 +160,7 @@ def _tensor(name: str, values: object) -> Tensor:
 
 @dataclass(frozen=True)
 class Summary:
-    """Mean and sample standard deviation (ddof=1; NaN for one run) of each metric; ``str()`` is a table."""
+    """Mean and sample standard deviation (ddof=1; NaN for one run) of each metric; ``str()`` gives a table."""
 
     runs: int
     mean: dict[str, float]
@@ -174,11 +174,11 @@ class Summary:
 
 
 def summarize(runs: Sequence[Mapping[str, float]]) -> Summary:
-    """Mean and spread of the metrics of several runs, such as those of :func:`classification_metrics` for five seeds.
+    """Summarize the metrics of several runs, such as those of :func:`classification_metrics` for five seeds.
 
     Raises:
-        TypeError: not a sequence of dicts of numbers.
-        ValueError: no run, no metric, runs with different metrics, or a value that isn't finite.
+        TypeError: ``runs`` is not a sequence of dicts of numbers.
+        ValueError: there is no run or no metric, runs have different metrics, or a value is not finite.
     """
     if isinstance(runs, Mapping) or not all(isinstance(run, Mapping) for run in runs):
         raise TypeError(f"runs must be a list of dicts of metrics, one for each run, got {runs!r:.80}")
@@ -191,7 +191,7 @@ def summarize(runs: Sequence[Mapping[str, float]]) -> Summary:
             if not isinstance(value, (int, float)):
                 raise TypeError(f"{name} of run {i} must be a number, got {type(value).__name__}")
             if not math.isfinite(value):
-                raise ValueError(f"{name} of run {i} is {value}: leave out a run that failed and say so")
+                raise ValueError(f"{name} of run {i} is {value}: leave out failed runs and report that")
     columns = {name: [run[name] for run in runs] for name in runs[0]}
     return Summary(
         runs=len(runs),

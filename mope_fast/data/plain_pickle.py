@@ -1,4 +1,4 @@
-"""Pickled files read as data: what they say is never called."""
+"""Read pickle files as plain data, without importing or calling anything that they name."""
 
 import pickle
 from pathlib import Path
@@ -10,10 +10,10 @@ _NUMPY = {(f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_co
 
 
 class PickledArray:
-    """Stands where a pickle has an array or a dtype of NumPy: nothing but what that was made of.
+    """Stands in for a NumPy array or dtype in a pickle and holds only its pickled state.
 
     Attributes:
-        state: of an array (version, shape, dtype, order, values), the values a list where they are objects, else bytes.
+        state: for an array (version, shape, dtype, order, values); the values are a list if they are objects, else bytes.
     """
 
     def __init__(self, *arguments: Any):
@@ -24,14 +24,14 @@ class PickledArray:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Knows containers, texts, numbers, and stand-ins for NumPy's arrays; the name of anything else is an error."""
+    """Reads containers, strings, numbers, and stand-ins for NumPy arrays; any other name in the pickle is an error."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _NUMPY:
             return PickledArray
-        if (module, name) == ("_codecs", "encode"):  # how older protocols write bytes
+        if (module, name) == ("_codecs", "encode"):  # older protocols write bytes this way
             return _latin_1
-        raise pickle.UnpicklingError(f"it names {module}.{name}, and only lists, dicts, texts, numbers and arrays are read")
+        raise pickle.UnpicklingError(f"it names {module}.{name}, but only lists, dicts, strings, numbers and arrays are read")
 
 
 def _latin_1(text: str, encoding: str = "latin1") -> bytes:
@@ -39,26 +39,26 @@ def _latin_1(text: str, encoding: str = "latin1") -> bytes:
 
 
 def load_plain_pickle(file: BinaryIO, encoding: str = "ASCII") -> Any:
-    """Read containers, texts and numbers of a pickled file.
+    """Read a pickle file of containers, strings and numbers.
 
-    Nothing that the file names is imported or called: a file with anything else in it is refused. ``encoding`` is of the texts that
-    Python 2 has written as bytes.
+    Nothing that the file names is imported or called; a file with anything else in it is refused. ``encoding`` applies to strings
+    that Python 2 wrote as bytes.
 
     Raises:
-        ValueError: it has something else, or is damaged.
+        ValueError: the file contains something else, or is damaged.
     """
     try:
         return _PlainUnpickler(file, encoding=encoding).load()
-    except Exception as error:  # what a damaged stream makes pickle do is anything
+    except Exception as error:  # a damaged stream can make pickle raise anything
         raise ValueError(f"can't be read as plain data ({type(error).__name__}: {error})") from None
 
 
 def load_pickled_object(path: Path) -> Any:
-    """Read what ``numpy.save`` made of one object that is no array, such as a dict, as :func:`load_plain_pickle` does.
+    """Read a ``numpy.save`` file of one object that is not an array, such as a dict, in the way of :func:`load_plain_pickle`.
 
     Raises:
-        ValueError: it has something else, or is damaged. The message names the file.
-        OSError: it can't be read.
+        ValueError: the file contains something else, or is damaged. The message names the file.
+        OSError: the file can't be read.
     """
     with open(path, "rb") as file:
         try:
@@ -70,6 +70,6 @@ def load_pickled_object(path: Path) -> Any:
             (value,) = made.state[4]
         except OSError:
             raise
-        except Exception as error:  # what a damaged header makes NumPy raise is anything
+        except Exception as error:  # a damaged header can make NumPy raise anything
             raise ValueError(f"{path} {error}") from None
     return value

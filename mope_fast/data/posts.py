@@ -1,4 +1,4 @@
-"""Posts: a text each with an image, sound or frames of a video, and a label or several."""
+"""Posts: samples of a text with an image, sound or video frames, and one or several labels."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Post:
-    """A text, where its image, sound and frames are, and a class. Files are read when they are opened.
+    """A text, the paths of its image, sound and frames, and a label. Files are read only by the ``open_*`` methods.
 
     Attributes:
-        image: None for a post without one.
-        label: the class; or, where a post may have several, 0 or 1 for each class; None for one that is there to be predicted.
-        audio: None for a post without sound.
-        frames: of a video, in order; none for a post without one.
+        image: path or place of the image; None for a post without one.
+        label: class index; or, if a post may have several classes, a tuple with 0 or 1 for each class; None for an unlabelled post.
+        audio: path of the sound file; None for a post without sound.
+        frames: paths of a video's frames, in order; empty for a post without a video.
     """
 
     id: str
@@ -38,12 +38,12 @@ class Post:
     frames: tuple[Path, ...] = ()
 
     def open_image(self) -> "Image.Image":
-        """The image as a viewer shows it, in RGB (:func:`load_image`).
+        """Open the image as a viewer shows it, in RGB (:func:`load_image`).
 
-        For a post without one a grey picture of 256 x 256, as MoPE's released code has it.
+        For a post without an image, return a grey picture of 256 x 256 pixels, as in MoPE's released code.
 
         Raises:
-            ImportError: Pillow is not installed; or h5py, for an image in an HDF5 file.
+            ImportError: Pillow is not installed; or h5py is not, for an image in an HDF5 file.
             OSError: the file is missing (FileNotFoundError), or can't be shown; the message names it.
         """
         if self.image is None:
@@ -51,16 +51,16 @@ class Post:
         return self._opened("image", self.image, load_image)
 
     def open_audio(self) -> "np.ndarray | None":
-        """The sound, float32 (samples,) at 16 kHz (:func:`load_audio`); None for a post without it.
+        """Load the sound, float32 (samples,) at 16 kHz (:func:`load_audio`); None for a post without sound.
 
         Raises:
-            ImportError: soundfile is not installed; or SciPy, for another rate.
+            ImportError: soundfile is not installed; or SciPy is not, for a file with another sampling rate.
             OSError: the file is missing (FileNotFoundError), or can't be read; the message names it.
         """
         return None if self.audio is None else self._opened("sound", self.audio, load_audio)
 
     def open_frames(self) -> "list[Image.Image] | None":
-        """The frames as a viewer shows them, in RGB (:func:`load_image`); None for a post without them.
+        """Open the frames as a viewer shows them, in RGB (:func:`load_image`); None for a post without frames.
 
         Raises:
             ImportError: Pillow is not installed.
@@ -74,22 +74,22 @@ class Post:
         except FileNotFoundError:
             raise FileNotFoundError(f"the {kind} of post {self.id} is missing: {place}") from None
         except OSError as error:
-            reason = f"{error}; get it again or leave the post out"
+            reason = f"{error}; download it again or leave the post out"
             raise OSError(f"the {kind} of post {self.id} can't be read: {reason}") from error.__cause__
 
 
 @dataclass(frozen=True, repr=False)
 class Posts(Sequence[Post]):
-    """Posts of one set, in its order. An integer index gives a :class:`Post`, a slice or an index tensor gives ``Posts``.
+    """Posts of one data set, in its order. An integer index gives a :class:`Post`, a slice or an index tensor gives ``Posts``.
 
     Attributes:
-        class_names: name of class 0, 1, ...
-        dropped: why the reader left samples out, and the ids of these; empty for a part of a set.
+        class_names: names of classes 0, 1, ...
+        dropped: the reasons why the reader left samples out -> their ids; empty for a subset made by indexing.
 
     Raises:
-        TypeError: ``class_names`` is a text.
-        ValueError: two classes have one name, a post's label is none of the classes, or some posts have one class and others
-            several or none.
+        TypeError: ``class_names`` is a string.
+        ValueError: two classes have the same name, a post's label is none of the classes, or labels are mixed: some posts have one
+            class and others a tuple or None.
     """
 
     posts: tuple[Post, ...]
@@ -133,35 +133,35 @@ class Posts(Sequence[Post]):
 
     @property
     def labelled(self) -> bool:
-        """Whether posts have labels: all of them do, or none."""
+        """True if the posts have labels; either all have one, or none has."""
         return not self.posts or self.posts[0].label is not None
 
     @property
     def multi_label(self) -> bool:
-        """Whether a post may have several classes, or none."""
+        """True if a post may have several classes, or none."""
         return bool(self.posts) and isinstance(self.posts[0].label, tuple)
 
     @cached_property
     def labels(self) -> Tensor:
-        """int64: classes (N,), or 0 and 1 (N, classes) where a post may have several; ValueError where they have none."""
+        """int64 class indices (N,), or 0 and 1 (N, classes) if a post may have several; ValueError if posts have no labels."""
         if not self.labelled:
-            raise ValueError("these posts have no labels (labelled is False): they can be predicted, not trained on or judged by")
+            raise ValueError("these posts have no labels (labelled is False): use them for prediction, not training or evaluation")
         return torch.tensor([post.label for post in self.posts], dtype=torch.int64)
 
     @cached_property
     def texts(self) -> list[str]:
-        """Of all posts, in their order."""
+        """The texts of all posts, in order."""
         return [post.text for post in self.posts]
 
     def check_images(self, *, progress: bool = True) -> None:
         """Open every image once.
 
         Args:
-            progress: show a bar.
+            progress: show a progress bar.
 
         Raises:
             ImportError: Pillow is not installed.
-            OSError: some can't be read; the message has the first ten, and their number.
+            OSError: some images can't be read; the message lists the first ten and the number of all.
         """
         problems = []
         for post in tracked(self.posts, "checking images", "image", shown=progress):

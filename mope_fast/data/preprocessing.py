@@ -1,4 +1,4 @@
-"""What makes an encoder's inputs of a list of values: kept in a folder, read again, and the library's own where nothing is kept."""
+"""Preprocessing of lists of values into an encoder's inputs: save it to a folder, load it, or get the default of its library."""
 
 import functools
 import json
@@ -15,16 +15,16 @@ from .collator import EachFrame, Preprocess, StackEach, TimmTransform
 FIELDS = {
     "input_ids": "text", "pixel_values": "image", "x": "image", "img": "image", "input_values": "audio", "input_features": "audio",
 }  # fmt: skip
-"""Main input of an encoder -> what a sample calls that."""
+"""Name of an encoder's main input -> name of the sample field."""
 _BASES = ("PreTrainedTokenizerBase", "ImageProcessingMixin", "FeatureExtractionMixin", "ProcessorMixin")
 
 
 def keep(preprocess: Preprocess | None, folder: Path) -> dict[str, Any] | None:
-    """Say in plain values what this is; what transformers saves of its own goes into ``folder``, which is made for that.
+    """Describe a preprocessing function in plain values; a transformers processor is also saved into ``folder``, which it creates.
 
     Returns:
-        None for None; else a dict with a ``kind``: "transformers", "timm", "frames", or "function" with the name of what can't be
-        kept.
+        None for None; else a dict with a ``kind``: "transformers", "timm", "frames", or "function" with the name of a function that
+        can't be saved.
     """
     if preprocess is None:
         return None
@@ -42,37 +42,37 @@ def keep(preprocess: Preprocess | None, folder: Path) -> dict[str, Any] | None:
 
 
 def read(kept: Mapping[str, Any], folder: Path) -> Preprocess:
-    """What :func:`keep` kept, but for functions.
+    """Load what :func:`keep` saved; functions can't be loaded.
 
     Raises:
-        TypeError, KeyError, ValueError, OSError: it is damaged.
+        TypeError, KeyError, ValueError, OSError: the description or the folder is damaged.
     """
     if kept["kind"] == "timm":
         return TimmTransform(kept["config"])
     if kept["kind"] == "frames":
         return EachFrame(read(kept["inputs"], folder), kept["most"])
     if kept["kind"] != "transformers" or (cls := _of_transformers(kept["class"])) is None:
-        raise ValueError(f"it names {kept!r:.200}, which this version doesn't know")
+        raise ValueError(f"it names {kept!r:.200}, which this version of mope_fast doesn't know")
     processor = cls.from_pretrained(folder)
     return processor if kept["settings"] is None else functools.partial(processor, **kept["settings"])
 
 
 def own_preprocessing(encoder: nn.Module, source: Source | None) -> tuple[Preprocess, str]:
-    """What an encoder's library makes its inputs with, and that in words.
+    """Return the default preprocessing of an encoder's library, and its description.
 
     Args:
-        source: where it comes from, which a transformers encoder's inputs are asked of, too.
+        source: where the encoder comes from; a transformers encoder's processor is loaded from the same place.
 
     Raises:
-        ValueError: its library isn't known to have any, or no name is known to ask for it.
-        OSError: there is none by that name.
+        ValueError: the library has no known preprocessing for it, or the encoder's source is not known.
+        OSError: the source has no processor.
     """
     family = family_of(encoder)
     if type(encoder).__module__.startswith("timm."):
         made = TimmTransform.of(encoder)
         return made, f"timm's transform to {made.config['input_size']}"
     if source is None or source["library"] != "transformers" or family.input_name not in FIELDS:
-        raise ValueError(f"it is not known what makes the inputs of a {type(encoder).__name__}")
+        raise ValueError(f"the preprocessing of a {type(encoder).__name__} is not known")
     import transformers
 
     place = {"revision": source["revision"]} if "revision" in source else {}
@@ -88,7 +88,7 @@ def own_preprocessing(encoder: nn.Module, source: Source | None) -> tuple[Prepro
 
 
 def _of_transformers(name: str) -> type | None:
-    """The tokenizer or processor of this name."""
+    """Return transformers' tokenizer or processor class of this name, or None."""
     try:
         import transformers
     except ImportError:
@@ -99,7 +99,7 @@ def _of_transformers(name: str) -> type | None:
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The same as JSON has it, tuples as lists; None where that says something else."""
+    """Return the values after a round trip through JSON, tuples as lists; None if JSON can't hold them."""
     try:
         return json.loads(json.dumps(dict(values), allow_nan=False))
     except (TypeError, ValueError):

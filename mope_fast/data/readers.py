@@ -1,4 +1,4 @@
-"""Readers of published sets of posts, in the files they are published in. Nothing is downloaded and no image is opened."""
+"""Readers of published data sets of posts, from their files as published. Nothing is downloaded and no image is opened."""
 
 import ast
 import os
@@ -17,7 +17,7 @@ _SPLITS = {"train": "train.txt", "valid": "valid2.txt", "test": "test2.txt"}
 _CUES = {"exgag", "sarcasm", "sarcastic", "reposting", "<url>", "joke", "humour", "humor", "jokes", "irony", "ironic"}
 _SENTIMENTS = ("negative", "neutral", "positive")
 _LONGEST = 10_000
-"""Characters of a line; the longest of the sarcasm set has 695, and literal_eval's time and stack grow with the line."""
+"""Maximum characters in a line. The sarcasm set's longest has 695; literal_eval's time and stack depth grow with the line."""
 
 
 def read_twitter_sarcasm(
@@ -28,28 +28,28 @@ def read_twitter_sarcasm(
     missing_images: str = "error",
     outside: Iterable[str | os.PathLike[str]] = (),
 ) -> Posts:
-    """The image-text tweets of Cai et al. 2019: 0 is not sarcastic, 1 sarcastic.
+    """Read the image-text tweets of Cai et al. 2019: 0 is not sarcastic, 1 sarcastic.
 
-    The files are those of https://github.com/headacheboy/data-of-multimodal-sarcasm-detection, a Python list in each line:
+    The files are those of https://github.com/headacheboy/data-of-multimodal-sarcasm-detection, with one Python list per line:
     ``text/train.txt`` with ``[id, text, label]``, ``text/valid2.txt`` and ``text/test2.txt`` with ``[id, text, label by hashtag,
-    label by an annotator]``. As in the authors' ``codes/loadData.py`` the last label counts, and posts with a word that gives the
-    answer away (sarcasm, irony, joke, ``<url>``, ...) are left out, into ``dropped["tells the label"]``: their images are not
-    published. With all images there, train, valid and test have 19816, 2410 and 2409 posts.
+    label by an annotator]``. As in the authors' ``codes/loadData.py``, the last label is used. Posts with a word that gives the
+    label away (sarcasm, irony, joke, ``<url>``, ...) are left out and listed in ``dropped["tells the label"]``: their images are
+    not published. If all images are present, train, valid and test have 19816, 2410 and 2409 posts.
 
     Args:
-        folder: that holds ``text`` and the images.
+        folder: the folder with ``text`` and the images.
         split: "train", "valid" or "test".
-        images: folder of ``<id>.jpg``, absolute or relative to ``folder``; another than the default may be anywhere.
-        missing_images: "error", or "skip" to leave out posts whose image is gone, into ``dropped["no image"]``.
+        images: folder of ``<id>.jpg``, absolute or relative to ``folder``; a folder other than the default may be anywhere.
+        missing_images: "error", or "skip" to leave out posts whose image is missing and list them in ``dropped["no image"]``.
         outside: other folders that a link may lead to; a file that is anywhere else is an error.
 
     Raises:
-        FileNotFoundError: the file or the folder of images is not there.
+        FileNotFoundError: the file or the image folder does not exist.
         OSError: a file or folder can't be read.
-        TypeError: ``outside`` is no list.
-        ValueError: another ``split`` or ``missing_images``, or problems in the set: lines that are not of that form, ids that occur
-            twice or are not digits, missing images, files outside. One exception has the first ten with file and line, and
-            their number.
+        TypeError: ``outside`` is not a list.
+        ValueError: ``split`` or ``missing_images`` has another value, or the set has problems: malformed lines, ids that occur
+            twice or are not digits, missing images, files outside of the folder. One exception lists the first ten with file and
+            line, and the number of all.
     """
     check_choice("split", split, tuple(_SPLITS))
     path, pictures = Path(folder) / "text" / _SPLITS[split], Path(folder) / images
@@ -88,27 +88,27 @@ def read_twitter_sarcasm(
 def read_mvsa_single(
     folder: str | os.PathLike[str], *, missing_images: str = "error", outside: Iterable[str | os.PathLike[str]] = ()
 ) -> Posts:
-    """The image-text tweets of MVSA-Single (Niu et al. 2016): 0 is negative, 1 neutral, 2 positive.
+    """Read the image-text tweets of MVSA-Single (Niu et al. 2016): 0 is negative, 1 neutral, 2 positive.
 
-    ``labelResultAll.txt`` has a header, ``ID<tab>text,image``, and for each post a sentiment of the text and one of the image,
-    ``1<tab>neutral,positive``; ``data`` has ``<id>.jpg`` and ``<id>.txt``. The two are combined as by Xu and Mao 2017
-    (https://github.com/xunan0812/MultiSentiNet): equal ones stay, neutral gives way to the other, and a post that is positive in
-    one and negative in the other is left out, into ``dropped["positive against negative"]``.
+    ``labelResultAll.txt`` has a header, ``ID<tab>text,image``, and for each post the sentiments of its text and of its image,
+    ``1<tab>neutral,positive``. ``data`` has ``<id>.jpg`` and ``<id>.txt``. The two sentiments are combined as by Xu and Mao 2017
+    (https://github.com/xunan0812/MultiSentiNet). Equal ones are kept. If one is neutral, the other is used. A post that is positive
+    in one and negative in the other is left out and listed in ``dropped["positive against negative"]``.
 
-    Not all texts are UTF-8: those that are not are read as Windows-1252, with U+FFFD for bytes it doesn't have. White space around
-    a text is removed.
+    Not all texts are UTF-8. The others are read as Windows-1252, with U+FFFD for its undefined bytes. White space around a text is
+    removed.
 
     Args:
-        folder: that holds ``labelResultAll.txt`` and ``data``.
-        missing_images: "error", or "skip" to leave out posts whose image is gone, into ``dropped["no image"]``.
+        folder: the folder with ``labelResultAll.txt`` and ``data``.
+        missing_images: "error", or "skip" to leave out posts whose image is missing and list them in ``dropped["no image"]``.
         outside: other folders that a link may lead to; a file that is anywhere else is an error.
 
     Raises:
-        FileNotFoundError: the file or the folder ``data`` is not there.
+        FileNotFoundError: the file or the folder ``data`` does not exist.
         OSError: a file or folder can't be read.
-        TypeError: ``outside`` is no list.
-        ValueError: another ``missing_images``, or problems in the set: lines that are not of that form, ids twice, missing texts or
-            images, files outside. One exception has the first ten with file and line, and their number.
+        TypeError: ``outside`` is not a list.
+        ValueError: ``missing_images`` has another value, or the set has problems: malformed lines, repeated ids, missing texts or
+            images, files outside of the folder. One exception lists the first ten with file and line, and the number of all.
     """
     path, data = Path(folder) / "labelResultAll.txt", Path(folder) / "data"
     check_choice("missing_images", missing_images, ("error", "skip"))
@@ -149,7 +149,7 @@ def read_mvsa_single(
 
 
 def _literal(line: str) -> object:
-    """What a line of Python says, None for one that isn't a plain literal."""
+    """Return the value of a line that is a Python literal, None for any other line."""
     try:
         return ast.literal_eval(line) if len(line) <= _LONGEST else None
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
@@ -163,12 +163,12 @@ def _is_tweet(row: object, fields: int) -> bool:
         or not all(isinstance(value, str) and is_unicode(value) for value in row[:2])
     ):
         return False
-    # digits only: an id becomes a path
+    # digits only, because the id becomes a path
     return re.fullmatch("[0-9]+", row[0]) is not None and all(type(label) is int and label in (0, 1) for label in row[2:])
 
 
 def _combine(text: int, image: int) -> int | None:
-    """Of two sentiments, None if they contradict each other."""
+    """Combine two sentiments; None if they contradict each other."""
     neutral = _SENTIMENTS.index("neutral")
     if text == image or image == neutral:
         return text
@@ -177,17 +177,17 @@ def _combine(text: int, image: int) -> int | None:
 
 def _lines(files: Folder, path: Path, source: str) -> list[tuple[int, str]]:
     if (found := files.find(path)) is None:
-        raise FileNotFoundError(f"{path} is not there: expected the file of that name of {source}")
+        raise FileNotFoundError(f"{path} does not exist: expected the file of that name from {source}")
     return read_lines(found)
 
 
 def _check_images(folder: Path, source: str) -> None:
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not there: expected a folder with the images <id>.jpg of {source}")
+        raise FileNotFoundError(f"{folder} does not exist: expected a folder with the images <id>.jpg of {source}")
 
 
 def _image(files: Folder, path: Path, missing_images: str) -> Path | None:
-    """The file, None if there is none and that is no error."""
+    """Return the image file, or None if it is missing and that is allowed."""
     found = files.find(path)
     if found is None and missing_images == "error":
         raise ValueError(f"its image is missing, {path}; missing_images='skip' leaves such posts out")

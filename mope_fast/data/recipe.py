@@ -1,4 +1,4 @@
-"""FewShotRecipe: how MoPE-BAF is trained on a few samples, each setting with its meaning and source."""
+"""FewShotRecipe: training of MoPE-BAF on a few samples, with the meaning and source of each setting."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _PAPER = "MoPE-BAF (arXiv 2403.11311), from a summary of it"
 _VLMO = "VLMo's official fine-tuning default; not known of MoPE-BAF"
 _OURS = "ours; not known of MoPE-BAF"
 _READ_EVERY = 10
-"""Steps between two looks at the loss: each waits for the device."""
+"""Steps between two reads of the loss; each read waits for the device."""
 
 
 @dataclass(frozen=True, eq=False)
 class FewShotRun:
-    """What :meth:`FewShotRecipe.fit` did.
+    """Result of :meth:`FewShotRecipe.fit`.
 
     Attributes:
-        losses: (steps,) float32 on the CPU.
-        best_accuracy: on dev, of the state the model ended in; None without dev.
-        best_step: after which step that state was; None without dev.
+        losses: (steps,) float32 on the CPU, the loss of each step.
+        best_accuracy: accuracy on dev of the model's final state; None without dev.
+        best_step: step after which the model had that state; None without dev.
     """
 
     losses: Tensor
@@ -45,7 +45,7 @@ class FewShotRecipe(Settings):
     """Settings of few-shot training; ``FewShotRecipe.describe()`` prints them with meaning and source.
 
     Raises:
-        TypeError, ValueError: a setting of a wrong type or out of range.
+        TypeError, ValueError: a setting has a wrong type or is out of range.
 
     Examples:
         >>> split = FewShotSplit(labels, shots=32, seed=0)
@@ -54,15 +54,15 @@ class FewShotRecipe(Settings):
     """
 
     lr: float = setting(3e-5, "peak learning rate", _PAPER)
-    batch_size: int = setting(8, "samples of each step", _PAPER)
-    steps: int = setting(200, "optimiser steps in all, whatever the size of the set", _PAPER)
-    betas: tuple[float, float] = setting((0.9, 0.98), "of AdamW", _VLMO)
-    eps: float = setting(1e-8, "of AdamW", _VLMO)
-    weight_decay: float = setting(0.01, "of AdamW, not on biases and norms", _VLMO)
+    batch_size: int = setting(8, "samples per step", _PAPER)
+    steps: int = setting(200, "total optimizer steps, whatever the size of the set", _PAPER)
+    betas: tuple[float, float] = setting((0.9, 0.98), "AdamW's betas", _VLMO)
+    eps: float = setting(1e-8, "AdamW's eps", _VLMO)
+    weight_decay: float = setting(0.01, "AdamW's weight decay, not applied to biases and norms", _VLMO)
     warmup: float = setting(0.1, "share of the steps in which the rate rises from 0; then it falls linearly to 0", _VLMO)
-    head_lr_multiplier: float = setting(1.0, "the head learns at this times lr; VLMo has such a factor for its heads", _OURS)
-    max_grad_norm: float | None = setting(None, "gradients are scaled down to this norm, None: they are not", _OURS)
-    evaluate_every: int | None = setting(None, "steps between evaluations on dev, None: only after the last", _OURS)
+    head_lr_multiplier: float = setting(1.0, "the head's rate is lr times this; VLMo has such a factor for its heads", _OURS)
+    max_grad_norm: float | None = setting(None, "gradients are clipped to this norm; None: no clipping", _OURS)
+    evaluate_every: int | None = setting(None, "steps between evaluations on dev; None: only after the last step", _OURS)
 
     def __post_init__(self):
         check_types(self)
@@ -87,13 +87,14 @@ class FewShotRecipe(Settings):
             raise ValueError(f"FewShotRecipe.warmup is a share of the steps, at most 1, got {self.warmup}")
 
     def optimizer(self, model: nn.Module) -> torch.optim.AdamW:
-        """AdamW over the parameters that require grad.
+        """Build AdamW over the parameters that require grad.
 
-        A model with ``parameter_groups(lr, weight_decay, head_lr_multiplier)`` says itself what decays and what is the head. Of any
-        other, biases and parameters of less than two dimensions don't decay, and ``model.head``, if there is one, is the head.
+        A model's own ``parameter_groups(lr, weight_decay, head_lr_multiplier)`` decides which parameters decay and which are the
+        head. Without this method, biases and parameters with less than two dimensions don't decay, and ``model.head``, if it
+        exists, is the head.
 
         Raises:
-            ValueError: nothing requires grad, or ``head_lr_multiplier`` isn't 1 and no head is known.
+            ValueError: nothing requires grad, or ``head_lr_multiplier`` isn't 1 and the model has no known head.
         """
         own = getattr(model, "parameter_groups", None)
         asked = {"lr": self.lr, "weight_decay": self.weight_decay, "head_lr_multiplier": self.head_lr_multiplier}
@@ -123,7 +124,7 @@ class FewShotRecipe(Settings):
         return [{"params": params, "lr": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
 
     def schedule(self, optimizer: torch.optim.Optimizer) -> LambdaLR:
-        """Linear warm-up from 0 and linear decay to 0, to be stepped after each step; transformers' polynomial one of power 1."""
+        """Build linear warm-up from 0 and linear decay to 0, to be stepped after each step: transformers' polynomial, power 1."""
         warm = int(self.warmup * self.steps)
 
         def factor(step: int) -> float:
@@ -141,25 +142,26 @@ class FewShotRecipe(Settings):
         seed: int = 0,
         progress: bool = True,
     ) -> FewShotRun:
-        """Train ``model`` in place; it ends in eval mode.
+        """Train ``model`` in place and leave it in eval mode.
 
-        ``index`` is shuffled anew for each epoch and the epochs are laid end to end, so that every step has a full batch. With
-        ``dev`` the model ends in the state that was best there: the accuracy is measured after every ``evaluate_every`` steps and
-        after the last, and of equal ones the later counts. The host waits for the device in every tenth step and in evaluations
-        only.
+        ``index`` is reshuffled for each epoch and the epochs are concatenated, so that every step has a full batch. With ``dev``
+        the model ends in the state with the best dev accuracy. The accuracy is measured after every ``evaluate_every`` steps and
+        after the last step; among equal ones the latest wins. The host waits for the device only in every tenth step and in
+        evaluations.
 
         Args:
-            model: called as ``model(**batch(index))``; gives an output with a scalar ``loss`` and (B, C) ``logits``.
-            batch: (B,) int64 indices -> keyword arguments of the model, on its device, ``labels`` (B,) among them.
-            index: (N,) what to train on, such as ``FewShotSplit.train``.
-            dev: (M,) what to choose on, such as ``FewShotSplit.dev``; None keeps the last state.
-            seed: of the order. Dropout, noise and a new head draw from torch's global generator: call ``torch.manual_seed`` too.
-            progress: show a bar.
+            model: called as ``model(**batch(index))``; returns an output with a scalar ``loss`` and (B, C) ``logits``.
+            batch: maps (B,) int64 indices to the model's keyword arguments, on its device, including ``labels`` (B,).
+            index: (N,) integer indices of training samples, such as ``FewShotSplit.train``.
+            dev: (M,) integer indices for model selection, such as ``FewShotSplit.dev``; None keeps the last state.
+            seed: of the sample order. Dropout, noise and a new head draw from torch's global generator: call ``torch.manual_seed``
+                too.
+            progress: show a progress bar.
 
         Raises:
-            TypeError: ``batch`` gives no dict, or the model no loss or logits; indices that aren't integers.
-            ValueError: no indices; ``evaluate_every`` without ``dev``; nothing to train.
-            FloatingPointError: a loss was NaN or infinite; found within ten steps, the parameters are spoiled by then.
+            TypeError: ``batch`` doesn't return a dict, the model returns no loss or logits, or indices are not integers.
+            ValueError: there are no indices, ``evaluate_every`` is set without ``dev``, or nothing is trainable.
+            FloatingPointError: a loss was NaN or infinite. It is detected within ten steps; the parameters are unusable by then.
         """
         index = _indices("index", index)
         if dev is not None:
@@ -194,7 +196,7 @@ class FewShotRecipe(Settings):
                     accuracy = _accuracy(model, batch, dev, self.batch_size)
                     if best is None or accuracy >= best[0]:
                         best = (accuracy, step)
-                        # the last state is in the model itself
+                        # no copy after the last step: that state is in the model itself
                         last = step == self.steps
                         state = {} if last else {name: t.detach().to("cpu", copy=True) for name, t in _trained(model)}
             with torch.no_grad():
@@ -206,7 +208,7 @@ class FewShotRecipe(Settings):
         return FewShotRun(losses, *(best or ()))
 
     def _order(self, index: Tensor, seed: int) -> Sequence[Tensor]:
-        """Indices of each step, ``batch_size`` of them."""
+        """Return the indices of each step, ``batch_size`` of them."""
         generator = torch.Generator().manual_seed(seed)
         count = self.steps * self.batch_size
         epochs = [torch.randperm(len(index), generator=generator) for _ in range(-(-count // len(index)))]
@@ -214,19 +216,19 @@ class FewShotRecipe(Settings):
 
 
 def predict(model: nn.Module, batch: Batch, index: Tensor | Sequence[int], batch_size: int = 64) -> Tensor:
-    """Logits (N, C) in the order of ``index``, without gradient; the model runs in eval mode and never sees ``labels``.
+    """Return logits (N, C) in the order of ``index``, without gradient; the model runs in eval mode and is never given ``labels``.
 
-    Its training flags are as before afterwards.
+    Its training flags are restored afterwards.
 
     Args:
-        model: called as ``model(**batch(index))`` without ``labels``; gives an output with (B, C) ``logits``.
-        batch: (B,) int64 indices -> keyword arguments of the model, on its device.
-        index: (N,) integers.
-        batch_size: of all batches but the last.
+        model: called as ``model(**batch(index))`` without ``labels``; returns an output with (B, C) ``logits``.
+        batch: maps (B,) int64 indices to the model's keyword arguments, on its device.
+        index: (N,) integer indices.
+        batch_size: samples per batch; the last batch may be smaller.
 
     Raises:
-        TypeError: ``batch`` gives no dict, or the model no logits; indices that aren't integers.
-        ValueError: no indices, or ``batch_size`` < 1.
+        TypeError: ``batch`` doesn't return a dict, the model returns no logits, or indices are not integers.
+        ValueError: there are no indices, or ``batch_size`` < 1.
     """
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be an integer >= 1, got {batch_size!r}")
@@ -234,7 +236,7 @@ def predict(model: nn.Module, batch: Batch, index: Tensor | Sequence[int], batch
 
 
 def _predict(model: nn.Module, batch: Batch, index: Tensor, batch_size: int) -> tuple[Tensor, list[Tensor]]:
-    """Logits (N, C), and the labels of batches that have them."""
+    """Return logits (N, C), and the labels of the batches that have them."""
     logits, labels = [], []
     with torch.inference_mode(), evaluating(model):
         for chosen in index.split(batch_size):
@@ -246,7 +248,7 @@ def _predict(model: nn.Module, batch: Batch, index: Tensor, batch_size: int) -> 
                 got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
                 raise TypeError(f"{type(model).__name__} must give logits ({len(chosen)}, C) for {len(chosen)} samples, got {got}")
             logits.append(output)
-    # outside, so that the result can be used in training
+    # outside of inference_mode, so that the result can be used in training
     return torch.cat(logits), labels
 
 
@@ -277,8 +279,8 @@ def _check_finite(losses: Tensor) -> None:
     if not (finite := losses.isfinite()).all():
         step = int(finite.int().argmin())
         raise FloatingPointError(
-            f"the loss was {losses[step].item()} in step {step + 1} and the model is spoiled: make it anew, look for inputs that "
-            "aren't finite, and take a lower lr or max_grad_norm"
+            f"the loss was {losses[step].item()} in step {step + 1} and the model's parameters are unusable: create the model "
+            "again, check that inputs are finite, and use a lower lr or max_grad_norm"
         )
 
 
@@ -288,7 +290,7 @@ def _trained(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
 
 
 def _indices(name: str, index: Tensor | Sequence[int]) -> Tensor:
-    """(N,) int64."""
+    """Return indices as int64 (N,)."""
     try:
         index = torch.as_tensor(index).cpu()
     except (TypeError, ValueError, RuntimeError) as error:

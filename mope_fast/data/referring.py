@@ -1,4 +1,4 @@
-"""References: phrases that name one object of a picture, with the object's mask."""
+"""References: phrases that refer to one object of a picture, with the object's mask."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,9 +15,9 @@ from .lines import is_unicode, json_object, problems_in, read_lines
 if TYPE_CHECKING:
     from PIL import Image
 
-_EXPECTED = "with a line of id, texts, img and mask for each object"
+_EXPECTED = "expected a line with id, texts, img and mask for each object"
 Segmentation = list[list[float]] | Mapping[str, Any] | Path
-"""COCO's polygons, or its run lengths; or a picture that isn't 0 where the object is."""
+"""COCO polygons, COCO run lengths, or the path of a picture that is nonzero at the object's pixels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +25,8 @@ class Reference:
     """One object of a picture.
 
     Attributes:
-        phrases: each names it by itself.
-        size: height and width of the picture, where the segmentation is COCO's.
+        phrases: referring phrases; each one alone identifies the object.
+        size: height and width of the picture in pixels; needed if the segmentation is in COCO's format.
     """
 
     id: str
@@ -36,21 +36,21 @@ class Reference:
     size: tuple[int, int] | None = None
 
     def open_image(self) -> "Image.Image":
-        """The picture as a viewer shows it, in RGB (:func:`load_image`).
+        """Open the picture as a viewer shows it, in RGB (:func:`load_image`).
 
         Raises:
             ImportError: Pillow is not installed.
-            OSError: it is missing (FileNotFoundError), or can't be shown; the message names it.
+            OSError: the picture is missing (FileNotFoundError), or can't be shown; the message names it.
         """
         return load_image(self.image)
 
     def open_mask(self) -> np.ndarray:
-        """Where the object is, bool (H, W).
+        """Load the object's mask, bool (H, W), True at its pixels.
 
         Raises:
-            ImportError: pycocotools, for COCO's segmentations, or Pillow is not installed.
-            OSError: a picture of a mask is missing or can't be read.
-            ValueError: a segmentation that is none of COCO's.
+            ImportError: pycocotools (for COCO segmentations) or Pillow is not installed.
+            OSError: a mask picture is missing or can't be read.
+            ValueError: the segmentation is not in one of COCO's formats.
         """
         if isinstance(self.segmentation, Path):
             try:
@@ -66,7 +66,7 @@ def _decoded(reference: Reference) -> np.ndarray:
     try:
         from pycocotools import mask as coco
     except ImportError as error:
-        raise ImportError("COCO's segmentations need pycocotools: pip install 'mope_fast[data]'") from error
+        raise ImportError("COCO segmentations need pycocotools: pip install 'mope_fast[data]'") from error
     segmentation, (height, width) = reference.segmentation, reference.size
     try:
         if isinstance(segmentation, Mapping) and not isinstance(segmentation["counts"], list):
@@ -75,10 +75,10 @@ def _decoded(reference: Reference) -> np.ndarray:
             runs = coco.frPyObjects(segmentation, height, width)
             runs = coco.merge(runs) if isinstance(runs, list) else runs
         mask = coco.decode(runs).astype(bool)
-    except Exception as error:  # pycocotools' of each kind
+    except Exception as error:  # pycocotools raises many types
         raise ValueError(f"the segmentation of reference {reference.id} can't be read ({type(error).__name__}: {error})") from error
     if mask.shape != (height, width):
-        raise ValueError(f"the segmentation of reference {reference.id} has {mask.shape}, its picture {(height, width)}")
+        raise ValueError(f"the segmentation of reference {reference.id} has shape {mask.shape}, its picture {(height, width)}")
     return mask
 
 
@@ -87,7 +87,7 @@ class References(Sequence[Reference]):
     """References of one split, in its order. An integer index gives a :class:`Reference`, a slice ``References``.
 
     Attributes:
-        dropped: why the reader left some out, and the ids of these.
+        dropped: the reasons why the reader left references out -> their ids.
     """
 
     references: tuple[Reference, ...]
@@ -113,21 +113,21 @@ class References(Sequence[Reference]):
 def read_reference_folder(
     root: str | os.PathLike[str], splits: Iterable[str] | None = None, *, outside: Iterable[str | os.PathLike[str]] = ()
 ) -> dict[str, References]:
-    """Read a folder of JSON lines with masks.
+    """Read a folder of JSON Lines files with masks.
 
-    ``<split>.jsonl`` has in each line ``{"id": ..., "texts": [...], "img": ..., "mask": ...}``, or ``"text"`` for one phrase.
-    ``img`` and ``mask`` are paths from ``root``; a mask is a picture of the same size that is 0 where the object isn't.
+    Each line of ``<split>.jsonl`` is ``{"id": ..., "texts": [...], "img": ..., "mask": ...}``, or has ``"text"`` for a single
+    phrase. ``img`` and ``mask`` are paths relative to ``root``. A mask is a picture of the same size that is 0 outside the object.
 
     Args:
         root: the folder.
-        splits: which to read; default: every file ``*.jsonl`` in it.
+        splits: names of the splits to read; default: every ``*.jsonl`` file in the folder.
         outside: folders outside of ``root`` that its files may be in too.
 
     Raises:
-        FileNotFoundError: a file is not there, or the folder has none.
+        FileNotFoundError: a file does not exist, or the folder has no ``*.jsonl`` file.
         OSError: a file or folder can't be read.
-        TypeError: ``splits`` or ``outside`` is no list.
-        ValueError: problems in a file; one exception has the first ten with their lines, and their number.
+        TypeError: ``splits`` or ``outside`` is not a list.
+        ValueError: a file has problems. One exception lists the first ten with their lines, and the number of all.
     """
     if isinstance(splits, str):
         raise TypeError(f"splits must be a list of names, got {splits!r}: give [{splits!r}]")
@@ -143,25 +143,25 @@ def read_reference_folder(
 
 def _read_split(folder: Folder, path: Path) -> References:
     if (found := folder.find(path)) is None:
-        raise FileNotFoundError(f"{path} is not there, {_EXPECTED}")
+        raise FileNotFoundError(f"{path} does not exist: {_EXPECTED}")
     problems, references = [], []
     for number, line in read_lines(found):
         try:
             row = json_object(line)
             if "id" not in row or not ({"text", "texts"} & row.keys()):
-                raise ValueError(f"expected id, texts, img and mask, it has {list(row)!r:.120}")
+                raise ValueError(f"expected fields id, texts, img and mask, got {list(row)!r:.120}")
             phrases = row["texts"] if "texts" in row else [row["text"]]
             if (
                 not isinstance(phrases, list)
                 or not phrases
                 or not all(isinstance(text, str) and is_unicode(text) for text in phrases)
             ):
-                raise ValueError(f"texts must be a list of texts, got {phrases!r:.120}")
+                raise ValueError(f"texts must be a list of strings, got {phrases!r:.120}")
             references.append(Reference(str(row["id"]), tuple(phrases), *(_file(folder, row, name) for name in ("img", "mask"))))
         except ValueError as error:
             problems.append(f"line {number}: {error}")
     if not references and not problems:
-        problems = ["no line"]
+        problems = ["the file is empty"]
     if problems:
         raise problems_in(path, problems)
     return References(tuple(references))
@@ -172,5 +172,5 @@ def _file(folder: Folder, row: Mapping[str, Any], name: str) -> Path:
     if not isinstance(value, str) or not value:
         raise ValueError(f'field "{name}": expected a path, got {value!r:.120}')
     if (found := folder.find(folder.root / value)) is None:
-        raise ValueError(f'field "{name}": {folder.root / value} is not there')
+        raise ValueError(f'field "{name}": {folder.root / value} does not exist')
     return found

@@ -1,4 +1,4 @@
-"""Posts written as a folder of JSON lines, with what they refer to."""
+"""Write samples as a folder of JSON Lines, with the files that they refer to."""
 
 import json
 import os
@@ -32,30 +32,30 @@ def write_jsonl_folder(
 ) -> None:
     """Write samples as a folder that :func:`read_jsonl_folder` reads: ``<split>.jsonl``, ``labels.txt``, images, sound and frames.
 
-    References become one that :func:`read_reference_folder` reads; masks of polygons and run lengths are written as PNGs.
+    References are written as a folder that :func:`read_reference_folder` reads; masks given as polygons or run lengths become PNGs.
 
-    The folder is there whole or not at all: it is made beside its place, under another name, and renamed in the end. A file that
+    The folder appears atomically: it is written next to its place under a temporary name and renamed at the end. A file that
     several samples refer to is written once. Images within HDF5 files are written as PNGs.
 
     Args:
-        splits: name -> samples, of the same classes, as a reader of a published set gives them.
-        folder: must not be there, or be empty.
-        media: "copy"; "hardlink" takes no space, on the same disk only; "symlink" leads to the files where they are now, which the
-            reader lets in by ``outside=[...]``.
-        progress: show a bar.
+        splits: split name -> samples, all with the same classes, as the readers of published sets return them.
+        folder: must not exist, or be empty.
+        media: how to place media files. "copy"; "hardlink", which takes no space but works on the same disk only; "symlink", which
+            points to the present files and needs ``outside=[...]`` when the folder is read.
+        progress: show a progress bar.
 
     Raises:
-        FileExistsError: there is something in the folder.
-        OSError: a file can't be read or written; for "hardlink" also where it is on another disk.
-        TypeError: ``splits`` is no mapping of names to :class:`Posts`.
-        ValueError: another ``media``; no split; splits of different classes; a split's name that can't be a file's, or a class's
-            that can't be a line.
+        FileExistsError: the folder is not empty.
+        OSError: a file can't be read or written, or "hardlink" is used for a file on another disk.
+        TypeError: ``splits`` is not a mapping of names to :class:`Posts`, or to :class:`References`.
+        ValueError: ``media`` has another value, there is no split, splits have different classes, or the name of a split or a class
+            can't be written as a file name or a line.
     """
     check_choice("media", media, tuple(_MEDIA))
     folder = Path(folder)
     names = _check(splits)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} is there already, and not empty: give another folder")
+        raise FileExistsError(f"{folder} already exists and is not empty: give another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent) as made:
         part = Path(made) / folder.name
@@ -73,14 +73,14 @@ def write_jsonl_folder(
 
 
 def _check(splits: object) -> tuple[str, ...] | None:
-    """The names of classes; None of references."""
+    """Check the splits; return the class names, or None for references."""
     kinds = {type(each) for each in splits.values()} if isinstance(splits, Mapping) else {object}
     if len(kinds) > 1 or not kinds <= {Posts, References}:
         raise TypeError(f"splits must be a dict of names to Posts, or to References, got {splits!r:.120}")
     if not splits:
-        raise ValueError("splits must have at least one")
+        raise ValueError("splits must have at least one split, got none")
     if bad := [name for name in splits if not re.fullmatch(r"\w[\w.-]*", name)]:
-        raise ValueError(f"a split's name becomes a file's: expected letters, digits, . _ and -, got {bad[0]!r}")
+        raise ValueError(f"a split's name becomes a file name: expected letters, digits, . _ and -, got {bad[0]!r}")
     if kinds == {References}:
         return None
     (first, names), *others = ((split, posts.class_names) for split, posts in splits.items())
@@ -88,7 +88,7 @@ def _check(splits: object) -> tuple[str, ...] | None:
         if other != names:
             raise ValueError(f"splits must have the same classes: {first} has {names!r:.200}, {split} {other!r:.200}")
     if bad := [name for name in names if not name.strip() or name != name.strip() or "\n" in name or not is_unicode(name)]:
-        raise ValueError(f"a class has a line of labels.txt: expected a name without space around it or line ends, got {bad[0]!r}")
+        raise ValueError(f"a class is a line of labels.txt: expected a name without outer white space or line ends, got {bad[0]!r}")
     return names
 
 
@@ -98,10 +98,10 @@ def _line(post: Post, names: tuple[str, ...], places: "_Places") -> Iterator[tup
     if post.image is not None:
         yield "img", places.image(post)
     if isinstance(post.label, tuple):
-        yield "label", [name for name, there in zip(names, post.label, strict=True) if there]
+        yield "label", [name for name, present in zip(names, post.label, strict=True) if present]
     elif post.label is not None:
         yield "label", names[post.label]
-    # null says that no image is lacking
+    # a null "audio" tells the reader that this sample needs no image
     if post.audio is not None or (post.image is None and not post.frames):
         yield "audio", None if post.audio is None else places.file("audio", post.audio)
     if post.frames:
@@ -117,7 +117,7 @@ def _reference(reference: Reference, split: str, places: "_Places") -> dict[str,
 
 
 class _Places:
-    """Where each file is in the new folder: a kind, the name of the folder it was in, its own name."""
+    """Assigns each file a place in the new folder: KIND/NAME OF ITS PARENT FOLDER/FILE NAME."""
 
     def __init__(self, root: Path, put: Callable[[Path, Path], Any]):
         self._root, self._put = root, put
@@ -147,7 +147,7 @@ class _Places:
         return self._of[source]
 
     def _new(self, kind: str, folder: str, name: str) -> str:
-        """A place that no other file has, on a disk that ignores case neither."""
+        """Reserve a place that no other file has, not even on a case-insensitive disk."""
         number = 1
         while (place := f"{kind}/{folder or 'files'}{f'-{number}' if number > 1 else ''}/{name}").casefold() in self._taken:
             number += 1

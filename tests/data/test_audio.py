@@ -42,7 +42,7 @@ def test_sound_that_cannot_be_read_is_named(tmp_path):
         load_audio(tmp_path / "nan.wav")
     with pytest.raises(FileNotFoundError, match=r"the sound of post 7 is missing: .*gone.wav"):
         Post("7", "", None, 0, audio=tmp_path / "gone.wav").open_audio()
-    with pytest.raises(OSError, match=r"the sound of post 7 can't be read: .*text.wav .*; get it again or leave the post out"):
+    with pytest.raises(OSError, match=r"the sound of post 7 can't be read: .*text.wav .*; download it again or leave the post out"):
         Post("7", "", None, 0, audio=tmp_path / "text.wav").open_audio()
 
 

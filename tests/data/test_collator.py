@@ -114,7 +114,7 @@ def test_labels_that_are_none_are_no_labels(tokenizer):
 
 def test_values_that_do_not_stack_are_named(tokenizer, posts):
     samples = [{"text": "red", "image": torch.ones(2 + i)} for i in range(2)]
-    with pytest.raises(ValueError, match=r"complementary_inputs can't be stacked: .*make them of one size"):
+    with pytest.raises(ValueError, match=r"complementary_inputs can't be stacked: .*resize or pad them"):
         FusionCollator(tokenizer, None)(samples)
     with pytest.raises(ValueError, match=r"complementary_inputs can't be stacked"):
         FusionCollator(tokenizer, StackEach(vision.to_tensor))(posts)
@@ -132,7 +132,7 @@ def test_posts_without_labels_make_batches_without_labels(tokenizer):
     posts = Posts((Post("1", "red", None, None), Post("2", "red", None, None)), ("a", "b"))
     batch = FusionCollator(tokenizer, PROCESSOR)(posts)
     assert list(batch) == ["main_inputs", "complementary_inputs"]
-    with pytest.raises(ValueError, match="1 of 2 samples have no 'label': a batch has labels of all, or of none"):
+    with pytest.raises(ValueError, match="1 of 2 samples have no 'label': either all of a batch have labels, or none"):
         FusionCollator(tokenizer, PROCESSOR)([posts[0], Post("3", "red", None, 1)])
 
 
@@ -160,7 +160,7 @@ def test_a_pickled_one_does_the_same(posts, tokenizer):
 
 def test_bad_input(posts, tokenizer):
     collate = FusionCollator(tokenizer, PROCESSOR)
-    with pytest.raises(ValueError, match="no sample"):
+    with pytest.raises(ValueError, match="the list of samples is empty"):
         collate([])
     with pytest.raises(TypeError, match="Post objects or dicts, got int"):
         collate([3])
@@ -178,7 +178,7 @@ def test_bad_input(posts, tokenizer):
     with pytest.raises(ValueError, match="labels must be numbers, or lists of one length"):
         collate([{**image, "label": [1, 0]}, {**image, "label": [1]}])
     for label, message in (
-        ("pizza", "got 'pizza' of sample 1 of the batch; names of classes need numbers first"),
+        ("pizza", "got 'pizza' of sample 1 of the batch; convert class names to indices first"),
         (float("nan"), "got nan of sample 1 of the batch, which is not finite"), (1e300, "1e"),
         (1j, "got 1j of sample 1"),
     ):  # fmt: skip
@@ -234,7 +234,7 @@ def test_videos_are_padded_and_say_which_frames_are_there(preprocess):
     few = EachFrame(preprocess, most=3)(videos)
     assert few["frame_mask"].sum(1).tolist() == [2, 3, 1]
     assert torch.equal(few[name][1], expected[[0, 2, 4]])
-    with pytest.raises(ValueError, match="video 1 of the batch has no frame: a missing one is None"):
+    with pytest.raises(ValueError, match="video 1 of the batch has no frame: pass None for a missing video"):
         EachFrame(preprocess)([videos[0], []])
     with pytest.raises(ValueError, match="most must be an integer >= 1 or None, got 0"):
         EachFrame(preprocess, most=0)
@@ -244,5 +244,5 @@ def test_videos_are_padded_and_say_which_frames_are_there(preprocess):
 
 def test_a_transform_that_makes_no_row_of_each_frame_is_refused():
     frames = [Image.new("RGB", (8, 8))] * 3
-    with pytest.raises(ValueError, match=r"3 frames were given, but the transform made {'frames': \(1, 2\)} of them"):
+    with pytest.raises(ValueError, match=r"3 frames were given, but the transform gave {'frames': \(1, 2\)}: "):
         EachFrame(lambda images: torch.zeros(1, 2))([frames])

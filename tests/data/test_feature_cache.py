@@ -470,7 +470,7 @@ def test_every_dtype_has_a_fingerprint(dtype):
 
 @pytest.mark.parametrize("encoder", [rows_of, Spy(), nn.Flatten()])
 def test_an_encoder_without_parameters_must_be_named(tmp_path, encoder):
-    with pytest.raises(ValueError, match=r"has no parameters and buffers.*fingerprint="):
+    with pytest.raises(ValueError, match=r"has no parameters or buffers.*fingerprint="):
         FeatureCache(tmp_path / "new", encoder)
     assert not (tmp_path / "new").exists()
     assert FeatureCache(tmp_path, encoder, fingerprint="mine").fingerprint == "mine"
@@ -827,14 +827,14 @@ def test_a_clock_that_runs_ahead_makes_no_leftovers(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("inputs", "error", "message"),
     [
-        ([torch.ones(2, 3)], TypeError, "a tensor or a dict of tensors, got list: pick them out"),
+        ([torch.ones(2, 3)], TypeError, "a tensor or a dict of tensors, got list: select them"),
         (None, ValueError, "at least one sample"),
         ({}, ValueError, "at least one sample"),
         ({"a": torch.ones(2), "b": None}, TypeError, "'b' is NoneType: leave it out"),
         ({1: torch.ones(2)}, TypeError, "but 1 is Tensor"),
         (torch.ones(()), ValueError, r"inputs must be \(B, ...\) with at least one sample, got \(\)"),
         (torch.ones(0, 3), ValueError, r"at least one sample, got \(0, 3\)"),
-        ({"a": torch.ones(2, 3), "b": torch.ones(3, 3)}, ValueError, r"one batch length B, got \{'a': \(2, 3\), 'b': \(3, 3\)\}"),
+        ({"a": torch.ones(2, 3), "b": torch.ones(3, 3)}, ValueError, r"same batch size B, got \{'a': \(2, 3\), 'b': \(3, 3\)\}"),
     ],
 )
 def test_wrong_inputs_are_refused(tmp_path, inputs, error, message):
@@ -852,7 +852,7 @@ def test_wrong_inputs_are_refused(tmp_path, inputs, error, message):
         (lambda x: x[:, :0], ValueError, r"gave features \(2, 0\)"),
         (lambda x: x[:, :5], ValueError, "gave features of width 5 .* holds width 6 .*another folder"),
         (lambda x: x.double(), ValueError, "in torch.float64, but .* in torch.float32"),
-        (lambda x: x / torch.tensor([[1.0], [0.0]]), ValueError, "NaN or infinite features for 1 of 2 samples, none .* is stored"),
+        (lambda x: x / torch.tensor([[1.0], [0.0]]), ValueError, "NaN or infinite features for 1 of 2 samples; none .* is stored"),
     ],
 )
 @pytest.mark.parametrize("flushed", [True, False])
@@ -873,11 +873,11 @@ def test_wrong_features_are_refused_and_nothing_stored_is_lost(tmp_path, gives, 
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"encoder": "dinov2"}, TypeError, "a callable that gives .* got str"),
+        ({"encoder": "dinov2"}, TypeError, "a callable that returns .* got str"),
         ({"flush_every": 0}, ValueError, "flush_every must be an integer >= 1, got 0"),
         ({"flush_every": 1.5}, ValueError, "got 1.5"),
         ({"flush_every": True}, ValueError, "got True"),
-        ({"fingerprint": ""}, ValueError, "a text that names the encoder"),
+        ({"fingerprint": ""}, ValueError, "a non-empty string that names the encoder"),
         ({"fingerprint": 3}, ValueError, "got 3"),
         ({"padded_inputs": "input_ids"}, TypeError, r"must be names of inputs, such as .*, got 'input_ids'"),
         ({"padded_inputs": [0]}, TypeError, r"must be names of inputs, .* got \[0\]"),
@@ -898,7 +898,7 @@ def test_the_width_of_an_unknown_encoder_comes_with_its_first_feature(tmp_path):
 
 
 def test_a_loader_without_batches_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="the loader gave no batch"):
+    with pytest.raises(ValueError, match="the loader yielded no batch"):
         make_cache(tmp_path).precompute([], progress=False)
 
 

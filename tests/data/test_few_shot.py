@@ -170,7 +170,7 @@ def test_multi_label_metrics_of_one_class():
     ("logits", "labels", "error", "message"),
     [
         (torch.zeros(2, 3), torch.zeros(2, 2), ValueError, r"got \(2, 3\) and \(2, 2\)"),
-        (torch.zeros(0, 3), torch.zeros(0, 3), ValueError, "N >= 1 samples"),
+        (torch.zeros(0, 3), torch.zeros(0, 3), ValueError, "N >= 1"),
         (torch.zeros(2, 3).long(), torch.zeros(2, 3), TypeError, "logits must be floating-point"),
         (torch.full((2, 3), float("nan")), torch.zeros(2, 3), ValueError, "2 of 2 samples have NaN"),
         (torch.zeros(2, 3), torch.full((2, 3), 2), ValueError, "labels must be 0 or 1"),

@@ -75,9 +75,9 @@ def test_the_depth_and_the_white_of_a_tiff_are_the_files(tmp_path):
 def test_numbers_without_a_known_range_are_refused(tmp_path, mode):
     image = Image.new(mode, (3, 2), 200)
     path = saved(tmp_path / "a.tif", image)
-    with pytest.raises(OSError, match=rf"a\.tif \(ValueError: mode {mode} of TIFF has no range that is known: scale it to 8 bits"):
+    with pytest.raises(OSError, match=rf"a\.tif \(ValueError: mode {mode} of TIFF has no known value range: scale it to 8 bits"):
         load_image(path)
-    with pytest.raises(OSError, match=rf"mode {mode} of an image in memory has no range"):
+    with pytest.raises(OSError, match=rf"mode {mode} of an image in memory has no known value range"):
         load_image(image)
     with pytest.raises(OSError, match=r"the image of post 7 can't be read: .*a\.tif"):
         Post("7", "", path, 0).open_image()
@@ -268,13 +268,13 @@ def test_what_is_no_picture_is_refused(tmp_path):
     for path in (tmp_path / "a.jpg", str(tmp_path)):
         with pytest.raises(OSError, match=rf"{os.path.basename(path)} \("):
             load_image(path)
-    with pytest.raises(FileNotFoundError, match=r"there is no picture .*b\.jpg"):
+    with pytest.raises(FileNotFoundError, match=r"the picture .*b\.jpg"):
         load_image(tmp_path / "b.jpg")
     for size in ((0, 3), (3, 0)):
-        with pytest.raises(OSError, match=f"it has {size[0]} x {size[1]} pixels"):
+        with pytest.raises(OSError, match=f"the picture has {size[0]} x {size[1]} pixels"):
             load_image(Image.new("RGB", size))
     for other in (np.zeros((3, 3, 3), np.uint8), io.BytesIO(), None):
-        with pytest.raises(TypeError, match=f"a path or an image of PIL, got {type(other).__name__}"):
+        with pytest.raises(TypeError, match=f"a path or a PIL image, got {type(other).__name__}"):
             load_image(other)
 
 

@@ -18,7 +18,7 @@ def test_they_are_those_of_referring_segmentation():
     assert [found[f"precision@{least}"] for least in (0.5, 0.6, 0.9)] == [0.75, 0.5, 0.5]
     assert segmentation_metrics(predictions.double() - 0.5, masks.long()) == found
     for wrong, message in (
-        ((predictions[:2], masks), "of N >= 1 samples"),
+        ((predictions[:2], masks), "with N >= 1"),
         ((predictions, masks.long() + 1), "must be 0 or 1"),
         ((predictions.double() * torch.nan, masks), "have NaN"),
     ):

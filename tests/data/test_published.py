@@ -144,8 +144,8 @@ def test_problems_of_movies_come_in_one_error(tmp_path):
     message = message_of(read_mm_imdb, folder)
     assert message.startswith("5 problems in")
     for expected in (
-        "id '0100001' occurs twice", "id '../secret' is no id", "0999999.json is not there",
-        "0100002.json: field 'plot': expected a list of texts, got 'no list'", "0100003.json: its image is missing",
+        "id '0100001' occurs twice", "id '../secret' is no id", "0999999.json does not exist",
+        "0100002.json: field 'plot': expected a list of strings, got 'no list'", "0100003.json: its image is missing",
     ):  # fmt: skip
         assert expected in message
     (folder / "split.json").write_text('{"train": []}')
@@ -199,7 +199,7 @@ def test_other_files_by_the_name_of_the_hdf5(tmp_path):
     np.save(folder / "metadata.npy", np.arange(3))
     assert "metadata.npy has int64 (3,), expected one object" in message_of(read_mm_imdb, folder)
     (folder / "metadata.npy").unlink()
-    assert "it has the words of multimodal_imdb.hdf5" in message_of(read_mm_imdb, folder, FileNotFoundError)
+    assert "it has the vocabulary of multimodal_imdb.hdf5" in message_of(read_mm_imdb, folder, FileNotFoundError)
 
 
 # SNLI-VE
@@ -221,7 +221,7 @@ def test_hypotheses_with_pictures_and_no_line_without_a_gold_label(tmp_path):
 def test_flickr30k_may_be_elsewhere(tmp_path):
     folder = make_snli_ve(tmp_path / "set")
     (folder / "Flickr30K" / "flickr30k_images").rename(tmp_path / "pictures")
-    assert "flickr30k_images is not there" in message_of(read_snli_ve, folder, FileNotFoundError)
+    assert "flickr30k_images does not exist" in message_of(read_snli_ve, folder, FileNotFoundError)
     for images in (tmp_path / "pictures", "../pictures"):
         assert read_snli_ve(folder, images=images)["test"][0].open_image().size == (40, 30)
 
@@ -232,7 +232,7 @@ def test_flickr30k_may_be_elsewhere(tmp_path):
         ('{"cut', "not JSON"),
         ({"gold_label": "maybe"}, "field 'gold_label': expected one of"),
         ({"Flickr30K_ID": "../1"}, "field 'Flickr30K_ID': expected digits, got '../1'"),
-        ({"Flickr30K_ID": 1}, "field 'Flickr30K_ID': expected a text, got 1"),
+        ({"Flickr30K_ID": 1}, "field 'Flickr30K_ID': expected a string, got 1"),
         ({"sentence2": "\ud800"}, "field 'sentence2' is not UTF-8"),
         ({"Flickr30K_ID": "7"}, "its image is missing"),
     ],
@@ -284,7 +284,7 @@ def test_missing_media_of_mustard(tmp_path):
     (folder / "utterances_final" / "1_60.wav").unlink()
     message = message_of(read_mustard, folder, val=0)
     assert "1 problem in" in message
-    assert f"'1_60': no sound, {folder / 'utterances_final' / '1_60.wav'} is not there; missing_media='skip' leaves" in message
+    assert f"'1_60': no sound, {folder / 'utterances_final' / '1_60.wav'} does not exist; missing_media='skip' leaves" in message
     train = read_mustard(folder, split="speaker-independent", val=0, missing_media="skip")["train"]
     assert train.dropped == {"no sound": ["1_60"], "no frames": []}
     post = read_mustard(folder, split="speaker-independent", val=0, missing_media="none")["train"][0]
@@ -324,7 +324,7 @@ def test_tests_without_labels_and_the_first_release(tmp_path):
         (folder / f"{name}_seen.jsonl").rename(folder / f"{name}.jsonl")
     splits = read_hateful_memes(folder)
     assert (splits["val"].labelled, splits["test"].labelled) == (True, False)
-    assert "dev_unseen.jsonl is not there" in message_of(read_hateful_memes, folder, FileNotFoundError, part="unseen")
+    assert "dev_unseen.jsonl does not exist" in message_of(read_hateful_memes, folder, FileNotFoundError, part="unseen")
     (folder / "test.jsonl").unlink()
     assert list(read_hateful_memes(folder)) == ["train", "val"]
     lines = (folder / "train.jsonl").read_text().splitlines()
@@ -336,7 +336,7 @@ def test_tests_without_labels_and_the_first_release(tmp_path):
     assert message.startswith("3 problems in")
     assert "line 1: has no label" in message
     assert "line 2: field 'label': expected 0 or 1, got 2" in message
-    assert "line 3: field 'id': expected a number or a text, got None" in message
+    assert "line 3: field 'id': expected a number or a string, got None" in message
 
 
 # all of them
@@ -352,7 +352,7 @@ def test_a_folder_of_another_set_says_which_it_looks_like(tmp_path, name):
             assert message.endswith(f": it looks like {PUBLISHED_SETS[name].title}")
     (tmp_path / "empty").mkdir()
     assert "looks like" not in message_of(PUBLISHED_SETS[name].read, tmp_path / "empty", FileNotFoundError)
-    assert "is no folder" in message_of(PUBLISHED_SETS[name].read, tmp_path / "none", FileNotFoundError)
+    assert "is not a folder" in message_of(PUBLISHED_SETS[name].read, tmp_path / "none", FileNotFoundError)
 
 
 @pytest.mark.parametrize("name", MAKE)

@@ -131,12 +131,12 @@ def test_all_problems_are_counted_and_ten_shown(tmp_path):
 
 
 def test_what_is_not_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"train.txt is not there.*headacheboy/data-of-multimodal-sarcasm-detection"):
+    with pytest.raises(FileNotFoundError, match=r"train.txt does not exist.*headacheboy/data-of-multimodal-sarcasm-detection"):
         read_twitter_sarcasm(tmp_path, "train")
-    with pytest.raises(FileNotFoundError, match=r"labelResultAll.txt is not there.*mcrlab.net"):
+    with pytest.raises(FileNotFoundError, match=r"labelResultAll.txt does not exist.*mcrlab.net"):
         read_mvsa_single(tmp_path)
     make_twitter(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"image folder is not there: expected a folder with the images <id>.jpg of Cai"):
+    with pytest.raises(FileNotFoundError, match=r"image folder does not exist: expected a folder with the images <id>.jpg of Cai"):
         read_twitter_sarcasm(tmp_path, "train", images="image folder", missing_images="skip")
     with pytest.raises(ValueError, match=r"split must be one of \('train', 'valid', 'test'\), got 'dev'"):
         read_twitter_sarcasm(tmp_path, "dev")
@@ -287,5 +287,5 @@ def test_image_that_cant_be_read(tmp_path):
     whole = path.read_bytes()
     for data in (b"", b"<html>gone</html>", whole[: len(whole) // 2], whole[:-20]):
         path.write_bytes(data)
-        with pytest.raises(OSError, match=r"the image of post 7 can't be read: .*7.jpg \(.*get it again or leave the post out"):
+        with pytest.raises(OSError, match=r"the image of post 7 can't be read: .*7.jpg \(.*download it again or leave"):
             post.open_image()

@@ -49,8 +49,8 @@ def test_defaults_and_their_sources():
     assert len(text) == len(fields(FewShotRecipe))
     assert text[:3] == [
         "lr = 3e-05: peak learning rate [MoPE-BAF (arXiv 2403.11311), from a summary of it]",
-        "batch_size = 8: samples of each step [MoPE-BAF (arXiv 2403.11311), from a summary of it]",
-        "steps = 200: optimiser steps in all, whatever the size of the set [MoPE-BAF (arXiv 2403.11311), from a summary of it]",
+        "batch_size = 8: samples per step [MoPE-BAF (arXiv 2403.11311), from a summary of it]",
+        "steps = 200: total optimizer steps, whatever the size of the set [MoPE-BAF (arXiv 2403.11311), from a summary of it]",
     ]
     with pytest.raises(FrozenInstanceError):
         FewShotRecipe().lr = 1.0
@@ -264,7 +264,7 @@ def test_a_loss_that_isnt_finite_stops_within_ten_steps(bad, step):
         inputs = batch(index)
         return inputs | {"x": inputs["x"] * (float("nan") if len(model.seen) + 1 == bad else 1.0)}
 
-    with pytest.raises(FloatingPointError, match=f"the loss was nan in step {step} and the model is spoiled"):
+    with pytest.raises(FloatingPointError, match=f"the loss was nan in step {step} and the model.s parameters are unusable"):
         make_recipe().fit(model, spoiled, range(24), progress=False)
     assert len(model.seen) <= bad + 9
     assert not model.training

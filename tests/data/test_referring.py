@@ -41,8 +41,8 @@ def test_all_that_is_wrong_is_one_error(tmp_path):
         read_refcoco(folder)
     for words in (
         "annotation 7 is not in instances.json",
-        "a text under sent each",
-        "'../x' is no name",
+        "must have a string under sent",
+        "'../x' is not a name",
         "'ref_id': expected",
         "its image is missing",
     ):
@@ -52,7 +52,7 @@ def test_all_that_is_wrong_is_one_error(tmp_path):
     with pytest.raises(ValueError, match=r"split_by must be one of \('umd', 'google'\)"):
         read_refcoco(folder, "refcocog", split_by="unc")
     (folder / "instances.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"instances\.json is not COCO's"):
+    with pytest.raises(ValueError, match=r"instances\.json is not in COCO's format"):
         read_refcoco(folder)
 
 
@@ -71,7 +71,7 @@ def test_a_pickle_that_would_run_something_is_refused(tmp_path):
 
     folder = make_refcoco(tmp_path)
     (folder / "refs(unc).p").write_bytes(pickle.dumps([Evil()]))
-    with pytest.raises(ValueError, match=r"names builtins\.print, and only lists"):
+    with pytest.raises(ValueError, match=r"names builtins\.print, but only lists"):
         read_refcoco(folder)
 
 
@@ -105,9 +105,9 @@ def test_lines_that_can_not_be_meant_are_one_error(tmp_path):
     with pytest.raises(ValueError, match="5 problems") as error:
         read_reference_folder(tmp_path)
     for words in (
-        "line 2: expected id, texts, img and mask",
+        "line 2: expected fields id, texts, img and mask",
         "line 3: texts must be",
-        "b.png is not there",
+        "b.png does not exist",
         '"mask": expected a path',
         "line 6",
     ):

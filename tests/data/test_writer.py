@@ -99,7 +99,7 @@ def test_nothing_is_left_of_a_folder_that_could_not_be_written(tmp_path, monkeyp
     monkeypatch.setattr(os, "replace", replace)
     (tmp_path / "out").mkdir()  # an empty one is no harm
     write_jsonl_folder({"train": posts[:1]}, tmp_path / "out", progress=False)
-    with pytest.raises(FileExistsError, match="is there already, and not empty"):
+    with pytest.raises(FileExistsError, match="already exists and is not empty"):
         write_jsonl_folder({"train": posts[:1]}, tmp_path / "out", progress=False)
 
 
@@ -108,9 +108,9 @@ def test_nothing_is_left_of_a_folder_that_could_not_be_written(tmp_path, monkeyp
     [
         ({}, ValueError, "at least one"),
         ([], TypeError, "must be a dict of names to Posts"),
-        ({"../x": posts_of(None)}, ValueError, "a split's name becomes a file's.*'../x'"),
+        ({"../x": posts_of(None)}, ValueError, "a split's name becomes a file name.*'../x'"),
         ({"a": posts_of(None), "b": posts_of(None, names=("x", "y"))}, ValueError, "must have the same classes: a has"),
-        ({"a": posts_of(None, names=("x", " y"))}, ValueError, "a class has a line of labels.txt.*' y'"),
+        ({"a": posts_of(None, names=("x", " y"))}, ValueError, "a class is a line of labels.txt.*' y'"),
     ],
     ids=range(5),
 )
@@ -149,11 +149,11 @@ def test_lines_with_sound_and_frames(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"audio": "gone.wav"}, 'field "audio": .*gone.wav is not there; null says that the sample has none'),
+        ({"audio": "gone.wav"}, 'field "audio": .*gone.wav does not exist; use null for a sample without it'),
         ({"audio": 3}, 'field "audio": expected a path or null, got 3'),
         ({"frames": "f.png"}, 'field "frames": expected a list of paths or null, got .f.png.'),
         ({"frames": [1]}, 'field "frames": expected a list of paths or null, got 1 in it'),
-        ({"frames": ["gone.png"]}, 'field "frames": .*gone.png is not there'),
+        ({"frames": ["gone.png"]}, 'field "frames": .*gone.png does not exist'),
         ({"audio": "../a.wav"}, 'field "audio": .*outside of'),
     ],
 )

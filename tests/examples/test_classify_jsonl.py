@@ -172,7 +172,7 @@ def test_a_test_split_without_labels_is_predicted(tmp_path, capsys, multi_label)
     (folder / "test.jsonl").write_text("".join(json.dumps({k: row[k] for k in ("id", "text", "img")}) + "\n" for row in rows))
     results = run(folder, tmp_path / "out", "--epochs", 1)
     assert results == {name: value for name, value in labelled.items() if name != "test"}
-    assert "test: it has no labels, so there are predictions and no metrics" in capsys.readouterr().out
+    assert "test: no labels, so there are predictions but no metrics" in capsys.readouterr().out
     expected, got = (
         [json.loads(line) for line in (tmp_path / name / "predictions-test.jsonl").read_text().splitlines()]
         for name in ("labelled", "out")
@@ -185,7 +185,7 @@ def test_a_test_split_without_labels_is_predicted(tmp_path, capsys, multi_label)
 def test_without_a_test_split_the_numbers_are_vals_and_it_says_so(folder, tmp_path, capsys):
     (folder / "test.jsonl").unlink()
     assert set(run(folder, tmp_path / "out", "--epochs", 1)) == {"samples", "best_epoch", "history", "val"}
-    assert "there is no test split: the numbers are of val, which the epoch was chosen by" in capsys.readouterr().out
+    assert "there is no test split: the numbers are of val, by which the epoch was selected" in capsys.readouterr().out
     assert "Experts on val of data" in (tmp_path / "out" / "report.html").read_text()
 
 
@@ -220,14 +220,14 @@ def test_a_run_is_neither_overwritten_nor_mixed_with_another(folder, tmp_path, c
     first = run(folder, output)
     with pytest.raises(SystemExit):
         run(folder, output)
-    assert "has files already: go on with it by --resume, or give another --output" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match=r"of another configuration: experts was 4, now it is 5\. Give the same"):
+    assert "already has files: continue it by --resume, or give another --output" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r"has a run with other settings: experts was 4, now it is 5\. Give the same"):
         run(folder, output, "--experts", 5, "--resume")
     folder = folder.rename(folder.with_name("moved"))
     assert run(folder, output, "--workers", 1, "--resume") == first
     with open(folder / "train.jsonl", "a") as file:
         file.write("\n" + (folder / "train.jsonl").read_text().splitlines()[0])
-    with pytest.raises(SystemExit, match=r"of another configuration: data was '\w+', now it is '\w+'"):
+    with pytest.raises(SystemExit, match=r"has a run with other settings: data was '\w+', now it is '\w+'"):
         run(folder, output, "--resume")
 
 
@@ -237,7 +237,7 @@ def test_images_that_went_make_it_another_configuration(folder, tmp_path):
     assert json.loads((tmp_path / "out" / "results.json").read_text())["samples"]["train"]["left out, without image"] == 0
     for i in range(3):
         (folder / "images" / f"train{i}.png").unlink()
-    with pytest.raises(SystemExit, match="of another configuration: data was"):
+    with pytest.raises(SystemExit, match="has a run with other settings: data was"):
         run(folder, tmp_path / "out", "--missing-images", "skip", "--resume")
     results = run(folder, tmp_path / "other", "--missing-images", "skip")
     assert results["samples"]["train"] == {"samples": 37, "left out, without image": 3, "with a grey picture": 0}
@@ -267,7 +267,7 @@ def test_files_of_others_are_left_alone(folder, tmp_path, capsys):
     for more in ([], ["--resume"]):
         with pytest.raises(SystemExit):
             run(folder, output, *more)
-    assert "has files already" in capsys.readouterr().err
+    assert "already has files" in capsys.readouterr().err
     (output / ".thesis.tex.part").unlink()
     run(folder, output, "--epochs", 1)
     others = [".thesis.tex.part", "step-1000", "adapter-epoch-final", "step-notes.txt"]
@@ -297,9 +297,9 @@ def test_a_damaged_checkpoint_is_named(folder, tmp_path, file, damage):
     path.write_bytes(data[: len(data) // 2] if damage == "cut" else b"")
     if damage == "gone":
         path.unlink()
-    expected = rf"(?s){checkpoint} can't be read \(.*: restore it, or delete it to start anew"
+    expected = rf"(?s){checkpoint} can't be read \(.*: restore it, or delete it to start from the beginning"
     if file == "settings.json":
-        expected = "has files, but none of this program's runs" if damage == "gone" else r"settings.json is damaged \("
+        expected = "has files that are not a run of this program" if damage == "gone" else r"settings.json is damaged \("
     with pytest.raises(SystemExit, match=expected):
         run(folder, tmp_path / "out", "--resume")
 
@@ -375,7 +375,7 @@ def test_an_image_that_is_none_is_one_line(folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["no/such/folder"], "no/such/folder is no folder: expected one with train.jsonl"),
+        (["no/such/folder"], "no/such/folder is not a folder: expected one with train.jsonl"),
         ([".", "--lr", "nan"], "--lr must be a finite number >= 0, got nan"),
         ([".", "--clip", "0"], "--clip must be a finite number > 0, got 0.0"),
         ([".", "--head-lr=-1"], "--head-lr must be a finite number >= 0, got -1.0"),
@@ -408,7 +408,7 @@ def test_two_processes_train_as_one_with_their_joint_batch(folder, tmp_path):
     runs = [start(launch, output), start(launch, output, "--resume")]
     runs.append(start([sys.executable, str(launcher)], tmp_path / "one", "--batch-size=16"))
     assert [each.returncode for each in runs] == [0, 0, 0], "\n".join(each.stderr[-2000:] for each in runs)
-    assert "goes on from" in runs[1].stdout
+    assert "resuming from" in runs[1].stdout
     assert json.loads((output / "settings.json").read_text())["processes"] == 2
     rows = [json.loads(line) for line in (output / "predictions-val.jsonl").read_text().splitlines()]
     assert [row["id"] for row in rows] == [str(i) for i in range(12)]

@@ -137,12 +137,12 @@ def test_the_optimizer_has_the_heads_parameters_in_the_order_of_every_process(tm
 
 def test_what_can_not_be_trained_on_is_said(tmp_path, encoders, capsys):
     folder = write_folder(tmp_path / "set", splits=("train",))
-    with pytest.raises(ValueError, match="has no val: training needs both, it has"):
+    with pytest.raises(ValueError, match="has no val: training needs both, got"):
         run(folder, tmp_path / "out", encoders)
     with pytest.raises(SystemExit):
         run(folder, tmp_path / "out", encoders, "--split-by", "umd")
-    assert "are for a published set: give --set" in capsys.readouterr().err
+    assert "are for a published set: add --set" in capsys.readouterr().err
     folder = write_folder(tmp_path / "other")
     Image.new("L", (5, 5)).save(folder / "train-3-mask.png")
-    with pytest.raises(ValueError, match=r"reference 3: its mask is \(5, 5\), its picture \(20, 33\) high and wide"):
+    with pytest.raises(ValueError, match=r"reference 3: its mask is \(5, 5\), but its picture \(20, 33\) pixels"):
         run(folder, tmp_path / "out", encoders)

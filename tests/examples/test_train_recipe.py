@@ -188,8 +188,8 @@ def test_settings_of_the_paper_of_the_release_and_what_is_given(tmp_path):
         (["food101", "--paper", "--released"], "not allowed with argument"),
         (["imagenet"], "invalid choice: 'imagenet'"),
         (["food101", "--other", "image"], "--other must be sides that differ from each other and from --main image"),
-        (["mustard", "--rand-augment", "2", "7"], "--rand-augment is for images"),
-        (["food101", "--rand-augment", "2", "31"], "--rand-augment is for images, N >= 0 operations of strength 0 to 30"),
+        (["mustard", "--rand-augment", "2", "7"], "--rand-augment needs an image side"),
+        (["food101", "--rand-augment", "2", "31"], "--rand-augment needs an image side, N >= 0 operations"),
         (["food101", "--image-transform", "own", "--image-statistics", "mmbt"], "needs --image-transform crop or squash"),
         (["mustard", "--max-seconds", "0"], "--max-seconds must be a finite number > 0"),
     ],
@@ -203,7 +203,7 @@ def test_what_a_recipe_can_not_be_asked_for(tmp_path, words, message, capsys):
 def test_no_folder_and_a_folder_of_another_set(tmp_path, encoders, capsys):
     with pytest.raises(SystemExit):
         train_recipe.parse_arguments(["mustard", str(tmp_path / "none")])
-    assert "is no folder: expected that of MUStARD, as published" in capsys.readouterr().err
+    assert "is not a folder: expected that of MUStARD, as published" in capsys.readouterr().err
     folder = MAKE["snli-ve"](tmp_path / "set")
     with pytest.raises(FileNotFoundError, match=r"is not MM-IMDB, .* it looks like SNLI-VE"):
         run("mm-imdb", folder, tmp_path / "out", encoders)
@@ -226,7 +226,7 @@ def test_crop_and_squash_are_torchvisions(tmp_path):
             (got,) = named_encoders.image_transform(own, name, statistics)([image])
             torch.testing.assert_close(got, expected)
     assert named_encoders.image_transform(own, "own", "own") is own
-    with pytest.raises(ValueError, match="--image-transform crop can't be made of function"):
+    with pytest.raises(ValueError, match="--image-transform crop needs an image size, which function"):
         named_encoders.image_transform(lambda images: images, "crop", "own")
 
 

@@ -97,7 +97,7 @@ def test_all_samples_of_val_are_judged_and_an_output_is_not_overwritten(folder, 
     assert set(judged) == {12}
     with pytest.raises(SystemExit):
         tool.main([str(folder), "--output", str(tmp_path / "out")])
-    assert "has files already" in capsys.readouterr().err
+    assert "already has files" in capsys.readouterr().err
 
 
 def test_lightning_goes_on_with_this_run_and_no_other(folder, tmp_path):

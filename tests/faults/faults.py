@@ -1365,7 +1365,7 @@ DATA = (
     _fault(
         "pickles-called",
         "data/plain_pickle.py",
-        'raise pickle.UnpicklingError(f"it names {module}.{name}, and only lists, dicts, texts, numbers and arrays are read")',
+        'raise pickle.UnpicklingError(f"it names {module}.{name}, but only lists, dicts, strings, numbers and arrays are read")',
         "return super().find_class(module, name)",
         "A data set's pickled file runs whatever it says.",
         f"{_PUBLISHED}test_nothing_that_metadata_names_is_called",

@@ -115,7 +115,7 @@ ARRAY = make_array()
         ({"images": [ARRAY.astype(np.int64)]}, TypeError, "got int64"),
         ({"images": ARRAY.astype(np.uint16)}, TypeError, "must be uint8, 0 to 255, got uint16"),
         ({"images": make_array(3, 9)}, ValueError, r"shape \(3, 9, 3\) could have its channels first or last: pass a PIL image"),
-        ({"images": Image.new("F", (3, 2))}, OSError, "mode F of an image in memory has no range that is known"),
+        ({"images": Image.new("F", (3, 2))}, OSError, "mode F of an image in memory has no known value range"),
         ({"images": ARRAY[..., 0]}, ValueError, r"must be \(3, H, W\) or \(H, W, 3\), got \(40, 50\)"),
         ({"images": torch.zeros(4, 9, 9, dtype=torch.uint8)}, ValueError, r"got \(4, 9, 9\)"),
         ({"images": torch.zeros(3, 0, 9, dtype=torch.uint8)}, ValueError, r"got \(3, 0, 9\)"),

@@ -1,4 +1,4 @@
-"""Readers of the sets that MoPE was measured on, in the files that their owners publish. Nothing is downloaded."""
+"""Readers of the data sets that MoPE was evaluated on, from the files that their owners publish. Nothing is downloaded."""
 
 from .food101 import read_food101
 from .hateful_memes import read_hateful_memes

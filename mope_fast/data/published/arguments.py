@@ -1,4 +1,4 @@
-"""What readers of published sets take, as arguments of a program."""
+"""Command-line arguments for the readers of published sets."""
 
 import argparse
 import inspect
@@ -17,14 +17,14 @@ _CHOICES = {
     "split_by": ("unc", "umd", "google"),
 }
 _FLAGS = {"text": "texts", "seed": "val_seed", "images": "images_in", "frames": "frames_in"}
-"""Where a reader's argument alone would say too little."""
+"""Reader argument -> flag, if the argument's own name would be unclear on the command line."""
 
 
 def add_reading_arguments(parser: argparse.ArgumentParser, *, but: Collection[str] = ()) -> None:
-    """Add an argument for each that some reader takes; None is the reader's default.
+    """Add the arguments of all readers to a parser; None stands for the reader's default.
 
     Args:
-        but: those that the parser has already.
+        but: arguments that the parser already has.
     """
 
     def add(argument: str, words: str, **settings: Any) -> None:
@@ -32,20 +32,20 @@ def add_reading_arguments(parser: argparse.ArgumentParser, *, but: Collection[st
             parser.add_argument(f"--{_flag(argument)}", help=f"{words}; for {', '.join(_takers(argument))}", **settings)
 
     add("missing_images", "what to do with a sample without its image", choices=_CHOICES["missing_images"])
-    add("missing_media", "likewise, without its sound or frames", choices=_CHOICES["missing_media"])
+    add("missing_media", "what to do with a sample without its sound or frames", choices=_CHOICES["missing_media"])
     add("outside", "folders outside of FOLDER that its files may be in", type=Path, nargs="+")
-    add("text", "which text", choices=_CHOICES["text"])
-    add("split", "which of two", choices=_CHOICES["split"])
-    add("part", "which dev and test", choices=_CHOICES["part"])
-    add("split_by", "whose splits", choices=_CHOICES["split_by"])
-    add("val", "samples of train that become val", type=int)
-    add("seed", "of that draw", type=int)
+    add("text", "text to read: whole pages or their titles", choices=_CHOICES["text"])
+    add("split", "split into train and test", choices=_CHOICES["split"])
+    add("part", "dev and test files to read", choices=_CHOICES["part"])
+    add("split_by", "authors of the splits", choices=_CHOICES["split_by"])
+    add("val", "number of train samples to hold out as val", type=int)
+    add("seed", "seed of the draw of val", type=int)
     add("images", "the folder of images", type=Path)
     add("frames", "the folder of frames", type=Path)
 
 
 def reading_settings(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments of the reader ``args.name``: what was given; ends the program where that is another reader's."""
+    """Return the given arguments as keywords of the reader ``args.name``; exit if one belongs to other readers only."""
     settings = {}
     for argument in (*_CHOICES, "outside", "val", "seed", "images", "frames"):
         flag = _flag(argument).replace("-", "_")

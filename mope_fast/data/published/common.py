@@ -1,4 +1,4 @@
-"""What readers of published sets share: one error for all that is wrong, what is left out, and which set a folder looks like."""
+"""Helpers shared by readers of published sets: one error for all problems, samples left out, and recognition of a set's folder."""
 
 import os
 from collections.abc import Iterable
@@ -24,22 +24,22 @@ LOOKS = {
     "MVSA": (("labelResultAll.txt",),),
     "a folder of JSON lines, for read_jsonl_folder": (("labels.txt", "train.jsonl"),),
 }
-"""Set -> files and folders that are in it: all of one of these."""
+"""Set -> alternatives; a folder looks like the set if all files and folders of one alternative exist in it."""
 
 
 class Reading:
-    """One set while it is read.
+    """State of reading one set.
 
     Args:
-        folder: of the set.
-        title: its name, of :data:`LOOKS`.
-        missing_images: "error", "skip" or "grey", as for a folder of JSON lines.
+        folder: the set's folder.
+        title: the set's name, a key of :data:`LOOKS`.
+        missing_images: "error", "skip" or "grey", as in :func:`read_jsonl_folder`.
         outside: other folders that a link may lead to.
 
     Raises:
-        FileNotFoundError: there is no such folder, or it is of another set.
-        TypeError: ``outside`` is no list.
-        ValueError: another ``missing_images``.
+        FileNotFoundError: the folder does not exist, or is not of this set.
+        TypeError: ``outside`` is not a list.
+        ValueError: ``missing_images`` has another value.
     """
 
     def __init__(
@@ -50,21 +50,21 @@ class Reading:
         self.files = Folder(self.root, outside)
         self.problems: list[str] = []
         if not self.root.is_dir():
-            raise FileNotFoundError(f"{self.root} is no folder: expected that of {title}")
+            raise FileNotFoundError(f"{self.root} is not a folder: expected the folder of {title}")
         if title not in (found := looks_like(self.root)):
             wanted = "; or ".join(" and ".join(names) for names in LOOKS[title])
             like = f": it looks like {found[0]}" if found else ""
             raise FileNotFoundError(f"{self.root} is not {title}, which has {wanted}{like}")
 
     def problem(self, place: object, what: object) -> None:
-        """Note what is wrong, for the one error in the end."""
+        """Record a problem for the single error that :meth:`finish` raises."""
         self.problems.append(f"{place}: {what}")
 
     def image(self, *paths: Path) -> Path | None:
-        """The first of these that is there; None if there is none and that is no error.
+        """Return the first of these paths that exists; None if none does and that is allowed.
 
         Raises:
-            ValueError: there is none, or it is outside.
+            ValueError: none exists although ``missing_images`` is "error", or a file is outside of the set's folder.
         """
         for path in paths:
             if (found := self.files.find(path)) is not None:
@@ -76,21 +76,21 @@ class Reading:
         return None
 
     def read_bytes(self, path: Path) -> bytes:
-        """A file's.
+        """Read a file's bytes.
 
         Raises:
-            FileNotFoundError: it isn't there.
-            ValueError: it is outside.
+            FileNotFoundError: the file does not exist.
+            ValueError: the file is outside of the set's folder.
         """
         if (found := self.files.find(path)) is None:
-            raise FileNotFoundError(f"{path} is not there")
+            raise FileNotFoundError(f"{path} does not exist")
         return found.read_bytes()
 
     def finish(self, splits: "dict[str, Split]", class_names: tuple[str, ...]) -> dict[str, Posts]:
-        """All splits, of the same classes.
+        """Return all splits, with the same classes.
 
         Raises:
-            ValueError: something is wrong with them.
+            ValueError: problems were recorded, or a split has no samples.
         """
         for name, split in splits.items():
             if not split.posts and not self.problems:
@@ -102,7 +102,7 @@ class Reading:
 
 
 class Split:
-    """Samples of one split while they are read, and why others are left out."""
+    """Samples of one split while they are read, and the ids of samples left out by reason."""
 
     def __init__(self, reading: Reading, *reasons: str):
         self.posts: list[Post] = []
@@ -110,7 +110,7 @@ class Split:
         self._skips = reading.missing_images == "skip"
 
     def add(self, name: str, text: str, image: Path | Hdf5Image | None, label: int | tuple[int, ...] | None) -> None:
-        """A sample whose image may be left out by ``missing_images``."""
+        """Add a sample, or leave it out if it has no image and ``missing_images`` is "skip"."""
         if image is None and self._skips:
             self.dropped[NO_IMAGE].append(name)
         else:
@@ -118,15 +118,15 @@ class Split:
 
 
 def looks_like(folder: Path) -> list[str]:
-    """Sets that a folder may be of, by the files in it; the most likely first."""
+    """Return the sets that a folder may belong to, judged by its files; the most likely first."""
     return [title for title, ways in LOOKS.items() if any(all((folder / name).exists() for name in names) for names in ways)]
 
 
 def field(row: dict[str, Any], name: str, kind: type, what: str) -> Any:
-    """A field of an object in JSON.
+    """Return a field of a JSON object.
 
     Raises:
-        ValueError: it lacks it, or has something else in it; ``what`` says what is expected.
+        ValueError: the field is absent or has a wrong type; ``what`` describes the expected type in the message.
     """
     if name not in row:
         raise ValueError(f"lacks {name!r}; it has {list(row)!r:.200}")
@@ -142,14 +142,14 @@ def field(row: dict[str, Any], name: str, kind: type, what: str) -> Any:
 
 
 def hold_out(splits: dict[str, Posts], count: int, seed: int) -> dict[str, Posts]:
-    """Take samples of every class from ``train`` to be ``val``, as many of each as its share; the order stays.
+    """Hold out samples of ``train`` as ``val``, stratified by class; the order of samples is kept.
 
     Args:
-        count: samples of val; 0 for none.
+        count: number of val samples; 0 for none.
 
     Raises:
         ImportError: scikit-learn is not installed.
-        TypeError, ValueError: ``count`` or ``seed`` is no such integer, or it can't be so many.
+        TypeError, ValueError: ``count`` or ``seed`` is not an integer >= 0, or so many samples can't be held out.
     """
     for name, value in (("val", count), ("seed", seed)):
         if not isinstance(value, int) or isinstance(value, bool):

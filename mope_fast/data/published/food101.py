@@ -1,4 +1,4 @@
-"""UPMC Food-101: pictures of dishes with the text, or the title, of the page that each was found on."""
+"""UPMC Food-101: pictures of dishes with the text, or the title, of the web page that each was found on."""
 
 import csv
 import io
@@ -25,35 +25,36 @@ def read_food101(
     missing_images: str = "error",
     outside: Iterable[str | os.PathLike[str]] = (),
 ) -> dict[str, Posts]:
-    """Read UPMC Food-101 (Wang et al. 2015) as published: 101 dishes, one class a sample.
+    """Read UPMC Food-101 (Wang et al. 2015) as published: 101 dishes, one class per sample.
 
     ``images/train`` and ``images/test`` have a folder for each class with ``<class>_<number>.jpg``. Texts of pages are in
-    ``texts_txt/<class>/<class>_<number>.txt``, titles in ``texts/train_titles.csv`` and ``texts/test_titles.csv``, rows of image,
-    title, class without a header; ``text`` is taken for ``texts``, as MoPE's release has it. Pictures without a text are left out,
-    into ``dropped["no text"]``. Texts are cleaned as by the scripts of MMBT and MoPE: punctuation and line ends become spaces, runs
-    of white space one, all lower-case. Bytes that aren't UTF-8 are read as Windows-1252.
+    ``texts_txt/<class>/<class>_<number>.txt``. Titles are in ``texts/train_titles.csv`` and ``texts/test_titles.csv``, with rows of
+    image, title, class and no header; a folder ``text`` is accepted in place of ``texts``, as in MoPE's release. Pictures without a
+    text are left out and listed in ``dropped["no text"]``. Texts are cleaned as by the scripts of MMBT and MoPE: punctuation and
+    line ends become spaces, runs of white space become one space, and letters become lower-case. Bytes that aren't UTF-8 are read
+    as Windows-1252.
 
     Written from public code and descriptions, not run on the owner's files.
 
     Args:
-        folder: that holds ``images`` and the texts.
-        text: "pages" or "titles"; default: pages if there is ``texts_txt``, as MoPE's released code does, else titles.
-        val: samples of train that become val, of each class its share; the set has no val of its own. The released scripts draw
-            5,000 without a seed.
-        seed: of that draw.
-        missing_images: what to do where a title's picture isn't there: "error", "skip" or "grey", as in
+        folder: the folder with ``images`` and the texts.
+        text: "pages" or "titles"; default: pages if ``texts_txt`` exists, as in MoPE's released code, else titles.
+        val: number of train samples to hold out as val, stratified by class; the set has no val of its own. The released scripts
+            draw 5,000 without a seed.
+        seed: seed of that draw.
+        missing_images: what to do if the picture of a title is missing: "error", "skip" or "grey", as in
             :func:`read_jsonl_folder`.
         outside: other folders that a link may lead to; a file that is anywhere else is an error.
 
     Returns:
-        train, val, test. Classes are the folders of train in the order of the alphabet.
+        train, val, test. Classes are the folders of train in alphabetical order.
 
     Raises:
-        FileNotFoundError: the folder, or a file, is not there; a folder of another set says which.
+        FileNotFoundError: the folder or a file does not exist, or the folder is of another set, which the message names.
         ImportError: scikit-learn, which draws val, is not installed.
         OSError: a file or folder can't be read.
-        TypeError: ``outside`` is no list.
-        ValueError: other arguments, or problems in the set; one exception has the first ten, and their number.
+        TypeError: ``outside`` is not a list.
+        ValueError: an argument has another value, or the set has problems. One exception lists the first ten and the number of all.
     """
     reading = Reading(folder, TITLE, missing_images, outside)
     root = reading.root
@@ -98,7 +99,7 @@ def _read_titles(reading: Reading, name: str, split: Split, classes: dict[str, i
         if not row:
             continue
         place = f"{found}, line {rows.line_num}"
-        # a name becomes a path
+        # checked because it becomes a path
         if len(row) != 3 or row[2] not in classes or not re.fullmatch(r"[\w-]+\.\w+", row[0]):
             reading.problem(place, f"expected image, title, class of images/train; got {row!r:.120}")
         elif row[0] in seen:
@@ -114,10 +115,10 @@ def _read_titles(reading: Reading, name: str, split: Split, classes: dict[str, i
 
 
 def _images(reading: Reading, name: str, classes: dict[str, int]) -> Iterator[Path]:
-    """Of one split, class by class."""
+    """Yield the image files of one split, class by class."""
     for folder in _dishes(reading, name):
         if folder.name not in classes:
-            reading.problem(folder, "it is no class of images/train")
+            reading.problem(folder, "not a class of images/train")
             continue
         try:
             for path in reading.files.entries(folder)[0]:

@@ -19,7 +19,7 @@ GENRES = (
     "Drama", "Family", "Comedy", "Biography", "Romance", "War", "Thriller", "History", "Crime", "Music", "Action", "Animation",
     "Adventure", "Musical", "Horror", "Western", "Documentary", "Sport", "Mystery", "Short", "Sci-Fi", "Film-Noir", "Fantasy",
 )  # fmt: skip
-"""In the order of MoPE's release."""
+"""The 23 classes, in the order of MoPE's release."""
 _LEFT_OUT = {"News", "Reality-TV", "Talk-Show"}
 _TELEVISION, _OTHER, _NO_PLOT = "News, Reality-TV or Talk-Show", "a genre of no class", "no plot"
 _SPLITS = {"train": "train", "val": "dev", "test": "test"}
@@ -28,34 +28,35 @@ _SPLITS = {"train": "train", "val": "dev", "test": "test"}
 def read_mm_imdb(
     folder: str | os.PathLike[str], *, missing_images: str = "error", outside: Iterable[str | os.PathLike[str]] = ()
 ) -> dict[str, Posts]:
-    """Read MM-IMDB (Arevalo et al. 2017) in either form of its authors: 23 genres, several a movie.
+    """Read MM-IMDB (Arevalo et al. 2017) in either format of its authors: 23 genres, several per movie.
 
-    **Files**: ``split.json`` has ids under train, dev and test; ``dataset/<id>.json`` has ``plot``, a list of texts of which the
-    longest is taken, and ``genres``, a list of names; ``dataset/<id>.jpeg`` is the poster. Movies of News, Reality-TV or Talk-Show
-    are left out, as by the scripts of MMBT and MoPE, and so are those of another genre than the 23 and those with an empty plot:
-    see ``dropped``. Bytes that aren't UTF-8 are read as Windows-1252.
+    **Files**: ``split.json`` has ids under train, dev and test. ``dataset/<id>.json`` has ``plot``, a list of texts of which the
+    longest is used, and ``genres``, a list of names. ``dataset/<id>.jpeg`` is the poster. Movies of the genres News, Reality-TV or
+    Talk-Show are left out, as by the scripts of MMBT and MoPE. So are movies with any other genre than the 23, and those with an
+    empty plot. ``dropped`` lists them. Bytes that aren't UTF-8 are read as Windows-1252.
 
-    **HDF5**, where there is no ``split.json``: ``multimodal_imdb.hdf5`` and ``metadata.npy``, which has its words. Texts are its
-    ``sequences``: words in lower case, numbers as "N", as the authors' ``make_dataset.py`` leaves them. Posters are 160 x 256
-    pixels, read when they are opened. It has no genres but the 23, so no movie is left out by its genre, and figures on it can't be
-    compared with those on the files. ``metadata.npy`` is a pickle: it is read as data, and nothing that it names is called.
+    **HDF5**, if ``split.json`` does not exist: ``multimodal_imdb.hdf5`` and ``metadata.npy``, which has the vocabulary. Texts are
+    made of ``sequences``: lower-case words, numbers as "N", as the authors' ``make_dataset.py`` leaves them. Posters are 160 x 256
+    pixels and are read when they are opened. This format has only the 23 genres, so no movie is left out by its genre, and results
+    on it can't be compared with results on the files. ``metadata.npy`` is a pickle: it is read as data, and nothing that it names
+    is called.
 
     Written from public code and descriptions, not run on the owner's files.
 
     Args:
-        folder: that holds ``split.json`` and ``dataset``, or ``multimodal_imdb.hdf5``.
+        folder: the folder with ``split.json`` and ``dataset``, or with ``multimodal_imdb.hdf5``.
         missing_images: "error", "skip" or "grey", as in :func:`read_jsonl_folder`.
         outside: other folders that a link may lead to; a file that is anywhere else is an error.
 
     Returns:
-        train, val (their dev), test.
+        train, val (the authors' dev), test.
 
     Raises:
-        FileNotFoundError: the folder, or a file, is not there; a folder of another set says which.
-        ImportError: h5py, for HDF5, is not installed.
+        FileNotFoundError: the folder or a file does not exist, or the folder is of another set, which the message names.
+        ImportError: h5py, which the HDF5 format needs, is not installed.
         OSError: a file or folder can't be read.
-        TypeError: ``outside`` is no list.
-        ValueError: another ``missing_images``, or problems in the set; one exception has the first ten, and their number.
+        TypeError: ``outside`` is not a list.
+        ValueError: ``missing_images`` has another value, or the set has problems. One exception has the first ten and the number.
     """
     reading = Reading(folder, TITLE, missing_images, outside)
     return _read_files(reading) if (reading.root / "split.json").exists() else _read_hdf5(reading)
@@ -72,7 +73,7 @@ def _read_files(reading: Reading) -> dict[str, Posts]:
     splits = {name: Split(reading, _TELEVISION, _OTHER, _NO_PLOT, NO_IMAGE) for name in ids}
     for name, split in splits.items():
         for movie in ids[name]:
-            # it becomes a path
+            # checked because it becomes a path
             if not re.fullmatch(r"\w+", movie, re.ASCII) or movie in seen:
                 reading.problem(path, f"id {movie!r:.80} " + ("occurs twice" if movie in seen else "is no id"))
                 continue
@@ -81,7 +82,7 @@ def _read_files(reading: Reading) -> dict[str, Posts]:
             try:
                 row = json_object(decoded(reading.read_bytes(file)))
                 genres = field(row, "genres", list, "a list of names")
-                plot = max(field(row, "plot", list, "a list of texts"), key=len, default="")
+                plot = max(field(row, "plot", list, "a list of strings"), key=len, default="")
                 if not _LEFT_OUT.isdisjoint(genres):
                     split.dropped[_TELEVISION].append(movie)
                 elif not index.keys() >= set(genres):
@@ -99,11 +100,11 @@ def _read_files(reading: Reading) -> dict[str, Posts]:
 def _read_hdf5(reading: Reading) -> dict[str, Posts]:
     path, words = reading.files.find(reading.root / "multimodal_imdb.hdf5"), reading.files.find(reading.root / "metadata.npy")
     if words is None:
-        raise FileNotFoundError(f"{reading.root / 'metadata.npy'} is not there: it has the words of multimodal_imdb.hdf5")
+        raise FileNotFoundError(f"{reading.root / 'metadata.npy'} does not exist: it has the vocabulary of multimodal_imdb.hdf5")
     vocabulary = load_pickled_object(words)
     vocabulary = vocabulary.get("ix_to_word") if isinstance(vocabulary, dict) else None
     if not isinstance(vocabulary, dict) or not all(isinstance(word, str) for word in vocabulary.values()):
-        raise ValueError(f"{words} must have ix_to_word, a dict of numbers to words")
+        raise ValueError(f"{words} must have ix_to_word, a dict from numbers to words")
     try:
         file = hdf5().File(path, "r")
     except OSError as error:
@@ -122,7 +123,7 @@ def _read_hdf5(reading: Reading) -> dict[str, Posts]:
         raise ValueError(f"{path} must have images (N, 3, H, W), genres (N, names) and N ids and sequences, got {shapes}")
     class_names = GENRES if set(names) == set(GENRES) else names
     order = [names.index(genre) for genre in class_names]
-    # make_dataset.py stores what Caffe's networks take: a poster without a negative number is rare, eight of them aren't
+    # make_dataset.py stores Caffe inputs (mean subtracted): one poster may lack negative values, all of the first eight won't
     caffe = bool((some < 0).any())
     splits = {name: Split(reading, _NO_PLOT) for name in _SPLITS}
     for name, split in splits.items():
@@ -142,7 +143,7 @@ def _read_hdf5(reading: Reading) -> dict[str, Posts]:
 
 
 def _ranges(file: Any) -> dict[str, tuple[int, int]]:
-    """Of the rows of each split, as Fuel writes them down."""
+    """Return the row range (start, stop) of each split, as stored by Fuel."""
     rows = [row for row in file.attrs["split"] if row["source"] == b"genres" and row["available"]]
     ranges = {row["split"].decode(): (int(row["start"]), int(row["stop"])) for row in rows}
     if lacking := set(_SPLITS.values()) - ranges.keys():

@@ -1,4 +1,4 @@
-"""MUStARD: is what somebody says in a television show sarcastic?"""
+"""MUStARD: is an utterance in a television show sarcastic?"""
 
 import os
 import re
@@ -32,22 +32,22 @@ def read_mustard(
     """Read MUStARD (Castro et al. 2019) as published: 0 is not sarcastic, 1 sarcastic; text, sound and frames of a video.
 
     ``sarcasm_data.json``, or ``data/sarcasm_data.json``, has for each id ``utterance``, ``speaker``, ``show``, ``sarcasm`` and a
-    context that isn't read. The text is "SPEAKER: utterance", as by MoPE's released code. The published videos,
-    ``utterances_final/<id>.mp4``, aren't read: make ``utterances_final/<id>.wav`` and a folder ``<id>`` of frames, in the order of
-    their names, of each by ffmpeg.
+    context that isn't read. The text is "SPEAKER: utterance", as in MoPE's released code. The published videos,
+    ``utterances_final/<id>.mp4``, aren't read: convert each with ffmpeg to ``utterances_final/<id>.wav`` and a folder ``<id>`` of
+    frames, whose names sort in their order.
 
     Written from public code and descriptions, not run on the owner's videos; the authors' ``sarcasm_data.json`` was read.
 
     Args:
-        folder: that holds ``sarcasm_data.json`` and ``utterances_final``.
-        split: "speaker-dependent", MoPE's released code: the first 334 are train, the others test. "speaker-independent", the
-            authors': the show FRIENDS is test, 356, the others train.
-        val: samples of train that become val, of each class its share; the release chooses by test. 0 for none.
-        seed: of that draw.
-        frames: folder of the folders of frames, absolute or relative to ``folder``. Default: the first that is there of
+        folder: the folder with ``sarcasm_data.json`` and ``utterances_final``.
+        split: "speaker-dependent", as in MoPE's released code: the first 334 are train, the others test. "speaker-independent", as
+            by the authors: the 356 utterances of the show FRIENDS are test, the others train.
+        val: number of train samples to hold out as val, stratified by class; 0 for none. The released code selects by test.
+        seed: seed of that draw.
+        frames: folder of the folders of frames, absolute or relative to ``folder``. Default: the first that exists of
             utterances_final/filtered, frames/utterances_final, frames.
-        num_frames: how many of an utterance's frames are taken, at even distances; None for all.
-        missing_media: what to do where the sound or the frames aren't there: "error"; "skip" leaves the utterance out, into
+        num_frames: how many of an utterance's frames are taken, evenly spaced; None for all.
+        missing_media: what to do if the sound or the frames are missing: "error"; "skip" leaves the utterance out and lists it in
             ``dropped["no sound"]`` or ``dropped["no frames"]``; "none" gives a post without that side.
         outside: other folders that a link may lead to; a file that is anywhere else is an error.
 
@@ -55,11 +55,11 @@ def read_mustard(
         train, val, test.
 
     Raises:
-        FileNotFoundError: the folder, or a file, is not there; a folder of another set says which.
+        FileNotFoundError: the folder or a file does not exist, or the folder is of another set, which the message names.
         ImportError: scikit-learn, which draws val, is not installed.
         OSError: a file or folder can't be read.
-        TypeError: ``outside`` is no list.
-        ValueError: other arguments, or problems in the set; one exception has the first ten, and their number.
+        TypeError: ``outside`` is not a list.
+        ValueError: an argument has another value, or the set has problems. One exception lists the first ten and the number of all.
     """
     check_choice("split", split, ("speaker-dependent", "speaker-independent"))
     check_choice("missing_media", missing_media, ("error", "skip", "none"))
@@ -67,7 +67,7 @@ def read_mustard(
         raise ValueError(f"num_frames must be an integer >= 1 or None for all, got {num_frames!r}")
     reading = Reading(folder, TITLE, "error", outside)
     root = reading.root
-    if frames is not None:  # it may be anywhere
+    if frames is not None:  # a folder named explicitly may be anywhere
         reading.files.allow(root / frames)
     places = _FRAMES if frames is None else (frames,)
     pictures = next((root / each for each in places if (root / each).is_dir()), root / places[0])
@@ -86,7 +86,7 @@ def read_mustard(
             lacking = {_NO_AUDIO: post.audio is None, _NO_FRAMES: not post.frames}
             if any(lacking.values()) and missing_media == "error":
                 where = {_NO_AUDIO: root / "utterances_final" / f"{name}.wav", _NO_FRAMES: pictures / name}
-                what = "; ".join(f"{why}, {where[why]} is not there" for why, lacks in lacking.items() if lacks)
+                what = "; ".join(f"{why}, {where[why]} does not exist" for why, lacks in lacking.items() if lacks)
                 raise ValueError(f"{what}; missing_media='skip' leaves such utterances out, 'none' reads them without")
             if any(lacking.values()) and missing_media == "skip":
                 part.dropped[next(why for why, lacks in lacking.items() if lacks)].append(name)
@@ -98,13 +98,13 @@ def read_mustard(
 
 
 def _utterance(name: str, row: Any) -> tuple[Post, str]:
-    """One without sound and frames, and its show."""
-    # it becomes a path
+    """Return an utterance as a post without sound and frames, and its show."""
+    # checked because it becomes a path
     if not re.fullmatch(r"\w+", name, re.ASCII):
         raise ValueError("the id must be digits and _")
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, got {row!r:.120}")
-    text, speaker, show = (field(row, key, str, "a text") for key in ("utterance", "speaker", "show"))
+    text, speaker, show = (field(row, key, str, "a string") for key in ("utterance", "speaker", "show"))
     return Post(name, f"{speaker}: {text}", None, int(field(row, "sarcasm", bool, "true or false"))), show
 
 

@@ -1,4 +1,4 @@
-"""The published sets by name, with the counts that are published."""
+"""The published sets by name, with their published sample counts."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -9,18 +9,18 @@ from ..referring import References
 from . import food101, hateful_memes, mm_imdb, mustard, refcoco, snli_ve
 
 ALL = ()
-"""In place of names of splits: the whole set."""
+"""Stands for the whole set in place of names of splits."""
 
 
 @dataclass(frozen=True)
 class PublishedSet:
-    """A set that is published, its reader, and how many samples are said to be in it.
+    """A published set, its reader, and its published sample counts.
 
     Attributes:
-        read: folder -> split -> samples.
-        classes: how many; 0 of references.
-        counts: names of one or several splits, or :data:`ALL` -> who says so -> how many samples, those that the reader leaves out
-            among them. Where sources differ each has its own.
+        read: reader; maps the folder to a dict from split to samples.
+        classes: number of classes; 0 for references.
+        counts: names of one or several splits, or :data:`ALL` -> source -> number of samples, including those that the reader
+            leaves out. If sources differ, each has an entry.
     """
 
     title: str
@@ -98,19 +98,19 @@ PUBLISHED_SETS = {
 
 
 def compare_counts(name: str, splits: Mapping[str, Posts | References]) -> list[str]:
-    """Compare the samples that a reader has found with the counts that are published.
+    """Compare the number of samples that a reader found with the published counts.
 
-    Samples that the reader left out are counted too: the published counts are of the whole set.
+    Samples that the reader left out are counted too, because the published counts are of the whole set.
 
     Args:
-        name: of :data:`PUBLISHED_SETS`.
-        splits: of its reader.
+        name: a key of :data:`PUBLISHED_SETS`.
+        splits: the splits that its reader returned.
 
     Returns:
-        A sentence for each difference; none where all is as published.
+        A sentence for each difference; an empty list if all counts are as published.
 
     Raises:
-        ValueError: another ``name``.
+        ValueError: ``name`` is not a key of :data:`PUBLISHED_SETS`.
     """
     if name not in PUBLISHED_SETS:
         raise ValueError(f"name must be one of {list(PUBLISHED_SETS)}, got {name!r}")
@@ -127,5 +127,5 @@ def compare_counts(name: str, splits: Mapping[str, Posts | References]) -> list[
 
 
 def count(splits: Mapping[str, Posts | References], part: Sequence[str]) -> int:
-    """Samples of these splits, and those that were left out."""
+    """Return the number of samples of these splits, including those that were left out."""
     return sum(len(posts) + sum(map(len, posts.dropped.values())) for name, posts in splits.items() if name in part)
