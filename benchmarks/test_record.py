@@ -13,7 +13,7 @@ import pytest
 from benchmarks import record, run
 
 KEYS = [("op", "forward", "called", f"B={size}", "ours") for size in range(3)]
-SMOKE = ["-k", "tiny-ViT and inference and not lora", "--smoke"]
+SMOKE = ["-k", "tiny-ViT-B17 and inference and not lora", "--smoke"]
 
 
 def measured(key: record.Key) -> SimpleNamespace:

@@ -390,7 +390,7 @@ def test_a_function_of_the_users_is_asked_for_by_name(home, tmp_path):
     ):
         Predictor.from_pretrained(tmp_path)
     with pytest.raises(
-        ValueError, match=r"StackEach of partial of test_predictor\.pixels, of which .*: pass complementary_inputs="
+        ValueError, match=r"StackEach of partial of test_predictor\.pixels, of which .*: pass that function, complementary_in"
     ):
         Predictor.from_pretrained(tmp_path, main_inputs=first_letters)
     functions = {"main_inputs": first_letters, "complementary_inputs": StackEach(functools.partial(pixels, 16))}
@@ -561,7 +561,7 @@ def test_wrong_uses_are_refused_with_what_to_do(home, tmp_path):
         ((only_text(home).model, collate), ValueError, "inputs of 1 side: .*complementary_field=None"),
         ((model, collate, NAMES[:2]), ValueError, "class_names must have 3 names, one for each output of the head, got 2"),
         ((model, collate, "red"), TypeError, "class_names must be a list of strings"),
-        ((model, collate, ["red", "red", "blue"]), ValueError, "class_names must differ"),
+        ((model, collate, ["red", "red", "blue"]), ValueError, "class_names must be distinct"),
         ((loud(PromptTuned(bert(home), 2)), one), ValueError, "has no head"),
     ):
         with pytest.raises(error, match=message):

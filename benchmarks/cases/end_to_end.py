@@ -276,7 +276,7 @@ def cases(device: torch.device, extent: str) -> list[FusedCase]:
     if extent == CENTRE:
         if device.type == "cuda":
             return [FusedCase(VIT_B, 64, dtype), FusedCase(VIT_B, 64, dtype, dense=True)]
-        return [FusedCase(vit("S", 224), 4, dtype), FusedCase(vit("S", 224), 4, dtype, dense=True)]
+        return [FusedCase(vit("S", 224), 4, dtype), FusedCase(vit("S", 112), 4, dtype, modes=(INFERENCE,), dense=True)]
     return _gpu_cases(dtype) if device.type == "cuda" else _cpu_cases(dtype)
 
 
@@ -312,6 +312,7 @@ def _cpu_cases(dtype: torch.dtype) -> list[FusedCase]:
         *(FusedCase(encoder, 16, dtype, modes=(TRAINING,)) for encoder in (VIT_B, SWIN_B)),
         *(FusedCase(encoder, 8, dtype) for encoder in (VIT_S, WHISPER, SWIN_T, LARGE_SWIN_T)),
         *(FusedCase(encoder, 64, dtype, modes=(INFERENCE,)) for encoder in (VIT_B, SWIN_B, BERT_B)),
-        *(FusedCase(vit("S", 224), 4, dtype, dense=dense) for dense in (False, True)),
+        FusedCase(vit("S", 224), 4, dtype),
+        *(FusedCase(vit("S", size), 4, dtype, dense=True) for size in (112, 224)),
         *(FusedCase(encoder, 8, dtype, compiled=True) for encoder in (VIT_B, SWIN_B, BERT_B)),
     ]
