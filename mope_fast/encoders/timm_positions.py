@@ -13,7 +13,7 @@ from .families import EncoderFamily, Inputs, PromptedLayer, keys_and_values, reg
 from .front import Front
 from .pooling import Pool, first_token, token_mean
 from .replaced import forward_problem, replace_methods
-from .timm import COMMON, method_of, patch_grid, problem_of
+from .timm_encoders import COMMON, method_of, patch_grid, problem_of
 
 
 def _layers(encoder: nn.Module) -> Sequence[PromptedLayer]:

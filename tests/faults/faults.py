@@ -412,7 +412,7 @@ WINDOWS = (
     ),
     _fault(
         "swin-padding-without-projections-bias",
-        "encoders/timm.py",
+        "encoders/timm_encoders.py",
         "        pad_qkv=padding,\n",
         "        pad_qkv=None,\n",
         "At the border of an image whose windows don't fit a fused Swin differs from timm's.",
@@ -585,7 +585,7 @@ FAMILIES = (
     ),
     _fault(
         "keys-and-values-swapped",
-        "encoders/transformers.py",
+        "encoders/transformers_encoders.py",
         'keys="attention.k_lin", values="attention.v_lin",',
         'keys="attention.v_lin", values="attention.k_lin",',
         "DistilBERT's prompts are projected by the wrong matrices.",
@@ -689,7 +689,7 @@ FAMILIES = (
     ),
     _fault(
         "largest-id-as-end-of-text",
-        "encoders/transformers.py",
+        "encoders/transformers_encoders.py",
         "return token_at((ids if encoder.config.eos_token_id == 2 else ids == encoder.config.eos_token_id).int().argmax(1))",
         "return token_at(ids.int().argmax(1))",
         "CLIP's router reads some token in place of the end of text.",
@@ -713,7 +713,7 @@ FAMILIES = (
     ),
     _fault(
         "one-frame-of-padding",
-        "encoders/transformers.py",
+        "encoders/transformers_encoders.py",
         "return torch.arange(frames, device=mask.device) < lengths[:, None]",
         "return torch.arange(frames, device=mask.device) <= lengths[:, None]",
         "A frame of padding is pooled with the sound.",
@@ -813,7 +813,7 @@ ENCODER = (
     ),
     _fault(
         "past-the-models-call",
-        "encoders/timm.py",
+        "encoders/timm_encoders.py",
         "if not maps and Front.of(encoder) is None and is_plain(encoder)",
         "if not maps and (Front.of(encoder) or is_plain(encoder))",
         "Hooks on a timm model are lost, so are FSDP and offloading.",
@@ -821,7 +821,7 @@ ENCODER = (
     ),
     _fault(
         "past-a-plain-models-call",
-        "encoders/timm.py",
+        "encoders/timm_encoders.py",
         "Front.of(encoder) is None and is_plain(encoder) and",
         "Front.of(encoder) is None and",
         "Hooks on a timm model that only gives features are lost.",
