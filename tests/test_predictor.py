@@ -386,11 +386,12 @@ def test_a_function_of_the_users_is_asked_for_by_name(home, tmp_path):
     made = Predictor(fusion(home), FusionCollator(first_letters, StackEach(functools.partial(pixels, 16))), NAMES)
     made.save_pretrained(tmp_path)
     with pytest.raises(
-        ValueError, match=r"inputs of the main encoder, test_predictor\.first_letters, of which .*: pass main_inputs="
+        ValueError,
+        match=r"function for the main encoder, test_predictor\.first_letters, of which .* function, main_inputs=",
     ):
         Predictor.from_pretrained(tmp_path)
     with pytest.raises(
-        ValueError, match=r"StackEach of partial of test_predictor\.pixels, of which .*: pass complementary_inputs="
+        ValueError, match=r"StackEach of partial of test_predictor\.pixels, of which .* function, complementary_inputs="
     ):
         Predictor.from_pretrained(tmp_path, main_inputs=first_letters)
     functions = {"main_inputs": first_letters, "complementary_inputs": StackEach(functools.partial(pixels, 16))}
@@ -559,7 +560,7 @@ def test_wrong_uses_are_refused_with_what_to_do(home, tmp_path):
         ((model, tokenizer(home)), TypeError, "inputs must be the FusionCollator"),
         ((model, one), ValueError, r"inputs of 2 sides: use FusionCollator\(main, complementary\)"),
         ((only_text(home).model, collate), ValueError, "inputs of 1 side: .*complementary_field=None"),
-        ((model, collate, NAMES[:2]), ValueError, "class_names must be 3, one for each output of the head, got 2"),
+        ((model, collate, NAMES[:2]), ValueError, "class_names must have 3 names, one for each output of the head, got 2"),
         ((model, collate, "red"), TypeError, "class_names must be a list of strings"),
         ((model, collate, ["red", "red", "blue"]), ValueError, "class_names must differ"),
         ((loud(PromptTuned(bert(home), 2)), one), ValueError, "has no head"),
@@ -740,7 +741,7 @@ def test_several_sides_are_found_by_the_names_in_the_save(home, tmp_path):
     # without the model's preprocessing, by what the encoders' libraries have
     alone = tmp_path / "alone"
     model.save_pretrained(alone)
-    with pytest.warns(UserWarning, match=r"of the complementary\.video encoder by timm's transform .* of the field 'frames'"):
+    with pytest.warns(UserWarning, match=r"for the complementary\.video encoder by timm's transform .* from the field 'frames'"):
         bare = Predictor.from_pretrained(alone)
     assert bare.inputs.sides["complementary_inputs.picture"][0] == "image"
     given = Predictor.from_pretrained(tmp_path, complementary={"picture": vit(home)})

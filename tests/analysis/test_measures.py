@@ -207,7 +207,7 @@ def test_processes_together_are_as_one(monkeypatch):
         torch.testing.assert_close(ranks[1].tensors()[name], value, rtol=0, atol=0, equal_nan=True)
     ranks[2].update(torch.ones(LAYERS, 2, EXPERTS + 1))
     with pytest.raises(
-        ValueError, match=rf"processes recorded with different experts \[{EXPERTS}, {EXPERTS}, {EXPERTS + 1}\]: make"
+        ValueError, match=rf"processes recorded with different experts \[{EXPERTS}, {EXPERTS}, {EXPERTS + 1}\]: create"
     ):
         ranks[0].gather()
     ranks[2] = Recorder(windows=4, top=6)

@@ -355,8 +355,8 @@ def test_nothing_recorded_is_a_clear_error():
     ("make", "settings", "error", "message"),
     [
         (lambda: "model", {}, TypeError, "model must be a MoPEFusion.* got str"),
-        (lambda: nn.Linear(2, 2), {}, TypeError, "Linear has no MoPEFusion.* no routing to record"),
-        (lambda: nn.ModuleList([make_fusion(), make_fusion()]), {}, ValueError, "has 2 models that may route"),
+        (lambda: nn.Linear(2, 2), {}, TypeError, "Linear contains no MoPEFusion.* no routing to record"),
+        (lambda: nn.ModuleList([make_fusion(), make_fusion()]), {}, ValueError, "contains 2 models that may route"),
         (lambda: make_fusion(use_dynamic=False), {}, ValueError, "this MoPEFusion has no router"),
         (lambda: PromptTuned(make_bert(), 2, 3).fold(), {}, ValueError, "this FoldedModel has no router"),
         (make_fusion, {"adapter": "x"}, ValueError, "adapter='x' names a member .* is a MoPEFusion"),

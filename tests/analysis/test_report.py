@@ -188,8 +188,8 @@ def test_lone_surrogates_do_not_cost_the_report(tmp_path):
 @pytest.mark.parametrize(
     ("samples", "message"),
     [
-        ([("text",)], "samples has no 1: its ids must be those given to note"),
-        ({0: "text"}, "samples has no 1"),
+        ([("text",)], "samples has no id 1: its ids must be those given to note"),
+        ({0: "text"}, "samples has no id 1"),
         ([3, 4], "sample [01]: expected a text, a PIL image, a path of one, or a tensor .* got [34]"),
         ([torch.zeros(4, 4)] * 2, r"sample [01]: .* got torch.float32 \(4, 4\) \(the shape is not \(3, H, W\)\)"),
         ([torch.full((3, 4, 4), float("nan"))] * 2, r"sample [01]: .* \(it has NaN or infinite values\)"),
