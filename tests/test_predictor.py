@@ -386,11 +386,12 @@ def test_a_function_of_the_users_is_asked_for_by_name(home, tmp_path):
     made = Predictor(fusion(home), FusionCollator(first_letters, StackEach(functools.partial(pixels, 16))), NAMES)
     made.save_pretrained(tmp_path)
     with pytest.raises(
-        ValueError, match=r"function for the main encoder, test_predictor\.first_letters, .*: pass that function, main_in"
+        ValueError,
+        match=r"function for the main encoder, test_predictor\.first_letters, of which .* function, main_inputs=",
     ):
         Predictor.from_pretrained(tmp_path)
     with pytest.raises(
-        ValueError, match=r"StackEach of partial of test_predictor\.pixels, of which .*: pass that function, complementary_in"
+        ValueError, match=r"StackEach of partial of test_predictor\.pixels, of which .* function, complementary_inputs="
     ):
         Predictor.from_pretrained(tmp_path, main_inputs=first_letters)
     functions = {"main_inputs": first_letters, "complementary_inputs": StackEach(functools.partial(pixels, 16))}

@@ -67,7 +67,7 @@ class Recorder:
         if isinstance(class_names, str) or not all(isinstance(name, str) for name in class_names or ()):
             raise TypeError(f"class_names must be a sequence of strings, one for each class, got {class_names!r}")
         if class_names is not None and len(set(class_names)) < len(class_names):
-            raise ValueError(f"class_names must be distinct, got {list(class_names)}")
+            raise ValueError(f"class_names must differ from each other, got {list(class_names)}")
         self.model = None if model is None else _routing_model(model)
         self.class_names = None if class_names is None else list(class_names)
         self.thresholds = Thresholds() if thresholds is None else thresholds

@@ -348,7 +348,7 @@ def _checked_names(names: Sequence[str], model: MoPEFusion | PromptTuned) -> tup
     if model.num_classes not in (None, len(names)):
         raise ValueError(f"class_names must have {model.num_classes} names, one for each output of the head, got {len(names)}")
     if len(set(names)) < len(names):
-        raise ValueError(f"class_names must be distinct, got {list(names)}")
+        raise ValueError(f"class_names must differ from each other, got {list(names)}")
     return tuple(names)
 
 

@@ -328,7 +328,7 @@ def empty_text():
         ({}, lambda: (masked(lambda mask: mask.log()), make_images(3)), "numbers below 0, as additive masks do: .*pass mask == 0"),
         ({}, lambda: (masked(lambda mask: mask.tolist()), make_images(3)), "attention_mask must be a tensor.*got list"),
         ({}, lambda: (make_text(3)["input_ids"] * 0.5, make_images(3)), r"input_ids must be integers \(B, S\), got torch.float32"),
-        ({}, lambda: (make_text(3), make_images(2)), "main has 3 samples, complementary 2"),
+        ({}, lambda: (make_text(3), make_images(2)), "main has 3 samples, complementary has 2"),
         ({}, lambda: (make_text(3), make_images(3)[:0]), "the batch of dinov2 is empty: it needs at least one sample"),
         ({"complementary": None, "cross_dim": 20}, empty_text, "the batch of bert is empty: it needs at least one sample"),
     ],

@@ -155,7 +155,7 @@ def test_what_can_not_run_together_is_refused(make, error, message):
         (torch.zeros(3), {}, TypeError, "names or indices of dtype int64, got torch.float32"),
         (["task0"] * 3, {}, ValueError, "adapter 'task0' depends on a complementary modality"),
         (["task0"] * 3, {"x": torch.zeros(3, CROSS)}, ValueError, r"complementary_inputs for unknown adapters \['x'\]"),
-        (["task0"] * 3, {"task0": torch.zeros(2, CROSS)}, ValueError, "main has 3 samples, complementary 2"),
+        (["task0"] * 3, {"task0": torch.zeros(2, CROSS)}, ValueError, "main has 3 samples, complementary has 2"),
         (["task0"] * 3, {"task0": torch.zeros(3, 7)}, ValueError, r"cross must be \(B, 20\), got \(3, 7\)"),
     ],
 )

@@ -76,7 +76,7 @@ def test_a_trainers_own_label_smoothing_is_refused_where_it_would_drop_a_part_of
     weight = {"importance_weight": 0.0} if problem.startswith("multi") else {}
     model = make_fusion(**{**SETTINGS, **weight}, problem_type=problem)
     trainer = make_trainer(model, samples, tmp_path, label_smoothing_factor=0.1)
-    with pytest.raises(RuntimeError, match=r"output\[0\].*label_smoothing_factor.*make the model with label_smoothing="):
+    with pytest.raises(RuntimeError, match=r"output\[0\].*label_smoothing_factor.*create the model with label_smoothing="):
         getattr(trainer, step)()
 
 

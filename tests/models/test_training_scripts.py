@@ -151,7 +151,7 @@ def test_inputs_go_to_the_encoder_that_names_them():
     [
         ({}, "main encoder's inputs are missing: .*input_ids"),
         ({"pixel_values": 0}, "main encoder's inputs are missing"),
-        ({"input_ids": 0, "sound": 0}, r"neither side takes sound by name .*main one .*input_ids.*: pass main_inputs"),
+        ({"input_ids": 0, "sound": 0}, r"neither side takes sound by name .*main side .*input_ids.*: pass main_inputs"),
         ({"main_inputs": 0, "input_ids": 0}, "neither side takes input_ids"),
     ],
 )

@@ -107,7 +107,7 @@ ARRAY = make_array()
         ({"text": [["a", "dog"]]}, TypeError, "got list"),
         ({"text": 3}, TypeError, "got int"),
         ({"images": ["cat.png"]}, TypeError, r"got str: use PIL\.Image\.open"),
-        ({"images": "cat.png"}, TypeError, "got str: use PIL"),
+        ({"images": "cat.png"}, TypeError, "got str: use"),
         ({"images": 3}, TypeError, "images must be PIL images, arrays or tensors, got int"),
         ({"images": [[ARRAY]]}, TypeError, "got list"),
         ({"images": ARRAY / 255}, TypeError, "must be uint8, 0 to 255, got float64"),
