@@ -562,7 +562,7 @@ def test_wrong_uses_are_refused_with_what_to_do(home, tmp_path):
         ((only_text(home).model, collate), ValueError, "inputs of 1 side: .*complementary_field=None"),
         ((model, collate, NAMES[:2]), ValueError, "class_names must have 3 names, one for each output of the head, got 2"),
         ((model, collate, "red"), TypeError, "class_names must be a list of strings"),
-        ((model, collate, ["red", "red", "blue"]), ValueError, "class_names must be distinct"),
+        ((model, collate, ["red", "red", "blue"]), ValueError, "class_names must differ from each other"),
         ((loud(PromptTuned(bert(home), 2)), one), ValueError, "has no head"),
     ):
         with pytest.raises(error, match=message):

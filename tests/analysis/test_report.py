@@ -194,7 +194,7 @@ def test_lone_surrogates_do_not_cost_the_report(tmp_path):
         ([torch.zeros(4, 4)] * 2, r"sample [01]: .* got torch.float32 \(4, 4\) \(the shape is not \(3, H, W\)\)"),
         ([torch.full((3, 4, 4), float("nan"))] * 2, r"sample [01]: .* \(it has NaN or infinite values\)"),
         ([torch.zeros(3, 4, 4, dtype=torch.uint16)] * 2, r"got torch.uint16 .*among integer dtypes only uint8 has a known range"),
-        ([Image.new("F", (4, 4))] * 2, r"sample [01]: .*mode F of an image in memory has no range"),
+        ([Image.new("F", (4, 4))] * 2, r"sample [01]: .*mode F of an image in memory has no known value range"),
         ([{"label": 1}] * 2, r"sample [01]: a dict must have 'text' or 'image', got \['label'\]"),
         ([("text", "missing.png")] * 2, "sample [01]: .* got 'missing.png'"),
     ],
