@@ -159,7 +159,7 @@ def test_a_familys_own_objection_is_passed_on(family):
 def test_unsupported_encoder_is_told_which_part_would_do(family):
     outer = nn.Module()
     outer.add_module("backbone", Encoder())
-    with pytest.raises(TypeError, match=r"torch's Module is not a supported encoder: its submodule \.backbone is supported, pass that"):
+    with pytest.raises(TypeError, match=r"torch's Module is not a supported encoder: its submodule \.backbone is supported"):
         PromptedEncoder(outer)
 
 
