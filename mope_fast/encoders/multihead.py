@@ -41,7 +41,7 @@ def _attention(
         )  # fmt: skip
     if query is not key or query is not value:
         raise RuntimeError(
-            "prompts reached an nn.MultiheadAttention that is no self-attention: query, key and value must be one tensor"
+            "prompts reached an nn.MultiheadAttention that isn't self-attention: query, key and value must be one tensor"
         )
     packed = F.linear(query, attention.in_proj_weight, attention.in_proj_bias)
     q, k, v = (part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for part in packed.chunk(3, dim=-1))
@@ -77,7 +77,8 @@ def _problem(blocks: Blocks, name: str, supported: str, encoder: nn.Module) -> s
             return f"its block {index} is a {type(block).__name__} with a {type(attention).__name__}; {supported} is supported"
         if attention.bias_k is not None or attention.add_zero_attn or attention.in_proj_weight is None:
             return (
-                f"the attention of its block {index} has keys and values of its own (bias_k, add_zero_attn), or kdim or vdim is set"
+                f"the attention of its block {index} has keys and values of its own (bias_k, add_zero_attn), "
+                "or a kdim or vdim other than embed_dim"
             )
         if not attention.batch_first:
             return "its layers take (S, B, D) inputs, with the sequence dimension first: create it with batch_first=True"
