@@ -3,10 +3,10 @@
 from importlib.util import find_spec
 
 if find_spec(f"{__name__}.kernels") is None:
-    # else an import in a source tree would work until a first GPU
+    # without this check, an import from a source tree would work until the first use of a GPU
     raise ImportError(
-        f"mope_fast is imported from {__path__[0]}, a source tree whose kernels are another folder: run from elsewhere, or install "
-        'it as editable: pip install -e "."'
+        f"mope_fast is imported from {__path__[0]}, a source tree whose kernels are in another folder: run from elsewhere, or "
+        'make an editable install: pip install -e "."'
     )
 
 from . import functional

@@ -1,4 +1,4 @@
-"""Argument checks of the public functions: one clear error that says what was got, what was expected and what to do."""
+"""Argument checks of the public functions: an error says what was got, what was expected and what to do."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from .receptive_field import ReceptiveField
 MAX_EXPERTS = 1024
 MAX_HEAD_DIM = 256
 SMALLEST_EPS = 1e-25
-"""The third power of a norm's reciprocal is a float32."""
+"""Chosen so that the third power of a norm's reciprocal is finite in float32."""
 
 
 def _shape(tensor: Tensor) -> str:
@@ -37,7 +37,7 @@ def _check_flag(name: str, value: object) -> None:
 
 def _check_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
-        hint = ": reading it would wait for the device" if isinstance(value, Tensor) else ""
+        hint = ": reading a tensor would wait for the device" if isinstance(value, Tensor) else ""
         raise TypeError(f"{name} must be a Python float, got {_kind(value)}{hint}")
 
 
@@ -56,7 +56,7 @@ def check_route_and_mix(
     gram: Tensor | None,
     eps: float,
 ) -> None:
-    """See :func:`mope_fast.functional.route_and_mix`."""
+    """Check the arguments of :func:`mope_fast.functional.route_and_mix`."""
     _check_float("logits", logits)
     _check_float("experts", experts)
     if logits.dim() != 2:
@@ -87,7 +87,7 @@ def check_route_and_mix(
         raise ValueError(f"top_k must be 1 to the number of experts {num_experts}, or None for all; got {top_k!r}")
     _check_flag("renormalize", renormalize)
     if renormalize and top_k is None:
-        raise ValueError("renormalize=True needs top_k, got top_k=None: without a gate the scores add up to 1 already")
+        raise ValueError("renormalize=True needs top_k, got top_k=None: without top_k the scores already add up to 1")
     if gram is not None:
         _check_float("gram", gram)
         expected = (experts.shape[1], num_experts, num_experts)
@@ -100,7 +100,7 @@ def check_route_and_mix(
 
 
 def check_importance_loss(scores: Tensor, threshold: float) -> None:
-    """See :func:`mope_fast.functional.importance_loss`."""
+    """Check the arguments of :func:`mope_fast.functional.importance_loss`."""
     _check_float("scores", scores)
     if scores.dim() not in (2, 3):
         raise ValueError(f"scores must be (B, K) or (N, B, K), got {_shape(scores)}")
@@ -122,14 +122,14 @@ def check_prompt_attention(
     is_causal: bool,
     window: object,
 ) -> None:
-    """See :func:`mope_fast.functional.prompt_attention`."""
+    """Check the arguments of :func:`mope_fast.functional.prompt_attention`."""
     _check_attention(q, k, v, key_padding_mask, bias, scale, is_causal)
     check_prefixes(prefixes, q, "q", q.shape[0], k.shape[1], q.shape[3])
     check_window(window)
 
 
 def check_window(window: object) -> None:
-    """Raises TypeError or ValueError where it is neither None nor a pair (left, right)."""
+    """Raise TypeError or ValueError unless ``window`` is None or a pair (left, right)."""
     if window is None:
         return
     if not isinstance(window, (list, tuple)) or len(window) != 2 or not all(map(_is_limit, window)):
@@ -151,7 +151,7 @@ def check_window_prompt_attention(
     pad_qkv: Tensor | None,
     scale: float | None,
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """See :func:`mope_fast.functional.window_prompt_attention`. Returns window and shift as pairs."""
+    """Check the arguments of :func:`mope_fast.functional.window_prompt_attention` and return window and shift as pairs."""
     _check_float("qkv", qkv)
     if qkv.dim() != 6 or qkv.shape[3] != 3:
         raise ValueError(f"qkv must be (B, Hi, Wi, 3, H, Dh), got {_shape(qkv)}: unflatten the last dimension of the projection")
@@ -169,7 +169,7 @@ def check_window_prompt_attention(
     area = window[0] * window[1]
     if relative_position_bias.shape != (heads, area, area):
         raise ValueError(
-            f"relative_position_bias must be (H, W, W) = ({heads}, {area}, {area}), W the tokens of a window; "
+            f"relative_position_bias must be (H, W, W) = ({heads}, {area}, {area}), where W is the number of tokens in a window; "
             f"got {_shape(relative_position_bias)}"
         )
     _check_same_device("qkv", qkv, "relative_position_bias", relative_position_bias)
@@ -183,7 +183,7 @@ def check_window_prompt_attention(
 
 
 def _pair(name: str, value: object) -> tuple[int, int]:
-    """An int for both axes, or (height, width)."""
+    """Return (height, width) from an int for both axes or from a pair."""
     pair = tuple(value) if isinstance(value, (list, tuple)) else (value, value)
     if len(pair) != 2 or not all(isinstance(n, (int, torch.SymInt)) and not isinstance(n, bool) for n in pair):
         raise TypeError(f"{name} must be an integer or a pair (height, width), got {_kind(value)}")
@@ -191,16 +191,16 @@ def _pair(name: str, value: object) -> tuple[int, int]:
 
 
 def check_number_of_prefixes(prefixes: object) -> None:
-    """Raises TypeError or ValueError where they are no one or two pairs or triples."""
+    """Raise TypeError or ValueError unless ``prefixes`` is a sequence of at most two pairs or triples."""
     members = (2, 3)
     if not isinstance(prefixes, (list, tuple)) or not all(isinstance(p, (list, tuple)) and len(p) in members for p in prefixes):
-        raise TypeError("prefixes must be a sequence of (key, value) pairs or (key, value, mask), () for none")
+        raise TypeError("prefixes must be a sequence of (key, value) pairs or (key, value, mask) triples, () for none")
     if len(prefixes) > 2:
-        raise ValueError(f"prefixes must hold at most two (key, value) pairs, got {len(prefixes)}: concatenate some of them")
+        raise ValueError(f"prefixes must hold at most two (key, value) pairs, got {len(prefixes)}: concatenate them")
 
 
 def check_prefixes(prefixes: Any, tokens: Tensor, name: str, batch: int, heads: int, head_dim: int) -> None:
-    """``name`` is that of ``tokens``, whose device they must be on."""
+    """Check prefixes, which must be on the device of ``tokens``; messages call that tensor ``name``."""
     check_number_of_prefixes(prefixes)
     for i, (pk, pv, *masks) in enumerate(prefixes):
         for tensor in (pk, pv):
@@ -217,7 +217,9 @@ def check_prefixes(prefixes: Any, tokens: Tensor, name: str, batch: int, heads: 
                 got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
                 raise TypeError(f"the mask of prefix {i} must be a bool tensor, got {got}")
             if mask.dim() != 2 or mask.shape[0] not in (1, batch) or mask.shape[1] != pk.shape[2]:
-                raise ValueError(f"the mask of prefix {i} must be ({batch} or 1, {pk.shape[2]}), True = there; got {_shape(mask)}")
+                raise ValueError(
+                    f"the mask of prefix {i} must be ({batch} or 1, {pk.shape[2]}), True = present; got {_shape(mask)}"
+                )
             _check_same_device(name, tokens, f"the mask of prefix {i}", mask)
 
 
@@ -230,7 +232,7 @@ def check_receptive_field_attention(
     bias: Tensor | None,
     scale: float | None,
 ) -> None:
-    """See :func:`mope_fast.functional.receptive_field_attention`."""
+    """Check the arguments of :func:`mope_fast.functional.receptive_field_attention`."""
     _check_attention(q, k, v, key_padding_mask, bias, scale)
     if not isinstance(field, ReceptiveField):
         raise TypeError(f"field must be a mope_fast.ReceptiveField, got {type(field).__name__}")
@@ -260,10 +262,10 @@ def _check_attention(
     key_heads = k.shape[1]
     if v.shape[1] != key_heads or (heads % key_heads if key_heads else heads):
         raise ValueError(
-            f"k and v must have the heads of q, or a divisor of their number: q has {heads} heads, k {key_heads}, v {v.shape[1]}"
+            f"k and v must have as many heads as q, or a divisor of that number: q has {heads} heads, k {key_heads}, v {v.shape[1]}"
         )
     if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != head_dim:
-        raise ValueError(f"k and v must be ({batch}, Hkv, Sk, {head_dim}) as q {_shape(q)}; got k {_shape(k)}, v {_shape(v)}")
+        raise ValueError(f"k and v must be ({batch}, Hkv, Sk, {head_dim}) to fit q {_shape(q)}; got k {_shape(k)}, v {_shape(v)}")
     _check_head_dim(head_dim)
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")

@@ -1,6 +1,6 @@
-"""Unchecked entries behind :mod:`mope_fast.functional`: choose an implementation and call it.
+"""Unchecked functions behind :mod:`mope_fast.functional`: choose an implementation and call it.
 
-What the library's own modules give them is right by construction; the public functions check first.
+The library's own modules call them with arguments that are valid by construction; the public functions check arguments first.
 """
 
 import functools
@@ -49,9 +49,9 @@ def route_and_mix(
 
 
 def layer_prompts(experts: Tensor, cross: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The implementation of :func:`mope_fast.reference.layer_prompts` for such tensors, chosen once for many layers.
+    """Return the implementation of :func:`mope_fast.reference.layer_prompts` for such tensors, chosen once for many layers.
 
-    Its rows come in the autocast dtype if autocast is on now, else in the experts'; it is to be called with autocast off.
+    Its rows have the autocast dtype if autocast is on now, else that of the experts. It must be called with autocast off.
     """
     problem = Problem(experts.device, torch.promote_types(cross.dtype, experts.dtype))
     mix = layer_prompts_op if choose("route_and_mix", "auto", problem) == "triton" else reference.layer_prompts
@@ -98,7 +98,7 @@ def prompt_attention(
 
 
 def _limiting(window: Window, queries: int, tokens: int) -> Window:
-    """Without limits that hide nothing; a graph that holds for several lengths keeps them."""
+    """Drop limits of a window that mask out nothing; while a graph is made they are kept, because it may serve several lengths."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return window
     left, right = window

@@ -1,4 +1,4 @@
-"""What ranks that share a batch have to tell each other, and what of a model lies on several of them."""
+"""Communication between ranks that share a batch, and helpers for tensors sharded over several ranks."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,10 +10,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 
 def sum_over_ranks(parts: Sequence[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
-    """Each tensor summed over the group's ranks, all of them in one all-reduce; the backward pass has none.
+    """Sum each tensor over the group's ranks, with one all-reduce for all of them and none in the backward pass.
 
-    Every rank goes on with the same sums, so it knows their gradient; that of its own part is multiplied by the number of ranks,
-    because DDP and FSDP will average over them.
+    Every rank continues with the same sums, so it can compute their gradient itself. The gradient of its own part is multiplied by
+    the number of ranks, because DDP and FSDP average over them.
     """
     flat = torch.cat([part.detach().flatten() for part in parts])
     dist.all_reduce(flat, group=group)
@@ -22,13 +22,13 @@ def sum_over_ranks(parts: Sequence[Tensor], group: dist.ProcessGroup) -> list[Te
 
 
 class JointBatch:
-    """The ranks whose batches make one; kept by name, so that a model that holds it can be copied and pickled."""
+    """The process group whose ranks' batches form one batch; kept by name, so that a model with it can be copied and pickled."""
 
     def __init__(self, process_group: dist.ProcessGroup | None = None):
         self.name = None if process_group is None else process_group.group_name
 
     def sum(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """See :func:`sum_over_ranks`; what is given where torch.distributed isn't in use."""
+        """Sum each tensor by :func:`sum_over_ranks`; without torch.distributed return the tensors unchanged."""
         if not parts or not dist.is_initialized():
             return list(parts)
         group: Any = dist.group.WORLD if self.name is None else dist.distributed_c10d._resolve_process_group(self.name)
@@ -36,17 +36,17 @@ class JointBatch:
 
 
 def is_sharded(value: Tensor) -> bool:
-    """Whether it is a DTensor; importing that class takes half a second."""
+    """Return whether the tensor is a DTensor, without importing that class, which takes half a second."""
     return hasattr(value, "full_tensor")
 
 
 def gather(value: Any) -> Tensor:
-    """A sharded tensor (DTensor), whole on every rank of its mesh, each of which has to call this; any other as it is."""
+    """Return a sharded tensor (DTensor) whole, any other unchanged; every rank of the tensor's mesh must call this."""
     return value.full_tensor() if is_sharded(value) else value
 
 
 def shard_like(value: Tensor, target: Any) -> Tensor:
-    """A whole tensor that every rank has, laid out as the target is; nothing is sent."""
+    """Shard a whole tensor, which every rank has, in the layout of ``target``; no communication."""
     if not is_sharded(target):
         return value
     from torch.distributed.tensor import distribute_tensor
@@ -56,17 +56,17 @@ def shard_like(value: Tensor, target: Any) -> Tensor:
 
 
 def mesh_of(tensors: Iterable[Any]) -> DeviceMesh | None:
-    """What the first sharded one lies on."""
+    """Return the mesh of the first sharded tensor; None if none is sharded."""
     return next((tensor.device_mesh for tensor in tensors if is_sharded(tensor)), None)
 
 
 def is_first(mesh: DeviceMesh) -> bool:
-    """Whether this is the rank that writes what the whole mesh has."""
+    """Return whether this is the first rank of the mesh, the one that writes files."""
     coordinate = mesh.get_coordinate()
     return coordinate is not None and not any(coordinate)
 
 
 def wait_for_all(mesh: DeviceMesh) -> None:
-    """Until every rank of the mesh is here."""
+    """Wait until every rank of the mesh has reached this call."""
     for dim in range(mesh.ndim):
         dist.barrier(mesh.get_group(dim))

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whenever a process is killed."""
+"""Write files atomically: even if the process is killed, a file is either complete or absent."""
 
 import os
 import shutil
@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import BinaryIO
 
 LEFTOVER_AGE = 3600.0
-"""Seconds; no process takes so long to write one file: an older temporary one is of a killed process."""
+"""Seconds. No process takes this long to write one file, so an older temporary file comes from a killed process."""
 
 
 def write_atomically(path: Path, data: bytes, *, replace: bool = True) -> None:
-    """Publish a whole, durable file; with ``replace`` False an existing one stays."""
+    """Write a whole, durable file; with ``replace`` False an existing file is kept."""
     with published(path, replace=replace) as file:
         file.write(data)
 
 
 @contextmanager
 def published(path: Path, *, replace: bool = True) -> Iterator[BinaryIO]:
-    """A file to write to in the block, which has its name when that has ended, whole and durable, and is gone if it raises."""
+    """Open a temporary file for the block; after the block it is made durable and gets its name, if it raises it is removed."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -39,7 +39,7 @@ def published(path: Path, *, replace: bool = True) -> Iterator[BinaryIO]:
 
 
 def make_names_durable(path: Path) -> None:
-    """Wait until the names in a file's folder would outlast a power cut."""
+    """Wait until the names in the file's folder would survive a power failure."""
     if os.name == "posix":
         descriptor = os.open(path.parent, os.O_RDONLY)
         try:
@@ -49,7 +49,7 @@ def make_names_durable(path: Path) -> None:
 
 
 def publish_first(temporary: Path, path: Path) -> None:
-    """Rename, unless the name is taken; the temporary file is gone in either case."""
+    """Rename the temporary file, unless the name is taken; it is removed in either case."""
     try:
         os.link(temporary, path)
     except FileExistsError:
@@ -61,10 +61,10 @@ def publish_first(temporary: Path, path: Path) -> None:
 
 
 def remove_leftovers(folder: Path, files: Iterable[Path]) -> None:
-    """Remove those files, and folders, of a folder that are older than any that is still being written."""
+    """Remove those of ``files`` (files or folders in ``folder``) that are too old to be still in use by a writer."""
     if not (files := list(files)):
         return
-    # the file system's own clock: another machine's, or this one's a moment ago, may be hours away from ours
+    # time by the file system's clock: another machine's, or this one's a moment ago, may be hours away from ours
     with tempfile.TemporaryFile(dir=folder) as file:
         now = os.fstat(file.fileno()).st_mtime
     for path in files:

@@ -1,4 +1,4 @@
-"""Locks that a forked process finds free, whoever held them."""
+"""Locks that are free in a forked process, even if another thread held them."""
 
 import os
 import threading
@@ -6,15 +6,15 @@ import weakref
 
 
 class Guarded:
-    """Has a re-entrant ``lock``. In a forked process it is a new one: the thread that held the old one may not be there."""
+    """Has a re-entrant ``lock``, which is a new one in a forked process: the thread that held the old one may not exist there."""
 
     def __init__(self) -> None:
         self.renew()
         _guarded.add(self)
 
     def renew(self) -> None:
-        """Start with a lock that nobody holds."""
-        # a bare one: between taking it and entering the block of ``with`` no interrupt can come
+        """Create a free lock."""
+        # a bare RLock: no interrupt can come between acquiring it and entering the ``with`` block
         self.lock = threading.RLock()
 
 

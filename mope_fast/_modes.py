@@ -1,4 +1,4 @@
-"""Modules in eval mode for a while."""
+"""Put modules into eval mode temporarily."""
 
 import os
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from ._locks import Guarded
 
 
 class _Modes(Guarded):
-    """Of each module that is evaluated: its mode before the first block, and the blocks that hold it."""
+    """Keeps, for each module in eval mode, its mode before the first block and the blocks that use it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -22,8 +22,8 @@ _modes = _Modes()
 
 @contextmanager
 def evaluating(encoder: nn.Module) -> Iterator[None]:
-    """Eval mode for the block. Blocks of several threads may share modules: the last one gives the modes back."""
-    # by process: a forked one inherits blocks of threads that it doesn't have
+    """Put the encoder into eval mode for the block; if blocks of several threads share modules, the last one restores the modes."""
+    # keyed by process: a forked process inherits blocks of threads that don't exist in it
     block, keys = object(), [(os.getpid(), module) for module in encoder.modules()]
     try:
         with _modes.lock:
@@ -34,7 +34,7 @@ def evaluating(encoder: nn.Module) -> Iterator[None]:
     finally:
         try:
             _give_modes_back(block, keys)
-        except BaseException:  # a Ctrl-C in the middle of it
+        except BaseException:  # for example a Ctrl-C in the middle of it
             _give_modes_back(block, keys)
             raise
 

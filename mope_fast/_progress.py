@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a line now and then in a file."""
+"""Show progress of long work: a bar on a terminal, occasional lines in a file."""
 
 import sys
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ SECONDS_PER_LINE = 10.0
 
 
 class _Lines:
-    """A file in which each state of a bar is a line of its own."""
+    """A file in which each state of a progress bar is its own line."""
 
     def __init__(self, file: TextIO):
         self._file = file
@@ -25,10 +25,10 @@ class _Lines:
 
 
 def tracked(items: Iterable[Any], description: str, unit: str, *, shown: bool, total: int | None = None) -> "tqdm[Any]":
-    """Give the items one by one and show on stderr how many are done, of ``total`` where they have no length."""
+    """Yield the items and show on stderr how many are done; ``total`` is their number if they have no length."""
     from tqdm import tqdm
 
     options: dict[str, Any] = {"desc": description, "unit": unit, "disable": not shown, "total": total}
-    if not (sys.stderr.isatty() or "ipykernel" in sys.modules):  # a notebook draws bars
+    if not (sys.stderr.isatty() or "ipykernel" in sys.modules):  # a notebook can draw bars
         options |= {"file": _Lines(sys.stderr), "mininterval": SECONDS_PER_LINE, "miniters": 1}
     return tqdm(items, **options)

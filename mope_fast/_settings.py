@@ -1,4 +1,4 @@
-"""Settings that say what they mean and where their default comes from."""
+"""Settings that document their meaning and the source of their default."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from dataclasses import MISSING, FrozenInstanceError, asdict, field, fields
 from typing import Any, ClassVar
 
 LARGEST = float.fromhex("0x1.fffffep+127")
-"""Of float32."""
+"""The largest finite float32."""
 _KINDS: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str}
 
 
 def setting(default: Any, meaning: str, source: str) -> Any:
-    """A dataclass field; MISSING for one that has to be given."""
+    """Return a dataclass field; the default is MISSING for a required setting."""
     return field(default=default, metadata={"meaning": meaning, "source": source})
 
 
 def check_value(name: str, value: Any, annotation: Any) -> None:
-    """Raise TypeError for a value that isn't what its annotation says, and ValueError for a number that is not finite in float32.
+    """Raise TypeError for a value that doesn't match its annotation, and ValueError for a number that is not finite in float32.
 
-    Annotations that are no plain type, or such or None, say nothing. Numbers are Python's own: a bool is no integer.
+    Only annotations int, float, bool and str, each with or without ``| None``, are checked. Numbers must be Python's own, and a
+    bool doesn't count as an integer.
     """
     text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
     kind = _KINDS.get(text.removesuffix(" | None"))
@@ -36,13 +37,13 @@ def check_value(name: str, value: Any, annotation: Any) -> None:
 
 
 def check_types(settings: Any) -> None:
-    """:func:`check_value` of every field of a dataclass."""
+    """Check every field of a dataclass with :func:`check_value`."""
     for item in fields(settings):
         check_value(f"{type(settings).__name__}.{item.name}", getattr(settings, item.name), item.type)
 
 
 def checked(init: Callable[..., None]) -> Callable[..., None]:
-    """Decorate a constructor: its arguments pass :func:`check_value` first."""
+    """Decorate a constructor so that its arguments are checked by :func:`check_value` first."""
     signature = inspect.signature(init)
 
     @functools.wraps(init)
@@ -50,7 +51,7 @@ def checked(init: Callable[..., None]) -> Callable[..., None]:
         try:
             given = signature.bind(self, *args, **kwargs).arguments
         except TypeError:
-            given = {}  # Python's own message says more
+            given = {}  # the call below raises Python's own message, which says more
         for name, value in given.items():
             check_value(f"{type(self).__name__}: {name}", value, signature.parameters[name].annotation)
         init(self, *args, **kwargs)
@@ -59,9 +60,9 @@ def checked(init: Callable[..., None]) -> Callable[..., None]:
 
 
 class Settings:
-    """Base of dataclasses whose fields are made by :func:`setting`; they can't be changed, ``dataclasses.replace`` makes another.
+    """Base of immutable dataclasses whose fields are made by :func:`setting`; ``dataclasses.replace`` makes a changed copy.
 
-    Attributes that are no settings can be set: transformers' Trainer leaves notes of its own (``use_cache``) on a model's config.
+    Attributes that are not settings can be set: transformers' Trainer sets its own (``use_cache``) on a model's config.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
@@ -77,16 +78,16 @@ class Settings:
         super().__delattr__(name)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return the settings as plain values, for JSON."""
         return asdict(self)
 
     def to_json_string(self) -> str:
-        """As transformers' loggers ask for it."""
+        """Return the settings as JSON; transformers' loggers call this."""
         return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
     def describe(cls) -> str:
-        """One line a setting: name, default, meaning, source."""
+        """Return one line for each setting: name, default, meaning, source."""
         return "\n".join(
             f"{f.name}{'' if f.default is MISSING else f' = {f.default!r}'}: {f.metadata['meaning']} [{f.metadata['source']}]"
             for f in fields(cls)

@@ -701,7 +701,7 @@ def call(function: str, **changes):
     [
         ({"q": lambda a: a["q"].half()}, TypeError, "q, k and v must have one dtype, got torch.float16, torch.float32"),
         ({"v": lambda a: a["v"].double()}, TypeError, "q, k and v must have one dtype, got torch.float32, torch.float32 and"),
-        ({"q": lambda a: a["q"][..., :8]}, ValueError, r"k and v must be \(3, Hkv, Sk, 8\) as q .*; got k \(3, 2, 13, 12\)"),
+        ({"q": lambda a: a["q"][..., :8]}, ValueError, r"k and v must be \(3, Hkv, Sk, 8\) to fit q .*; got k \(3, 2, 13, 12\)"),
         (
             {"k": lambda a: a["k"].repeat(1, 2, 1, 1), "v": lambda a: a["v"].repeat(1, 2, 1, 1)},
             ValueError,

@@ -503,13 +503,13 @@ def test_what_a_save_names_is_made_only_if_it_is_a_supported_encoder(home, tmp_p
     source = source_of(bert(home))
     assert source["name"] == str(home / "bert")
     for change in ({"class": "os.system"}, {"class": "transformers.models.bert.modeling_bert.BertLMHeadModel"}, {"library": "os"}):
-        with pytest.raises(ValueError, match=r"no supported encoder .*: don't trust where it is named"):
+        with pytest.raises(ValueError, match=r"not a supported encoder: don't trust the file that names it"):
             load_source({**source, **change})
     source = source_of(timm_vit(home))
     for part in ({"settings": {"checkpoint_path": "x.pth"}}, {"overlay": {"hf_hub_filename": "x.pth"}}):
-        with pytest.raises(ValueError, match=r"no save says of an encoder: don't trust it"):
+        with pytest.raises(ValueError, match=r"no save contains for an encoder: don't trust it"):
             load_source({**source, **part})
-    with pytest.raises(ValueError, match="says of no encoder where it is"):
+    with pytest.raises(ValueError, match="this doesn't describe where an encoder is"):
         load_source({**source, "settings": 3})
 
 

@@ -205,7 +205,7 @@ def test_a_masked_prefix_is_as_if_its_hidden_rows_were_not_there(impl, is_causal
     [
         (torch.ones(3, 4), TypeError, "the mask of prefix 0 must be a bool tensor, got torch.float32"),
         ([True], TypeError, "the mask of prefix 0 must be a bool tensor, got list"),
-        (torch.ones(3, 5, dtype=torch.bool), ValueError, r"the mask of prefix 0 must be \(3 or 1, 4\), True = there; got \(3, 5\)"),
+        (torch.ones(3, 5, dtype=torch.bool), ValueError, r"mask of prefix 0 must be \(3 or 1, 4\), True = present; got \(3, 5\)"),
         (torch.ones(2, 4, dtype=torch.bool), ValueError, r"the mask of prefix 0 must be \(3 or 1, 4\)"),
     ],
 )

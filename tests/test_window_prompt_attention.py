@@ -591,7 +591,7 @@ PAIRS = r"prefixes must be a sequence of \(key, value\) pairs or \(key, value, m
         ({"prefixes": [prefix(mask=([True],))]}, TypeError, "the mask of prefix 0 must be a bool tensor, got list"),
         (
             {"prefixes": [prefix(mask=(zeros(1, 3).bool(),))]}, ValueError,
-            r"the mask of prefix 0 must be \(3 or 1, 2\), True = there; got \(1, 3\)",
+            r"the mask of prefix 0 must be \(3 or 1, 2\), True = present; got \(1, 3\)",
         ),
         ({"prefixes": [prefix(mask=(zeros(2, 2).bool(),))]}, ValueError, r"the mask of prefix 0 must be \(3 or 1, 2\).*\(2, 2\)"),
         ({"prefixes": [prefix(mask=(zeros(2).bool(),))]}, ValueError, r"the mask of prefix 0 must be \(3 or 1, 2\).*got \(2\)"),
@@ -603,7 +603,7 @@ PAIRS = r"prefixes must be a sequence of \(key, value\) pairs or \(key, value, m
         ({"relative_position_bias": zeros(2, 12, 12).bool()}, TypeError, "position_bias must have a floating-point dtype"),
         (
             {"relative_position_bias": zeros(2, 4, 12)}, ValueError,
-            r"relative_position_bias must be \(H, W, W\) = \(2, 12, 12\), W the tokens of a window; got \(2, 4, 12\)",
+            r"relative_position_bias must be \(H, W, W\) = \(2, 12, 12\), where W is .*; got \(2, 4, 12\)",
         ),
         ({"relative_position_bias": zeros(1, 12, 12)}, ValueError, r"relative_position_bias must be .*; got \(1, 12, 12\)"),
         ({"relative_position_bias": zeros(1, 2, 12, 12)}, ValueError, r"relative_position_bias must be .*; got \(1, 2, 12, 12\)"),

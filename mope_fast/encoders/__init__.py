@@ -1,6 +1,6 @@
-"""How frozen encoders take prompts: one small adapter a family."""
+"""Prompts for frozen encoders: one small adapter for each encoder family."""
 
-from . import multihead, timm_encoders, timm_positions, vit_pytorch_encoders  # noqa: F401  they register their families
+from . import multihead, timm_encoders, timm_positions, vit_pytorch_encoders  # noqa: F401  these imports register the encoder families
 from .attachment import Encoded, PromptProvider, prefixes_of, unwrap_encoder
 from .families import EncoderFamily, Inputs, PromptedLayer, encode, family_of, find_family, register_encoder, supported_encoders
 from .pooling import Pool, first_token, last_real_token, masked_mean, token_at, token_mean

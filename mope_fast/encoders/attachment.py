@@ -1,4 +1,4 @@
-"""What wrapping does to an encoder and undoes, and how prompts find their layer within a forward."""
+"""Wrap and unwrap an encoder, and hand each of its layers its prompts during a forward."""
 
 import functools
 import gc
@@ -24,27 +24,36 @@ _SLOT = "_mope_fast_slot"
 
 
 class PromptProvider(Protocol):
-    """Where the prompts of one forward come from. Any function of this signature will do."""
+    """Provides the prompts of one forward. Any function with this signature is accepted."""
 
     def __call__(self, index: int, hidden_states: Tensor, pool: Pool) -> tuple[Sequence[Prefix], Tensor | None]:
-        """(layer index, its input, how this encoder pools it) -> up to two key/value prefixes, and its routing scores or None."""
+        """Return a layer's prefixes and its routing scores.
+
+        Args:
+            index: index of the layer.
+            hidden_states: the layer's input.
+            pool: how this encoder pools the layer's input.
+
+        Returns:
+            Up to two key/value prefixes, and the routing scores of the layer or None.
+        """
 
 
 class Encoded(NamedTuple):
-    """What a prompted encoder gives."""
+    """The output of a prompted encoder."""
 
     feature: Tensor
-    """(B, D), over tokens only."""
+    """(B, D) pooled feature, over tokens only (not over prompts)."""
     scores: list[Tensor | None]
-    """Routing scores (B, K) of each layer, or None; without prompts there are none."""
+    """Routing scores (B, K) of each layer, or None for a layer without routing; an empty list without prompts."""
     feature_maps: tuple[Tensor, ...] | None = None
-    """(B, C, H, W) of each stage, if asked for; of an encoder without stages one, of its last layer's patches."""
+    """(B, C, H, W) for each stage, if requested; an encoder without stages gives one map, of its last layer's patches."""
     tokens: Tensor | None = None
-    """(B, S, D) of the last layer, if asked for, normed as the encoder's own last hidden state is."""
+    """(B, S, D) tokens of the last layer, if requested, normed in the same way as the encoder's own last hidden state."""
 
 
 class Wanted(NamedTuple):
-    """What a forward shall give beside the feature."""
+    """The outputs requested from a forward in addition to the feature."""
 
     feature_maps: bool = False
     tokens: bool = False
@@ -52,25 +61,25 @@ class Wanted(NamedTuple):
 
 @dataclass
 class _Running:
-    """A forward on its way."""
+    """State of a running forward."""
 
     prompts: PromptProvider | None
     pool: Pool | None
     gradient_checkpointing: bool
     takes_gradients: bool
-    scores: list[Tensor | None]  # of the layers that have run
+    scores: list[Tensor | None]  # of the layers that have run so far
     thread: int
-    last: Tensor | None = None  # what the last layer gave
+    last: Tensor | None = None  # output of the layer that ran last
 
 
 class _State:
-    """Holds the forward on its way. Not a module: its attribute is set in one step, which no Ctrl-C can split."""
+    """Holds the running forward. It is not a module: its attribute is set in one step, which a Ctrl-C can't interrupt."""
 
     running: _Running | None = None
 
 
 class _Call:
-    """One call of one layer, whose attention shall see prefixes."""
+    """One call of one layer, with the prefixes for its attention."""
 
     def __init__(self, attention: nn.Module, prefixes: Sequence[Prefix]):
         self.attention, self.prefixes = attention, prefixes
@@ -78,12 +87,12 @@ class _Call:
 
 
 def is_wrapped(attention: nn.Module) -> bool:
-    """Whether it is an attention of an encoder that takes prompts now."""
+    """Return whether this attention belongs to an encoder that is currently wrapped."""
     return _SLOT in vars(attention)
 
 
 def prefixes_of(attention: nn.Module) -> Sequence[Prefix]:
-    """The prefixes this attention shall see in the running forward; none outside of one."""
+    """Return the prefixes for this attention in the running forward; an empty sequence outside of a forward."""
     attachment: Attachment | None = getattr(attention, _SLOT, None)
     if attachment is None:
         return ()
@@ -101,12 +110,12 @@ def _hidden_states(output: Any) -> Tensor:
 
 
 def _is_trained(prompts: PromptProvider) -> bool:
-    """Of a function of the user's it can't be known."""
+    """Return whether the prompts are trained; True for a user's own function, because it can't be known there."""
     return not isinstance(prompts, PromptContext) or (prompts.trained is not None and prompts.trained())
 
 
 def _check_given(prefixes: Sequence[Prefix], hidden_states: Tensor, heads: int) -> None:
-    """What comes from elsewhere; the library's own isn't checked in every layer."""
+    """Check prefixes from a user's own provider; those of the library itself are not checked in every layer."""
     check_number_of_prefixes(prefixes)
     for prefix in prefixes:
         head_dim = prefix[0].shape[-1] if isinstance(prefix[0], Tensor) else 0
@@ -114,10 +123,13 @@ def _check_given(prefixes: Sequence[Prefix], hidden_states: Tensor, heads: int) 
 
 
 class Attachment(Guarded):
-    """One encoder's wrapping. The encoder's own layers hold it, so that it can be undone when nobody else is left.
+    """The wrapping of one encoder.
 
-    Threads take turns at prompted forwards. The lock, and who owns the encoder, are of this object alone: deep copies and pickles
-    start with a free lock and without owners. A compiled forward takes no turn: its prompts are values of its graph.
+    The encoder's own layers hold a reference to it, so that it can be undone even after every model that used it is gone.
+
+    A lock lets one thread at a time run a prompted forward. The lock and the set of owners are not copied: deep copies and pickles
+    start with a free lock and without owners. A compiled forward doesn't take the lock, because its prompts are values of its
+    graph.
 
     Raises:
         ValueError: the encoder takes prompts from another model that is alive, or uses one module as several layers.
@@ -143,24 +155,24 @@ class Attachment(Guarded):
         self.active, self._given_back = True, False
         try:
             self._restore = family.attach(encoder)
-            # the family may have put attentions of ours in their place
+            # the family may have replaced attentions with the library's own
             self.layers = [(layer.module, layer.attention) for layer in family.layers(encoder)]
             self._forwards = [functools.partial(self._layer_forward, index) for index in range(len(self.layers))]
-            # usually None: a library may have put a forward of its own on the object, in place of its class's
+            # usually None; another library may have set a forward on the object that overrides the one of its class
             self._previous = [vars(module).get("forward") for module, _ in self.layers]
             for (module, attention), forward in zip(self.layers, self._forwards, strict=True):
                 setattr(attention, _SLOT, self)
                 module.forward = forward
-        except BaseException:  # a Ctrl-C too
+        except BaseException:  # including Ctrl-C
             self.detach()
             raise
 
     def renew(self) -> None:
-        """Start with no forward on its way."""
+        """Reset to the state in which no forward is running."""
         super().renew()
         self._eager, self._traced = _State(), _State()
-        self.calls: dict[int, _Call] = {}  # by thread: one that computes a layer again has its own
-        self.traced: _Call | None = None  # while it compiles: a graph has no thread
+        self.calls: dict[int, _Call] = {}  # by thread: a thread that recomputes a layer has its own entry
+        self.traced: _Call | None = None  # used while compiling: a graph has no thread
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("owners", "lock", "_eager", "_traced", "calls", "traced")
@@ -172,14 +184,14 @@ class Attachment(Guarded):
         vars(self).update(state)
 
     def run(self, inputs: Inputs, prompts: PromptProvider | None, wanted: Wanted, *, gradient_checkpointing: bool) -> Encoded:
-        """See :meth:`PromptedEncoder.forward`."""
+        """Run the encoder; see :meth:`PromptedEncoder.forward`."""
         if torch.compiler.is_dynamo_compiling():
             return self._run(self._traced, 0, inputs, prompts, wanted, gradient_checkpointing)
         with self.lock:
             if self._eager.running is not None:
                 raise RuntimeError(
-                    f"this {type(self.encoder).__name__} is in a forward that called it again (from a hook, or from what gives the "
-                    "prompts?): let one end before the next, or deep-copy the model"
+                    f"this {type(self.encoder).__name__} was called again from within its own forward (by a hook, or by the "
+                    "function that provides the prompts?): let one forward end before the next starts, or deep-copy the model"
                 )
             return self._run(self._eager, threading.get_ident(), inputs, prompts, wanted, gradient_checkpointing)
 
@@ -193,9 +205,9 @@ class Attachment(Guarded):
         gradient_checkpointing: bool,
     ) -> Encoded:
         if not self.active:
-            raise RuntimeError("this model was unwrapped and has given its encoder back: make a new one on it")
+            raise RuntimeError("this model was unwrapped and its encoder was restored: build a new model on the encoder")
         if self.encoder.training and not torch.compiler.is_dynamo_compiling():
-            # by its own train(), or by that of another module that holds it
+            # set by its own train(), or by train() of another module that contains it
             self.encoder.eval()
         scores: list[Tensor | None] = []
         if prompts is None and wanted == Wanted():
@@ -206,17 +218,17 @@ class Attachment(Guarded):
         try:
             encoded = self._encode(inputs, running, wanted)
         finally:
-            if state.running is running:  # else it is of one that began meanwhile, and has to find out
+            if state.running is running:  # else another forward started meanwhile, and must detect the conflict itself
                 state.running = None
         if prompts is not None and len(scores) < len(self.layers):
             raise RuntimeError(
-                f"{len(scores)} of {len(self.layers)} layers of this {type(self.encoder).__name__} took their prompts: the others "
-                "were skipped or replaced after wrapping, or ran in another thread, or this is a replica (use DDP)"
+                f"only {len(scores)} of {len(self.layers)} layers of this {type(self.encoder).__name__} took their prompts: the "
+                "other layers were skipped or replaced after wrapping, or ran in another thread, or this is a replica (use DDP)"
             )
         return encoded
 
     def _encode(self, inputs: Inputs, running: _Running, wanted: Wanted) -> Encoded:
-        """The layers leave their scores in ``running`` on the way."""
+        """Run the family's encode function; the layers append their scores to ``running``."""
         if wanted == Wanted():
             return Encoded(self.family.encode(self.encoder, inputs, self.pooling), running.scores)
         feature, maps, tokens = self.family.encode_more(
@@ -225,11 +237,11 @@ class Attachment(Guarded):
         return Encoded(feature, running.scores, maps, tokens)
 
     def _layer_forward(self, index: int, /, *args: Any, **kwargs: Any) -> Any:
-        """In place of the layer's own forward."""
+        """Run in place of the layer's own forward."""
         running = self._traced.running
         if running is None:
             running = self._eager.running
-            # a layer that is compiled on its own can't tell whose thread it is in
+            # a layer that is compiled on its own can't tell which thread it runs in
             if running is not None and not torch.compiler.is_dynamo_compiling() and running.thread != threading.get_ident():
                 running = None
         if running is None:
@@ -241,17 +253,17 @@ class Attachment(Guarded):
         if len(running.scores) != index:
             raise RuntimeError(
                 f"layer {index} of this {type(self.encoder).__name__} was called out of order, by another forward within this one: "
-                "let one end before the next, or deep-copy the model"
+                "let one forward end before the next starts, or deep-copy the model"
             )
         if running.takes_gradients and not torch.is_grad_enabled() and _is_trained(running.prompts):
             raise RuntimeError(
-                f"layer {index} of this {type(self.encoder).__name__} runs without gradients in a forward that takes them, so its "
-                "prompts would not be trained: if others checkpoint it (use_reentrant=True, fairscale's), leave that out and call "
-                "gradient_checkpointing_enable() on the fused model"
+                f"layer {index} of this {type(self.encoder).__name__} runs with gradients disabled in a forward that needs them, "
+                "so its prompts would not be trained: if the layer is checkpointed by other code (use_reentrant=True, fairscale), "
+                "remove that and call gradient_checkpointing_enable() on the fused model"
             )
         run = functools.partial(self._prompted_layer, index, running.prompts, running.pool)
         if running.gradient_checkpointing and torch.is_grad_enabled():
-            # the frozen layer draws no random numbers; asking for the generator's state would break a graph capture
+            # the frozen layer draws no random numbers; reading the generator's state would break a graph capture
             random = getattr(running.prompts, "draws_random_numbers", False)
             output, layer_scores = checkpoint(run, *args, use_reentrant=False, preserve_rng_state=random, **kwargs)
         else:
@@ -263,7 +275,10 @@ class Attachment(Guarded):
     def _prompted_layer(
         self, index: int, prompts: PromptProvider, pool: Pool, /, *args: Any, **kwargs: Any
     ) -> tuple[Any, Tensor | None]:
-        """The layer's output and its scores; all it needs are arguments, because checkpointing calls it again after forward."""
+        """Return the layer's output and its scores.
+
+        Everything it needs is an argument, because checkpointing calls it again after the forward.
+        """
         if not self.active:
             raise RuntimeError("the model was unwrapped before the backward pass of its last step: call backward() first")
         hidden_states = args[0] if args else kwargs["hidden_states"]
@@ -296,13 +311,13 @@ class Attachment(Guarded):
         return type(module).forward(module, *args, **kwargs) if previous is None else previous(*args, **kwargs)
 
     def is_thawed(self) -> bool:
-        """Whether somebody else has had all of the encoder's parameters ask for a gradient."""
+        """Return whether other code has set ``requires_grad`` on all of the encoder's parameters."""
         return is_thawed(self._thaw)
 
     def detach(self) -> None:
-        """Give the encoder back as it was, once a forward of another thread has ended.
+        """Restore the encoder to its state before wrapping, after waiting for a forward of another thread to end.
 
-        Where that is interrupted, the next call does the rest.
+        If this is interrupted, the next call finishes it.
         """
         with self.lock:
             if not self._given_back:
@@ -319,14 +334,14 @@ class Attachment(Guarded):
                     module.forward = previous
         if self._restore is not None:
             self._restore(self.encoder)
-        # last, because who looks for an encoder's wrapping finds it by them
+        # last, because an encoder's wrapping is found through these attributes
         for _, attention in self.layers:
             vars(attention).pop(_SLOT, None)
         self._given_back = True
 
 
 wrapping = Guarded()
-"""Whose lock a thread holds while it takes an encoder over, wraps it and becomes its owner."""
+"""Its lock is held by a thread while it takes over an encoder, wraps it and becomes its owner."""
 
 
 def _attachments(module: nn.Module) -> list[Attachment]:
@@ -335,39 +350,39 @@ def _attachments(module: nn.Module) -> list[Attachment]:
 
 
 def _take_over(encoder: nn.Module) -> None:
-    """Undo wrappings that nobody owns any more; raises ValueError for one that somebody does."""
+    """Undo wrappings without an owner; raise ValueError if a wrapping still has one."""
     attachments = _attachments(encoder)
     if any(attachment.owners for attachment in attachments):
-        gc.collect()  # a model that was dropped may be waiting for that
+        gc.collect()  # a dropped model may not have been collected yet
     if any(attachment.owners for attachment in attachments):
         raise ValueError(
-            f"this {type(encoder).__name__} already takes prompts from another model, or another side of this one: unwrap() that "
-            "one first, let both share one PromptedEncoder, or take it back with mope_fast.unwrap_encoder(encoder)"
+            f"this {type(encoder).__name__} already takes prompts from another model, or from another side of this one: unwrap() "
+            "that model first, let both share one PromptedEncoder, or restore it with mope_fast.unwrap_encoder(encoder)"
         )
     for attachment in attachments:
         attachment.detach()
 
 
 def unwrap_encoder(encoder: nn.Module) -> nn.Module:
-    """Give an encoder back as it was before a model of this library wrapped it, whoever holds that model.
+    """Restore an encoder to its state before a model of this library wrapped it, even if that model is still referenced.
 
-    Models that still hold it can't be used afterwards. An encoder whose models are gone, or a deep copy or a pickle of a wrapped
-    encoder alone, is given back so too, and so is a module that models only hold frozen: a black box, a VLMo. Does nothing where
-    there is neither.
+    Models that still hold the encoder can't be used afterwards. This also restores an encoder whose models are gone, a deep copy
+    or a pickle of a wrapped encoder alone, and a module that models only keep frozen, such as a black box or a VLMo. It does
+    nothing if the encoder is neither wrapped nor frozen.
 
     Args:
-        encoder: the encoder, or a module that has it as a part.
+        encoder: the encoder, or a module that contains it.
 
     Returns:
-        The same object.
+        The same object as ``encoder``.
 
     Examples:
-        >>> model = MoPEFusion(bert, dinov2, num_classes=13)    # a notebook's cell, and then once more:
+        >>> model = MoPEFusion(bert, dinov2, num_classes=13)    # a notebook cell, which is then run again:
         >>> unwrap_encoder(bert), unwrap_encoder(dinov2)
         >>> model = MoPEFusion(bert, dinov2, num_classes=13)
     """
     if not isinstance(encoder, nn.Module):
-        raise TypeError(f"unwrap_encoder takes an encoder, a torch.nn.Module, got {type(encoder).__name__}")
+        raise TypeError(f"unwrap_encoder expects an encoder (a torch.nn.Module), got {type(encoder).__name__}")
     for attachment in _attachments(encoder):
         attachment.detach()
     thaw_held(encoder)

@@ -1,4 +1,4 @@
-"""Features out of a model's own call, so that whatever stands at its front door takes part: hooks, FSDP, offloading."""
+"""Get features from a call of the model itself, so that everything attached to that call runs: hooks, FSDP, offloading."""
 
 import threading
 from typing import Any
@@ -11,11 +11,11 @@ from .._locks import Guarded
 _FRONT = "_mope_fast_front"
 _METHODS = ("forward_features", "forward_head")
 _putting = Guarded()
-"""Held while methods are put on an object or taken off it, never while a model runs."""
+"""Its lock is held while methods are set on an object or removed from it, never while a model runs."""
 
 
 class _Asked:
-    """One call that shall give features."""
+    """One call of the model that returns features."""
 
     def __init__(self, maps: bool):
         self.maps = maps
@@ -24,20 +24,21 @@ class _Asked:
 
 
 class Front:
-    """Stands in for a timm model's ``forward_features`` and ``forward_head``, on the object.
+    """Replaces ``forward_features`` and ``forward_head`` of a timm model, on the object.
 
-    Where a call of the model shall give features, by :meth:`ask`, its head leaves the classifier out. Other calls, those of other
-    threads too, are as before. It is there while the model is wrapped, and of one that isn't while it is asked.
+    In a call made by :meth:`ask`, which returns features, the head leaves out the classifier. All other calls, including those of
+    other threads, behave as before. The replacement exists while the model is wrapped; on a model that isn't wrapped it exists
+    only during :meth:`ask`.
     """
 
     def __init__(self, encoder: nn.Module):
         self.encoder = encoder
         self.wrapped = False
         self.asked: dict[int, _Asked] = {}
-        self.latest: _Asked | None = None  # for a graph of the encoder's own, which has no thread
-        self.traced: _Asked | None = None  # while a graph is made that asks
+        self.latest: _Asked | None = None  # for a graph of the encoder itself, which has no thread
+        self.traced: _Asked | None = None  # while a graph that contains such a call is traced
         self.previous = {name: vars(encoder)[name] for name in _METHODS if name in vars(encoder)}
-        # in one step, which no Ctrl-C can split
+        # in one step, which a Ctrl-C can't interrupt
         vars(encoder).update({_FRONT: self, "forward_features": self._features, "forward_head": self._head})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -49,13 +50,13 @@ class Front:
 
     @staticmethod
     def wrap(encoder: nn.Module) -> None:
-        """Have it stay."""
+        """Replace the methods until :meth:`unwrap`."""
         with _putting.lock:
             (Front.of(encoder) or Front(encoder)).wrapped = True
 
     @staticmethod
     def unwrap(encoder: nn.Module) -> None:
-        """Have it go when nobody asks any more."""
+        """Restore the methods once no call of :meth:`ask` is running any more."""
         with _putting.lock:
             if (front := Front.of(encoder)) is not None:
                 front.wrapped = False
@@ -67,22 +68,22 @@ class Front:
             for name in _METHODS:
                 own.pop(name, None)
             own.update(self.previous)
-            del own[_FRONT]  # last: by it the others are found again
+            del own[_FRONT]  # last: the replaced methods are found through it
 
     @staticmethod
     def ask(encoder: nn.Module, inputs: dict[str, Any], *, maps: bool = False) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        """(feature (B, D), maps (B, C, H, W) of the stages or None) of a call of the model.
+        """Call the model and return its feature (B, D) and the maps (B, C, H, W) of its stages, or None.
 
         Raises:
-            RuntimeError: the model's forward does not end in ``forward_head``, or it is not wrapped and this is compiled.
+            RuntimeError: the model's forward does not end in ``forward_head``, or this is compiled and the model is not wrapped.
         """
         asked = _Asked(maps)
         if torch.compiler.is_dynamo_compiling():
             front = Front.of(encoder)
             if front is None:
                 raise RuntimeError(
-                    f"this {type(encoder).__name__} has hooks or a forward of its own, which a compiled graph can't pass: wrap it "
-                    "in a PromptedEncoder, or leave it out of the graph with torch.compiler.disable"
+                    f"this {type(encoder).__name__} has hooks or a forward set on the object, which a compiled graph would "
+                    "skip: wrap it in a PromptedEncoder, or leave it out of the graph with torch.compiler.disable"
                 )
             front.traced = asked
             try:
@@ -93,8 +94,8 @@ class Front:
             feature = Front._asked_here(encoder, inputs, asked)
         if not asked.done:
             raise RuntimeError(
-                f"the forward of this {type(encoder).__name__} is not timm's (was it replaced on the object?): it has to end in "
-                "forward_head, which gives the feature"
+                f"the forward of this {type(encoder).__name__} is not timm's (was it replaced on the object?): it must end in "
+                "forward_head, which returns the feature"
             )
         return feature, asked.got
 
@@ -108,7 +109,7 @@ class Front:
                 front.asked[thread] = front.latest = asked
             return encoder(**inputs)
         finally:
-            # nothing is called here, so that no Ctrl-C can come before it is done
+            # no function is called here, so that a Ctrl-C can't interrupt it
             if front is not None and thread in front.asked and front.asked[thread] is asked:
                 front.latest = outer
                 if outer is None:

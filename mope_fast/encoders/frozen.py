@@ -1,4 +1,4 @@
-"""Holding other people's modules frozen, and giving them back as they were."""
+"""Freeze a user's modules, and restore them as they were."""
 
 import functools
 import weakref
@@ -11,7 +11,10 @@ _FROZEN = "_mope_fast_frozen"
 
 
 class _Flag(NamedTuple):
-    """Of a parameter, which is found by name: FSDP puts a shard in its place, and must not leave the whole one in memory."""
+    """The ``requires_grad`` flag of a parameter.
+
+    The parameter is found by name, not referenced: FSDP replaces it by a shard, and a reference would keep the whole one in memory.
+    """
 
     path: str
     part: nn.Module
@@ -20,18 +23,18 @@ class _Flag(NamedTuple):
 
 
 def freeze(module: nn.Module) -> Callable[[], None]:
-    """Eval mode and no gradients; what it returns gives every part its mode and every parameter its flag back."""
+    """Set eval mode and turn gradients off; return a function that restores every part's mode and every parameter's flag."""
     modes = [(part, part.training) for part in module.modules()]
     flags = [
         _Flag(f"{path}.{name}" if path else name, part, name, parameter.requires_grad)
         for path, part in module.named_modules()
         for name, parameter in part.named_parameters(recurse=False)
     ]
-    # no closure: it is deep-copied and pickled with the model that holds it
+    # not a closure: it is deep-copied and pickled with the model that holds it
     thaw = functools.partial(_thaw, module, modes, flags)
     try:
         module.requires_grad_(False).eval()
-    except BaseException:  # a Ctrl-C too
+    except BaseException:  # including Ctrl-C
         thaw()
         raise
     return thaw
@@ -42,23 +45,23 @@ def _thaw(module: nn.Module, modes: list[tuple[nn.Module, bool]], flags: list[_F
         part.training = training
     now = dict(module.named_parameters(remove_duplicate=False))
     for path, part, name, flag in flags:
-        # in its own module, wherever that is now; and what took its place, as transformers' resize_token_embeddings has it
+        # the parameter in its original module, wherever that is now, and one that replaced it (resize_token_embeddings)
         for parameter in (dict(part.named_parameters(recurse=False)).get(name), now.get(path)):
             if parameter is not None:
                 parameter.requires_grad_(flag)
 
 
 def is_thawed(thaw: Callable[[], None]) -> bool:
-    """Whether all that :func:`freeze` froze asks for a gradient again; ``thaw`` is what it returned."""
+    """Return whether everything that :func:`freeze` froze has ``requires_grad`` set again; ``thaw`` is what it returned."""
     _, _, flags = thaw.args
     return all(getattr(flag.part._parameters.get(flag.name), "requires_grad", False) for flag in flags)
 
 
 class Hold:
-    """One model's hold on a module that it keeps frozen. The module thaws when the last one lets go.
+    """One model's hold on a module that it keeps frozen. The module is thawed when its last hold is released.
 
-    Holds of models that were dropped count no more: whoever takes the module next finds it as it was before them. A deep copy or a
-    pickle of a model holds its own copy of the module.
+    Holds of models that were dropped no longer count: the next model to hold the module first restores it to its state before
+    them. A deep copy or a pickle of a model holds its own copy of the module.
     """
 
     def __init__(self, module: nn.Module):
@@ -80,7 +83,7 @@ class Hold:
 
 
 class _Frozen:
-    """What a frozen module was before, kept on the module itself."""
+    """The state of a frozen module before it was frozen, stored on the module itself."""
 
     def __init__(self, module: nn.Module):
         self.module, self._thaw = module, freeze(module)
@@ -100,7 +103,7 @@ class _Frozen:
 
 
 def thaw_held(module: nn.Module) -> None:
-    """Give a module and its parts back from all models that hold them frozen."""
+    """Thaw a module and its parts, whichever models keep them frozen."""
     for part in list(module.modules()):
         if (frozen := vars(part).get(_FROZEN)) is not None:
             frozen.thaw()

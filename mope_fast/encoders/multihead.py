@@ -1,4 +1,4 @@
-"""Encoders made of torch's nn.MultiheadAttention: torchvision's VisionTransformer, open_clip's towers."""
+"""Encoders built on torch's nn.MultiheadAttention: torchvision's VisionTransformer, open_clip's towers."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -33,14 +33,16 @@ def _attention(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """``nn.MultiheadAttention.forward`` of one sequence to itself; its masks are True, or -inf, where a token is hidden."""
+    """Compute ``nn.MultiheadAttention.forward`` as self-attention; its masks are True, or -inf, where a token is masked out."""
     prefixes = prefixes_of(attention)
     if not prefixes:
         return type(attention).forward(
             attention, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         )  # fmt: skip
     if query is not key or query is not value:
-        raise RuntimeError("prompts reached an nn.MultiheadAttention that attends to another sequence than its own")
+        raise RuntimeError(
+            "prompts reached an nn.MultiheadAttention that isn't self-attention: query, key and value must be one tensor"
+        )
     packed = F.linear(query, attention.in_proj_weight, attention.in_proj_bias)
     q, k, v = (part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for part in packed.chunk(3, dim=-1))
     padding = None if key_padding_mask is None else key_padding_mask == 0
@@ -54,7 +56,7 @@ def _attention(
 
 
 def _family(name: str, model: str, blocks: Blocks, attention: str, **facts: Any) -> None:
-    """Of blocks whose ``ln_1`` is before their attention."""
+    """Register a family whose blocks have ``ln_1`` before their attention."""
     layers, attach = (functools.partial(function, blocks, attention) for function in (_layers, _attach))
     register_encoder(EncoderFamily(name=name, models=(model,), layers=layers, attach=attach, feature=_output, **facts))
 
@@ -74,9 +76,12 @@ def _problem(blocks: Blocks, name: str, supported: str, encoder: nn.Module) -> s
         if f"{type(block).__module__}.{type(block).__qualname__}" != supported or type(attention) is not nn.MultiheadAttention:
             return f"its block {index} is a {type(block).__name__} with a {type(attention).__name__}; {supported} is supported"
         if attention.bias_k is not None or attention.add_zero_attn or attention.in_proj_weight is None:
-            return f"the attention of its block {index} has keys and values of its own (bias_k, add_zero_attn), or of another width"
+            return (
+                f"the attention of its block {index} has keys and values of its own (bias_k, add_zero_attn), "
+                "or a kdim or vdim other than embed_dim"
+            )
         if not attention.batch_first:
-            return "its layers take sequences before samples: make it with batch_first=True"
+            return "its layers take (S, B, D) inputs, with the sequence dimension first: create it with batch_first=True"
         if problem := forward_problem(f"block {index}", attention):
             return problem
     return None
@@ -143,7 +148,7 @@ def _open_clip_image_pool(encoder: nn.Module, inputs: Inputs) -> Pool:
 
 
 def _open_clip_text_pool(encoder: nn.Module, inputs: Inputs) -> Pool:
-    """As the tower pools its output; its end of text has the largest id, or is known."""
+    """Pool as the tower pools its output; the end-of-text token has the largest id, or ``eos_id``."""
     if encoder.cls_emb is not None or encoder.pool_type == "last":
         return last_real_token(None)
     if encoder.pool_type == "first":
@@ -160,7 +165,7 @@ _CHECKPOINTING = "its own gradient checkpointing is on: call set_grad_checkpoint
 
 def _open_clip_run(encoder: nn.Module, inputs: Inputs) -> Tensor:
     if encoder.transformer.grad_checkpointing:
-        # it would compute layers again after the forward, when their prompts are gone
+        # it would recompute layers after the forward, when their prompts no longer exist
         raise RuntimeError(_CHECKPOINTING)
     return encoder(**inputs)
 
@@ -177,7 +182,7 @@ def _open_clip_problem(encoder: nn.Module) -> str | None:
     if encoder.transformer.grad_checkpointing:
         return _CHECKPOINTING
     if encoder.output_tokens:
-        return "it gives its tokens beside the feature: set output_tokens = False on it"
+        return "it returns its tokens beside the feature: set output_tokens = False on it"
     if encoder.pool_type == "none":
         return "it doesn't pool its tokens (pool_type='none')"
     return _problem(_open_clip_blocks, "attn", _OPEN_CLIP_BLOCK, encoder)

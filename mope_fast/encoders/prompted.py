@@ -14,22 +14,22 @@ _WITHOUT_MASK, _MASKS = ("pixel_values", "x", "input_features"), frozenset({"att
 
 
 class PromptedEncoder(nn.Module):
-    """Holds a supported encoder frozen and in eval mode, and hands prompts to its layers.
+    """Keeps a supported encoder frozen and in eval mode, and passes prompts to its layers.
 
-    The encoder stays the user's own object: called on its own it does what it always did; :meth:`detach` undoes everything.
-    Several models can share one encoder by sharing this object: ``MoPEFusion(main=prompted, ...)``. Several threads can too: they
-    take turns.
+    The encoder stays the user's own object: called directly it behaves as before, and :meth:`detach` undoes everything.
+    Several models can share one encoder by sharing this object: ``MoPEFusion(main=prompted, ...)``. Several threads can share it
+    too: their forwards run one after another.
 
     Args:
-        encoder: see :func:`mope_fast.supported_encoders`.
-        pooling: how its tokens become the feature: "cls" (class token), "mean" (over real tokens, of an image over its patches),
-            "last" (real token), several side by side as "cls+mean" (DINOv2's own classifiers read these), or None for its family's
-            own way (docs/encoders.md). Sentence encoders such as MiniLM were trained for the mean.
-        router_pooling: how a layer's input is pooled for the router; likewise.
+        encoder: a supported encoder, see :func:`mope_fast.supported_encoders`.
+        pooling: how its tokens are pooled into the feature: "cls" (class token), "mean" (over real tokens; over patches for an
+            image), "last" (last real token), several side by side as "cls+mean" (which DINOv2's own classifiers read), or None for
+            its family's default (docs/encoders.md). Sentence encoders such as MiniLM were trained for the mean.
+        router_pooling: how a layer's input is pooled for the router: "cls", "mean", "last", or None for the family's default.
 
     Raises:
         TypeError: the encoder is not supported.
-        ValueError: it takes prompts from another model already, or its family doesn't have that pooling.
+        ValueError: the encoder already takes prompts from another model, or its family doesn't have this pooling.
     """
 
     def __init__(self, encoder: nn.Module, *, pooling: str | None = None, router_pooling: str | None = None):
@@ -40,7 +40,10 @@ class PromptedEncoder(nn.Module):
             self._attachment.owners.add(self)
         self.encoder = encoder
         self.input_names = _forward_names(encoder) - (_MASKS if self.family.input_name in _WITHOUT_MASK else frozenset())
-        """What the encoder's forward names; of images and Whisper no mask, which a text beside them has."""
+        """Parameter names of the encoder's forward.
+
+        For image encoders and Whisper without the attention mask, which belongs to a text beside them.
+        """
         facts = self._facts = self.family.layers(encoder)
         self.widths = [layer.width for layer in facts]
         self.feature_width = self.family.pooled_width(encoder, self.pooling)
@@ -53,22 +56,22 @@ class PromptedEncoder(nn.Module):
 
     @property
     def layers(self) -> Sequence[PromptedLayer]:
-        """Facts of the layers as they are now: a projection may have got a LoRA since the encoder was wrapped.
+        """The layers' facts in their current state: a projection may have got a LoRA since the encoder was wrapped.
 
-        While it compiles, as they were in the last call that wasn't: torch 2.11 can't make them in a graph.
+        While compiling, these are the facts of the last call outside of a compiler: torch 2.11 can't build them in a graph.
         """
         if not torch.compiler.is_dynamo_compiling():
             self._facts = self.family.layers(self.encoder)
             if len(self._facts) != len(self.widths):
                 raise RuntimeError(
                     f"this {type(self.encoder).__name__} has {len(self._facts)} layers now, and had {len(self.widths)} when it was "
-                    "wrapped: change it first, then make the model"
+                    "wrapped: change the encoder before building the model"
                 )
         return self._facts
 
     @property
     def map_width(self) -> int:
-        """C of the last feature map, D of the tokens."""
+        """Width of the last feature map (its C) and of the tokens (their D)."""
         return self.widths[-1]
 
     @property
@@ -81,15 +84,15 @@ class PromptedEncoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the encoder's weights."""
+        """Dtype of the encoder's weights."""
         return next(p.dtype for p in self.encoder.parameters() if p.is_floating_point())
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
-        """What a timm model says of the images it was trained with; timm's ``resolve_data_config`` asks for it.
+        """A timm model's description of the images it was trained with; timm's ``resolve_data_config`` reads it.
 
         Raises:
-            AttributeError: the encoder has none.
+            AttributeError: the encoder has no ``pretrained_cfg``.
         """
         return self.encoder.pretrained_cfg
 
@@ -103,7 +106,7 @@ class PromptedEncoder(nn.Module):
         feature_maps: bool = False,
         tokens: bool = False,
     ) -> Encoded:
-        """The encoder's global feature, its layers' routing scores and, if asked for, its maps and its last layer's tokens.
+        """Return the global feature, the layers' routing scores and, if requested, feature maps and the last layer's tokens.
 
         Args:
             inputs: the encoder's main input, or a dict of its keyword arguments.
@@ -111,36 +114,35 @@ class PromptedEncoder(nn.Module):
             feature_maps, tokens: see :class:`Encoded`.
 
         Raises:
-            ValueError: feature maps or tokens of an encoder that has none.
-            RuntimeError: the encoder was given back, was called from within its own forward, or does not ask for its prompts any
-                more.
+            ValueError: feature maps or tokens were requested, but this encoder has none.
+            RuntimeError: the encoder was unwrapped, was called from within its own forward, or no longer reads its prompts.
         """
         inputs = self.family.keyword_arguments(inputs)
         wanted = Wanted(feature_maps, tokens)
         return self._attachment.run(inputs, prompts, wanted, gradient_checkpointing=self.gradient_checkpointing)
 
     def train(self, mode: bool = True) -> "PromptedEncoder":
-        """Stays in eval mode: a frozen encoder has no dropout, whatever the fused model does."""
+        """Stay in eval mode whatever ``mode`` is: a frozen encoder has no dropout, even while the fused model trains."""
         return super().train(False)
 
     def is_thawed(self) -> bool:
-        """Whether all of the encoder's parameters ask for a gradient: something has undone what wrapping did."""
+        """Return whether all of the encoder's parameters have ``requires_grad`` set: then other code has undone the freezing."""
         return self._attachment.is_thawed()
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise TypeError(
-            "torch.jit.script can't read a model that hands prompts to layers of another library: take torch.compile, or for a "
+            "torch.jit.script can't compile a model that passes prompts to layers of another library: use torch.compile, or for a "
             "file torch.export or torch.jit.trace of model.eval() with return_logits=True (docs/export.md)"
         )
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         raise RuntimeError(
-            "nn.DataParallel copies modules without their layers' forwards, and prompts would not reach the copies: use "
+            "nn.DataParallel copies modules without the forwards set on their layers, so prompts would not reach the copies: use "
             "DistributedDataParallel (torchrun --nproc-per-node ...), or one device"
         )
 
     def detach(self) -> nn.Module:
-        """Undo the wrapping and return the encoder as it was; this module can't be used afterwards."""
+        """Undo the wrapping and return the encoder in its original state; this module can't be used afterwards."""
         self._attachment.detach()
         return self.encoder
 

@@ -1,4 +1,4 @@
-"""A method of ours on an encoder's attention, in place of its class's."""
+"""Replace a method of an encoder's attention, on the object, by one of this library."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -10,13 +10,21 @@ from .attachment import is_wrapped
 
 
 def replace_methods(parts: Iterable[tuple[nn.Module, Callable[..., Any]]], method: str = "forward") -> Callable[[nn.Module], None]:
-    """Put on each module a function that is called with the module first; return what takes them away, called with the encoder."""
+    """Set a function as the method of each module; it is called with the module as first argument.
+
+    Args:
+        parts: pairs of a module and its function.
+        method: name of the method to replace.
+
+    Returns:
+        A function that removes them again; it is called with the encoder.
+    """
     parts = list(parts)
     detach = functools.partial(_put_back, [part for part, _ in parts], method)
     try:
         for part, ours in parts:
             setattr(part, method, functools.partial(ours, part))
-    except BaseException:  # a Ctrl-C too
+    except BaseException:  # including Ctrl-C
         detach(None)
         raise
     return detach
@@ -28,7 +36,7 @@ def _put_back(parts: list[nn.Module], method: str, encoder: nn.Module | None) ->
 
 
 def forward_problem(where: str, attention: nn.Module) -> str | None:
-    """Why an attention's forward can't be replaced, or None."""
+    """Return why an attention's forward can't be replaced, or None."""
     if "forward" in vars(attention) and not is_wrapped(attention):
-        return f"the attention of its {where} has a forward of its own on the object, which prompts would not pass"
+        return f"the attention of its {where} has a forward set on the object, which prompts would not pass through"
     return None

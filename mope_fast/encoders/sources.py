@@ -1,4 +1,4 @@
-"""Where frozen encoders can be got again: what a save says of them, and how that is read."""
+"""Describe in a save where a frozen encoder came from, and load it again from that description."""
 
 import functools
 import importlib
@@ -15,24 +15,25 @@ from torch import Tensor, nn
 from .families import encode, find_family, supported_encoders
 
 Source = dict[str, Any]
-"""Plain values: ``library``, ``class``, ``name`` and what else that library needs to find the encoder."""
+"""Plain values: ``library``, ``class``, ``name`` and whatever else the library needs to find the encoder."""
 
 _WHOLE = {"BartEncoder": "BartModel", "WhisperEncoder": "WhisperModel"}
-"""Encoders that are a part, ``encoder``, of what checkpoints hold."""
+"""Encoders that are the submodule ``encoder`` of the model in a checkpoint."""
 _OVERLAY = ("file", "hf_hub_id", "input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
-"""Of a timm model's ``pretrained_cfg``: where weights come from, and how images are made for them."""
+"""Keys of a timm model's ``pretrained_cfg`` that say where its weights come from and how its images are prepared."""
 
 
 def source_of(encoder: nn.Module) -> Source | None:
-    """Say where an encoder can be got again, for :func:`load_source`; nothing is looked up.
+    """Describe where an encoder can be loaded from again, for :func:`load_source`; nothing is looked up.
 
     Returns:
-        Of transformers: library, class, name (a folder by its whole path), commit hash (``revision``) if known, dtype. Of timm:
-        library, class, name with its tag, what it was made with (``settings``; versions that don't keep it: what shows in its
-        attributes), what differs from the name's own ``pretrained_cfg`` (``overlay``), how it pools now, dtype. None for an encoder
-        of neither, of a subclass of a supported class, made from a configuration, or with settings that are no plain values.
+        For transformers: library, class, name (an absolute path for a folder), commit hash (``revision``) if known, dtype. For
+        timm: library, class, name with its tag, the arguments it was created with (``settings``; for versions that don't keep them,
+        what its attributes show), what differs from the ``pretrained_cfg`` registered for the name (``overlay``), its current
+        pooling, dtype. None for an encoder of another library, one whose class is a subclass of a supported class, one created from
+        a configuration, or one whose settings are not plain values.
     """
-    # fully_shard puts a class of its own in front
+    # fully_shard puts its own class in front
     kind = next(cls for cls in type(encoder).__mro__ if not cls.__name__.startswith("FSDP"))
     name = f"{kind.__module__}.{kind.__qualname__}"
     if _is_supported(name):
@@ -45,25 +46,25 @@ def source_of(encoder: nn.Module) -> Source | None:
 
 
 def load_source(source: Source) -> nn.Module:
-    """Get an encoder again, in eval mode and without gradients.
+    """Load an encoder from its description, in eval mode and without gradients.
 
-    Only classes of registered families are made, and only by transformers and timm; nothing else that a file names is run.
+    Only classes of registered families are created, and only by transformers and timm; nothing else that a file names is run.
 
     Args:
-        source: what :func:`source_of` gave.
+        source: what :func:`source_of` returned.
 
     Raises:
-        ValueError: it is damaged or names a class that is not supported, or what it names is of another class by now.
-        Exception: what the library raises where there is no such encoder, or no network.
+        ValueError: ``source`` is damaged or names a class that is not supported, or the encoder it names now has another class.
+        Exception: what the library raises if there is no such encoder, or no network.
     """
     kinds = {"library": str, "class": str, "name": str, "dtype": str, "settings": dict, "overlay": dict}
     source = {"settings": {}, "overlay": {}, **source}
     dtype = getattr(torch, str(source.get("dtype")), None)
     if not all(isinstance(source.get(key), kind) for key, kind in kinds.items()) or not isinstance(dtype, torch.dtype):
-        raise ValueError(f"this says of no encoder where it is: {source!r:.300}; expected library, class, name and dtype")
+        raise ValueError(f"this doesn't describe where an encoder is: {source!r:.300}; expected library, class, name and dtype")
     library, cls, name = source["library"], source["class"], source["name"]
     if library not in ("transformers", "timm") or not cls.startswith(f"{library}.") or not _is_supported(cls):
-        raise ValueError(f"{cls!r:.99} of {library!r:.99} is no supported encoder and is not made: don't trust where it is named")
+        raise ValueError(f"{cls!r:.99} of {library!r:.99} is not a supported encoder: don't trust the file that names it")
     encoder = (_from_transformers if library == "transformers" else _from_timm)(source)
     if f"{type(encoder).__module__}.{type(encoder).__qualname__}" != cls:
         raise ValueError(f"{name} is a {type(encoder).__name__}, expected a {cls.rpartition('.')[2]}")
@@ -71,10 +72,10 @@ def load_source(source: Source) -> nn.Module:
 
 
 def encoder_of(function: Callable[..., Tensor]) -> tuple[nn.Module, str | None] | None:
-    """Give the encoder and pooling of a function that is a supported encoder's plain feature; None for any other.
+    """Return the encoder and pooling of a function that computes a supported encoder's plain feature; None for any other.
 
-    Known are ``functools.partial(mope_fast.encoders.encode, encoder, pooling=...)`` and what says by ``encodes`` that it gives the
-    same as one, as :class:`FeatureCache` does.
+    These are ``functools.partial(mope_fast.encoders.encode, encoder, pooling=...)`` and objects whose attribute ``encodes`` is such
+    a partial with the same output, as that of :class:`FeatureCache`.
     """
     function = getattr(function, "encodes", function)
     if not isinstance(function, functools.partial) or function.func is not encode or len(function.args) != 1:
@@ -94,7 +95,7 @@ def _in_transformers(encoder: nn.Module) -> Source | None:
     name = getattr(encoder.config, "_name_or_path", None)
     if not name:
         return None
-    # a path from this folder means nothing to a program that starts in another
+    # a relative path would be wrong for a program that starts in another folder
     found = {"name": os.path.abspath(name) if os.path.isdir(name) else name}
     commit = getattr(encoder.config, "_commit_hash", None)
     return found if commit is None else {**found, "revision": commit}
@@ -133,13 +134,13 @@ def _in_timm(encoder: nn.Module) -> Source | None:
     if "file" in overlay:
         overlay["file"] = os.path.abspath(overlay["file"])
     now = {"global_pool": _pooling(encoder), "num_classes": encoder.num_classes}
-    # versions of timm that don't keep what a model was made with: what shows in its attributes has to do
+    # some versions of timm don't keep the arguments a model was created with: then its attributes are used
     settings = {**now, **({"fc_norm": not isinstance(encoder.fc_norm, nn.Identity)} if hasattr(encoder, "fc_norm") else {})}
     settings |= {**getattr(encoder, "_model_args", {}), "img_size": encoder.patch_embed.img_size}
     found = {"name": name, "settings": settings, "overlay": overlay, **now}
     try:
         return json.loads(json.dumps(found))
-    except TypeError:  # made with a class or a function of the user's
+    except TypeError:  # created with a user's class or function
         return None
 
 
@@ -150,28 +151,28 @@ def _from_timm(source: Source) -> nn.Module:
     settings, overlay = ({key: _tuples(value) for key, value in source[part].items()} for part in ("settings", "overlay"))
     unknown = [key for key in settings if key in inspect.signature(timm.create_model).parameters]
     if unknown := [*unknown, *(key for key in overlay if key not in _OVERLAY)]:
-        raise ValueError(f"timm's {name} comes with {unknown}, which no save says of an encoder: don't trust it")
+        raise ValueError(f"timm's {name} comes with {unknown}, which no save contains for an encoder: don't trust it")
     if ":" in name and not inspect.signature(timm.models.load_state_dict).parameters["weights_only"].default:
-        raise ValueError(f"this version of timm runs whatever a file of weights says: update it, to load {name} by a save's word")
+        raise ValueError(f"this version of timm runs any code in a weights file: update timm to load {name}, which a save names")
     file = overlay.pop("file", None)
     if file is not None and not Path(file).is_file():
-        raise FileNotFoundError(f"{file} is not there: the weights of timm's {name} were read from it")
+        raise FileNotFoundError(f"{file} does not exist: the weights of timm's {name} were read from it")
     if file is not None and file.endswith(".npz"):
         overlay |= {"file": file, "custom_load": True}
     elif file is not None:
-        # read here: versions of timm differ in what a pickle may do
+        # read here, with weights_only: versions of timm differ in what they let a pickle do
         overlay["state_dict"] = timm.models.load_state_dict(file, weights_only=True)
     encoder = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **settings)
     if "state_dict" in overlay:
         del encoder.pretrained_cfg["state_dict"]
         encoder.pretrained_cfg["file"] = file
-    if pooling not in (None, _pooling(encoder)):  # changed after it was made
+    if pooling not in (None, _pooling(encoder)):  # changed after it was created
         encoder.reset_classifier(classes, pooling)
     return encoder
 
 
 def _pooling(encoder: nn.Module) -> str:
-    """A Swin Transformer's is in its head, and its attribute is what it was made with."""
+    """Return the current pooling; a Swin Transformer has it in its head, and its own attribute is the one it was created with."""
     pool = getattr(getattr(encoder, "head", None), "global_pool", None)
     return encoder.global_pool if pool is None else pool.pool_type
 

@@ -1,4 +1,4 @@
-"""timm's encoders: a wrapped attention computes the same on the same parameters, and sees prompts too."""
+"""timm's encoders: a wrapped attention has the same parameters and computes the same, but also attends to prompts."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ def _layer(block: nn.Module, width: int) -> PromptedLayer:
 
 
 def method_of(module: nn.Module, name: str) -> str:
-    """Full name of a method as its class has it: its own, or one that it inherits."""
+    """Return the full name of a method as the module's class defines or inherits it."""
     method = getattr(type(module), name, None)
     return f"{method.__module__}.{method.__qualname__}" if method is not None else ""
 
@@ -35,10 +35,10 @@ _FORWARDS = ("timm.models.vision_transformer.VisionTransformer.forward", "timm.m
 
 
 def _features(encoder: nn.Module, inputs: Inputs, *, maps: bool = False) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-    """Feature and maps out of the model's own call."""
+    """Return the feature and the maps (or None), from a call of the model itself."""
     _check_not_checkpointing(encoder)
     if not maps and Front.of(encoder) is None and is_plain(encoder) and method_of(encoder, "forward") in _FORWARDS:
-        # not wrapped, and nothing stands at its front door
+        # not wrapped, and nothing is attached to the model's call
         return encoder.forward_head(encoder.forward_features(**inputs), pre_logits=True), None
     return Front.ask(encoder, inputs, maps=maps)
 
@@ -59,13 +59,13 @@ _CHECKPOINTING = "timm's gradient checkpointing is on: call set_grad_checkpointi
 
 
 def _checkpoints(encoder: nn.Module) -> bool:
-    """Whether timm's own checkpointing is on; a Swin Transformer has the switch in its stages."""
+    """Return whether timm's own gradient checkpointing is on; a Swin Transformer has this flag in its stages."""
     return any(getattr(part, "grad_checkpointing", False) for part in (encoder, *getattr(encoder, "layers", ())))
 
 
 def _check_not_checkpointing(encoder: nn.Module) -> None:
     if _checkpoints(encoder):
-        # it would compute layers again after the forward, when their prompts are gone
+        # it would recompute layers after the forward, when their prompts no longer exist
         raise RuntimeError(_CHECKPOINTING)
 
 
@@ -81,9 +81,9 @@ def problem_of(encoder: nn.Module, pooling: str) -> str | None:
 
 
 def _attention(attention: PromptAttention, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-    """timm's ``Attention.forward``; mask and causality are about tokens, everyone sees the prompts."""
+    """Compute timm's ``Attention.forward`` with prompts; mask and causality apply to tokens only, every query sees the prompts."""
     if attn_mask is None and type(attention).forward is PromptAttention.forward:
-        # prefixes were checked where they came in
+        # prefixes were checked where the forward received them
         q, k, v = attention.queries_keys_values(x)
         out = prompt_attention(q, k, v, prefixes_of(attention), is_causal=is_causal, window=attention.window, impl=attention.impl)
         return attention.output(out, x)
@@ -91,7 +91,7 @@ def _attention(attention: PromptAttention, x: Tensor, attn_mask: Tensor | None =
 
 
 def _as_prompt_attention(attention: nn.Module) -> PromptAttention:
-    """On the same parameters; the wrapped encoder is in eval mode, where dropout does nothing."""
+    """Return a PromptAttention on the same parameters; its dropout is ignored, because a wrapped encoder is in eval mode."""
     if isinstance(attention, PromptAttention):
         return attention
     return PromptAttention.from_attention(attention, ignore_dropout=True)
@@ -106,11 +106,11 @@ def _vit_problem(encoder: nn.Module) -> str | None:
         if method_of(block, "forward") != "timm.models.vision_transformer.Block.forward":
             return f"its blocks are {type(block).__name__}s; timm's plain Block is supported"
         if "forward" in vars(block.attn) and not isinstance(block.attn, PromptAttention):
-            return f"the attention of its block {index} has a forward of its own on the object, which prompts would not pass"
+            return f"the attention of its block {index} has a forward set on the object, which prompts would not pass through"
         try:
             _as_prompt_attention(block.attn)
         except (TypeError, ValueError) as error:
-            return f"timm's plain Attention is supported, that of its block {index} is not: {error}"
+            return f"timm's plain Attention is supported, but that of its block {index} is not: {error}"
     return problem_of(encoder, encoder.global_pool)
 
 
@@ -120,7 +120,7 @@ def _vit_pool(encoder: nn.Module, inputs: Inputs) -> Pool:
 
 def _by_class_token(encoder: nn.Module, inputs: Inputs) -> Pool:
     if encoder.cls_token is None:
-        raise ValueError(f"router_pooling is 'cls', but this {type(encoder).__name__} has no class token: take 'mean' or None")
+        raise ValueError(f"router_pooling is 'cls', but this {type(encoder).__name__} has no class token: use 'mean' or None")
     return first_token
 
 
@@ -135,7 +135,7 @@ def _attach_vit(encoder: nn.Module) -> Callable[[nn.Module], None]:
         for block in encoder.blocks:
             block.attn = _as_prompt_attention(block.attn)
             block.attn.forward = functools.partial(_attention, block.attn)
-    except BaseException:  # a Ctrl-C too
+    except BaseException:  # including Ctrl-C
         detach(encoder)
         raise
     return detach
@@ -151,21 +151,22 @@ def _detach_vit(own: list[nn.Module], encoder: nn.Module) -> None:
 # SwinTransformer
 
 
-_HOOKED = "an attention of it has hooks, or a forward of its own on the object, which prompts would not pass"
+_HOOKED = "one of its attentions has hooks, or a forward set on the object, which prompts would not pass through"
 
 
 def _shifted_windows(block: nn.Module, x: Tensor) -> Tensor:
-    """timm's ``SwinTransformerBlock._attn`` on normed tokens (B, Hi, Wi, D), whose windows see the prompts of their image.
+    """Compute timm's ``SwinTransformerBlock._attn`` on normed tokens (B, Hi, Wi, D); windows also see the prompts of their image.
 
-    The projections run on the image as it is: what timm rolls, pads and partitions before them is the attention's business.
+    The projections run on the unchanged image: the roll, padding and partition that timm does before them are part of the
+    attention here.
     """
     attention, prefixes = block.attn, prefixes_of(block.attn)
     if not prefixes:
         return type(block)._attn(block, x)
     if not is_plain(attention):
-        raise RuntimeError(f"this Swin Transformer can't take prompts any more: {_HOOKED}; put hooks on the block, qkv or proj")
+        raise RuntimeError(f"this Swin Transformer can't take prompts any more: {_HOOKED}; put the hooks on the block, qkv or proj")
     padded = any(size % window for size, window in zip(x.shape[1:3], block.window_size, strict=True))
-    # padding is zeros behind the norm
+    # padding is zeros after the norm, so its projection is that of zeros
     padding = attention.qkv(x.new_zeros(1, x.shape[-1]))[0].unflatten(-1, (3, attention.num_heads, -1)) if padded else None
     out = window_prompt_attention(
         attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)),
@@ -198,7 +199,7 @@ def _swin_problem(encoder: nn.Module) -> str | None:
             return _HOOKED
     if not hasattr(encoder.head, "global_pool"):
         return (
-            f"its head, which pools, was replaced by {type(encoder.head).__name__}: to drop the classifier call reset_classifier(0)"
+            f"its head, which pools, was replaced by {type(encoder.head).__name__}: call reset_classifier(0) to drop the classifier"
         )
     return problem_of(encoder, encoder.head.global_pool.pool_type)
 
@@ -212,7 +213,7 @@ def _attach_swin(encoder: nn.Module) -> Callable[[nn.Module], None]:
         Front.wrap(encoder)
         for block in _swin_blocks(encoder):
             block._attn = functools.partial(_shifted_windows, block)
-    except BaseException:  # a Ctrl-C too
+    except BaseException:  # including Ctrl-C
         _detach_swin(encoder)
         raise
     return _detach_swin
@@ -229,13 +230,13 @@ def _swin_feature_maps(encoder: nn.Module, inputs: Inputs) -> tuple[Tensor, tupl
 
 
 _SWIN_V2 = (
-    "Swin v2 compares queries and keys by their cosine, with a learned scale for each head, and norms behind its layers, where "
-    "prompts as keys and values have no place of their own; take timm's SwinTransformer"
+    "Swin v2 compares queries and keys by their cosine, with a learned scale for each head, and norms after its layers: prompts "
+    "as keys and values have no defined place there; use timm's SwinTransformer"
 )
 
 
 def patch_grid(encoder: nn.Module, inputs: Inputs) -> tuple[int, int]:
-    """Rows and columns of an image's patches."""
+    """Return the number of rows and columns of an image's patches."""
     return encoder.patch_embed.dynamic_feat_size(inputs["x"].shape[-2:])
 
 
@@ -281,6 +282,6 @@ for _model in (
 for _model in ("FeatureListNet", "FeatureGetterNet", "FeatureHookNet", "FeatureDictNet"):
     refuse_encoder(
         f"timm.models._features.{_model}",
-        "it is a model made with features_only=True; pass the model itself (features_only=False) and ask for "
+        "it is a model created with features_only=True; pass the model itself (features_only=False) and use "
         "feature_maps=True in the forward",
     )

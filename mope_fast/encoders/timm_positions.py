@@ -1,4 +1,4 @@
-"""timm's encoders whose attention tells positions: Eva (EVA-02, DINOv3) rotates patches, Beit has a bias. Prompts have neither."""
+"""timm's encoders with positions in their attention: rotary ones in Eva (EVA-02, DINOv3), a bias in Beit; prompts have neither."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -31,7 +31,7 @@ def _layer(block: nn.Module, attention: nn.Module, width: int) -> PromptedLayer:
 
 
 def _key_and_value_bias(attention: nn.Module) -> tuple[Tensor | None, Tensor | None]:
-    """Apart from the packed projection; that of keys is zero."""
+    """Return the biases of keys and values kept apart from the packed projection, or Nones; that of keys is zero."""
     return (None, None) if getattr(attention, "q_bias", None) is None else (attention.k_bias, attention.v_bias)
 
 
@@ -41,7 +41,7 @@ def _keys_and_values(qkv: nn.Module, k_bias: Tensor | None, v_bias: Tensor | Non
 
 
 def _queries_keys_values(attention: nn.Module, x: Tensor) -> list[Tensor]:
-    """(B, H or Hkv, S, Dh)."""
+    """Return queries, keys and values, each (B, H or Hkv, S, Dh)."""
     if attention.qkv is None:
         parts = [attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)]
     else:
@@ -56,7 +56,7 @@ def _queries_keys_values(attention: nn.Module, x: Tensor) -> list[Tensor]:
 def _rotated(
     attention: nn.Module, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
-    """Eva's attention on its own parameters; the wrapped encoder is in eval mode, where dropout does nothing."""
+    """Compute Eva's attention on its own parameters; a wrapped encoder is in eval mode, so there is no dropout."""
     from timm.layers import apply_rot_embed_cat
 
     prefixes = prefixes_of(attention)
@@ -78,7 +78,7 @@ def _rotated(
 
 
 def _biased(attention: nn.Module, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
-    """BEiT's, likewise."""
+    """Compute BEiT's attention on its own parameters; a wrapped encoder is in eval mode, so there is no dropout."""
     prefixes = prefixes_of(attention)
     if not prefixes:
         return type(attention).forward(attention, x, shared_rel_pos_bias)
@@ -101,9 +101,9 @@ _BLOCKS = ("timm.models.eva.EvaBlock", "timm.models.beit.Block")
 def _problem(encoder: nn.Module) -> str | None:
     for index, block in enumerate(encoder.blocks):
         if method_of(block, "forward").removesuffix(".forward") not in _BLOCKS:
-            return f"its blocks are {type(block).__name__}s; timm's that norm before their attention are supported"
+            return f"its blocks are {type(block).__name__}s; timm's blocks that norm before their attention are supported"
         if method_of(block.attn, "forward").removesuffix(".forward") not in _OURS:
-            return f"the attention of its block {index} is a {type(block.attn).__name__}, which is none of timm's"
+            return f"the attention of its block {index} is a {type(block.attn).__name__}, which is not one of timm's"
         if problem := forward_problem(f"block {index}", block.attn):
             return problem
     return problem_of(encoder, encoder.global_pool)
@@ -116,7 +116,7 @@ def _attach(encoder: nn.Module) -> Callable[[nn.Module], None]:
     )
     try:
         Front.wrap(encoder)
-    except BaseException:  # a Ctrl-C too
+    except BaseException:  # including Ctrl-C
         detach(encoder)
         raise
     return detach

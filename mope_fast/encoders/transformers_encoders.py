@@ -1,4 +1,4 @@
-"""transformers' encoders, as rows of facts: where a layer's attention, norm and projections are, and how its tokens are pooled."""
+"""transformers' encoders, one entry each: where a layer's attention, norm and projections are, and how tokens are pooled."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -30,7 +30,10 @@ Layers = Callable[[nn.Module], Sequence[PromptedLayer]]
 def layers_at(
     layers: str, *, attention: str, keys: str, values: str | None = None, norm: str | None = None, key_norm: str | None = None
 ) -> Layers:
-    """Facts of an encoder's layers by the names of its modules; see :func:`register_transformers_encoder`."""
+    """Return a function that collects the facts of an encoder's layers by the names of its modules.
+
+    For the arguments see :func:`register_transformers_encoder`.
+    """
     return functools.partial(_layers_at, layers, attention, keys, values, norm, key_norm)
 
 
@@ -55,7 +58,7 @@ def _layers_at(
 
 
 def _norm_at(layer: nn.Module, name: str | None) -> nn.Module | None:
-    """None for the identity too, as ModernBERT's first layer has."""
+    """Return the norm of this name; None without a name or for an identity, which ModernBERT's first layer has."""
     norm = None if name is None else layer.get_submodule(name)
     return None if isinstance(norm, nn.Identity) else norm
 
@@ -75,29 +78,29 @@ def register_transformers_encoder(
     pooling: str | None = None,
     **facts: Any,
 ) -> None:
-    """Register an encoder of transformers whose layers call its attention interface; prompts then enter without more code.
+    """Register an encoder of transformers whose layers call its attention interface; it then takes prompts without more code.
 
-    Call it where the encoder is made, in every process. :func:`mope_fast.check_encoder` tells whether the facts are right.
+    Call it where the encoder is created, in every process. :func:`mope_fast.check_encoder` checks whether the facts are right.
 
     Args:
-        name: of the family, for messages and saved files.
+        name: name of the family, used in messages and saved files.
         model: the class, or its full name, "package.module.Class".
-        like: a registered family; what isn't given here is as there.
-        layers: name of the list of layers within the encoder, "encoder.layer"; or a function, encoder -> facts of its layers.
+        like: name of a registered family, whose facts are used for every argument that is not given here.
+        layers: name of the list of layers within the encoder, as "encoder.layer"; or a function, encoder -> facts of its layers.
         attention: name, within a layer, of the module that calls the interface.
-        keys, values: names, within a layer, of the projections to keys and values. ``keys`` alone gives queries, keys and values
-            side by side.
-        norm: name of the norm between a layer's input and these; None for a post-norm layer. Like the other names it goes with that
-            of ``layers``: with ``like`` give all of them or none.
-        key_norm: name of a norm of keys behind the projection.
+        keys, values: names, within a layer, of the projections to keys and values. Without ``values``, ``keys`` names a packed
+            projection to queries, keys and values.
+        norm: name, within a layer, of the norm between the layer's input and these projections; None for a post-norm layer. The
+            names within a layer belong to the name in ``layers``: with ``like`` give all of them or none.
+        key_norm: name, within a layer, of a norm that is applied to keys after the projection; None for no such norm.
         input_name: the keyword that a bare tensor is passed as: "input_ids", "pixel_values", ...
-        pooling: how the feature and the router pool tokens: "cls", "mean" (over real tokens) or "last" (real token).
+        pooling: how the feature and the router pool tokens: "cls", "mean" (over real tokens) or "last" (last real token).
         facts: other fields of :class:`EncoderFamily`: ``problem``, ``run``, ``feature``, ``tokens``, ``pools``, ...
 
     Raises:
-        ValueError: neither ``like`` nor the layers, ``input_name`` and ``pooling``; names of a layer's modules without that of the
-            list of layers; or an unknown pooling.
-        RuntimeError: ``like`` is no family.
+        ValueError: neither ``like`` nor all of the layers, ``input_name`` and ``pooling`` are given; a layer's modules are named
+            without the name of the list of layers; or the pooling is unknown.
+        RuntimeError: ``like`` is not a registered family.
 
     Examples:
         >>> register_transformers_encoder("electra", ElectraModel, like="bert")
@@ -109,13 +112,13 @@ def register_transformers_encoder(
     names = {"attention": attention, "keys": keys, "values": values, "norm": norm, "key_norm": key_norm}
     if (given := [fact for fact, value in names.items() if value is not None]) and not isinstance(layers, str):
         raise ValueError(
-            f"{', '.join(given)} can't be told without the name of the list of layers: give layers='encoder.layer' too"
+            f"{', '.join(given)} can't be found without the name of the list of layers: pass layers='encoder.layer' too"
         )
     full_name = model if isinstance(model, str) else f"{model.__module__}.{model.__qualname__}"
     given = {**({} if input_name is None else {"input_name": input_name}), **facts}
     if isinstance(layers, str):
         if attention is None or keys is None:
-            raise ValueError("register_transformers_encoder needs attention and keys beside the name of the layers")
+            raise ValueError("register_transformers_encoder needs attention and keys together with the name of the layers")
         layers = layers_at(layers, attention=attention, keys=keys, values=values, norm=norm, key_norm=key_norm)
     if layers is not None:
         given["layers"] = layers
@@ -168,7 +171,7 @@ def _pooler_output(encoder: nn.Module, output: Any, inputs: Inputs) -> Tensor:
 
 
 def _pooled(pool: Callable[[nn.Module, Inputs], Pool]) -> dict[str, Any]:
-    """One pool for the router and the feature."""
+    """Use one pool for the router and the feature."""
     return {"pool": pool, "feature": functools.partial(_pooled_tokens, pool)}
 
 
@@ -199,7 +202,7 @@ def _dinov2_layers(encoder: nn.Module) -> Sequence[PromptedLayer]:
 
 def _clip_text_pool(encoder: nn.Module, inputs: Inputs) -> Pool:
     ids = inputs["input_ids"]
-    # as CLIPTextModel finds it: in old configurations the end of text is the largest id, not eos_token_id
+    # found as in CLIPTextModel: in old configurations the end of text is the largest id, not eos_token_id
     return token_at((ids if encoder.config.eos_token_id == 2 else ids == encoder.config.eos_token_id).int().argmax(1))
 
 
@@ -210,7 +213,7 @@ def _patch_grid(encoder: nn.Module, inputs: Inputs) -> tuple[int, int]:
 
 
 def _clip_vision_tokens(encoder: nn.Module, output: Any, inputs: Inputs) -> Tensor:
-    # transformers norms the class token alone
+    # transformers applies this norm to the class token only
     return encoder.post_layernorm(output.last_hidden_state)
 
 
@@ -232,7 +235,7 @@ def _wav2vec2_pool(encoder: nn.Module, inputs: Inputs) -> Pool:
     frames = inputs["input_values"].shape[1]
     for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
         frames = (frames - kernel) // stride + 1
-    # the adapter, which only wav2vec2 can have, shortens the sequence behind the last layer
+    # the adapter, which only wav2vec2 can have, shortens the sequence after the last layer
     no_adapter = {"add_adapter": False} if _has_adapter(encoder) else {}
     return masked_mean(_real_frames(encoder, frames, mask, **no_adapter))
 
@@ -244,7 +247,7 @@ def _wav2vec2_feature(encoder: nn.Module, output: Any, inputs: Inputs) -> Tensor
 
 def _attach_wav2vec2(attach_layers: Callable[[nn.Module], Any], encoder: nn.Module) -> Callable[[nn.Module], None]:
     detach = attach_layers(encoder)
-    # the library's own sets ones through an index, which copies them from the host, and that waits for the device
+    # transformers' own method sets ones through an index: it copies them from the host, which waits for the device
     encoder._get_feature_vector_attention_mask = functools.partial(_real_frames, encoder)
     return functools.partial(_detach_wav2vec2, detach)
 
@@ -255,7 +258,7 @@ def _detach_wav2vec2(detach: Callable[[nn.Module], None], encoder: nn.Module) ->
 
 
 def _real_frames(encoder: nn.Module, frames: int, mask: Tensor, add_adapter: bool | None = None) -> Tensor:
-    """Which of the frames see real samples only, (B, frames) bool."""
+    """Return (B, frames) bool, True for frames that see real samples only."""
     more = {} if add_adapter is None else {"add_adapter": add_adapter}
     lengths = encoder._get_feat_extract_output_lengths(mask.sum(-1), **more)
     return torch.arange(frames, device=mask.device) < lengths[:, None]
@@ -273,7 +276,7 @@ def _decoder_run(encoder: nn.Module, inputs: Inputs) -> Any:
     given = {name: value for name, value in inputs.items() if value is not None}
     tokens = given.get("input_ids", given.get("inputs_embeds"))
     if tokens is not None and not {"attention_mask", "position_ids", "past_key_values"} & set(given):
-        # without a mask transformers looks for padding and for packed sequences, and waits for the device to tell
+        # without a mask transformers looks for padding and for packed sequences, which waits for the device
         inputs = {**inputs, "attention_mask": tokens.new_ones(tokens.shape[:2], dtype=torch.bool)}
     return encoder(**{"use_cache": False, **inputs})
 
@@ -283,7 +286,7 @@ def _register(name: str, model: str, module: str | None = None, **facts: Any) ->
 
 
 def _full_name(module: str, model: str) -> str:
-    """Of a model in the file that is named after its folder, or in the one that ``module`` names."""
+    """Return the full name of a model in the file named after its folder, or in the file that ``module`` names."""
     file = module if "." in module else f"{module}.modeling_{module}"
     return f"transformers.models.{file}.{model}"
 
@@ -359,7 +362,7 @@ def _beit_pool(encoder: nn.Module, inputs: Inputs) -> Pool:
 
 
 def _beit_tokens(encoder: nn.Module, output: Any, inputs: Inputs) -> Tensor:
-    # with mean pooling transformers norms the mean alone
+    # with mean pooling transformers applies the norm to the mean only
     norm = encoder.pooler.layernorm if encoder.config.use_mean_pooling else nn.Identity()
     return norm(output.last_hidden_state)
 
@@ -383,7 +386,9 @@ def _gemma3_pool(encoder: nn.Module, inputs: Inputs) -> Pool:
 def _gemma2_problem(encoder: nn.Module) -> str | None:
     cap = encoder.config.attn_logit_softcapping
     return (
-        None if cap is None else f"its attention caps its products (attn_logit_softcapping={cap}), which prompts' keys can't join"
+        None
+        if cap is None
+        else f"its attention caps its logits (attn_logit_softcapping={cap}), which attention with prompts does not support"
     )
 
 
@@ -401,7 +406,7 @@ def _siglip2_feature(encoder: nn.Module, output: Any, inputs: Inputs) -> Tensor:
 
 def _attach_siglip2(encoder: nn.Module) -> Callable[[nn.Module], None]:
     config, detach = encoder.config, attach(encoder)
-    if encoder.use_head:  # it makes a mask of its own, for another attention
+    if encoder.use_head:  # the head builds its own mask, for another attention implementation
         encoder.head.config = config
     return detach
 
@@ -500,25 +505,25 @@ _WAVLM = replace_in("encoder.layers", "attention", "torch_multi_head_self_attent
 _register("wavlm", "WavLMModel", like="wav2vec2", setup=nothing, attach=functools.partial(_attach_wav2vec2, _WAVLM))
 
 _NO_INTERFACE = "its attention doesn't go through transformers' attention interface, where prompts enter"
-_ONE_MODULE = "its layers are one module that is called again and again, and each layer needs prompts of its own"
-_LOCAL = "its attention is computed in blocks, where keys that every token sees have no place"
-_BY_CONTENT = f"{_NO_INTERFACE}, and its bias is made of content and distance, which a prompt has none of"
+_ONE_MODULE = "its layers are one module that is called repeatedly, and each layer needs prompts of its own"
+_LOCAL = "its attention is computed in blocks, which have no keys that every token sees"
+_BY_CONTENT = f"{_NO_INTERFACE}, and its bias depends on content and distance, but a prompt has no distance"
 _CONVOLUTIONS = (
-    "convolutions within its layers mix neighbouring places, so a prompt before the tokens would reach them past the attention"
+    "convolutions within its layers mix neighbouring positions, so a prompt before the tokens would reach them around the attention"
 )
 for _module, _models, _reason in (
     ("albert", ("AlbertModel",), _ONE_MODULE),
     ("big_bird", ("BigBirdModel",), _LOCAL),
-    ("clap", ("ClapAudioModel", "ClapAudioEncoder"), "it attends in windows of an image, as Swin; take timm's SwinTransformer"),
+    ("clap", ("ClapAudioModel", "ClapAudioEncoder"), "it attends in windows of an image, like Swin; use timm's SwinTransformer"),
     ("convbert", ("ConvBertModel",), _CONVOLUTIONS),
-    ("data2vec.modeling_data2vec_vision", ("Data2VecVisionModel",), f"{_NO_INTERFACE}; take BeitModel"),
+    ("data2vec.modeling_data2vec_vision", ("Data2VecVisionModel",), f"{_NO_INTERFACE}; use BeitModel"),
     ("deberta", ("DebertaModel",), _BY_CONTENT),
     ("deberta_v2", ("DebertaV2Model",), _BY_CONTENT),
     ("longformer", ("LongformerModel",), _LOCAL),
     ("t5", ("T5Model", "T5ForConditionalGeneration", "T5Stack"), "its encoder alone takes prompts; load T5EncoderModel"),
     ("umt5", ("UMT5Model", "UMT5ForConditionalGeneration", "UMT5Stack"), "its encoder alone takes prompts; load UMT5EncoderModel"),
-    ("swin", ("SwinModel",), "its attention is given windows, not the image that they are of; take timm's SwinTransformer"),
-    ("timesformer", ("TimesformerModel",), f"{_NO_INTERFACE}, and it attends to time and space in turn; take VideoMAEModel"),
+    ("swin", ("SwinModel",), "its attention gets windows, not the image that they belong to; use timm's SwinTransformer"),
+    ("timesformer", ("TimesformerModel",), f"{_NO_INTERFACE}, and it attends to time and space in turn; use VideoMAEModel"),
     ("wav2vec2_bert", ("Wav2Vec2BertModel",), _CONVOLUTIONS),
     ("wav2vec2_conformer", ("Wav2Vec2ConformerModel",), _CONVOLUTIONS),
 ):  # fmt: skip

@@ -1,4 +1,4 @@
-"""Encoders of transformers whose attention doesn't go through its interface: one of ours in the place of its product."""
+"""Encoders of transformers whose attention doesn't go through its attention interface: replace the method that computes it."""
 
 import functools
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from .replaced import replace_methods
 
 
 def replace_in(layers: str, attention: str, method: str, ours: Callable[..., Any]) -> Callable[[nn.Module], Any]:
-    """What attaches: in each of the layers ``ours``, called with the attention module first, in the place of its method."""
+    """Return an ``attach`` that replaces, in each layer, a method of its attention by ``ours``, called with the attention first."""
     return functools.partial(_attach, layers, attention, method, ours)
 
 
@@ -28,7 +28,7 @@ def mpnet_attention(
     output_attentions: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor | None, ...]:
-    """``MPNetSelfAttention.forward``; its mask (B, 1, 1, S) is 0 where a token is real."""
+    """Compute ``MPNetSelfAttention.forward`` with prompts; its mask (B, 1, 1, S) is 0 for a real token."""
     if not (prefixes := prefixes_of(attention)):
         return type(attention).forward(attention, hidden_states, attention_mask, position_bias, output_attentions, **kwargs)
     heads = (-1, attention.attention_head_size)
@@ -42,7 +42,7 @@ def mpnet_attention(
 def wavlm_attention(
     attention: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None, gated_position_bias: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """``WavLMAttention.torch_multi_head_self_attention``; its bias (B * H, S, S) is gated by what a query holds."""
+    """Compute ``WavLMAttention.torch_multi_head_self_attention`` with prompts; its bias (B * H, S, S) is gated by the query."""
     if not (prefixes := prefixes_of(attention)):
         own = type(attention).torch_multi_head_self_attention
         return own(attention, hidden_states, attention_mask, gated_position_bias)

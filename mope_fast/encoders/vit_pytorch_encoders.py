@@ -1,4 +1,4 @@
-"""vit-pytorch's ViT: its attention, on its own parameters, sees prompts too."""
+"""vit-pytorch's ViT: its attention, on its own parameters, also attends to prompts."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -38,7 +38,7 @@ def _problem(encoder: nn.Module) -> str | None:
 
 
 def _attention(attention: nn.Module, x: Tensor) -> Tensor:
-    """vit-pytorch's ``Attention.forward``; the wrapped encoder is in eval mode, where its dropout does nothing."""
+    """Compute vit-pytorch's ``Attention.forward`` with prompts; a wrapped encoder is in eval mode, so there is no dropout."""
     prefixes = prefixes_of(attention)
     if not prefixes:
         return type(attention).forward(attention, x)
@@ -63,7 +63,7 @@ def _feature(encoder: nn.Module, output: Tensor, inputs: Inputs) -> Tensor:
 
 def _by_class_token(encoder: nn.Module, inputs: Inputs) -> Pool:
     if not len(encoder.cls_token):
-        raise ValueError("pooling is 'cls', but this ViT has no class token: take 'mean' or None")
+        raise ValueError("pooling is 'cls', but this ViT has no class token: use 'mean' or None")
     return first_token
 
 

@@ -1,4 +1,4 @@
-"""Which weights an encoder has: a few numbers of each of its tensors, small enough to be kept in every save."""
+"""Identify an encoder's weights by a few numbers of each tensor, few enough to be kept in every save."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -9,18 +9,18 @@ from torch import Tensor, nn
 from .prompted import PromptedEncoder
 
 SAMPLED = 8
-"""Numbers of each tensor."""
+"""How many numbers are sampled from each tensor."""
 _TOLERANCE = {"rtol": 2.0**-7, "atol": 1e-7}
-"""Of a number that was rounded to bfloat16, and perhaps to float16 before."""
+"""Tolerance for a number that was rounded to bfloat16, and perhaps to float16 before that."""
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 Samples = dict[str, dict[str, str]]
-"""Name -> numbers as hexadecimal bfloat16, under "needed" and "others": of an encoder's layers, and of what it may have or not
-(a head, a pooler)."""
+"""Parameter name -> its numbers as hexadecimal bfloat16, in two groups: "needed" for an encoder's layers, "others" for parts that
+it may or may not have (a head, a pooler)."""
 
 
 def plain_name(key: str) -> str:
-    """Without what torch.compile and torch's checkpoint wrapper put into names of modules inside a model."""
+    """Remove the prefixes that torch.compile and torch's checkpoint wrapper add to names of modules inside a model."""
     for wrapper in _WRAPPERS:
         key = key.replace(wrapper, "")
     return key
@@ -28,14 +28,14 @@ def plain_name(key: str) -> str:
 
 @torch.no_grad()
 def sample_weights(part: nn.Module, layers: Sequence[nn.Module] | None = None) -> Samples | None:
-    """Numbers of each parameter, the same for an encoder that is wrapped or not, wherever it is and in whatever precision.
+    """Sample numbers of each parameter; they don't depend on whether the encoder is wrapped, on its device or on its precision.
 
     Args:
         part: a :class:`PromptedEncoder`, or any module.
-        layers: whose parameters are needed; default: of a PromptedEncoder its layers', of any other module every one.
+        layers: the modules whose parameters go under "needed"; default: the layers of a PromptedEncoder, all of any other module.
 
     Returns:
-        None where they can't be read cheaply: sharded, quantised, or without storage.
+        The samples, or None if the parameters can't be read cheaply: sharded, quantised, or without storage.
     """
     encoder = part.encoder if isinstance(part, PromptedEncoder) else part
     if layers is None:
@@ -52,20 +52,20 @@ def sample_weights(part: nn.Module, layers: Sequence[nn.Module] | None = None) -
 
 
 def _on_host(tensors: list[Tensor]) -> Iterable[Tensor]:
-    """All of one device at once."""
+    """Copy the tensors to the host, all tensors of one device in one copy."""
     groups = [list(group) for _, group in itertools.groupby(tensors, key=lambda tensor: tensor.device)]
     return itertools.chain.from_iterable(torch.cat(group).cpu().split([len(tensor) for tensor in group]) for group in groups)
 
 
 def differences(saved: Samples, own: Samples) -> list[str]:
-    """What tells one encoder's weights from another's, beyond rounding to half precision; nothing where they are the same."""
-    found = [f"{name} is not here" for name in saved["needed"] if name not in own["needed"]]
-    found += [f"{name} was not there" for name in own["needed"] if name not in saved["needed"]]
+    """Describe how two encoders' weights differ, beyond rounding to half precision; an empty list if they are the same."""
+    found = [f"{name} is missing" for name in saved["needed"] if name not in own["needed"]]
+    found += [f"{name} is new" for name in own["needed"] if name not in saved["needed"]]
     for kind, tensors in own.items():
         for name in tensors.keys() & saved[kind].keys():
             before, now = _numbers(saved[kind][name]), _numbers(tensors[name])
             if len(before) != len(now):
-                found.append(f"{name} is of another size")
+                found.append(f"{name} has another size")
             elif len(other := (~torch.isclose(now, before, **_TOLERANCE)).nonzero()):
                 index = other[0].item()
                 found.append(f"{name} has {now[index].item():.4g}, had {before[index].item():.4g}")

@@ -130,7 +130,7 @@ def test_a_configuration_says_how_its_feature_is_pooled(name, settings):
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("gemma2", lambda e: setattr(e.config, "attn_logit_softcapping", 50.0), "caps its products"),
+        ("gemma2", lambda e: setattr(e.config, "attn_logit_softcapping", 50.0), "caps its logits"),
         ("open_clip_text", lambda e: e.set_grad_checkpointing(True), "gradient checkpointing is on"),
         (
             "torchvision_vit",
@@ -347,9 +347,9 @@ def test_an_encoder_by_names_of_its_modules(register):
     ("facts", "message"),
     [
         ({"layers": "layers", "attention": "attn", "keys": "qkv"}, "needs like=, or input_name, pooling"),
-        ({"layers": "layers"}, "needs attention and keys beside the name of the layers"),
+        ({"layers": "layers"}, "needs attention and keys together with the name of the layers"),
         ({"like": "bert", "pooling": "first"}, r"pooling must be one of \['cls', 'mean', 'last'\], got 'first'"),
-        ({"like": "bert", "norm": "attention.ln"}, "norm can't be told without the name of the list of layers"),
+        ({"like": "bert", "norm": "attention.ln"}, "norm can't be found without the name of the list of layers"),
         ({"like": "elmo"}, "the encoder family 'elmo' is not registered"),
     ],
 )

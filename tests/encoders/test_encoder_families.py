@@ -159,7 +159,7 @@ def test_a_familys_own_objection_is_passed_on(family):
 def test_unsupported_encoder_is_told_which_part_would_do(family):
     outer = nn.Module()
     outer.add_module("backbone", Encoder())
-    with pytest.raises(TypeError, match=r"torch's Module is not a supported encoder: its part \.backbone is supported, pass that"):
+    with pytest.raises(TypeError, match=r"torch's Module is not a supported encoder: its submodule \.backbone is supported"):
         PromptedEncoder(outer)
 
 
@@ -175,7 +175,7 @@ def test_the_family_of_the_most_specific_class_wins_and_of_two_the_later(family)
 
 
 def test_only_families_are_registered():
-    with pytest.raises(TypeError, match="register_encoder takes an EncoderFamily, got str"):
+    with pytest.raises(TypeError, match="register_encoder expects an EncoderFamily, got str"):
         register_encoder("bert")
 
 

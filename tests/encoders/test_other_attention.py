@@ -56,5 +56,5 @@ def test_an_attention_that_asks_for_a_window_which_its_mask_lacks_is_refused():
 def test_what_else_changes_attention_is_refused(name):
     q = torch.randn(2, 4, 5, 8)
     assert adapters._attention(nn.Identity(), q, q, q, None, **{name: None})[0].shape == (2, 5, 4, 8)
-    with pytest.raises(ValueError, match=f"Identity asks for {name}, "):
+    with pytest.raises(ValueError, match=f"Identity passes {name}, "):
         adapters._attention(nn.Identity(), q, q, q, None, **{name: 3.0})

@@ -133,10 +133,10 @@ def test_an_encoder_that_came_wrapped_keeps_its_poolings():
     ("family", "poolings", "message"),
     [
         ("bert", {"pooling": "max"}, r"pooling of bert must be one of \[None, 'cls', 'mean', 'last'\]"),
-        ("bert", {"pooling": "cls+max"}, r"None for its own, or several, 'cls\+mean', got 'cls\+max'"),
+        ("bert", {"pooling": "cls+max"}, r"None for its default, or several, 'cls\+mean', got 'cls\+max'"),
         ("bert", {"pooling": "cls+cls"}, r"got 'cls\+cls'"),
         ("bert", {"router_pooling": "cls+mean"}, r"router_pooling of bert must be one of"),
-        ("gpt2", {"router_pooling": "cls"}, r"router_pooling of gpt2 must be one of \[None, 'mean', 'last'\], None for its own"),
+        ("gpt2", {"router_pooling": "cls"}, r"router_pooling of gpt2 must be one of \[None, 'mean', 'last'\], None for its"),
         ("wav2vec2", {"pooling": "cls"}, r"pooling of wav2vec2 must be one of \[None\]"),
     ],
 )
@@ -150,7 +150,7 @@ def test_a_pooling_that_a_family_does_not_have_is_refused(family, poolings, mess
 def test_timms_feature_is_pooled_by_the_model_and_the_routers_view_as_asked():
     settings = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4, "reg_tokens": 2}
     vit = timm.models.vision_transformer.VisionTransformer(num_classes=0, **settings).eval()
-    with pytest.raises(ValueError, match=r"must be one of \[None\], None for its own, got 'mean'; .*global_pool='avg'"):
+    with pytest.raises(ValueError, match=r"must be one of \[None\], None for its default, got 'mean'; .*global_pool='avg'"):
         PromptedEncoder(vit, pooling="mean")
     seen = []
 
@@ -168,7 +168,7 @@ def test_poolings_side_by_side(tmp_path):
     expected = torch.cat([encode(dinov2, inputs, "cls"), encode(dinov2, inputs, "mean")], dim=1)
     close(encode(dinov2, inputs, "cls+mean"), expected)
     close(encode(dinov2, **inputs, pooling="cls+mean"), expected)
-    with pytest.raises(TypeError, match="encode takes inputs"):
+    with pytest.raises(TypeError, match="encode takes either inputs"):
         encode(dinov2)
     cache = FeatureCache(tmp_path / "cache", dinov2, pooling="cls+mean")
     assert cache.feature_width == expected.shape[1]

@@ -166,7 +166,7 @@ def test_a_hook_that_comes_later_is_not_passed_by_in_silence():
     encoder = make_encoder("swin")
     model, images, cross = make_fusion(encoder), make_images(2, "swin", {}), make_cross(2)
     handle = encoder.layers[0].blocks[1].attn.register_forward_hook(lambda module, args, out: 0 * out)
-    with pytest.raises(RuntimeError, match="can't take prompts any more: an attention of it has hooks"):
+    with pytest.raises(RuntimeError, match="can't take prompts any more: one of its attentions has hooks"):
         model(images, cross)
     handle.remove()
     model(images, cross)
@@ -195,7 +195,7 @@ def test_padding_asks_a_projection_of_any_kind():
 
 def test_a_model_made_for_feature_maps_only_is_told_of_ours():
     model = timm.create_model("swin_tiny_patch4_window7_224", features_only=True, embed_dim=8, num_heads=(1, 1, 1, 1))
-    with pytest.raises(TypeError, match=r"not supported: it is a model made with features_only=True; .* feature_maps=True"):
+    with pytest.raises(TypeError, match=r"not supported: it is a model created with features_only=True; .* feature_maps=True"):
         make_fusion(model)
 
 
@@ -539,12 +539,12 @@ REFUSED = {
     "own block": (lambda: make_encoder("vit", block_fn=OwnBlock), "its blocks are OwnBlocks; timm's plain Block is supported"),
     "differential": (
         lambda: make_encoder("vit", attn_layer="diff"),
-        "plain Attention is supported, that of its block 0 is not: DiffAttention has .*sub_norm",
+        "plain Attention is supported, but that of its block 0 is not: DiffAttention has .*sub_norm",
     ),
     "rotary": (lambda: make_encoder("vit", attn_layer=layers.AttentionRope), "AttentionRope.forward takes rope, which"),
     "hooked": (with_hook, "that of its block 1 is not: Attention has hooks"),
-    "hooked windows": (with_hook_on_windows, "an attention of it has hooks, or a forward of its own"),
-    "own shift": (with_own_shift, "an attention of it has hooks, or a forward of its own"),
+    "hooked windows": (with_hook_on_windows, "one of its attentions has hooks, or a forward set on"),
+    "own shift": (with_own_shift, "one of its attentions has hooks, or a forward set on"),
     "no block": (without_a_block, "it has a Identity in place of timm's SwinTransformerBlock"),
     "own shifting block": (with_own_shifting_block, "a ShiftingBlock in place of timm's SwinTransformerBlock"),
     "own window attention": (with_own_window_attention, "a OwnWindowAttention in place of timm's WindowAttention"),

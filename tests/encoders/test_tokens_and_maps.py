@@ -107,7 +107,7 @@ def test_without_prompts_and_where_there_is_no_map():
     images = tiny_timm.make_images(2, "vit", {})
     close(PromptTuned(encoder, 0).double()(images, tokens=True).tokens, encoder.forward_features(images))
     bert = BertModel(BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=40))
-    with pytest.raises(ValueError, match=r"bert has no feature maps: they are there for .*timm_swin.* dinov2, "):
+    with pytest.raises(ValueError, match=r"bert has no feature maps; families that have them: .*timm_swin.* dinov2, "):
         PromptTuned(bert, 2)(make_ids(), feature_maps=True)
     with pytest.raises(ValueError, match="returns logits, no feature maps and no tokens"):
         PromptTuned(BertModel(bert.config), 2, 3, return_logits=True)(make_ids(), tokens=True)

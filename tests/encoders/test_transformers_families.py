@@ -370,7 +370,7 @@ def test_both_halves_of_clip_can_be_fused():
 )
 def test_a_whole_model_is_refused_with_the_name_of_the_part_to_pass(name, model, part):
     encoder = make_clip() if name == "clip" else whole(name, model)[0]
-    with pytest.raises(TypeError, match=rf"{model.__name__} is not a supported encoder: its part \.{part} is supported, pass that"):
+    with pytest.raises(TypeError, match=rf"{model.__name__} is not a supported encoder: its submodule \.{part} is supported"):
         PromptedEncoder(encoder)
 
 

@@ -82,7 +82,7 @@ def replaced(part):
     [
         (lambda: make_vit(num_classes=3), "set mlp_head = None on it"),
         (lambda: replaced("attention"), "the attention of its layer 1 is a Identity"),
-        (lambda: replaced("forward"), "the attention of its layer 1 has a forward of its own"),
+        (lambda: replaced("forward"), "the attention of its layer 1 has a forward set on the object"),
     ],
 )
 def test_what_can_not_take_prompts_says_why(make, message):

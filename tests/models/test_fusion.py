@@ -279,7 +279,7 @@ def test_autocast_keeps_scores_and_loss_in_float32():
         (
             lambda: MoPEFusion(BertForSequenceClassification(make_bert(num_hidden_layers=1).config)),
             TypeError,
-            r"transformers' BertForSequenceClassification is not a supported encoder: its part \.bert is supported, pass that",
+            r"transformers' BertForSequenceClassification is not a supported encoder: its submodule \.bert is supported, pass that",
         ),
         (lambda: make_fusion(make_bert(is_decoder=True)), TypeError, "it is a decoder .*load it with is_decoder=False"),
         (lambda: make_fusion("bert", None), ValueError, r"can't be inferred: set MoPEConfig\(cross_dim=...\)"),

@@ -102,9 +102,7 @@ def test_a_changed_layer_and_a_black_box_count_too(tmp_path):
     MoPEFusion(bert(), black, 3, MoPEConfig(**SETTINGS, cross_dim=20)).save_pretrained(tmp_path)
     changed = bert()
     changed.encoder.layer[0].output.dense = LoRA(changed.encoder.layer[0].output.dense)
-    names = (
-        r"encoder.layer.0.output.dense.base_layer.bias was not there; .*; encoder.layer.0.output.dense.bias is not here and 2 more"
-    )
+    names = r"encoder.layer.0.output.dense.base_layer.bias is new; .*; encoder.layer.0.output.dense.bias is missing and 2 more"
     with pytest.warns(UserWarning, match=names):
         MoPEFusion.from_pretrained(tmp_path, changed, copy.deepcopy(black))
     with torch.no_grad():

@@ -70,7 +70,7 @@ def test_lora_in_the_encoder_before_prompts_is_frozen_until_it_is_asked_for(tmp_
     inputs, bert = make_inputs(), make_bert()
     plain = copy.deepcopy(bert)
     lora = get_peft_model(bert, LoraConfig(**LORA))
-    with pytest.raises(TypeError, match=r"peft's PeftModel is not a supported encoder: its part \.base_model\.model is supported"):
+    with pytest.raises(TypeError, match=r"PeftModel is not a supported encoder: its submodule \.base_model\.model is supported"):
         make_model(lora)
     model = make_model(lora.get_base_model())
     model.leave_frozen_out_of_state_dict()

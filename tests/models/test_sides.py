@@ -396,7 +396,7 @@ def both_trained_and_held(bag):
         (lambda: {"a.b": None}, "a side can't be called 'a.b'"),
         (lambda: {3: None}, "names of complementary sides must be strings, got 3"),
         (lambda: Side(None, width=3), "is a Side without a name: give it one"),
-        (lambda: dict.fromkeys("ab", make_dinov2()), "already takes prompts from another model, or another side of this one"),
+        (lambda: dict.fromkeys("ab", make_dinov2()), "already takes prompts from another model, or from another side of this one"),
         (lambda: {"a": 3}, r"complementary\['a'\] must be a supported encoder, a callable or None, got int"),
         (lambda: {"a": None}, r"the width of the feature of \['a'\] can't be inferred"),
         (lambda: {"a": Side(make_dinov2(), width=3)}, "Side.width of 'a' is 3, but Dinov2Model gives features of width 48"),

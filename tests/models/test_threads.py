@@ -99,7 +99,7 @@ def test_a_forward_within_a_forward_of_the_same_model_is_an_error(served, where)
     encoder = model.main.encoder
     module = {"encoder": encoder, "first layer": encoder.encoder.layer[0], "second layer": encoder.encoder.layer[1]}[where]
     hook = module.register_forward_pre_hook(lambda *args: model(*requests[1]))
-    with pytest.raises(RuntimeError, match="is in a forward that called it again"):
+    with pytest.raises(RuntimeError, match="was called again from within its own forward"):
         model(*requests[0])
     hook.remove()
     assert torch.equal(model(*requests[0]).logits, expected[0])
@@ -377,7 +377,7 @@ def test_a_notebook_cell_that_runs_twice_has_a_way_on():
     unwrap_encoder(other)
     again, inputs = make_fusion(encoder, other), (make_text(3), make_images(3))
     expected = again(*inputs).logits
-    with pytest.raises(RuntimeError, match="was unwrapped and has given its encoder back"):
+    with pytest.raises(RuntimeError, match="was unwrapped and its encoder was restored"):
         model(*inputs)
     model.unwrap()
     del model

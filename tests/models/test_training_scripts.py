@@ -381,7 +381,7 @@ def test_layers_that_others_checkpoint_without_gradients_are_an_error():
     forward = block.forward
     block.forward = lambda *args: torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=True)
     images = make_pictures().requires_grad_()
-    with pytest.raises(RuntimeError, match="layer 0 of this VisionTransformer runs without gradients in a forward that takes them"):
+    with pytest.raises(RuntimeError, match="layer 0 of this VisionTransformer runs with gradients disabled in a forward"):
         model(images)
     with torch.no_grad():
         model(images)
