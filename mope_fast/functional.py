@@ -210,8 +210,8 @@ def window_prompt_attention(
         window_size: side of the windows, or (height, width), in tokens. Images of any size are padded at the bottom and right.
         shift_size: at least 0 and less than ``window_size``; an int, or (height, width). If it is not 0, tokens from different
             sides of the image meet in the last windows: -100 is added between them, as in Swin. (With "cpu" and "sdpa" on a CPU,
-            such tokens don't see each other at all in 32 bits or fewer, because exp(-100) is a denormal number there. The result is the
-            same, unless a masked product is more than 80 above all others.)
+            such tokens don't see each other at all in 32 bits or fewer, because exp(-100) is a denormal number there. The result is
+            the same, unless a masked product is more than 80 above all others.)
         pad_qkv: (3, H, Dh), the values of q, k and v at padding positions, which are not masked. timm pads before the projection,
             so they are the projection's bias. None for zeros. Gets a gradient if it requires one.
         scale: factor of the products; default ``Dh ** -0.5``.
