@@ -145,9 +145,7 @@ def _why_attention_is_not_first(problem: Problem) -> str | None:
     if (reason := _why_not_first(problem)) is not None or problem.masked:
         return reason
     if problem.keys > TRITON_KEYS:
-        return (
-            f"impl='auto' leaves more than {TRITON_KEYS} keys without a mask tensor to torch's kernels, which are designed for them"
-        )
+        return f"impl='auto' leaves more than {TRITON_KEYS} keys without a mask tensor to torch's kernels, which are made for them"
     if problem.dtype == torch.float32:
         return "impl='auto' leaves float32 without a mask tensor to torch's kernels until a GPU has shown which is faster"
     return None

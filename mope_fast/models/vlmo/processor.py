@@ -111,7 +111,9 @@ def _images(images: Any) -> list[Any]:
                 raise ValueError(f"an image of shape {tuple(array.shape)} could have its channels first or last: pass a PIL image")
             image = fromarray(np.ascontiguousarray(array.transpose(1, 2, 0) if array.shape[0] == 3 else array))
         elif not isinstance(image, Image):
-            raise TypeError(f"images must be PIL images, arrays or tensors, got {type(image).__name__}: open files with PIL.Image")
+            raise TypeError(
+                f"images must be PIL images, arrays or tensors, got {type(image).__name__}: open files with PIL.Image"
+            )
         pictures.append(image)
     if not pictures:
         raise ValueError("VLMoProcessor got no image: expected at least one")
