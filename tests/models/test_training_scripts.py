@@ -339,7 +339,7 @@ def test_what_can_not_be_done_for_timms_script_is_said():
     model = make_tuned()
     with pytest.raises(ValueError, match="layer decay gives each layer a learning rate of its own, but the layers are frozen"):
         create_optimizer_v2(model, opt="adamw", lr=0.01, layer_decay=0.75)
-    with pytest.raises(TypeError, match=r"torch\.jit\.script can't read a model .* torch\.jit\.trace"):
+    with pytest.raises(TypeError, match=r"torch\.jit\.script can't compile a model .* torch\.jit\.trace"):
         torch.jit.script(model)
     with pytest.raises(ValueError, match="global_pool='avg': pooling is chosen when the model is made"):
         model.reset_classifier(3, global_pool="avg")
