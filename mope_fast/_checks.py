@@ -196,7 +196,7 @@ def check_number_of_prefixes(prefixes: object) -> None:
     if not isinstance(prefixes, (list, tuple)) or not all(isinstance(p, (list, tuple)) and len(p) in members for p in prefixes):
         raise TypeError("prefixes must be a sequence of (key, value) pairs or (key, value, mask) triples, () for none")
     if len(prefixes) > 2:
-        raise ValueError(f"prefixes must hold at most two (key, value) pairs, got {len(prefixes)}: concatenate them")
+        raise ValueError(f"prefixes must hold at most two (key, value) pairs, got {len(prefixes)}: concatenate some of them")
 
 
 def check_prefixes(prefixes: Any, tokens: Tensor, name: str, batch: int, heads: int, head_dim: int) -> None:

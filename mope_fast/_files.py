@@ -21,7 +21,7 @@ def write_atomically(path: Path, data: bytes, *, replace: bool = True) -> None:
 
 @contextmanager
 def published(path: Path, *, replace: bool = True) -> Iterator[BinaryIO]:
-    """Open a temporary file for the block; after the block it is made durable and gets its name, if it raises it is removed."""
+    """Open a temporary file for the block; after it the file is made durable and gets its name; if it raises, it is removed."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "wb") as file:

@@ -1,4 +1,4 @@
-"""Which implementation each function would use, and why the others would not. Nothing here queries a device at import."""
+"""Choose the implementation of each function, with the reasons against the others. Nothing here queries a device at import."""
 
 import functools
 import importlib.util
@@ -16,28 +16,28 @@ from .ops._triton import INTERPRETED
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 DEFAULT_IMPL = os.environ.get("MOPE_FAST_IMPL", "auto")
-"""Read once, at import: the implementation that ``impl="auto"`` stands for, where a function has it."""
+"""Read once, at import: the implementation that ``impl="auto"`` means for functions that have it."""
 
 
 class Problem(NamedTuple):
-    """What the choice may depend on; never on the batch, so that a sample's bits don't depend on its neighbours."""
+    """Everything the choice may depend on; never the batch, so that a sample's bits don't depend on the rest of its batch."""
 
     device: torch.device
     dtype: torch.dtype
     keys: int = 0
-    """Of attention: prefix and token keys."""
+    """For attention: the number of prefix and token keys."""
     masked: bool = False
-    """Of attention: torch's kernels would need a mask tensor."""
+    """For attention: torch's kernels would need a mask tensor."""
     head_dim: int = 0
-    """Of attention in windows."""
+    """For attention in windows: the head dimension."""
 
 
 Reason = Callable[[Problem], str | None]
 
 
 def _constant(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let Dynamo call ``function`` and keep what it gives, as ``torch.compiler.assume_constant_result`` does."""
-    # that one imports all of Dynamo, which takes as long as half of torch
+    """Let Dynamo call ``function`` and treat its result as constant, as ``torch.compiler.assume_constant_result`` does."""
+    # torch's own decorator imports all of Dynamo, which takes half as long as importing torch
     vars(function)["_dynamo_marked_constant"] = True
     return function
 
@@ -52,25 +52,25 @@ def _compute_capability(device: torch.device) -> tuple[int, int]:
 
 @functools.cache
 def _found_no_compiler() -> str | None:
-    """Why Triton can't build what launches its kernels; None if it can. Looks where Triton itself looks."""
+    """Return why Triton can't build its kernel launchers, or None if it can. Looks where Triton itself looks."""
     named = os.environ.get("CC")
-    is_there = any(map(shutil.which, ("gcc", "clang") if named is None else (named,)))
+    has_compiler = any(map(shutil.which, ("gcc", "clang") if named is None else (named,)))
     headers = _folders_of_headers()
-    if is_there and any(os.path.isfile(os.path.join(folder, "Python.h")) for folder in headers):
+    if has_compiler and any(os.path.isfile(os.path.join(folder, "Python.h")) for folder in headers):
         return None
     from triton import knobs
 
     if knobs.build.impl is not None:
         return None
-    if is_there:
+    if has_compiler:
         return f"Triton needs Python's headers to launch kernels, and {headers[0]} has no Python.h (apt install python3-dev)"
-    got = "neither gcc nor clang is on the PATH" if named is None else f"CC={named!r} is no program"
+    got = "neither gcc nor clang is on the PATH" if named is None else f"CC={named!r} is not a program"
     return f"Triton needs a C compiler to launch kernels, and {got}: install gcc (apt install gcc) or set CC to a compiler"
 
 
 def _folders_of_headers() -> list[str]:
     scheme = sysconfig.get_default_scheme()
-    # Debian's own has another prefix than its headers
+    # Debian's default scheme has a prefix that differs from that of its headers
     own = sysconfig.get_path("include", "posix_prefix" if scheme == "posix_local" else scheme)
     more = [os.environ.get(name, "").split(os.pathsep) for name in ("CPATH", "C_INCLUDE_PATH")]
     return [own, *filter(None, itertools.chain(*more))]
@@ -86,7 +86,7 @@ def _why_not_triton(problem: Problem) -> str | None:
     if not HAS_TRITON:
         return "triton is not installed (Linux: pip install triton)"
     if INTERPRETED:
-        return None if device.type == "cpu" else f"TRITON_INTERPRET=1 takes CPU tensors, these are on {device.type}"
+        return None if device.type == "cpu" else f"TRITON_INTERPRET=1 needs CPU tensors, these are on {device.type}"
     if device.type != "cuda":
         return f"the tensors are on {device.type}; move them to a GPU, or set TRITON_INTERPRET=1 before starting Python"
     if problem.dtype == torch.float64:
@@ -130,11 +130,14 @@ def _always(problem: Problem) -> str | None:
 
 
 TRITON_KEYS = 512
-"""Up to here Triton's attention is meant to be the fastest; what speaks against it until a GPU decides: ``benchmarks/NOTES.md``."""
+"""Up to this many keys Triton's attention is meant to be the fastest.
+
+For what speaks against it, until it is measured on a GPU, see ``benchmarks/NOTES.md``.
+"""
 
 
 def _why_not_first(problem: Problem) -> str | None:
-    """Why ``auto`` takes something else on a GPU although Triton can run."""
+    """Return why ``auto`` chooses another implementation on a GPU although Triton can run, or None."""
     return "impl='auto' leaves it out on ROCm, where its kernels have not been run" if torch.version.hip is not None else None
 
 
@@ -149,21 +152,21 @@ def _why_attention_is_not_first(problem: Problem) -> str | None:
 
 
 def _attention_order(problem: Problem) -> tuple[str, ...]:
-    """Best first."""
+    """Return implementations of attention, the best first."""
     if problem.device.type == "cuda" and _why_attention_is_not_first(problem) is None:
         return "triton", "sdpa", "xformers", "reference"
     return "sdpa", "triton", "xformers", "reference"
 
 
 def _window_order(problem: Problem) -> tuple[str, ...]:
-    """Best first."""
+    """Return implementations of attention in windows, the best first."""
     if problem.device.type != "cuda":
         return "cpu", "sdpa", "triton", "reference"
     return ("triton", "sdpa", "reference") if _why_not_first(problem) is None else ("sdpa", "triton", "reference")
 
 
 def _mixing_order(problem: Problem) -> tuple[str, ...]:
-    """Best first."""
+    """Return implementations of mixing experts, the best first."""
     return ("triton", "reference") if _why_not_first(problem) is None else ("reference", "triton")
 
 
@@ -176,7 +179,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Reason]] = {
     "window_prompt_attention": _WINDOWS,
     "importance_loss": {"reference": _always},
 }
-"""For each function its implementations, with the reason why one can't run (None: it can)."""
+"""Function -> its implementations, each with a callable that returns why it can't run, or None if it can."""
 
 _ORDER: dict[str, Callable[[Problem], tuple[str, ...]]] = {
     "route_and_mix": _mixing_order,
@@ -185,13 +188,13 @@ _ORDER: dict[str, Callable[[Problem], tuple[str, ...]]] = {
     "window_prompt_attention": _window_order,
     "importance_loss": lambda problem: ("reference",),
 }
-"""What ``auto`` tries, the best first: the one place for such rules."""
+"""The implementations that ``auto`` tries, the best first. All such rules are here."""
 
 _TORCHS_OWN = ("sdpa", "reference")
 
 
 def _order(function: str, problem: Problem) -> list[str]:
-    """What ``auto`` tries here: while torch.export traces torch's own ops first, so that a program is loaded without mope_fast."""
+    """Return what ``auto`` tries; torch.export gets torch's own ops first, so that its program can be loaded without mope_fast."""
     order = list(_ORDER[function](problem))
     if torch.compiler.is_exporting():
         order = [name for name in order if name in _TORCHS_OWN] + [name for name in order if name not in _TORCHS_OWN]
@@ -207,7 +210,7 @@ _NOT_FIRST: dict[str, Reason] = {
 
 
 def why_not(function: str, problem: Problem) -> dict[str, str]:
-    """Implementations of ``function`` that can't run on such tensors, or that ``auto`` leaves out on a GPU, with the reason."""
+    """Return the implementations that can't run on such tensors, or that ``auto`` leaves out on a GPU, with the reasons."""
     reasons = {name: reason(problem) for name, reason in IMPLEMENTATIONS[function].items()}
     if problem.device.type == "cuda" and "triton" in reasons:
         reasons["triton"] = reasons["triton"] or _NOT_FIRST[function](problem)
@@ -215,11 +218,12 @@ def why_not(function: str, problem: Problem) -> dict[str, str]:
 
 
 def choose(function: str, impl: str, problem: Problem) -> str:
-    """The implementation to run.
+    """Return the name of the implementation to run.
 
     Raises:
-        ValueError: ``function`` has no implementation of that name.
-        RuntimeError: it has, but it can't run on such tensors; the message says why and what can.
+        ValueError: ``function`` has no implementation named ``impl``.
+        RuntimeError: it can't run on such tensors; the message says why, and which implementations can. Or MOPE_FAST_IMPL names no
+            implementation.
     """
     candidates = IMPLEMENTATIONS[function]
     if impl == "auto" and DEFAULT_IMPL != "auto":

@@ -1,4 +1,4 @@
-"""``python -m mope_fast.info``: versions, devices, which implementation each function would use here, and why not the others."""
+"""``python -m mope_fast.info`` prints versions, devices, the implementation each function would use, and why not the others."""
 
 import importlib.metadata
 import platform
@@ -20,7 +20,7 @@ def _version(package: str) -> str:
 
 
 def _devices() -> dict[str, torch.device]:
-    """A description of each device, CPU first."""
+    """Return a description of each device -> the device, CPU first."""
     devices = {f"CPU, {torch.get_num_threads()} threads": torch.device("cpu")}
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -31,14 +31,14 @@ def _devices() -> dict[str, torch.device]:
 
 
 def report() -> str:
-    """The whole report, as text."""
+    """Return the whole report as text."""
     lines = [f"mope_fast {__version__}, Python {platform.python_version()}, {platform.platform()}"]
     lines += [f"  {package:<13}{_version(package)}" for package in PACKAGES]
     lines.append(f"  MOPE_FAST_IMPL={DEFAULT_IMPL}")
     for name, device in _devices().items():
         lines += ["", f"{device}: {name}"]
         for function in IMPLEMENTATIONS:
-            # an impossible MOPE_FAST_IMPL is something to report here, not to fail on
+            # a MOPE_FAST_IMPL that can't be used is reported here instead of raised
             for dtype in DTYPES:
                 try:
                     chosen = choose(function, "auto", Problem(device, dtype))

@@ -16,38 +16,49 @@ from .prediction import Predictor
 
 _FUNCTION = re.compile(r"[^\W\d][\w.]*:[^\W\d]\w*")
 _OTHERS = (
-    "a transformers folder or name, timm/NAME, or MODULE:FUNCTION, a function without arguments that gives the encoder, or a pair: "
-    "it and what makes its inputs of a list of values"
+    "a transformers folder or name, timm/NAME, or MODULE:FUNCTION, where the function takes no arguments and returns the encoder, "
+    "or a pair of the encoder and a function that makes its inputs from a list of values"
 )
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Arguments of the program."""
+    """Build the parser of the program's arguments."""
     parser = argparse.ArgumentParser(prog="python -m mope_fast.predict", description=__doc__.partition(":")[0] + ".")
     add = parser.add_argument
-    add("folder", type=Path, help="what save_pretrained wrote")
+    add("folder", type=Path, help="folder written by save_pretrained")
     add(
         "data",
         type=Path,
-        help='a line {"id": ..., "text": ..., "img": ..., "audio": ..., "frames": [...]} for each sample, of which it has what the '
-        "model reads; paths are from this file's folder",
+        help='JSON lines, one {"id": ..., "text": ..., "img": ..., "audio": ..., "frames": [...]} for each sample, with the '
+        "fields that the model reads; paths are relative to this file's folder",
     )
-    add("-o", "--output", type=Path, required=True, help="a line with id, label, probabilities and experts for each sample")
-    add("--main", help=f"in place of the main encoder's name in the save: {_OTHERS}")
+    add(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        help="JSON lines to write, one with id, label, probabilities and experts for each sample",
+    )
+    add("--main", help=f"main encoder to use instead of the one that the save names: {_OTHERS}")
     add(
         "--complementary", nargs="+", default=[], metavar="[SIDE=]NAME",
-        help="likewise for the complementary encoder, or for some of several by their names; a function may give what gives the "
-        "features, too",
+        help="the same for the complementary encoder, or SIDE=NAME for some of several sides; FUNCTION may also return "
+        "a function that computes the features",
     )  # fmt: skip
     add("--batch-size", type=int, default=32)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default here: %(default)s")
-    add("--missing-images", choices=MISSING_IMAGES, default="error", help="leave such samples out, or put a grey picture in place")
-    add("--outside", type=Path, nargs="+", default=[], help="folders outside of the file's that its images may be in")
+    add(
+        "--missing-images",
+        choices=MISSING_IMAGES,
+        default="error",
+        help="drop samples without an image, or use a grey image instead",
+    )
+    add("--outside", type=Path, nargs="+", default=[], help="folders, other than the file's own, that may contain its images")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the program; SystemExit with one line for what is wrong with arguments or files."""
+    """Run the program; exit with a one-line message if arguments or files are wrong."""
     parser = make_parser()
     args = parser.parse_args(arguments)
     if args.batch_size < 1:
@@ -57,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device {args.device} can't be used: {str(error).partition(chr(10))[0]}")
     if args.output.is_dir() or not args.output.parent.is_dir():
-        parser.error(f"--output must be a file in a folder that is there, got {args.output}")
+        parser.error(f"--output must be a file in an existing folder, got {args.output}")
     if args.output.exists() and args.data.exists() and args.output.samefile(args.data):
         parser.error(f"--output would replace the data, {args.data}")
     try:
@@ -76,7 +87,7 @@ def _predict(args: argparse.Namespace) -> int:
     fields = {field for field, _ in predictor.inputs.sides.values()}
     if not fields <= (known := {"text", "image", "audio", "frames"}):
         raise ValueError(
-            f"{args.folder} reads fields {sorted(fields)}, and lines have some of {sorted(known)}: call the Predictor in Python"
+            f"{args.folder} reads fields {sorted(fields)}, but lines can only have {sorted(known)}: use the Predictor in Python"
         )
     posts = read_unlabelled(args.data, fields=fields, missing_images=args.missing_images, outside=args.outside)
     for reason, left_out in posts.dropped.items():
@@ -88,7 +99,7 @@ def _predict(args: argparse.Namespace) -> int:
 
 
 def _complementary(given: list[str]) -> dict[str, Any]:
-    """Arguments of the Predictor: of the only other side, or of several by name."""
+    """Return arguments of the Predictor for the only complementary side, or for several by name."""
     named = [re.match(r"([A-Za-z]\w*)=(.+)", value, re.ASCII) for value in given]
     if not any(named):
         if len(given) > 1:
@@ -106,7 +117,7 @@ def _complementary(given: list[str]) -> dict[str, Any]:
 
 
 def _encoder(name: str | None) -> tuple[Any, Callable[..., Any] | None]:
-    """An encoder's name as it is, or what a function of the user's gives; and what makes its inputs, if that is given."""
+    """Return the encoder's name, or what the user's function returns; and the function that makes its inputs, or None."""
     if name is None or not _FUNCTION.fullmatch(name) or Path(name).exists():
         return name, None
     module, _, function = name.partition(":")

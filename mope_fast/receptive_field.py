@@ -1,4 +1,4 @@
-"""Which groups of a sequence see which: MoPE-BAF's restricted receptive fields (arXiv 2403.11311), lowered to a few integers."""
+"""MoPE-BAF's restricted receptive fields (arXiv 2403.11311): which groups of a sequence see which, lowered to a few integers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -10,7 +10,7 @@ MAX_GROUPS = 32
 
 
 class _Group(NamedTuple):
-    """One group, as the kernels need it. Ranges are [first, last); an empty one is (size, 0), neutral for min and max."""
+    """One group, as the kernels need it. Ranges are [first, last); an empty range is (size, 0), neutral for min and max."""
 
     length: int
     keys: tuple[int, int]
@@ -21,7 +21,7 @@ class _Group(NamedTuple):
 
 
 class Slice(NamedTuple):
-    """Consecutive query rows that all see the same consecutive keys; None: they see nothing."""
+    """Consecutive query rows that all see the same consecutive keys; keys is None if they see nothing."""
 
     rows: slice
     keys: slice | None
@@ -30,18 +30,19 @@ class Slice(NamedTuple):
 class ReceptiveField:
     """A partition of a sequence into named groups, and for each group the groups that it sees.
 
-    Fields in which every group sees consecutive positions (``is_interval``) cost no mask: a query sees keys [first, last). Others
-    are kept as one bit row a group. Which of the two it is, the field finds out by itself. Immutable and hashable.
+    Fields in which every group sees consecutive positions (``is_interval``) need no mask: a query sees keys [first, last). Other
+    fields are stored as one row of bits for each group. The field detects which case applies. It is immutable and hashable.
 
     Args:
-        lengths: group -> number of positions, in the order of the sequence; 0 is allowed. At most 32 groups.
-        visible: group -> the groups that its queries see; one entry for every group. A group that sees nothing gets zeros.
+        lengths: group name -> number of positions, in the order of the sequence; 0 is allowed. At most 32 groups.
+        visible: group name -> names of the groups that its queries see; one entry for every group. The output of a group that sees
+            nothing is zeros.
 
     Raises:
         TypeError, ValueError: a length isn't an integer >= 0, or ``visible`` misses a group or names an unknown one.
 
     Examples:
-        MoPE-BAF's single-modal layers, without a mask because of the order:
+        MoPE-BAF's single-modal layers, which need no mask because of the order of the groups:
 
         >>> ReceptiveField(
         ...     lengths={"lp": 10, "text": 40, "image": 197, "vp": 10},
@@ -75,7 +76,7 @@ class ReceptiveField:
         self._kept: dict[tuple[str, torch.device], Tensor] = {}
 
     def _hull(self, members: Sequence[bool]) -> tuple[int, int]:
-        """From the first to behind the last position of the groups marked; empty groups don't count."""
+        """Return [first, last) of the positions from the first to the last marked group; empty groups don't count."""
         present = [i for i, member in enumerate(members) if member and self.lengths[i]]
         if not present:
             return self.size, 0
@@ -86,30 +87,31 @@ class ReceptiveField:
         return max(last - first, 0) == sum(length for length, seen in zip(self.lengths, sees, strict=True) if seen)
 
     def lowered(self, device: torch.device) -> Tensor:
-        """int32 (4, S) on the device, a column for each position: its keys [first, last) and, as a key, its queries [first, last).
+        """Return the field as int32 (4, S) on the device.
 
-        Where the field isn't made of intervals, these are hulls and two rows follow, (6, S): its group and the bits of the groups
-        that it sees. Made on the device, without a copy from the host, and kept there.
+        Each position has a column: its keys [first, last) and, as a key, its queries [first, last).
+        If the field isn't made of intervals, these ranges are hulls and two rows follow, (6, S): the position's group and the bits
+        of the groups that it sees. The tensor is created on the device, without a copy from the host, and cached there.
         """
         return self._keep("lowered", self._lower, device)
 
     def mask(self, device: torch.device | str = "cpu") -> Tensor:
-        """bool (S, S), True where the query (row) sees the key (column)."""
+        """Return bool (S, S), True where the query (row) sees the key (column)."""
         return self._make_mask(torch.device(device))
 
     def kept_mask(self, device: torch.device) -> Tensor:
-        """:meth:`mask`, made once for each device: not to be written to."""
+        """Return :meth:`mask`, cached for each device; it must not be modified."""
         return self._keep("mask", self._make_mask, device)
 
     def _keep(self, name: str, make: Callable[[torch.device], Tensor], device: torch.device) -> Tensor:
-        # what is traced or faked belongs to its graph or mode
+        # a traced or fake tensor belongs to its graph or mode and can't be cached
         if torch.compiler.is_compiling() or type(torch.empty(0)) is not Tensor:
             return make(device)
         if (kept := self._kept.get((name, device))) is not None:
             return kept
         with torch.inference_mode(False):
             tensor = make(device)
-        # a CUDA graph's memory is its own
+        # memory allocated during a CUDA graph capture belongs to the graph
         if not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             self._kept[name, device] = tensor
         return tensor
@@ -134,7 +136,7 @@ class ReceptiveField:
         return torch.cat([row.expand(length, -1) for length, row in zip(self.lengths, rows, strict=True)])
 
     def slices(self) -> list[Slice]:
-        """The field as dense blocks, neighbours that see the same keys joined. Only for intervals."""
+        """Return the field as dense blocks; neighbours that see the same keys are merged. Only for fields of intervals."""
         if not self.is_interval:
             raise ValueError("this field is not made of intervals, so it has no slices; use mask()")
         blocks: list[Slice] = []
@@ -195,10 +197,12 @@ def _check(lengths: Mapping[str, int], visible: Mapping[str, Sequence[str]]) -> 
     if missing:
         raise ValueError(f"visible says nothing about group {missing[0]!r}: give it the list of groups it sees, [] for none")
     if unknown:
-        raise ValueError(f"visible has group {unknown[0]!r}, which lengths does not; the groups are {list(lengths)}")
+        raise ValueError(f"visible has group {unknown[0]!r}, which lengths does not have; the groups are {list(lengths)}")
     for group, seen in visible.items():
         if isinstance(seen, str) or not isinstance(seen, Sequence):
             raise TypeError(f"visible[{group!r}] must be a list of groups, got {seen!r}")
         for other in seen:
             if other not in lengths:
-                raise ValueError(f"visible[{group!r}] has group {other!r}, which lengths does not; the groups are {list(lengths)}")
+                raise ValueError(
+                    f"visible[{group!r}] has group {other!r}, which lengths does not have; the groups are {list(lengths)}"
+                )

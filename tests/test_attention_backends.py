@@ -705,9 +705,9 @@ def call(function: str, **changes):
         (
             {"k": lambda a: a["k"].repeat(1, 2, 1, 1), "v": lambda a: a["v"].repeat(1, 2, 1, 1)},
             ValueError,
-            "k and v must have the heads of q, or a divisor of their number: q has 2 heads, k 4, v 4",
+            "k and v must have as many heads as q, or a divisor of that number: q has 2 heads, k 4, v 4",
         ),
-        ({"v": lambda a: a["v"][:, :1]}, ValueError, "a divisor of their number: q has 2 heads, k 2, v 1"),
+        ({"v": lambda a: a["v"][:, :1]}, ValueError, "a divisor of that number: q has 2 heads, k 2, v 1"),
         ({"key_padding_mask": [True] * 13}, TypeError, "key_padding_mask must be a bool tensor, got list"),
         ({"scale": torch.tensor(0.5)}, TypeError, "scale must be a Python float, got a tensor"),
         ({"scale": float("nan")}, ValueError, "scale must be finite in float32, got nan"),
@@ -763,9 +763,9 @@ def prefix(key_dtype=torch.float32, value_dtype=torch.float32, head_dim=HEAD_DIM
         ([prefix(), prefix(key_dtype=torch.int)], TypeError, "prefix 1 must have a floating-point dtype, got torch.int32"),
         ([prefix(heads=1)], ValueError, r"prefix 0 must be two tensors \(3 or 1, 2, P, 12\), got \(1, 1, 3, 12\)"),
         ([prefix(), prefix(head_dim=8)], ValueError, r"prefix 1 must be two tensors \(3 or 1, 2, P, 12\), got \(1, 2, 3, 8\)"),
-        ([prefix()[0]], TypeError, r"prefixes must be a sequence of \(key, value\) pairs or \(key, value, mask\), \(\) for none"),
-        (prefix(), TypeError, r"prefixes must be a sequence of \(key, value\) pairs or \(key, value, mask\), \(\) for none"),
-        (None, TypeError, r"prefixes must be a sequence of \(key, value\) pairs or \(key, value, mask\), \(\) for none"),
+        ([prefix()[0]], TypeError, r"must be a sequence of \(key, value\) pairs or \(key, value, mask\) triples, \(\) for none"),
+        (prefix(), TypeError, r"must be a sequence of \(key, value\) pairs or \(key, value, mask\) triples, \(\) for none"),
+        (None, TypeError, r"must be a sequence of \(key, value\) pairs or \(key, value, mask\) triples, \(\) for none"),
     ],
 )  # fmt: skip
 def test_wrong_prefixes_are_named(prefixes, error, message):

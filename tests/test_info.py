@@ -117,7 +117,7 @@ def test_on_rocm_auto_takes_torchs_own_and_triton_on_request(gpu, monkeypatch):
 
 @pytest.mark.parametrize(
     ("named", "got"),
-    [(None, "neither gcc nor clang is on the PATH"), ("tcc", "CC='tcc' is no program"), ("", "CC='' is no program")],
+    [(None, "neither gcc nor clang is on the PATH"), ("tcc", "CC='tcc' is not a program"), ("", "CC='' is not a program")],
 )
 def test_without_a_c_compiler_auto_takes_torchs_own_and_triton_says_what_to_install(named, got, gpu, monkeypatch):
     if named is None:

@@ -697,7 +697,7 @@ def test_functions_give_encoders_that_have_no_name(home, tmp_path, data, monkeyp
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--device", "abacus"], "--device abacus can't be used"),
         (["-o", "{data}"], "--output would replace the data"),
-        (["-o", "nowhere/out.jsonl"], "--output must be a file in a folder that is there"),
+        (["-o", "nowhere/out.jsonl"], "--output must be a file in an existing folder"),
     ],
 )
 def test_wrong_arguments_end_with_a_line(home, tmp_path, data, capsys, arguments, message):

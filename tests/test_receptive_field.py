@@ -286,12 +286,12 @@ BAD = {
     "unknown": (
         ({"a": 1}, {"a": [], "b": []}),
         ValueError,
-        r"visible has group 'b', which lengths does not; the groups are \['a'\]",
+        r"visible has group 'b', which lengths does not have; the groups are \['a'\]",
     ),
     "unknown seen": (
         ({"a": 1, "b": 1}, {"a": ["c"], "b": []}),
         ValueError,
-        r"visible\['a'\] has group 'c', which lengths does not; the groups are \['a', 'b'\]",
+        r"visible\['a'\] has group 'c', which lengths does not have; the groups are \['a', 'b'\]",
     ),
     "one name": (({"a": 1}, {"a": "a"}), TypeError, r"visible\['a'\] must be a list of groups, got 'a'"),
     "set": (({"a": 1}, {"a": {"a"}}), TypeError, r"visible\['a'\] must be a list of groups, got \{'a'\}"),

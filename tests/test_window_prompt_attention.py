@@ -542,7 +542,7 @@ def prefix(batch=1, heads=HEADS, head_dim=HEAD_DIM, dtype=torch.float32, mask=()
     return (zeros(batch, heads, 2, head_dim, dtype=dtype), zeros(batch, heads, 2, head_dim), *mask)
 
 
-PAIRS = r"prefixes must be a sequence of \(key, value\) pairs or \(key, value, mask\), \(\) for none"
+PAIRS = r"prefixes must be a sequence of \(key, value\) pairs or \(key, value, mask\) triples, \(\) for none"
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ class EncoderFamily:
 
     Args:
         name: name of the family, used in messages, saved files and :func:`supported_encoders`.
-        models: full class names of its models, ``"package.module.Class"``; this library never imports the package on its own.
+        models: full class names of its models, ``"package.module.Class"``; the user imports the package, the family doesn't.
         input_name: the keyword that a bare tensor input is passed as.
         layers: encoder -> a :class:`PromptedLayer` for each of its layers, in order.
         pool: (encoder, its keyword arguments) -> the pool with which the router pools a layer's input, which is the residual stream

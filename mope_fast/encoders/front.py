@@ -82,8 +82,8 @@ class Front:
             front = Front.of(encoder)
             if front is None:
                 raise RuntimeError(
-                    f"this {type(encoder).__name__} has hooks or a forward set on the object, which a compiled graph would "
-                    "skip: wrap it in a PromptedEncoder, or leave it out of the graph with torch.compiler.disable"
+                    f"this {type(encoder).__name__} has hooks or a forward of its own, with which its features can't be "
+                    "compiled: wrap it in a PromptedEncoder, or leave it out of the graph with torch.compiler.disable"
                 )
             front.traced = asked
             try:

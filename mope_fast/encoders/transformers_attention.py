@@ -67,7 +67,7 @@ def _attention(
     if attention_mask is not None and attention_mask.dim() == 4 and attention_mask.is_floating_point():
         attention_mask, bias = None, attention_mask if bias is None else bias + attention_mask
     if attention_mask is not None and attention_mask.dim() != 2:
-        raise ValueError(f"attention_mask must be (B, S), True = a real token; got {tuple(attention_mask.shape)}")
+        raise ValueError(f"attention_mask must be (B, S), True = real; got {tuple(attention_mask.shape)}")
     is_causal = kwargs.get("is_causal")
     is_causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
     is_causal = is_causal and window is None  # a window includes causality

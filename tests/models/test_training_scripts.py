@@ -339,7 +339,7 @@ def test_what_can_not_be_done_for_timms_script_is_said():
     model = make_tuned()
     with pytest.raises(ValueError, match="layer decay gives each layer its own learning rate, but the layers are frozen"):
         create_optimizer_v2(model, opt="adamw", lr=0.01, layer_decay=0.75)
-    with pytest.raises(TypeError, match=r"torch\.jit\.script can't read a model .* torch\.jit\.trace"):
+    with pytest.raises(TypeError, match=r"torch\.jit\.script can't compile a model .* torch\.jit\.trace"):
         torch.jit.script(model)
     with pytest.raises(ValueError, match="global_pool='avg' is not supported: choose pooling when you create the model"):
         model.reset_classifier(3, global_pool="avg")
