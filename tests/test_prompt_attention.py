@@ -147,7 +147,7 @@ def test_output_has_the_queries_dtype(impl, dtype):
         (lambda a: a.update(q=a["q"][0]), ValueError, r"q must be \(B, H, S, Dh\), got \(3, 5, 8\)"),
         (lambda a: a.update(k=a["k"].long()), TypeError, r"k must have a floating-point dtype, got torch.int64"),
         (lambda a: a.update(v=None), TypeError, r"v must be a torch.Tensor, got NoneType"),
-        (lambda a: a.update(k=a["k"][:, :2], v=a["v"][:, :2]), ValueError, "heads of q, or a divisor .*: q has 3 heads, k 2, v 2"),
+        (lambda a: a.update(k=a["k"][:, :2], v=a["v"][:, :2]), ValueError, "heads as q, or a divisor .*: q has 3 heads, k 2, v 2"),
         (lambda a: a.update(k=a["k"][:, :1], v=a["v"][:, :1]), ValueError, r"prefix 0 must be .*\(4 or 1, 1, P, 8\), got \(1, 3"),
         (lambda a: a.update(window=3), TypeError, r"window must be a pair \(left, right\) of integers or None for no limit, got 3"),
         (lambda a: a.update(window=(1, 2.0)), TypeError, r"window must be a pair .* got \(1, 2.0\)"),

@@ -48,7 +48,7 @@ def test_without_a_mask_the_module_says_whether_it_is_causal():
 
 def test_an_attention_that_asks_for_a_window_which_its_mask_lacks_is_refused():
     q = torch.randn(2, 4, 5, 8)
-    with pytest.raises(ValueError, match="Identity attends within a window of 3 tokens, but the mask that it was given has none"):
+    with pytest.raises(ValueError, match="Identity attends within a window of 3 tokens, but the mask it was given has none"):
         adapters._attention(nn.Identity(), q, q, q, None, sliding_window=3)
 
 
